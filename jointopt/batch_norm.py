@@ -1,0 +1,42 @@
+"""BatchNorm statistics of a sub-network, estimated anew (Once-for-All, arXiv 1908.09791, section 3.4).
+
+The running mean and variance of the whole network are wrong for a slice of it, whose channels see other sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def keep_statistics(model: nn.Module) -> list[_BatchNorm]:
+    """Gives every normalization running statistics of its own, so that a slice's do not enter the whole model's."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    for norm in norms:
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            norm._buffers[name] = torch.clone(norm._buffers[name])  # type: ignore[arg-type]
+    return norms
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces the running statistics by the averages over `batches`, in buffers of the model's own."""
+    norms = keep_statistics(model)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.training = True
+    for batch in batches:
+        model(**batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.training = False

@@ -1,0 +1,238 @@
+"""Parameters, bytes, MACs and BOPs of any sub-network, from shapes alone: exact, and for many genomes at once.
+
+Every stored tensor and every product belongs to a module whose cost depends on three genes at most: the one of its
+rows, the one of its columns, the one of its precision. Each module is a small table; a genome is a sum of look-ups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quant.formats import Scheme
+from quant.packing import storage_bytes
+from search_spaces.family import Family, Layer, Width, structural_clone
+from search_spaces.space import SearchSpace
+
+from ..subnetwork import within
+
+MEASURES = ("parameters", "size", "macs", "bops")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A gene that a module's cost depends on, and the number of channels at each of its choices; gene None: fixed."""
+
+    gene: int | None
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cost of one module: measure -> array [row choices, column choices, precision choices]."""
+
+    path: str
+    rows: Axis
+    columns: Axis
+    precision: int | None
+    values: Mapping[str, np.ndarray]
+
+
+def measure_positions(model: nn.Module, inputs: Mapping[str, object]) -> dict[str, float]:
+    """Layer path -> number of positions it is applied to (tokens, pixels) for one sample of `inputs`."""
+    shell = structural_clone(model).eval()
+    positions: dict[str, float] = {}
+    batch = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
+
+    def counter(path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            channels = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
+            positions[path] = positions.get(path, 0.0) + output.numel() / channels / batch
+
+        return hook
+
+    for path, module in shell.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_hook(counter(path))
+    with torch.no_grad():
+        shell(**inputs)
+    return positions
+
+
+class ShapeCosts:
+    """The cost tables of one super-network.
+
+    Args:
+        model: the super-network's prepared model.
+        positions: see `measure_positions`; it gives `macs` its meaning: those of one such sample.
+        scheme_of: (layer, choice) -> the scheme as the layer stores it.
+        leaving: depth gene -> names of its removable blocks in the order of leaving.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        space: SearchSpace,
+        positions: Mapping[str, float],
+        precision_gene: Mapping[str, str],
+        scheme_of: Callable[[Layer, str], Scheme],
+        leaving: Mapping[str, Sequence[str]],
+    ):
+        self.space, self.family, self.leaving = space, family, leaving
+        self._index = {name: i for i, name in enumerate(space.names)}
+        self._model, self._positions = model, positions
+        self._precision_gene, self._scheme_of = precision_gene, scheme_of
+        self._layers = {layer.path: layer for layer in family.layers}
+        self._tied = {path: layer for layer in family.layers for path in layer.tied}
+        self._producer = {part.module: (w, part.channels) for w in family.widths for part in w.producers}
+        self._consumer = {part.module: (w, part.channels) for w in family.widths for part in w.consumers}
+        self._seen: set[int] = set()
+        self.tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
+        self.tables += [self._attention(width) for width in family.widths if width.attention]
+
+    def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
+        """Measure -> one value a genome, int64 (bops: float64, since they can pass 2^63)."""
+        genomes = np.atleast_2d(genomes)
+        totals = {m: np.zeros(len(genomes), dtype=np.float64 if m == "bops" else np.int64) for m in MEASURES}
+        present = self._presence(genomes)
+        for table in self.tables:
+            mask = present(table.path)
+            at = tuple(0 if g is None else genomes[:, g] for g in (table.rows.gene, table.columns.gene, table.precision))
+            for measure, values in table.values.items():
+                totals[measure] += np.where(mask, values[at], 0).astype(totals[measure].dtype)
+        return totals
+
+    def _presence(self, genomes: np.ndarray) -> Callable[[str], np.ndarray]:
+        """Path -> for each genome, whether the module at that path is in the sub-network."""
+        gone: list[tuple[str, np.ndarray]] = []
+        for block in self.family.blocks:
+            dropped = np.zeros(len(genomes), dtype=bool)
+            if block.removable and block.stage in self._index:
+                counts = np.asarray(self.space.genes[self._index[block.stage]].choices)
+                leaves = self.leaving[block.stage].index(block.name)
+                total = len(self.family.stages()[block.stage])
+                dropped |= leaves < total - counts[genomes[:, self._index[block.stage]]]
+            dropped |= self._left_out(f"{block.name}.keep", genomes)
+            gone.append((block.path, dropped))
+            for branch in block.branches:
+                left = self._left_out(f"{block.name}.{branch.kind}.keep", genomes)
+                gone.extend((path, left) for path in branch.replacements)
+
+        everywhere = np.ones(len(genomes), dtype=bool)
+
+        def present(path: str) -> np.ndarray:
+            mask = everywhere
+            for parent, dropped in gone:
+                if within(path, parent):
+                    mask = mask & ~dropped
+            return mask
+
+        return present
+
+    def _left_out(self, gene: str, genomes: np.ndarray) -> np.ndarray:
+        if gene not in self._index:
+            return np.zeros(len(genomes), dtype=bool)
+        choices = np.asarray(self.space.genes[self._index[gene]].choices, dtype=bool)
+        return ~choices[genomes[:, self._index[gene]]]
+
+    def _axis(self, found: tuple[Width, int] | None, full: int) -> Axis:
+        if found is None or found[0].gene not in self._index:
+            return Axis(None, (full,))
+        width, channels = found
+        index = self._index[width.gene]
+        choices = self.space.genes[index].choices
+        return Axis(index, tuple(int(choice) // width.unit * channels for choice in choices))
+
+    def _table(self, path: str, module: nn.Module) -> Table:
+        owned = self._owned(module)
+        layer = self._layers.get(path) or self._tied.get(path)
+        weight = module._parameters.get("weight")
+        embedding = isinstance(module, nn.Embedding)
+        full_rows = 0 if weight is None else weight.shape[1] if embedding else weight.shape[0]
+        full_columns = 0 if weight is None or weight.dim() < 2 or embedding else weight.shape[1]
+        rows = self._axis(self._producer.get(path), full_rows)
+        columns = self._axis(self._consumer.get(path), full_columns)
+        gene = self._precision_gene.get(layer.path) if layer else None
+        choices = self.space.genes[self._index[gene]].choices if gene else ("none",)
+        schemes = [self._scheme_of(layer, str(choice)) if layer else None for choice in choices]
+        shape = (len(rows.sizes), len(columns.sizes), len(schemes))
+        values = {m: np.zeros(shape, dtype=np.float64 if m == "bops" else np.int64) for m in MEASURES}
+        for r, row in enumerate(rows.sizes):
+            for c, column in enumerate(columns.sizes):
+                for s, scheme in enumerate(schemes):
+                    cost = self._module_cost(path, module, owned, row, column, scheme)
+                    for measure, value in cost.items():
+                        values[measure][r, c, s] = value
+        return Table(path, rows, columns, self._index[gene] if gene else None, values)
+
+    def _owned(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors that a checkpoint stores for this module; what another module stored already is left out."""
+        found = {}
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None or id(tensor) in self._seen or name in module._non_persistent_buffers_set:
+                    continue
+                self._seen.add(id(tensor))
+                found[name] = tensor
+        return found
+
+    def _module_cost(
+        self, path: str, module: nn.Module, owned: Mapping[str, Tensor], rows: int, columns: int, scheme: Scheme | None
+    ) -> dict[str, float]:
+        parameters = size = 0
+        quantized = scheme is not None and scheme.weights is not None
+        for name, tensor in owned.items():
+            shape = _sliced_shape(module, name, tensor, rows, columns)
+            if name in module._parameters:
+                parameters += _product(shape)
+            if name == "weight" and quantized:
+                assert scheme is not None
+                size += storage_bytes(scheme, shape, tensor.element_size(), embedding=isinstance(module, nn.Embedding))
+            else:
+                size += _product(shape) * tensor.element_size()
+        macs = 0.0
+        bits = float(module._parameters["weight"].element_size() * 8) if module._parameters.get("weight") is not None else 0
+        if path in self._positions and columns:
+            weight = module._parameters["weight"]
+            assert weight is not None
+            macs = self._positions[path] * rows * columns * weight[0, 0].numel()
+        weight_bits = scheme.weights.bits if scheme and scheme.weights else bits
+        input_bits = scheme.activations.bits if scheme and scheme.activations else bits
+        return {"parameters": parameters, "size": size, "macs": round(macs), "bops": macs * weight_bits * input_bits}
+
+    def _attention(self, width: Width) -> Table:
+        """The two products of attention: queries with keys, and what they weigh of the values, each T x T x width."""
+        part = width.consumers[0]
+        rows = self._axis((width, part.channels), width.units * part.channels)
+        tokens = self._positions.get(part.module, 0.0)
+        weight = self._model.get_submodule(part.module).get_parameter("weight")
+        bits = weight.element_size() * 8
+        macs = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1) * 2 * tokens * tokens
+        values = {"macs": np.round(macs).astype(np.int64), "bops": macs * bits * bits}
+        return Table(part.module, rows, Axis(None, (0,)), None, values)
+
+
+def _stores(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(tensor is not None for tensor in tensors)
+
+
+def _sliced_shape(module: nn.Module, name: str, tensor: Tensor, rows: int, columns: int) -> tuple[int, ...]:
+    shape = list(tensor.shape)
+    if isinstance(module, nn.Embedding):
+        return (shape[0], rows)
+    if module._parameters.get("weight") is None or not shape:
+        return tuple(shape)
+    shape[0] = rows
+    if name == "weight" and len(shape) > 1:
+        shape[1] = columns
+    return tuple(shape)
+
+
+def _product(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) if len(shape) else 1

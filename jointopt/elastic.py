@@ -1,0 +1,66 @@
+"""Matches a search space's genes to a model's declaration, by name, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import difflib
+
+from torch import nn
+
+from quant.errors import JointoptError
+from quant.formats import Scheme
+from search_spaces.family import Family
+from search_spaces.precision import fitted_scheme, gene_names, possible_columns
+from search_spaces.space import Gene, SearchSpace
+
+
+def precision_genes(family: Family, space: SearchSpace) -> dict[str, str]:
+    """Layer path -> its precision gene: the first there is of its own, its projection group's, its block's."""
+    names = set(space.names)
+    found = {layer.path: next((g for g in gene_names(layer) if g in names), None) for layer in family.layers}
+    return {path: gene for path, gene in found.items() if gene is not None}
+
+
+def fitted_schemes(
+    model: nn.Module, family: Family, space: SearchSpace, genes: dict[str, str]
+) -> dict[tuple[str, str], Scheme]:
+    """(layer path, choice) -> the scheme as that layer stores it, at every width that the space gives it."""
+    choices = {gene.name: gene.choices for gene in space.genes}
+    found = {}
+    for layer in family.layers:
+        if layer.path not in genes:
+            continue
+        module = model.get_submodule(layer.path)
+        columns = possible_columns(family, layer, module, choices)
+        for choice in choices[genes[layer.path]]:
+            found[layer.path, str(choice)] = fitted_scheme(str(choice), layer, module, columns)
+    return found
+
+
+def check_space(model: nn.Module, family: Family, space: SearchSpace) -> None:
+    """Raises JointoptError for a gene that nothing in the model answers to, or a choice that the model lacks."""
+    widths = {width.gene: width for width in family.widths}
+    depths = {stage: blocks for stage, blocks in family.stages().items()}
+    keeps = {f"{b.name}.keep" for b in family.blocks if b.removable}
+    keeps |= {f"{b.name}.{branch.kind}.keep" for b in family.blocks for branch in b.branches}
+    precisions = {name for layer in family.layers for name in gene_names(layer)}
+    known = {*widths, *depths, *keeps, *precisions}
+    for gene in space.genes:
+        if gene.name not in known:
+            near = difflib.get_close_matches(gene.name, sorted(known), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise JointoptError(f"gene {gene.name!r}: the {family.name} model has no such place{hint}")
+        if gene.name in widths:
+            width = widths[gene.name]
+            _check(gene, range(width.unit, width.size + 1, width.unit), f"{width.unit} to {width.size}, steps of {width.unit}")
+        elif gene.name in depths:
+            blocks = depths[gene.name]
+            least = max(1, sum(not block.removable for block in blocks))
+            _check(gene, range(least, len(blocks) + 1), f"{least} to {len(blocks)} blocks")
+        elif gene.name in keeps:
+            _check(gene, (False, True), "False, True")
+
+
+def _check(gene: Gene, allowed: range | tuple, said: str) -> None:
+    for choice in gene.choices:
+        if choice not in allowed:
+            raise JointoptError(f"gene {gene.name!r}: found {choice!r}; allowed: {said}")

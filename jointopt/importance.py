@@ -1,0 +1,132 @@
+"""What calibration measures in one pass: the importance of channels, heads and blocks, and ranges of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.calibration import ActivationObserver
+from search_spaces.family import Family, Width, structural_clone
+
+
+class CalibrationPass:
+    """Runs a model over batches and keeps running sums; the model is left without a hook.
+
+    After `run`: `channel_energy[path]` sums the squares of each input channel of a width's consumer, `influence`
+    holds each block's 1 - cos(input, output) (ShortGPT, arXiv 2403.03853, eq. 1), and `observers` the ranges of
+    the inputs of the layers that they were given for. Padding, where the batch has an attention mask, is left out.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, observers: Mapping[str, Sequence[ActivationObserver]]):
+        self.model = structural_clone(model).eval()
+        self.family = family
+        self.observers = observers
+        self.channel_energy: dict[str, Tensor] = {}
+        self.influence: dict[str, float] = {}
+        self._cosines: dict[str, list[Tensor]] = {}
+        self._mask: Tensor | None = None
+
+    def run(self, batches: Iterable[Mapping[str, Any]]) -> int:
+        """Returns the number of batches."""
+        count = 0
+        with ExitStack() as hooks, torch.no_grad():
+            for path, hook in self._hooks():
+                handle = self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+                hooks.callback(handle.remove)
+            for batch in batches:
+                self._mask = batch.get("attention_mask")
+                self.model(**batch)
+                count += 1
+        self.influence = {name: 1 - float(torch.cat(parts).mean()) for name, parts in self._cosines.items()}
+        return count
+
+    def _hooks(self) -> list[tuple[str, Callable]]:
+        hooks: list[tuple[str, Callable]] = []
+        for path in {part.module for width in self.family.widths for part in width.consumers}:
+            hooks.append((path, self._energy_hook(path)))
+        for block in self.family.blocks:
+            if block.removable:
+                hooks.append((block.path, self._influence_hook(block.name)))
+        for path, observers in self.observers.items():
+            hooks.append((path, self._range_hook(observers)))
+        return hooks
+
+    def _tokens(self, hidden: Tensor) -> Tensor:
+        """[rows, channels], padding left out."""
+        if hidden.dim() == 4:
+            return hidden.permute(0, 2, 3, 1).reshape(-1, hidden.shape[1])
+        if self._mask is not None and hidden.dim() == 3 and self._mask.shape == hidden.shape[:2]:
+            return hidden[self._mask.bool()]
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def _energy_hook(self, path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            energy = self._tokens(_hidden(args, kwargs)).float().square().sum(0)
+            self.channel_energy[path] = self.channel_energy.get(path, torch.zeros_like(energy)) + energy
+
+        return hook
+
+    def _influence_hook(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            after = output[0] if isinstance(output, tuple) else output
+            before = _hidden(args, kwargs)
+            if before.shape == after.shape:
+                cosine = nn.functional.cosine_similarity(self._tokens(before).float(), self._tokens(after).float())
+                self._cosines.setdefault(name, []).append(cosine)
+
+        return hook
+
+    def _range_hook(self, observers: Sequence[ActivationObserver]) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            hidden = _hidden(args, kwargs)
+            seen = hidden if hidden.dim() == 4 else self._tokens(hidden)
+            for observer in observers:
+                observer.observe(seen)
+
+        return hook
+
+
+def _hidden(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+
+
+def unit_importance(model: nn.Module, width: Width, channel_energy: Mapping[str, Tensor]) -> Tensor:
+    """Importance of each unit of a width, [units]: over its channels and consumers, the sum of weight norm x
+    activation norm of every input column (the saliency of Wanda, arXiv 2306.11695, summed over a column)."""
+    total = torch.zeros(width.units)
+    for part in width.consumers:
+        weight = model.get_submodule(part.module).get_parameter("weight").detach().float()
+        columns = weight.transpose(0, 1).flatten(1).norm(dim=1)
+        scores = columns * channel_energy[part.module].sqrt()
+        total += scores.reshape(width.units, part.channels).sum(1).cpu()
+    return total
+
+
+@torch.no_grad()
+def sort_width(model: nn.Module, width: Width, order: Tensor) -> None:
+    """Reorders a width's units, most important first, in producers and consumers alike: the function is unchanged."""
+    for part in width.producers:
+        rows = _channels(order, part.channels)
+        module = model.get_submodule(part.module)
+        if isinstance(module, nn.Embedding):
+            _reorder(module, "weight", rows, 1)
+            continue
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.dim():
+                _reorder(module, name, rows, 0)
+    for part in width.consumers:
+        _reorder(model.get_submodule(part.module), "weight", _channels(order, part.channels), 1)
+
+
+def _channels(order: Tensor, channels: int) -> Tensor:
+    return (order[:, None] * channels + torch.arange(channels)).flatten()
+
+
+def _reorder(module: nn.Module, name: str, order: Tensor, dim: int) -> None:
+    tensor = module._parameters.get(name) if name in module._parameters else module._buffers[name]
+    assert tensor is not None
+    tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))

@@ -1,0 +1,231 @@
+"""Builds the sub-network that a genome names, as views into the super-network's tensors.
+
+The view, the extracted model and what is exported come from the same lines: an extracted model is the view with its
+tensors copied, an export writes the codes that the view's values stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quant.formats import Scheme
+from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+from search_spaces.family import Block, Branch, Family, Layer, structural_clone
+
+from .batch_norm import keep_statistics
+from .weight_bank import BankedWeight
+
+_QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Embedding: QuantizedEmbedding,
+}
+_SIZES = {
+    "rows": ("out_features", "out_channels", "num_features", "embedding_dim"),
+    "columns": ("in_features", "in_channels"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a genome says, in the family's terms.
+
+    Attributes:
+        blocks: the blocks that stay, in the order of the forward pass.
+        dropped: the branches that leave from blocks that stay.
+        units: width gene -> number of units that stay; widths that are whole are not listed.
+        schemes: path -> scheme of every layer that stays and is quantized.
+    """
+
+    blocks: tuple[Block, ...]
+    dropped: tuple[Branch, ...]
+    units: Mapping[str, int]
+    schemes: Mapping[str, Scheme]
+
+    def whole(self, family: Family) -> bool:
+        """Whether this is the full, unquantized model."""
+        return not (self.units or self.schemes or self.dropped) and len(self.blocks) == len(family.blocks)
+
+
+Weights = Callable[[str, Scheme, int | None], BankedWeight]
+"""(layer path, scheme, number of input channels or None for all) -> the fake-quantized weight, with all its rows."""
+
+ActivationStatistics = Mapping[tuple[str, str], Mapping[str, Tensor]]
+"""(layer path, scheme name) -> the constants of a static activation format, as attributes of the layer."""
+
+
+def build(
+    model: nn.Module,
+    family: Family,
+    plan: Plan,
+    weights: Weights,
+    statistics: ActivationStatistics,
+    training: bool = False,
+) -> nn.Module:
+    """A module tree of its own whose tensors are leading slices of `model`'s, in eval mode unless `training`.
+
+    With `training`, slices keep their link to the whole parameters, so that gradients reach them.
+    """
+    shell = structural_clone(model)
+    rows, columns = _cuts(family, plan)
+    layers = {layer.path: layer for layer in family.layers}
+    tied = {path for layer in family.layers for path in layer.tied}
+    for path in {**dict.fromkeys(rows), **dict.fromkeys(columns), **dict.fromkeys(plan.schemes)}:
+        if path in tied or not _stays(path, family, plan):
+            continue
+        module = shell.get_submodule(path)
+        scheme = plan.schemes.get(path)
+        if scheme is None:
+            _cut(module, rows.get(path), columns.get(path), training)
+        else:
+            banked = weights(path, scheme, columns.get(path))
+            _quantize(module, scheme, banked, rows.get(path), columns.get(path), statistics.get((path, scheme.name), {}))
+            for other in layers[path].tied:
+                _quantize(shell.get_submodule(other), scheme, banked, None, None, statistics.get((other, scheme.name), {}))
+                shell.get_submodule(other)._parameters["weight"] = module._parameters["weight"]
+    _set_attributes(shell, family, plan)
+    _drop(shell, family, plan)
+    if training and not plan.whole(family):
+        keep_statistics(shell)
+    family.configure(shell, plan.blocks)
+    return shell.train(training)
+
+
+def detach(shell: nn.Module) -> nn.Module:
+    """Gives every tensor of a view storage of its own (once each, so that tied ones stay tied)."""
+    copies: dict[int, Tensor] = {}
+
+    def own(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+            wanted = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(copy, requires_grad=tensor.requires_grad) if wanted else copy
+        return copies[id(tensor)]
+
+    for module in shell.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    store[name] = own(tensor)  # type: ignore[assignment]
+    return shell
+
+
+def _cuts(family: Family, plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
+    """Module path -> rows that stay, and module path -> input channels that stay, where not all do."""
+    rows, columns = {}, {}
+    for width in family.widths:
+        if width.gene in plan.units:
+            units = plan.units[width.gene]
+            rows.update({part.module: units * part.channels for part in width.producers})
+            columns.update({part.module: units * part.channels for part in width.consumers})
+    return rows, columns
+
+
+def _stays(path: str, family: Family, plan: Plan) -> bool:
+    kept = {block.path for block in plan.blocks}
+    if any(within(path, block.path) and block.path not in kept for block in family.blocks):
+        return False
+    return not any(within(path, gone) for branch in plan.dropped for gone in branch.replacements)
+
+
+def within(path: str, parent: str) -> bool:
+    """Whether the module at `path` is the one at `parent` or inside it."""
+    return path == parent or path.startswith(f"{parent}.")
+
+
+def _cut(module: nn.Module, rows: int | None, columns: int | None, training: bool) -> None:
+    """Leading slices in place of a module's tensors."""
+    by_column = isinstance(module, nn.Embedding)
+    for store in (module._parameters, module._buffers):
+        for name, tensor in list(store.items()):
+            if tensor is None or not tensor.dim():
+                continue
+            view = tensor[:, :rows] if by_column else tensor[:rows]
+            if name == "weight" and columns is not None:
+                view = view[:, :columns]
+            if store is module._buffers:
+                store[name] = view.clone() if training else view
+            elif training:
+                del store[name]
+                module.__dict__[name] = view
+            else:
+                store[name] = nn.Parameter(view.detach(), requires_grad=tensor.requires_grad)
+    _set_sizes(module, rows, columns)
+
+
+def _set_sizes(module: nn.Module, rows: int | None, columns: int | None) -> None:
+    for size, side in ((rows, "rows"), (columns, "columns")):
+        for name in _SIZES[side]:
+            if size is not None and name in module.__dict__:
+                module.__dict__[name] = size
+    if rows is not None and "normalized_shape" in module.__dict__:
+        module.__dict__["normalized_shape"] = (rows,)
+
+
+def _quantize(
+    module: nn.Module,
+    scheme: Scheme,
+    banked: BankedWeight,
+    rows: int | None,
+    columns: int | None,
+    statistics: Mapping[str, Tensor],
+) -> None:
+    """The banked values in place of the weight, and the layer that quantizes its input in place of the stock one."""
+    kind = next(kind for kind in _QUANTIZED if isinstance(module, kind))
+    values = banked.values[:rows]
+    if columns is not None:
+        values = values[:, :columns]
+    module._parameters["weight"] = nn.Parameter(values, requires_grad=False)
+    bias = module._parameters.get("bias")
+    if bias is not None:
+        module._parameters["bias"] = nn.Parameter(bias.detach()[:rows], requires_grad=bias.requires_grad)
+    _set_sizes(module, rows, columns)
+    module.__class__ = _QUANTIZED[kind]
+    constants = {"input_scale": None, "input_zero_point": None, "input_global_scale": None, **statistics}
+    area = values[0, 0].numel() if values.dim() > 2 else 1
+    quantized = banked.quantized.sliced(values.shape[0], values.shape[1] * area)
+    module.__dict__.update(scheme=scheme, quantized=quantized, **constants)
+
+
+def _set_attributes(shell: nn.Module, family: Family, plan: Plan) -> None:
+    for width in family.widths:
+        for path, name, per_unit in width.attributes:
+            if width.gene in plan.units and _stays(path, family, plan):
+                setattr(shell.get_submodule(path), name, plan.units[width.gene] * per_unit)
+
+
+def _drop(shell: nn.Module, family: Family, plan: Plan) -> None:
+    """Takes out branches and blocks, and counts what stays anew: list indices, and the indices of KV caches."""
+    for branch in plan.dropped:
+        for path, replacement in branch.replacements.items():
+            holder, _, name = path.rpartition(".")
+            shell.get_submodule(holder)._modules[name] = replacement()
+    caches = 0
+    for blocks in family.stages().values():
+        container = shell.get_submodule(blocks[0].path.rpartition(".")[0])
+        kept = [container._modules[block.path.rpartition(".")[2]] for block in blocks if block in plan.blocks]
+        container._modules = {str(index): module for index, module in enumerate(kept)}
+        for module in kept:
+            indexed = [m for m in module.modules() if isinstance(m.__dict__.get("layer_idx"), int)]  # type: ignore[union-attr]
+            for each in indexed:
+                each.layer_idx = caches  # type: ignore[assignment]
+            caches += bool(indexed)
+
+
+def renamed(path: str, family: Family, blocks: Sequence[Block]) -> str:
+    """A module's path in the extracted model, where dropped blocks no longer count."""
+    for stage in family.stages().values():
+        kept = [block for block in stage if block in blocks]
+        for index, block in enumerate(kept):
+            if within(path, block.path):
+                return f"{block.path.rpartition('.')[0]}.{index}{path[len(block.path) :]}"
+    return path
+
+
+def staying_layers(family: Family, plan: Plan) -> list[Layer]:
+    """The layers of the sub-network, in the family's order."""
+    return [layer for layer in family.layers if _stays(layer.path, family, plan)]

@@ -1,0 +1,347 @@
+"""The super-network: a pretrained model made elastic and quantizable, in which every sub-network is a view.
+
+    space = jointopt.SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16"])
+    supernet = jointopt.Supernet(model, space)
+    supernet.calibrate(batches)
+    with supernet.active(space.sample(1, seed=0)[0]) as small:
+        small(**batch)
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quant.calibration import ActivationObserver, choose_clip
+from quant.errors import JointoptError
+from quant.formats import Scheme, scheme
+from quant.reference import quantize
+from search_spaces.defaults import default_order, requirements
+from search_spaces.families import Declare, declare
+from search_spaces.family import Layer, structural_clone
+from search_spaces.precision import gene_names
+from search_spaces.space import SearchSpace
+
+from .batch_norm import has_batch_norm, reestimate
+from .cost.shapes import ShapeCosts, measure_positions
+from .elastic import check_space, fitted_schemes, precision_genes
+from .importance import CalibrationPass, sort_width, unit_importance
+from .subnetwork import Plan, build, detach, renamed, staying_layers
+from .weight_bank import BankedWeight, WeightBank
+
+BATCH_NORM_BATCHES = 4
+
+
+class Supernet:
+    """A copy of a model, whose sub-networks are views into its weights. The model given is never changed.
+
+    Args:
+        model: a model of a known family, or of the one that `family` declares, in float32 or bfloat16.
+        space: its search space; genes are matched to the model by their names (`SearchSpace.for_model`).
+        family: a declaration of one's own (model -> Family).
+        weight_calibration: how the clipping range of quantized weights is chosen: "minmax", "percentile" or "mse".
+        bank_bytes: memory for fake-quantized weights; beyond it the least recently used are made again.
+
+    Raises:
+        JointoptError: a model of an unknown family or dtype, a gene or choice that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: SearchSpace,
+        *,
+        family: Declare | None = None,
+        weight_calibration: str = "minmax",
+        bank_bytes: int = 4 * 10**9,
+    ):
+        dtypes = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
+        if not dtypes <= {torch.float32, torch.bfloat16}:
+            raise JointoptError(f"dtype: the model holds {', '.join(map(str, dtypes))}; allowed: float32, bfloat16")
+        self._given = model
+        self.model, self.family = declare(_own_copy(model), family)
+        self.space = space
+        self.weight_calibration = weight_calibration
+        self.calibrated = False
+        self.trained = False
+        self._leaving = default_order(self.family)
+        self._layers = {layer.path: layer for layer in self.family.layers}
+        self._precision_gene = precision_genes(self.family, space)
+        self._schemes = fitted_schemes(self.model, self.family, space, self._precision_gene)
+        check_space(self.model, self.family, space)
+        self._bank = WeightBank(bank_bytes)
+        self._statistics: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self._batch_norm_batches: list[Mapping[str, Any]] = []
+        self._positions: dict[str, float] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Measures importance and ranges in one pass, and sorts channels, heads and blocks by importance.
+
+        The function of the whole model is unchanged by the sorting. A super-network that was trained is not sorted
+        again, since its weights have learned their order.
+
+        Args:
+            batches: dicts of what the model's forward takes; some 100 samples do. Tensors are moved to its device.
+
+        Raises:
+            JointoptError: there is no batch, or one is not a dict.
+        """
+        observers = self._observers()
+        calibration = CalibrationPass(self.model, self.family, observers)
+        kept: list[Mapping[str, Any]] = []
+        count = calibration.run(self._checked(batches, kept))
+        if not count:
+            raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
+        self._positions = measure_positions(self.model, kept[0])
+        self._batch_norm_batches = kept if has_batch_norm(self.model) else []
+        if not self.trained:
+            self._sort(calibration)
+        self._statistics = {
+            (path, observer.scheme): observer.constants() for path, many in observers.items() for observer in many
+        }
+        self._bank.clear()
+        self.__dict__.pop("_costs", None)
+        self.calibrated = True
+
+    def _checked(self, batches: Iterable[Any], kept: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise JointoptError(
+                    f"calibrate: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
+                )
+            moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            if len(kept) < BATCH_NORM_BATCHES:
+                kept.append(moved)
+            yield moved
+
+    def _observers(self) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for (path, _), wanted in self._schemes.items():
+            static = wanted.activations is not None and wanted.needs_statistics
+            known = [observer.scheme for observer in found.get(path, [])]
+            if static and wanted.name not in known:
+                for each in (path, *self._layers[path].tied):
+                    if isinstance(self.model.get_submodule(each), nn.Linear | nn.Conv2d):
+                        found.setdefault(each, []).append(SchemeObserver(wanted))
+        return found
+
+    def _sort(self, calibration: CalibrationPass) -> None:
+        for width in self.family.widths:
+            importance = unit_importance(self.model, width, calibration.channel_energy)
+            sort_width(self.model, width, torch.argsort(importance, descending=True, stable=True))
+        influence = calibration.influence
+        self._leaving = {
+            stage: sorted(names, key=lambda name: influence.get(name, 0.0)) for stage, names in self._leaving.items()
+        }
+        self._condition_space()
+
+    def _condition_space(self) -> None:
+        """Which genes matter at which depth follows from the order in which blocks leave."""
+        choices = {gene.name: gene.choices for gene in self.space.genes}
+        self.space = self.space.replaced(requires=requirements(self.family, choices, self._leaving))
+
+    def plan(self, genome: Any) -> Plan:
+        """What a genome says in the family's terms. Raises JointoptError for a genome that is not of the space."""
+        self.space.validate(genome)
+        chosen = self.space.decode(self.space.canonical(genome))
+        blocks = []
+        for stage, members in self.family.stages().items():
+            leaving = self._leaving[stage][: len(members) - chosen.get(stage, len(members))]
+            blocks += [b for b in members if b.name not in leaving and chosen.get(f"{b.name}.keep", True)]
+        blocks.sort(key=self.family.blocks.index)
+        dropped = tuple(
+            branch
+            for block in blocks
+            for branch in block.branches
+            if not chosen.get(f"{block.name}.{branch.kind}.keep", True)
+        )
+        widths = {width.gene: width for width in self.family.widths}
+        units = {gene: chosen[gene] // width.unit for gene, width in widths.items() if gene in chosen}
+        units = {gene: count for gene, count in units.items() if count < widths[gene].units}
+        bare = Plan(tuple(blocks), dropped, units, {})
+        schemes = {}
+        for layer in staying_layers(self.family, bare):
+            gene = self._precision_gene.get(layer.path)
+            if gene is not None and (wanted := self._schemes[layer.path, chosen[gene]]).weights is not None:
+                schemes[layer.path] = wanted
+        return Plan(bare.blocks, dropped, units, schemes)
+
+    @contextmanager
+    def active(self, genome: Any) -> Iterator[nn.Module]:
+        """The sub-network as a view, in eval mode: no weight is copied, none is quantized that was before."""
+        yield self._view(self.plan(genome))
+
+    @contextmanager
+    def original(self) -> Iterator[nn.Module]:
+        """The model as it was given, in eval mode, through a clone that shares its tensors."""
+        yield structural_clone(self._given).eval()
+
+    def extract(self, genome: Any) -> nn.Module:
+        """The sub-network as a model of its own, which shares no tensor with the super-network."""
+        return detach(self._view(self.plan(genome)))
+
+    def training_view(self, genome: Any) -> nn.Module:
+        """The sub-network's architecture, unquantized, in training mode: gradients reach the super-network."""
+        plan = self.plan(genome)
+        plan = Plan(plan.blocks, plan.dropped, plan.units, {})
+        return build(self.model, self.family, plan, self._banked, self._statistics, training=True)
+
+    def _view(self, plan: Plan) -> nn.Module:
+        shell = build(self.model, self.family, plan, self._banked, self._statistics)
+        if self._batch_norm_batches and not plan.whole(self.family):
+            reestimate(shell, self._batch_norm_batches)
+        return shell
+
+    def _banked(self, path: str, wanted: Scheme, channels: int | None) -> BankedWeight:
+        weight = self.model.get_submodule(path).get_parameter("weight").detach()
+        assert wanted.weights is not None
+        sliced = channels if wanted.weights.granularity == "channel" and channels else weight.shape[1]
+
+        def make() -> BankedWeight:
+            part = weight[:, :sliced].contiguous()
+            clip = choose_clip(part, wanted.weights, self.weight_calibration)
+            quantized = quantize(part, wanted.weights, clip)
+            return BankedWeight(quantized, quantized.dequantize(weight.dtype))
+
+        needs = {key for key in self._statistics if key == (path, wanted.name)}
+        if wanted.needs_statistics and not needs and not isinstance(self.model.get_submodule(path), nn.Embedding):
+            raise JointoptError(f"{path}: {wanted.name} needs ranges of activations; call calibrate(batches) first")
+        return self._bank.get(path, wanted, sliced, make)
+
+    @cached_property
+    def _costs(self) -> ShapeCosts:
+        positions = self._positions
+        if positions is None:
+            if self.family.example is None:
+                raise JointoptError(f"costs: the {self.family.name} family declares no example; call calibrate first")
+            positions = measure_positions(self.model, self.family.example(self.model))
+        scheme_of = partial(_lookup, self._schemes)
+        return ShapeCosts(
+            self.model, self.family, self.space, positions, self._precision_gene, scheme_of, self._leaving
+        )
+
+    def costs(self, genome: Any) -> dict[str, int | float]:
+        """`parameters`, `size` in bytes, `macs` and `bops` of one genome, from shapes alone.
+
+        MACs are those of one sample of the first calibration batch (before calibration: of the family's example),
+        counted in linear layers, convolutions and attention products. BOPs are MACs x weight bits x activation bits.
+        """
+        return {name: values[0].item() for name, values in self.cost_columns(np.atleast_2d(genome)).items()}
+
+    def cost_columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
+        """`costs` of many genomes at once: name -> one value a row of `genomes`."""
+        self.space.validate(genomes)
+        return self._costs.columns(self.space.canonical(genomes))
+
+    def layout(self, genome: Any) -> list[dict[str, Any]]:
+        """One record a layer that stays: block, layer (path here), name (path in the extracted model), kind, rows,
+        columns, scheme. For pictures and records."""
+        plan = self.plan(genome)
+        shell = build(self.model, self.family, plan, self._banked, self._statistics)
+        records = []
+        for layer in staying_layers(self.family, plan):
+            name = renamed(layer.path, self.family, plan.blocks)
+            module = shell.get_submodule(name)
+            weight = module.get_parameter("weight")
+            kept = plan.schemes.get(layer.path)
+            records.append(
+                {
+                    "block": layer.block,
+                    "layer": layer.path,
+                    "name": name,
+                    "kind": next(k for k in ("Linear", "Conv2d", "Embedding") if k in type(module).__name__),
+                    "rows": weight.shape[0],
+                    "columns": weight[0].numel(),
+                    "scheme": kept.name if kept else "none",
+                    "bits": kept.weights.bits if kept and kept.weights else weight.element_size() * 8,
+                }
+            )
+        return records
+
+    def finish_training(self) -> None:
+        """To be called when the weights have changed: what was measured on the old ones no longer holds."""
+        self.trained, self.calibrated = True, False
+        self._bank.clear()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, order, space and calibration: equal for equal super-networks."""
+        digest = hashlib.sha256(json.dumps([self.space.to_dict(), self._leaving], sort_keys=True, default=str).encode())
+        tensors = dict(self.model.state_dict())
+        for (path, name), constants in self._statistics.items():
+            tensors.update({f"{path}:{name}:{key}": value for key, value in constants.items()})
+        for name, tensor in sorted(tensors.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Writes weights and order, to be loaded into a super-network of the same model and space."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _distinct(self.model).items()}
+        record = {"leaving": self._leaving, "trained": self.trained}
+        save_file(tensors, str(path), metadata={"supernet": json.dumps(record)})
+
+    def load(self, path: str | Path) -> None:
+        """Restores what `save` wrote; calibrate afterwards, which then keeps the order."""
+        with safe_open(str(path), framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("supernet", "null"))
+            own = _distinct(self.model)
+            if record is None or set(file.keys()) != set(own):
+                raise JointoptError(f"{path}: not a saved super-network of this model")
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                if tensor.shape != own[name].shape:
+                    found, wanted = tuple(tensor.shape), tuple(own[name].shape)
+                    raise JointoptError(f"{path}: {name} has shape {found}; this model's has {wanted}")
+                own[name].data.copy_(tensor)
+        self._leaving, self.trained = record["leaving"], record["trained"]
+        self._condition_space()
+        self._bank.clear()
+        self.__dict__.pop("_costs", None)
+
+
+class SchemeObserver:
+    """Ranges of one layer's inputs, for one scheme's static activation format."""
+
+    def __init__(self, wanted: Scheme):
+        assert wanted.activations is not None
+        self.scheme = wanted.name
+        self._observer = ActivationObserver(wanted.activations)
+
+    def observe(self, hidden: Tensor) -> None:
+        self._observer.observe(hidden)
+
+    def constants(self) -> dict[str, Tensor]:
+        return self._observer.constants()
+
+
+def _own_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose split or sliced tensors share nothing with the original's."""
+    return copy.deepcopy(model) if isinstance(model, nn.Module) else model
+
+
+def _lookup(schemes: Mapping[tuple[str, str], Scheme], layer: Layer, choice: str) -> Scheme:
+    return schemes.get((layer.path, choice)) or scheme("none")
+
+
+def _distinct(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters and buffers by name, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+__all__ = ["Supernet", "gene_names"]

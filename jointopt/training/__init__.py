@@ -1,0 +1,1 @@
+"""Turning fine-tuning into super-network training."""

@@ -1,0 +1,114 @@
+"""BERT, and RoBERTa, XLM-RoBERTa and CamemBERT, whose encoders have the same layout."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from quant.errors import JointoptError
+from search_spaces.family import (
+    Block,
+    Branch,
+    Family,
+    Layer,
+    Part,
+    SkipPostNormAttention,
+    SkipPostNormOutput,
+    Width,
+    example_text,
+    has_module,
+)
+from search_spaces.llama import configure
+
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
+
+# Layers behind the encoder, where the task puts them: name, path, whether a whole sequence of tokens comes in.
+_HEADS = (
+    ("classifier", False),
+    ("classifier.dense", False),
+    ("classifier.out_proj", False),
+    ("qa_outputs", True),
+    ("cls.predictions.transform.dense", True),
+    ("lm_head.dense", True),
+)
+
+
+def declare(model: nn.Module) -> Family:
+    """The declaration of a BERT-like encoder under any head of transformers."""
+    if model.config.is_decoder or getattr(model.config, "add_cross_attention", False):
+        raise JointoptError("model: a BERT used as a decoder is not a known layout; allowed: encoders")
+    root = next((f"{base}." for base in ("bert", "roberta") if has_module(model, base)), "")
+    blocks: list[Block] = []
+    widths: list[Width] = []
+    layers = [_embedding(model, root)]
+    for index in range(len(model.get_submodule(f"{root}encoder.layer"))):
+        name, path = f"block{index}", f"{root}encoder.layer.{index}"
+        attention = model.get_submodule(f"{path}.attention.self")
+        head_dim = attention.attention_head_size
+        blocks.append(
+            Block(
+                name,
+                path,
+                branches=(
+                    Branch("attention", {f"{path}.attention": SkipPostNormAttention}),
+                    Branch("mlp", {f"{path}.intermediate": nn.Identity, f"{path}.output": SkipPostNormOutput}),
+                ),
+            )
+        )
+        inputs = [f"{path}.attention.self.{member}" for member in ("query", "key", "value")]
+        out = f"{path}.attention.output.dense"
+        widths.append(
+            Width(
+                f"{name}.heads",
+                "heads",
+                attention.num_attention_heads,
+                producers=tuple(Part(member, head_dim) for member in inputs),
+                consumers=(Part(out, head_dim),),
+                attributes=(
+                    (f"{path}.attention.self", "num_attention_heads", 1),
+                    (f"{path}.attention.self", "all_head_size", head_dim),
+                ),
+                block=name,
+                attention=True,
+            )
+        )
+        up, down = f"{path}.intermediate.dense", f"{path}.output.dense"
+        widths.append(
+            Width(
+                f"{name}.mlp",
+                "mlp",
+                model.get_submodule(up).out_features,
+                producers=(Part(up),),
+                consumers=(Part(down),),
+                block=name,
+            )
+        )
+        for short, member in zip("qkv", inputs, strict=True):
+            layers.append(Layer(f"{name}.{short}", member, f"{name}.qkv", name, "attention"))
+        layers.append(Layer(f"{name}.out", out, f"{name}.out", name, "attention"))
+        layers.append(Layer(f"{name}.up", up, f"{name}.up", name, "mlp"))
+        layers.append(Layer(f"{name}.down", down, f"{name}.down", name, "mlp"))
+    if has_module(model, f"{root}pooler.dense"):
+        layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
+    layers.extend(_heads(model))
+    return Family("bert", tuple(blocks), tuple(widths), tuple(layers), configure, example_text)
+
+
+def _embedding(model: nn.Module, root: str) -> Layer:
+    path = f"{root}embeddings.word_embeddings"
+    weight = model.get_submodule(path).weight
+    tied = tuple(
+        other
+        for other, module in model.named_modules()
+        if other != path and isinstance(module, nn.Linear) and module.weight is weight
+    )
+    return Layer("embedding", path, "embedding", tied=tied)
+
+
+def _heads(model: nn.Module) -> list[Layer]:
+    per_token = "TokenClassification" in type(model).__name__
+    heads = []
+    for path, tokens in _HEADS:
+        if has_module(model, path) and isinstance(model.get_submodule(path), nn.Linear):
+            name = "head" if path in ("classifier", "qa_outputs") else "head." + path.rpartition(".")[2]
+            heads.append(Layer(name, path, name, tokens=tokens or per_token))
+    return heads

@@ -1,0 +1,313 @@
+"""Derives a search space from a model: written-out choices, a preset, or a default in which all can be stored."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import yaml
+from torch import nn
+
+from quant.errors import JointoptError
+from quant.formats import scheme
+from search_spaces.families import Declare, declare
+from search_spaces.family import Block, Family, Layer, Width, extent
+from search_spaces.precision import (
+    PRECISION_PER,
+    columns_per_input,
+    fitted_scheme,
+    full_columns,
+    gene_names,
+    possible_columns,
+)
+from search_spaces.space import Gene, SearchSpace
+
+DEFAULT_SCHEMES = ("none", "W8A8", "W4A16", "FP8_DYNAMIC")
+ARCHITECTURE = ("depth", "keep", "attention_keep", "mlp_keep", "heads", "mlp", "bottleneck", "stage")
+
+Choices = Sequence[int | float]
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Name -> content of every preset that comes with the package."""
+    folder = resources.files("search_spaces") / "presets"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): yaml.safe_load(f.read_text()) for f in files}
+
+
+def space_for_model(
+    model: nn.Module,
+    schemes: Iterable[str] | None = None,
+    precision_per: str | None = None,
+    preset: str | None = None,
+    family: Declare | None = None,
+    **architecture: Any,
+) -> SearchSpace:
+    """The search space of a model.
+
+    Args:
+        model: any model of a known family, or of the one that `family` declares. It is left as it is.
+        schemes: names of the number formats that every layer may choose from, where it can take them
+            (default: none, W8A8, W4A16, FP8_DYNAMIC).
+        precision_per: "layer", "projection" (q, k, v share a gene; gate, up share one; the default) or "block".
+        preset: name of a file in search_spaces/presets; "fixed" leaves the architecture as it is.
+        family: a declaration of one's own (model -> Family).
+        **architecture: choices written out, which then are all that is elastic: depth, heads, mlp, bottleneck, stage
+            (widths): lists of counts, or of fractions of the full one (floats), depth also of blocks less than
+            all (0 or negative); keep, attention_keep, mlp_keep: True gives each block, its attention, its MLP a gene.
+            With neither these nor a preset the space is the family's default.
+
+    Returns:
+        A space whose genes list their choices from small to large; precision choices come in the order of `schemes`.
+
+    Raises:
+        JointoptError: an unknown key, preset or scheme; a width that does not divide; a scheme that fits no layer.
+    """
+    options = _options(preset, architecture)
+    schemes = tuple(schemes or options.pop("schemes", None) or DEFAULT_SCHEMES)
+    options.pop("schemes", None)
+    precision_per = precision_per or options.pop("precision_per", None) or "projection"
+    options.pop("precision_per", None)
+    if precision_per not in PRECISION_PER:
+        raise JointoptError(f"precision_per: found {precision_per!r}; allowed: {', '.join(PRECISION_PER)}")
+    clone, declared = declare(model, family)
+    chosen = options or (_default_architecture(declared) if preset is None else {})
+    genes = _depth_genes(declared, chosen) + _keep_genes(declared, chosen)
+    widths = _width_genes(clone, declared, chosen, schemes, explicit=bool(options))
+    genes += widths + _precision_genes(clone, declared, widths, schemes, precision_per)
+    if not genes:
+        raise JointoptError("space: nothing is elastic and no scheme is offered; give schemes, depth, heads, mlp, ...")
+    requires = requirements(declared, {gene.name: gene.choices for gene in genes}, default_order(declared))
+    return with_extremes(SearchSpace([Gene(g.name, g.choices, requires.get(g.name, {})) for g in genes]))
+
+
+def with_extremes(space: SearchSpace) -> SearchSpace:
+    """The space with its smallest and largest genomes by meaning: fewest and most channels, fewest and most bits."""
+    smallest = [_by_bits(gene)[0] if gene.name.endswith(".precision") else 0 for gene in space.genes]
+    largest = [
+        _by_bits(gene)[-1] if gene.name.endswith(".precision") else len(gene.choices) - 1 for gene in space.genes
+    ]
+    return SearchSpace(space.genes, smallest=space.canonical(smallest), largest=space.canonical(largest))
+
+
+def _by_bits(gene: Gene) -> list[int]:
+    """Choice indices from the fewest bits to the most; at equal weights the quantized activations come first."""
+
+    def bits(index: int) -> tuple[float, float]:
+        wanted = scheme(str(gene.choices[index]))
+        return wanted.bits if wanted.weights else 32.0, 8.0 if wanted.activations else 16.0
+
+    return sorted(range(len(gene.choices)), key=bits)
+
+
+def _options(preset: str | None, architecture: Mapping[str, Any]) -> dict[str, Any]:
+    for key in architecture:
+        if key not in ARCHITECTURE:
+            near = difflib.get_close_matches(key, ARCHITECTURE, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise JointoptError(f"space.{key}: unknown key{hint}; allowed: {', '.join(ARCHITECTURE)}")
+    if preset is None:
+        return {k: v for k, v in architecture.items() if v not in (None, False)}
+    known = presets()
+    if preset not in known:
+        raise JointoptError(f"space.preset: found {preset!r}; allowed: {', '.join(known)}")
+    return {**(known[preset] or {}), **architecture}
+
+
+def _default_architecture(family: Family) -> dict[str, Any]:
+    if any(width.kind == "stage" for width in family.widths):
+        return {"depth": [0.5, 0.75, 1.0], "bottleneck": [0.5, 0.75, 1.0], "stage": [0.75, 1.0]}
+    return {"depth": [0.5, 0.67, 0.83, 1.0], "heads": [0.5, 0.75, 1.0], "mlp": [0.5, 0.75, 1.0]}
+
+
+def _depth_genes(family: Family, chosen: Mapping[str, Any]) -> list[Gene]:
+    if "depth" not in chosen:
+        return []
+    genes = []
+    for stage, blocks in family.stages().items():
+        full = len(blocks)
+        least = max(1, sum(not block.removable for block in blocks))
+        counts = sorted({max(least, _count(f"space.depth ({stage})", c, full, least)) for c in _listed("depth", chosen)})
+        if len(counts) > 1:
+            genes.append(Gene(stage, tuple(counts)))
+    return genes
+
+
+def _count(key: str, choice: Any, full: int, least: int) -> int:
+    if isinstance(choice, float) and 0 < choice <= 1:
+        return max(least, round(choice * full))
+    if isinstance(choice, bool) or not isinstance(choice, int) or not -full < choice <= full:
+        raise JointoptError(f"{key}: found {choice!r}; allowed: a count up to {full}, 0 or less, or a fraction (float)")
+    if 0 < choice < least:
+        raise JointoptError(f"{key}: found {choice!r}; allowed: {least} to {full}")
+    return full + choice if choice <= 0 else choice
+
+
+def _listed(key: str, chosen: Mapping[str, Any]) -> list[Any]:
+    found = chosen[key]
+    if not isinstance(found, list | tuple | range) or not len(found):
+        raise JointoptError(f"space.{key}: found {found!r}; allowed: a list of counts or fractions")
+    return list(found)
+
+
+def _keep_genes(family: Family, chosen: Mapping[str, Any]) -> list[Gene]:
+    genes = []
+    for block in family.blocks:
+        if chosen.get("keep") and block.removable:
+            genes.append(Gene(f"{block.name}.keep", (False, True)))
+        for branch in block.branches:
+            if chosen.get(f"{branch.kind}_keep"):
+                genes.append(Gene(f"{block.name}.{branch.kind}.keep", (False, True)))
+    for key in ("keep", "attention_keep", "mlp_keep"):
+        if chosen.get(key) and not any(g.name.endswith(key.replace("_", ".")) for g in genes):
+            raise JointoptError(f"space.{key}: the {family.name} family has no block that can leave this way")
+    return genes
+
+
+def _width_genes(
+    model: nn.Module, family: Family, chosen: Mapping[str, Any], schemes: tuple[str, ...], explicit: bool
+) -> list[Gene]:
+    genes: dict[str, Gene] = {}
+    kinds = {width.kind for width in family.widths}
+    for key in ("heads", "mlp", "bottleneck", "stage"):
+        if key in chosen and key not in kinds and explicit:
+            raise JointoptError(f"space.{key}: the {family.name} family has none; allowed: {', '.join(sorted(kinds))}")
+    for width in family.widths:
+        if width.kind not in chosen or width.gene in genes:
+            continue
+        sizes = sorted({_size(width, choice) for choice in _listed(width.kind, chosen)})
+        sizes = [size for size in sizes if size == width.size or _storable(model, family, width, size, schemes)]
+        if len(sizes) > 1 or sizes[0] != width.size:
+            genes[width.gene] = Gene(width.gene, tuple(sizes))
+    return list(genes.values())
+
+
+def _size(width: Width, choice: Any) -> int:
+    if isinstance(choice, float) and 0 < choice <= 1:
+        grain = _grain(width)
+        return min(width.size, max(grain, round(choice * width.size / grain) * grain))
+    if isinstance(choice, bool) or not isinstance(choice, int) or not 0 < choice <= width.size or choice % width.unit:
+        of = f" in steps of {width.unit}" if width.unit > 1 else ""
+        raise JointoptError(
+            f"space.{width.kind} ({width.gene}): found {choice!r}; allowed: {width.unit} to {width.size}{of}, "
+            "or a fraction (float)"
+        )
+    return choice
+
+
+def _grain(width: Width) -> int:
+    """What fractions are rounded to: a step that divides the full width, and that groups of weights divide."""
+    if width.kind == "heads":
+        return width.unit
+    return next((step for step in (128, 64, 32, 16, 8, 4, 2) if width.size % step == 0 and width.size >= 6 * step), 1)
+
+
+def _storable(model: nn.Module, family: Family, width: Width, size: int, schemes: tuple[str, ...]) -> bool:
+    """Whether each consumer can, at this size, take every scheme that it can take at full width."""
+    for each in (w for w in family.widths if w.gene == width.gene):
+        for part in each.consumers:
+            module = model.get_submodule(part.module)
+            layer = next((entry for entry in family.layers if entry.path == part.module), None)
+            if layer is None:
+                continue
+            columns = size // each.unit * part.channels * columns_per_input(module)
+            for name in schemes:
+                if _fits(name, layer, module, [full_columns(module)]) and not _fits(name, layer, module, [columns]):
+                    return False
+    return True
+
+
+def _fits(name: str, layer: Layer, module: nn.Module, columns: Iterable[int]) -> bool:
+    try:
+        fitted_scheme(name, layer, module, columns)
+    except JointoptError:
+        return False
+    return True
+
+
+def _precision_genes(
+    model: nn.Module, family: Family, widths: list[Gene], schemes: tuple[str, ...], precision_per: str
+) -> list[Gene]:
+    for name in schemes:
+        scheme(name)
+    choices = {gene.name: gene.choices for gene in widths}
+    at = PRECISION_PER.index(precision_per)
+    groups: dict[str, list[Layer]] = {}
+    for layer in family.layers:
+        groups.setdefault(gene_names(layer)[at], []).append(layer)
+    genes, unmet, left = [], set(schemes), []
+    for gene, layers in groups.items():
+        offered = []
+        for name in schemes:
+            if all(_offered(name, model, family, layer, choices) for layer in layers):
+                offered.append(name)
+        unmet -= set(offered)
+        if not offered:
+            left.extend(layer.path for layer in layers)
+        elif offered != ["none"]:
+            genes.append(Gene(gene, tuple(offered)))
+    if unmet:
+        raise JointoptError(f"space.schemes: no layer of the model can take {', '.join(sorted(unmet))}")
+    if left:
+        warnings.warn(f"none of {', '.join(schemes)} fits {', '.join(left)}: left unquantized", stacklevel=4)
+    return genes
+
+
+def _offered(name: str, model: nn.Module, family: Family, layer: Layer, choices: dict[str, tuple]) -> bool:
+    module = model.get_submodule(layer.path)
+    columns = possible_columns(family, layer, module, choices)
+    return _fits(name, layer, module, columns)
+
+
+def default_order(family: Family) -> dict[str, list[str]]:
+    """Depth gene -> its removable blocks in the order of leaving, before any importance is known: the last first."""
+    return {
+        stage: [block.name for block in reversed(blocks) if block.removable] for stage, blocks in family.stages().items()
+    }
+
+
+def requirements(
+    family: Family, choices: Mapping[str, tuple], order: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, tuple]]:
+    """What each gene requires in order to matter: that its block, and its part of the block, are there."""
+    present = {block.name: _presence(block, family, choices, order) for block in family.blocks}
+    found: dict[str, dict[str, tuple]] = {}
+    for block in family.blocks:
+        for branch in block.branches:
+            found[f"{block.name}.{branch.kind}.keep"] = present[block.name]
+        depth = {k: v for k, v in present[block.name].items() if k != f"{block.name}.keep"}
+        found[f"{block.name}.keep"] = depth
+    for width in family.widths:
+        if width.block:
+            branch_kind = "attention" if width.attention else width.kind
+            found[width.gene] = {**present[width.block], **_kept(f"{width.block}.{branch_kind}.keep", choices)}
+    for layer in family.layers:
+        if layer.block is None:
+            continue
+        own = {**present[layer.block], **_kept(f"{layer.block}.{layer.branch}.keep", choices)}
+        for gene in gene_names(layer):
+            found[gene] = own if found.get(gene, own) == own else present[layer.block]
+    return {gene: requires for gene, requires in found.items() if gene in choices}
+
+
+def _kept(gene: str, choices: Mapping[str, tuple]) -> dict[str, tuple]:
+    return {gene: (True,)} if gene in choices else {}
+
+
+def _presence(
+    block: Block, family: Family, choices: Mapping[str, tuple], order: Mapping[str, Sequence[str]]
+) -> dict[str, tuple]:
+    requires = _kept(f"{block.name}.keep", choices)
+    if block.stage in choices and block.removable:
+        leaving = order[block.stage]
+        total = len(family.stages()[block.stage])
+        counts = tuple(c for c in choices[block.stage] if leaving.index(block.name) >= total - c)
+        if len(counts) < len(choices[block.stage]):
+            requires = {block.stage: counts, **requires}
+    return requires
+
+
+__all__ = ["default_order", "extent", "presets", "requirements", "space_for_model", "with_extremes"]

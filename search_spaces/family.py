@@ -1,0 +1,234 @@
+"""What a family declares: where a model's blocks are, which layers carry each elastic width, which can be quantized.
+
+A declaration is data. It names modules by their paths in the model, so that one mechanism (`jointopt.Supernet`) can
+cut, drop and quantize any model that someone has described with the five nouns of this file.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import JointoptError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module's share of an elastic width: `channels` consecutive rows (or input columns) for each unit."""
+
+    module: str
+    channels: int = 1
+
+
+@dataclass(frozen=True)
+class Width:
+    """An elastic width: `size` heads or channels, leaving in whole units of `unit`.
+
+    Attributes:
+        gene: name of the gene that chooses it. Several widths may share one gene; each is sorted on its own.
+        kind: "heads", "mlp", "bottleneck" or "stage": the key under which a config lists its choices.
+        size: the full width, in what the gene counts (query heads, channels).
+        unit: what leaves together, in the same count: one channel, or the query heads of one KV group.
+        producers: modules whose output rows (weight, bias, normalization) carry the width, with the rows per unit.
+        consumers: modules whose input columns carry it, with the columns per unit.
+        attributes: (module path, attribute, value per unit): integers that the modules' forward passes read.
+        block: name of the block it lives in, None for a width that runs through several.
+        attention: True where the consumers' input is the output of attention, whose products count as MACs.
+    """
+
+    gene: str
+    kind: str
+    size: int
+    producers: tuple[Part, ...]
+    consumers: tuple[Part, ...]
+    unit: int = 1
+    attributes: tuple[tuple[str, str, int], ...] = ()
+    block: str | None = None
+    attention: bool = False
+
+    @property
+    def units(self) -> int:
+        return self.size // self.unit
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A part of a block that can leave alone ("attention" or "mlp"): module path -> what stands in for it."""
+
+    kind: str
+    replacements: Mapping[str, Callable[[], nn.Module]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block, one entry of a module list.
+
+    Attributes:
+        name: short name, the first part of its genes' names ("block3", "stage2.block1").
+        path: the module's path; its last component is its index in the list.
+        stage: name of the depth gene that counts it ("depth", "stage2.depth").
+        removable: False where the residual stream changes its shape.
+        branches: what can leave alone.
+    """
+
+    name: str
+    path: str
+    stage: str = "depth"
+    removable: bool = True
+    branches: tuple[Branch, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be quantized: Linear, Conv2d or Embedding.
+
+    Attributes:
+        name: short name, and with ".precision" its own gene's name.
+        path: the module's path.
+        projection: name of the group that shares a precision gene (q, k, v; gate, up); the same for all of a group.
+        block: the block it lives in, None outside the blocks.
+        branch: the branch of the block that it leaves with ("attention", "mlp"), if any.
+        tied: paths of other modules that hold the same weight.
+        tokens: False where the layer's input is one vector a sample: no scheme with activations is offered there,
+            since a dynamic scale would be shared by the whole batch.
+    """
+
+    name: str
+    path: str
+    projection: str
+    block: str | None = None
+    branch: str | None = None
+    tied: tuple[str, ...] = ()
+    tokens: bool = True
+
+
+def unchanged(model: nn.Module, kept: Sequence[Block]) -> None:
+    """The default `Family.configure`: a model whose forward pass reads no count of blocks."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model, described. See `Width`, `Block`, `Layer`.
+
+    Attributes:
+        name: "vit", "bert", "llama", "resnet", "timm_vit", "timm_resnet", or the name of a user's own.
+        configure: called with a sub-network and the blocks it kept; sets what the forward pass reads (a new config).
+        example: model -> keyword inputs of one sample, to measure shapes before any data is there.
+    """
+
+    name: str
+    blocks: tuple[Block, ...]
+    widths: tuple[Width, ...]
+    layers: tuple[Layer, ...]
+    configure: Callable[[nn.Module, Sequence[Block]], None] = unchanged
+    example: Callable[[nn.Module], dict[str, Tensor]] | None = None
+
+    def block(self, name: str) -> Block:
+        return next(block for block in self.blocks if block.name == name)
+
+    def stages(self) -> dict[str, tuple[Block, ...]]:
+        """Depth gene -> its blocks, in the order of the forward pass."""
+        names = dict.fromkeys(block.stage for block in self.blocks)
+        return {name: tuple(block for block in self.blocks if block.stage == name) for name in names}
+
+
+class SkipBranch(nn.Module):
+    """Stands in for a residual branch: adds nothing, whatever it is called with."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
+class SkipAttention(nn.Module):
+    """Stands in for a pre-norm attention that returns its output and its weights."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+class SkipPostNormAttention(nn.Module):
+    """Stands in for a post-norm attention, residual and normalization included: hands its input on."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
+class SkipPostNormOutput(nn.Module):
+    """Stands in for a post-norm MLP's output layer: hands the residual on."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return input_tensor
+
+
+def structural_clone(module: nn.Module) -> nn.Module:
+    """A module tree of its own that shares every tensor with `module`: what is set on the clone is not set on it."""
+    clone = object.__new__(type(module))
+    containers = dict | set
+    clone.__dict__.update({k: copy.copy(v) if isinstance(v, containers) else v for k, v in module.__dict__.items()})
+    for name, child in module._modules.items():
+        if child is not None:
+            clone._modules[name] = structural_clone(child)
+    return clone
+
+
+def parent_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the one at `path`, and the name under which it does."""
+    holder, _, name = path.rpartition(".")
+    return root.get_submodule(holder), name
+
+
+def has_module(root: nn.Module, path: str) -> bool:
+    """Whether there is a module at `path`; an attribute that is None counts as none."""
+    module: Any = root
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if not isinstance(module, nn.Module):
+            return False
+    return True
+
+
+def check(family: Family, model: nn.Module) -> None:
+    """Raises JointoptError where the declaration and the model disagree, naming the path and both sizes."""
+    for width in family.widths:
+        if width.size % width.unit:
+            raise JointoptError(f"{width.gene}: {width.size} is not a whole number of units of {width.unit}")
+        for part, side in [(p, "rows") for p in width.producers] + [(p, "columns") for p in width.consumers]:
+            if not has_module(model, part.module):
+                raise JointoptError(f"{family.name}: width {width.gene!r} names {part.module!r}, which the model lacks")
+            found = extent(model.get_submodule(part.module), side)
+            if found != width.units * part.channels:
+                raise JointoptError(
+                    f"{family.name}: {part.module} has {found} {side}; width {width.gene!r} declares "
+                    f"{width.units} units of {part.channels}"
+                )
+    for path in [block.path for block in family.blocks] + [layer.path for layer in family.layers]:
+        if not has_module(model, path):
+            raise JointoptError(f"{family.name}: the declaration names {path!r}, which the model lacks")
+    for layer in family.layers:
+        module = model.get_submodule(layer.path)
+        if not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            raise JointoptError(
+                f"{layer.path}: {type(module).__name__} cannot be quantized; allowed: Linear, Conv2d, Embedding"
+            )
+
+
+def extent(module: nn.Module, side: str) -> int:
+    """Number of output rows or input columns of a layer or normalization, conv columns counted in channels."""
+    weight = module.get_parameter("weight")
+    if side == "rows":
+        return weight.shape[1] if isinstance(module, nn.Embedding) else weight.shape[0]
+    if weight.dim() < 2:
+        raise JointoptError(f"{type(module).__name__} has no input columns; only layers can consume a width")
+    return weight.shape[0] if isinstance(module, nn.Embedding) else weight.shape[1]
+
+
+def example_text(model: nn.Module) -> dict[str, Tensor]:
+    """Token inputs of one sample: 128 tokens, or as many as the model takes."""
+    length = min(128, getattr(model.config, "max_position_embeddings", 128) - 2)
+    device = next(model.parameters()).device
+    return {"input_ids": torch.ones(1, length, dtype=torch.long, device=device)}

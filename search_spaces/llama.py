@@ -1,0 +1,106 @@
+"""LLaMA and its relatives of the same layout: Mistral, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import nn
+
+from search_spaces.family import (
+    Block,
+    Branch,
+    Family,
+    Layer,
+    Part,
+    SkipAttention,
+    SkipBranch,
+    Width,
+    example_text,
+    has_module,
+)
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def declare(model: nn.Module) -> Family:
+    """The declaration of a LLaMA-like model, with or without a head of any kind.
+
+    Heads leave in whole KV groups: the query heads of a group with its key and value head (GQA, arXiv 2305.13245).
+    """
+    root = "model." if has_module(model, "model.layers") else ""
+    config = model.config
+    groups, head_dim = config.num_key_value_heads, model.get_submodule(f"{root}layers.0.self_attn").head_dim
+    heads_per_group = config.num_attention_heads // groups
+    blocks, widths, layers = [], [], [_embedding(model, root)]
+    for index in range(len(model.get_submodule(f"{root}layers"))):
+        name, path = f"block{index}", f"{root}layers.{index}"
+        attention, mlp = f"{path}.self_attn", f"{path}.mlp"
+        blocks.append(
+            Block(
+                name,
+                path,
+                branches=(
+                    Branch("attention", {f"{path}.input_layernorm": nn.Identity, attention: SkipAttention}),
+                    Branch("mlp", {f"{path}.post_attention_layernorm": nn.Identity, mlp: SkipBranch}),
+                ),
+            )
+        )
+        query_rows = head_dim * heads_per_group
+        widths.append(
+            Width(
+                f"{name}.heads",
+                "heads",
+                config.num_attention_heads,
+                unit=heads_per_group,
+                producers=(
+                    Part(f"{attention}.q_proj", query_rows),
+                    Part(f"{attention}.k_proj", head_dim),
+                    Part(f"{attention}.v_proj", head_dim),
+                ),
+                consumers=(Part(f"{attention}.o_proj", query_rows),),
+                block=name,
+                attention=True,
+            )
+        )
+        widths.append(
+            Width(
+                f"{name}.mlp",
+                "mlp",
+                model.get_submodule(f"{mlp}.down_proj").in_features,
+                producers=(Part(f"{mlp}.gate_proj"), Part(f"{mlp}.up_proj")),
+                consumers=(Part(f"{mlp}.down_proj"),),
+                block=name,
+            )
+        )
+        for projection, members in {"qkv": "qkv", "out": "o"}.items():
+            for member in members:
+                layers.append(
+                    Layer(f"{name}.{member}", f"{attention}.{member}_proj", f"{name}.{projection}", name, "attention")
+                )
+        for member, projection in {"gate": "gate_up", "up": "gate_up", "down": "down"}.items():
+            layers.append(Layer(f"{name}.{member}", f"{mlp}.{member}_proj", f"{name}.{projection}", name, "mlp"))
+    if has_module(model, "lm_head") and not config.tie_word_embeddings:
+        layers.append(Layer("head", "lm_head", "head"))
+    for head in ("score", "classifier"):
+        if has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear):
+            layers.append(Layer("head", head, "head"))
+    return Family("llama", tuple(blocks), tuple(widths), tuple(layers), configure, example_text)
+
+
+def _embedding(model: nn.Module, root: str) -> Layer:
+    tied = ("lm_head",) if has_module(model, "lm_head") and model.config.tie_word_embeddings else ()
+    return Layer("embedding", f"{root}embed_tokens", "embedding", tied=tied)
+
+
+def configure(model: nn.Module, kept: Sequence[Block]) -> None:
+    """A config of its own for the sub-network, with the kept blocks counted and the rest of it unchanged."""
+    config = copy.deepcopy(model.config)
+    indices = [int(block.path.rpartition(".")[2]) for block in kept]
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in indices]
+    config.num_hidden_layers = len(indices)
+    for module in model.modules():
+        if getattr(module, "config", None) is model.config and module is not model:
+            module.config = config
+    model.config = config

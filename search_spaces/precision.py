@@ -1,0 +1,63 @@
+"""Which scheme a layer can take, at every width it can have; and which gene says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from quant.errors import JointoptError
+from quant.formats import Scheme, scheme
+from search_spaces.family import Family, Layer
+
+PRECISION_PER = ("layer", "projection", "block")
+
+
+def gene_names(layer: Layer) -> tuple[str, str, str]:
+    """The names a layer's precision gene can have: its own, its projection group's, its block's."""
+    group = layer.block or layer.projection
+    return f"{layer.name}.precision", f"{layer.projection}.precision", f"{group}.precision"
+
+
+def columns_per_input(module: nn.Module) -> int:
+    """Weight columns that one input channel takes: 1, or the kernel's area."""
+    return module.kernel_size[0] * module.kernel_size[1] if isinstance(module, nn.Conv2d) else 1
+
+
+def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Iterable[int]) -> Scheme:
+    """The scheme with the group size that divides every one of `columns`, the widths the layer's weight can have.
+
+    Raises:
+        JointoptError: the layer cannot take the scheme; the message names the layer, the scheme and the reason.
+    """
+    wanted = scheme(name)
+    if wanted.weights is None and wanted.activations is None:
+        return wanted
+    if wanted.activations is not None and not isinstance(module, nn.Embedding):
+        if not layer.tokens:
+            raise JointoptError(
+                f"{layer.path}: {name} quantizes activations, and this layer sees one vector a sample; "
+                "allowed here: schemes of weights only"
+            )
+        if isinstance(module, nn.Conv2d) and wanted.activations.granularity == "group":
+            raise JointoptError(f"{layer.path}: {name} quantizes activations in groups, which a convolution lacks")
+    try:
+        return wanted.fitted(columns)
+    except JointoptError as error:
+        raise JointoptError(f"{layer.path}: {error}") from None
+
+
+def full_columns(module: nn.Module) -> int:
+    """Columns of the layer's weight, seen as a matrix [rows, columns]."""
+    weight = module.get_parameter("weight")
+    return weight[0].numel()
+
+
+def possible_columns(family: Family, layer: Layer, module: nn.Module, choices: dict[str, tuple]) -> list[int]:
+    """Every number of weight columns that the layer can have, given the choices of the width genes."""
+    for width in family.widths:
+        for part in width.consumers:
+            if part.module == layer.path:
+                sizes = choices.get(width.gene, (width.size,))
+                return [size // width.unit * part.channels * columns_per_input(module) for size in sizes]
+    return [full_columns(module)]

@@ -1,0 +1,154 @@
+"""Residual convolutional networks: ResNet of transformers and of timm, with basic and with bottleneck blocks.
+
+A stage's width runs through its whole residual stream: every block's last convolution and the shortcut produce it,
+every block's first convolution, the next stage and the classifier consume it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import JointoptError
+from search_spaces.family import Block, Family, Layer, Part, Width, has_module
+from search_spaces.vit import example_timm
+
+MODEL_TYPES = ("resnet",)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Where one library keeps a block's convolutions (each with its normalization) and its shortcut."""
+
+    path: str
+    convolutions: tuple[tuple[str, str], ...]
+    shortcut: tuple[str, str] | None
+
+
+def declare(model: nn.Module) -> Family:
+    """The declaration of a transformers ResNet."""
+    root = "resnet." if has_module(model, "resnet") else ""
+    stages = []
+    for stage in range(len(model.get_submodule(f"{root}encoder.stages"))):
+        path = f"{root}encoder.stages.{stage}.layers"
+        stages.append([_hf_block(model, f"{path}.{i}") for i in range(len(model.get_submodule(path)))])
+    stem = (f"{root}embedder.embedder.convolution", f"{root}embedder.embedder.normalization")
+    return _family(model, "resnet", stages, stem, "classifier.1", _configure, _example_image)
+
+
+def _hf_block(model: nn.Module, path: str) -> _Names:
+    count = len(model.get_submodule(f"{path}.layer"))
+    convolutions = tuple((f"{path}.layer.{i}.convolution", f"{path}.layer.{i}.normalization") for i in range(count))
+    shortcut = (f"{path}.shortcut.convolution", f"{path}.shortcut.normalization")
+    return _Names(path, convolutions, shortcut if has_module(model, shortcut[0]) else None)
+
+
+def _configure(model: nn.Module, kept: Sequence[Block]) -> None:
+    """A config of its own for the sub-network, with its depths."""
+    config = copy.deepcopy(model.config)
+    config.depths = [sum(b.stage == f"stage{i + 1}.depth" for b in kept) for i in range(len(config.depths))]
+    for module in model.modules():
+        if getattr(module, "config", None) is model.config and module is not model:
+            module.config = config
+    model.config = config
+
+
+def _example_image(model: nn.Module) -> dict[str, Tensor]:
+    return {"pixel_values": torch.zeros(1, model.config.num_channels, 224, 224, device=next(model.parameters()).device)}
+
+
+def declare_timm(model: nn.Module) -> Family:
+    """The declaration of a timm ResNet: plain or deep stem, with ordinary convolutions and no attention in its blocks."""
+    from timm.models.resnet import BasicBlock, Bottleneck
+
+    stages = []
+    for stage in (name for name, _ in model.named_children() if name.startswith("layer")):
+        blocks = []
+        for index, block in enumerate(model.get_submodule(stage)):
+            path = f"{stage}.{index}"
+            if type(block) not in (BasicBlock, Bottleneck) or block.se is not None or len(list(block.aa.children())):
+                raise JointoptError(f"model: {path} has squeeze, attention or anti-aliasing; allowed: plain ResNet blocks")
+            grouped = [name for name, m in block.named_modules() if isinstance(m, nn.Conv2d) and m.groups != 1]
+            if grouped:
+                raise JointoptError(f"model: {path}.{grouped[0]} is a grouped convolution; allowed: groups=1")
+            count = 2 if type(block) is BasicBlock else 3
+            convolutions = tuple((f"{path}.conv{i}", f"{path}.bn{i}") for i in range(1, count + 1))
+            blocks.append(_Names(path, convolutions, _timm_shortcut(path, block.downsample)))
+        stages.append(blocks)
+    last = next(name for name, m in reversed(list(model.conv1.named_modules())) if isinstance(m, nn.Conv2d))
+    stem = ("conv1" + (f".{last}" if last else ""), "bn1")
+    attributes = (("", "num_features", 1), ("", "head_hidden_size", 1))
+    return _family(model, "timm_resnet", stages, stem, "fc", example=example_timm, attributes=attributes)
+
+
+def _timm_shortcut(path: str, downsample: nn.Module | None) -> tuple[str, str] | None:
+    if downsample is None:
+        return None
+    paths = {type(m): f"{path}.downsample.{name}" for name, m in downsample.named_children()}
+    return paths[nn.Conv2d], next(p for kind, p in paths.items() if issubclass(kind, nn.BatchNorm2d))
+
+
+def _family(model, name, stages, stem, head, configure=None, example=None, attributes=()) -> Family:
+    has_head = has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear)
+    blocks, widths = [], []
+    layers = [Layer("stem", stem[0], "stem")]
+    for number, stage in enumerate(stages, 1):
+        following = stages[number] if number < len(stages) else None
+        joined = stem if number == 1 and stage[0].shortcut is None else None
+        outer = _stage_width(model, f"stage{number}.width", stage, following, joined, head if has_head else None)
+        if following is None:
+            outer = Width(**{**outer.__dict__, "attributes": attributes})
+        widths.append(outer)
+        for index, names in enumerate(stage):
+            block = f"stage{number}.block{index}"
+            blocks.append(Block(block, names.path, f"stage{number}.depth", removable=index > 0))
+            widths.extend(_inner_widths(model, block, names))
+            for i, (convolution, _) in enumerate(names.convolutions, 1):
+                layers.append(Layer(f"{block}.conv{i}", convolution, f"{block}.conv{i}", block))
+            if names.shortcut:
+                layers.append(Layer(f"{block}.shortcut", names.shortcut[0], f"{block}.shortcut", block))
+    if has_head:
+        layers.append(Layer("head", head, "head", tokens=False))
+    return Family(
+        name, tuple(blocks), tuple(widths), tuple(layers), **({"configure": configure} if configure else {}), example=example
+    )
+
+
+def _stage_width(
+    model: nn.Module,
+    gene: str,
+    stage: list[_Names],
+    following: list[_Names] | None,
+    stem: tuple[str, str] | None,
+    head: str | None,
+) -> Width:
+    """The residual stream of one stage; `stem` where the first block adds the stem's output as it is."""
+    if following is not None and following[0].shortcut is None:
+        raise JointoptError(f"model: {following[0].path} has no shortcut layer, so two stages share one stream")
+    produced = [*(stem or ())]
+    consumed = []
+    for index, names in enumerate(stage):
+        produced += [*names.convolutions[-1], *(names.shortcut or ())]
+        if index > 0 or stem:
+            consumed.append(names.convolutions[0][0])
+    if following is not None:
+        consumed += [following[0].convolutions[0][0], following[0].shortcut[0]]  # type: ignore[index]
+    size = model.get_submodule(stage[-1].convolutions[-1][0]).out_channels
+    consumers = [Part(path) for path in consumed]
+    if following is None and head is not None:
+        consumers.append(Part(head, model.get_submodule(head).in_features // size))
+    return Width(gene, "stage", size, tuple(Part(path) for path in produced), tuple(consumers))
+
+
+def _inner_widths(model: nn.Module, block: str, names: _Names) -> list[Width]:
+    """The widths between a block's convolutions; all of a block share one gene, each is sorted on its own."""
+    widths = []
+    for before, after in zip(names.convolutions, names.convolutions[1:], strict=False):
+        size = model.get_submodule(before[0]).out_channels
+        parts = tuple(Part(path) for path in before)
+        widths.append(Width(f"{block}.bottleneck", "bottleneck", size, parts, (Part(after[0]),), block=block))
+    return widths

@@ -1,0 +1,174 @@
+"""Vision transformers: ViT and DeiT of transformers, VisionTransformer of timm."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import JointoptError
+from search_spaces.family import (
+    Block,
+    Branch,
+    Family,
+    Layer,
+    Part,
+    SkipAttention,
+    SkipBranch,
+    Width,
+    has_module,
+)
+from search_spaces.llama import configure
+
+MODEL_TYPES = ("vit", "deit")
+
+
+def declare(model: nn.Module) -> Family:
+    """The declaration of a transformers ViT or DeiT under any head."""
+    root = next((f"{base}." for base in MODEL_TYPES if has_module(model, base)), "")
+    patches = f"{root}embeddings.patch_embeddings.projection"
+    blocks, widths, layers = [], [], [Layer("embedding", patches, "embedding")]
+    for index in range(len(model.get_submodule(f"{root}layers"))):
+        name, path = f"block{index}", f"{root}layers.{index}"
+        attention, mlp = f"{path}.attention", f"{path}.mlp"
+        module = model.get_submodule(attention)
+        blocks.append(
+            Block(
+                name,
+                path,
+                branches=(
+                    Branch("attention", {f"{path}.layernorm_before": nn.Identity, attention: SkipAttention}),
+                    Branch("mlp", {f"{path}.layernorm_after": nn.Identity, mlp: SkipBranch}),
+                ),
+            )
+        )
+        inputs = tuple(f"{attention}.{member}_proj" for member in "qkv")
+        widths.append(
+            _heads(name, module.num_attention_heads, module.head_dim, inputs, f"{attention}.o_proj")
+        )
+        widths.append(_mlp(model, name, f"{mlp}.fc1", f"{mlp}.fc2"))
+        layers.extend(_block_layers(name, inputs, f"{attention}.o_proj", f"{mlp}.fc1", f"{mlp}.fc2"))
+    if has_module(model, f"{root}pooler.dense"):
+        layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
+    for path in ("classifier", "cls_classifier", "distillation_classifier"):
+        if has_module(model, path) and isinstance(model.get_submodule(path), nn.Linear):
+            name = "head" if path == "classifier" else "head." + path.partition("_")[0]
+            layers.append(Layer(name, path, name, tokens=False))
+    return Family("vit", tuple(blocks), tuple(widths), tuple(layers), configure, _example_image)
+
+
+def _heads(block: str, heads: int, head_dim: int, inputs: tuple[str, ...], out: str, attributes: tuple = ()) -> Width:
+    return Width(
+        f"{block}.heads",
+        "heads",
+        heads,
+        producers=tuple(Part(member, head_dim) for member in inputs),
+        consumers=(Part(out, head_dim),),
+        attributes=attributes or ((out.rpartition(".")[0], "num_attention_heads", 1),),
+        block=block,
+        attention=True,
+    )
+
+
+def _mlp(model: nn.Module, block: str, up: str, down: str) -> Width:
+    size = model.get_submodule(up).out_features
+    return Width(f"{block}.mlp", "mlp", size, producers=(Part(up),), consumers=(Part(down),), block=block)
+
+
+def _block_layers(block: str, inputs: tuple[str, ...], out: str, up: str, down: str) -> list[Layer]:
+    layers = [
+        Layer(f"{block}.{short}", member, f"{block}.qkv", block, "attention")
+        for short, member in zip("qkv", inputs, strict=True)
+    ]
+    layers.append(Layer(f"{block}.out", out, f"{block}.out", block, "attention"))
+    layers.append(Layer(f"{block}.up", up, f"{block}.up", block, "mlp"))
+    layers.append(Layer(f"{block}.down", down, f"{block}.down", block, "mlp"))
+    return layers
+
+
+def _example_image(model: nn.Module) -> dict[str, Tensor]:
+    size, device = model.config.image_size, next(model.parameters()).device
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width, device=device)}
+
+
+class SplitQKV(nn.Module):
+    """timm's one qkv layer as three: so that heads leave from each, and each can be told its number format apart.
+
+    The output is that of the fused layer: query, key and value rows, one after the other.
+    """
+
+    def __init__(self, q: nn.Linear, k: nn.Linear, v: nn.Linear):
+        super().__init__()
+        self.q, self.k, self.v = q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+
+def split_qkv(fused: nn.Linear) -> SplitQKV:
+    """Three layers whose weights are views of `fused`'s."""
+    parts = []
+    for index in range(3):
+        rows = fused.out_features // 3
+        part = nn.Linear(fused.in_features, rows, bias=False, device="meta")
+        at = slice(index * rows, (index + 1) * rows)
+        part.weight = nn.Parameter(fused.weight.detach()[at], requires_grad=fused.weight.requires_grad)
+        if fused.bias is not None:
+            part.bias = nn.Parameter(fused.bias.detach()[at], requires_grad=fused.bias.requires_grad)
+        parts.append(part)
+    return SplitQKV(*parts)
+
+
+def declare_timm(model: nn.Module) -> Family:
+    """The declaration of a timm VisionTransformer; its qkv layers are split in place (see `SplitQKV`)."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block as TimmBlock
+
+    blocks, widths, layers = [], [], [Layer("embedding", "patch_embed.proj", "embedding")]
+    for index, module in enumerate(model.blocks):
+        name, path = f"block{index}", f"blocks.{index}"
+        attention = module.attn
+        plain = type(module) is TimmBlock and type(attention) is Attention
+        if not plain or attention.gate is not None or not isinstance(attention.norm, nn.Identity):
+            raise JointoptError(
+                f"model: {path} is a {type(module).__name__} with {type(attention).__name__}; of timm's vision "
+                "transformers those with plain blocks and ungated, unnormalized attention are known"
+            )
+        if isinstance(attention.qkv, nn.Linear):
+            attention.qkv = split_qkv(attention.qkv)
+        leaves = partial(Branch, "attention"), partial(Branch, "mlp")
+        blocks.append(
+            Block(
+                name,
+                path,
+                branches=tuple(
+                    branch(
+                        {
+                            f"{path}.norm{number}": nn.Identity,
+                            f"{path}.{part}": SkipBranch,
+                            f"{path}.ls{number}": nn.Identity,
+                            f"{path}.drop_path{number}": nn.Identity,
+                        }
+                    )
+                    for branch, number, part in zip(leaves, (1, 2), ("attn", "mlp"), strict=True)
+                ),
+            )
+        )
+        inputs = tuple(f"{path}.attn.qkv.{member}" for member in "qkv")
+        attributes = ((f"{path}.attn", "num_heads", 1), (f"{path}.attn", "attn_dim", attention.head_dim))
+        out, up, down = f"{path}.attn.proj", f"{path}.mlp.fc1", f"{path}.mlp.fc2"
+        widths.append(_heads(name, attention.num_heads, attention.head_dim, inputs, out, attributes))
+        widths.append(_mlp(model, name, up, down))
+        layers.extend(_block_layers(name, inputs, out, up, down))
+    if isinstance(model.head, nn.Linear):
+        layers.append(Layer("head", "head", "head", tokens=False))
+    return Family("timm_vit", tuple(blocks), tuple(widths), tuple(layers), example=example_timm)
+
+
+def example_timm(model: nn.Module) -> dict[str, Tensor]:
+    """One black image of the model's own input size."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    shape = (model.patch_embed.proj.in_channels, *size) if size else model.default_cfg["input_size"]
+    return {"x": torch.zeros(1, *shape, device=next(model.parameters()).device)}
