@@ -1,0 +1,20 @@
+"""Numbers: what a format is, how to round into it, how to choose its scales, how to store it."""
+
+from quant.errors import JointoptError
+from quant.formats import ELEMENTS, SCHEMES, Element, Format, Scheme, scheme
+from quant.reference import QuantizedTensor, fake_quantize, fake_quantize_activation, quantize, round_to_format
+
+__all__ = [
+    "ELEMENTS",
+    "SCHEMES",
+    "Element",
+    "Format",
+    "JointoptError",
+    "QuantizedTensor",
+    "Scheme",
+    "fake_quantize",
+    "fake_quantize_activation",
+    "quantize",
+    "round_to_format",
+    "scheme",
+]

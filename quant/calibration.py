@@ -1,0 +1,84 @@
+"""Observers: from data to clipping ranges. For weights at once, for activations over a stream of batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.errors import JointoptError
+from quant.formats import Format
+from quant.reference import Clip, clip_range, global_scale_of, grouped_view, quantize
+
+METHODS = ("minmax", "percentile", "mse")
+PERCENTILE = 0.999
+_SHRINK = torch.linspace(1.0, 0.5, 26).tolist()
+
+
+@torch.no_grad()
+def choose_clip(weight: Tensor, format: Format, method: str = "minmax") -> Clip:
+    """The range of a weight that its format is to hold, for each of its scales.
+
+    Args:
+        method: "minmax", all of it; "percentile", the middle 99.9% of each scale's values; "mse", the fraction of
+            all of it, 0.5 to 1 in steps of 0.02, whose rounding has the least squared error.
+    """
+    if method not in METHODS:
+        raise JointoptError(f"calibration: found {method!r}; allowed: {', '.join(METHODS)}")
+    low, high = clip_range(weight, format)
+    if method == "minmax":
+        return low, high
+    groups = grouped_view(weight.detach().float().flatten(1), format)
+    if method == "percentile":
+        return _quantile(groups, 1 - PERCENTILE), _quantile(groups, PERCENTILE)
+    best = torch.full_like(low, torch.inf)
+    chosen = (low.clone(), high.clone())
+    for fraction in _SHRINK:
+        tried = (low * fraction, high * fraction)
+        held = grouped_view(quantize(weight, format, tried).dequantize().flatten(1), format)
+        error = (held - groups).square().sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        chosen = tuple(torch.where(better, new, old) for new, old in zip(tried, chosen, strict=True))  # type: ignore[assignment]
+    return chosen
+
+
+def _quantile(groups: Tensor, q: float) -> Tensor:
+    """Over the last dimension, interpolated linearly (torch.quantile takes no more than 2^24 values)."""
+    ordered = groups.sort(-1).values
+    at = q * (groups.shape[-1] - 1)
+    left = int(at)
+    right = min(left + 1, groups.shape[-1] - 1)
+    return torch.lerp(ordered[..., left], ordered[..., right], at - left)
+
+
+class ActivationObserver:
+    """The range of a layer's inputs over all batches, and the constants of a static format that follow from it."""
+
+    def __init__(self, format: Format):
+        self.format = format
+        self.low = torch.tensor(torch.inf)
+        self.high = torch.tensor(-torch.inf)
+
+    def observe(self, x: Tensor) -> None:
+        low, high = x.detach().float().aminmax()
+        self.low, self.high = torch.minimum(self.low.to(low), low), torch.maximum(self.high.to(high), high)
+
+    def constants(self) -> dict[str, Tensor]:
+        """`input_scale` (bfloat16 values, [1]) and `input_zero_point` (int8), or NVFP4's `input_global_scale`.
+
+        Raises:
+            JointoptError: nothing was observed.
+        """
+        if not torch.isfinite(self.low):
+            raise JointoptError("calibration: a layer with static activations saw no finite input")
+        low, high = self.low.clamp(max=0), self.high.clamp(min=0)
+        if self.format.scale == "e4m3":
+            return {"input_global_scale": global_scale_of(torch.maximum(-low, high))}
+        kind = self.format.kind
+        span = 2 * torch.maximum(-low, high) if self.format.symmetric else high - low
+        scale = (span / (kind.max - kind.min)).to(torch.bfloat16).reshape(1)
+        scale = torch.where(scale == 0, torch.finfo(torch.bfloat16).eps, scale).to(torch.bfloat16)
+        if self.format.symmetric:
+            return {"input_scale": scale}
+        zero_point = (kind.min - low / scale.float()).clamp(kind.min, kind.max).round().to(torch.int8)
+        return {"input_scale": scale, "input_zero_point": zero_point}

@@ -1,0 +1,205 @@
+"""What a number format is, and the named schemes: frozen data, no behaviour beyond what follows from it.
+
+A format says how numbers are held: their element type, which of them share a scale, and how that scale is held. A
+scheme is a layer's weight format and activation format together, named as compressed-tensors names its presets.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from quant.errors import JointoptError
+
+
+@dataclass(frozen=True)
+class Element:
+    """A type of number.
+
+    Attributes:
+        bits: width in storage.
+        max, min: the ends of its range; conversions saturate there.
+        mantissa, exponent_min: for floating point, mantissa bits and the exponent of the smallest normal number.
+        dtype: torch's own type, where it has one.
+    """
+
+    name: str
+    bits: int
+    min: float
+    max: float
+    mantissa: int | None = None
+    exponent_min: int = 0
+    dtype: torch.dtype | None = None
+
+    @property
+    def is_float(self) -> bool:
+        return self.mantissa is not None
+
+
+ELEMENTS = {
+    element.name: element
+    for element in (
+        Element("int8", 8, -128, 127, dtype=torch.int8),
+        Element("int4", 4, -8, 7),
+        Element("fp8_e4m3", 8, -448, 448, 3, -6, torch.float8_e4m3fn),
+        Element("fp8_e5m2", 8, -57344, 57344, 2, -14, torch.float8_e5m2),
+        Element("fp4_e2m1", 4, -6, 6, 1, 0),
+    )
+}
+
+GRANULARITIES = ("tensor", "channel", "token", "group")
+SCALES = {"bfloat16": 16, "e4m3": 8, "e8m0": 8}
+GROUP_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How numbers are held.
+
+    Attributes:
+        element: a name of `ELEMENTS`.
+        granularity: what shares a scale: the "tensor"; a "channel", one output row of a weight; a "token", one
+            vector of an activation (of a convolution's input, one sample); or a "group" of `group_size` neighbours.
+        group_size: for "group": a number; None where the largest of 128, 64, 32 that divides is to be taken.
+        symmetric: False adds a zero point (integers only).
+        scale: how a weight's scale is stored: "bfloat16", "e8m0" (a power of two, MX) or "e4m3" (NVFP4, with one
+            float32 scale for the whole tensor). Computed scales are rounded to this before anything is rounded by
+            them, so that what is scored is what is stored.
+        dynamic: for activations, whether scales come from each input rather than from calibration. NVFP4's
+            activations have dynamic group scales and a calibrated global one.
+    """
+
+    element: str
+    granularity: str
+    group_size: int | None = None
+    symmetric: bool = True
+    scale: str = "bfloat16"
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        for key, found, allowed in (
+            ("element", self.element, tuple(ELEMENTS)),
+            ("granularity", self.granularity, GRANULARITIES),
+            ("scale", self.scale, tuple(SCALES)),
+        ):
+            if found not in allowed:
+                raise JointoptError(f"format {key}: found {found!r}; allowed: {', '.join(allowed)}")
+        if not self.symmetric and self.kind.is_float:
+            raise JointoptError(f"format: {self.element} with a zero point; allowed: asymmetric int8, int4")
+        if self.group_size is not None and self.granularity != "group":
+            raise JointoptError(f"format: a group size with granularity {self.granularity!r}; allowed: 'group'")
+
+    @property
+    def kind(self) -> Element:
+        return ELEMENTS[self.element]
+
+    @property
+    def bits(self) -> int:
+        """Bits of one element, without scales."""
+        return self.kind.bits
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A layer's weight format and the format of its input; None is left as it is.
+
+    Attributes:
+        compressed: the format by which compressed-tensors stores it, None where it has none.
+    """
+
+    name: str
+    weights: Format | None = None
+    activations: Format | None = None
+    compressed: str | None = None
+
+    @property
+    def bits(self) -> float:
+        """Stored bits of one weight, with its group's share of scale and zero point; 32 for unquantized weights."""
+        if self.weights is None:
+            return 32.0
+        shared = SCALES[self.weights.scale] + (0 if self.weights.symmetric else self.weights.bits)
+        return self.weights.bits + (shared / (self.weights.group_size or 128) if self.weights.granularity == "group" else 0)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the activation format has constants that calibration must find."""
+        return self.activations is not None and (not self.activations.dynamic or self.activations.scale == "e4m3")
+
+    def fitted(self, columns: Iterable[int]) -> Scheme:
+        """The scheme with a group size that divides every one of `columns` (widths of the weight seen as a matrix).
+
+        Raises:
+            JointoptError: none divides, with the widths and what was tried.
+        """
+        widths = sorted(set(columns))
+        formats = [f for f in (self.weights, self.activations) if f is not None and f.granularity == "group"]
+        if not formats:
+            return self
+        fixed = [f.group_size for f in formats if f.group_size is not None]
+        tried = (max(fixed),) if fixed else GROUP_SIZES
+        for size in tried:
+            if all(width % size == 0 for width in widths):
+                return self if fixed else self._with_group(size)
+        raise JointoptError(
+            f"{self.name} needs widths that are multiples of {' or '.join(map(str, tried))}; "
+            f"found {', '.join(map(str, widths))}"
+        )
+
+    def _with_group(self, size: int) -> Scheme:
+        assert self.weights is not None
+        return replace(self, name=f"{self.name}_G{size}", weights=replace(self.weights, group_size=size))
+
+
+_INT8_TOKEN = Format("int8", "token", dynamic=True)
+_FP8_TOKEN = Format("fp8_e4m3", "token", dynamic=True)
+_NVFP4 = Format("fp4_e2m1", "group", 16, scale="e4m3")
+_MXFP4 = Format("fp4_e2m1", "group", 32, scale="e8m0")
+
+SCHEMES = {
+    each.name: each
+    for each in (
+        Scheme("none"),
+        Scheme("W8A8", Format("int8", "channel"), _INT8_TOKEN, "int-quantized"),
+        Scheme("W8A8_STATIC", Format("int8", "channel"), Format("int8", "tensor"), "int-quantized"),
+        Scheme("W8A8_ASYM", Format("int8", "channel"), replace(_INT8_TOKEN, symmetric=False), "int-quantized"),
+        Scheme("W8A16", Format("int8", "group"), None, "pack-quantized"),
+        Scheme("W8A16_CHANNEL", Format("int8", "channel"), None, "pack-quantized"),
+        Scheme("W4A16", Format("int4", "group"), None, "pack-quantized"),
+        Scheme("W4A16_ASYM", Format("int4", "group", symmetric=False), None, "pack-quantized"),
+        Scheme("W4A16_CHANNEL", Format("int4", "channel"), None, "pack-quantized"),
+        Scheme("W4A8", Format("int4", "group"), _INT8_TOKEN, "pack-quantized"),
+        Scheme("FP8", Format("fp8_e4m3", "tensor"), Format("fp8_e4m3", "tensor"), "float-quantized"),
+        Scheme("FP8_DYNAMIC", Format("fp8_e4m3", "channel"), _FP8_TOKEN, "float-quantized"),
+        Scheme("FP8_E5M2", Format("fp8_e5m2", "channel"), Format("fp8_e5m2", "token", dynamic=True)),
+        Scheme("FP8A16", Format("fp8_e4m3", "channel")),
+        Scheme("FP4A16", Format("fp4_e2m1", "group")),
+        Scheme("NVFP4", _NVFP4, replace(_NVFP4, dynamic=True), "nvfp4-pack-quantized"),
+        Scheme("NVFP4A16", _NVFP4, None, "nvfp4-pack-quantized"),
+        Scheme("MXFP4", _MXFP4, replace(_MXFP4, dynamic=True), "mxfp4-pack-quantized"),
+        Scheme("MXFP4A16", _MXFP4, None, "mxfp4-pack-quantized"),
+    )
+}
+
+
+def scheme(name: str) -> Scheme:
+    """The scheme of that name; group-wise ones also with the size written out: "W4A16_G64".
+
+    Raises:
+        JointoptError: no such scheme, with the nearest name.
+    """
+    if name in SCHEMES:
+        return SCHEMES[name]
+    base, _, group = name.rpartition("_G")
+    if base in SCHEMES and re.fullmatch(r"\d+", group):
+        wanted = SCHEMES[base]
+        if wanted.weights is not None and wanted.weights.granularity == "group" and wanted.weights.group_size is None:
+            if int(group) in GROUP_SIZES:
+                return wanted._with_group(int(group))
+            raise JointoptError(f"scheme {name!r}: groups of {group}; allowed: {', '.join(map(str, GROUP_SIZES))}")
+    near = difflib.get_close_matches(str(name), SCHEMES, 1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise JointoptError(f"scheme {name!r}: unknown{hint} Allowed: {', '.join(SCHEMES)}")

@@ -1,0 +1,135 @@
+"""Codes as they are stored: bit-exact, in the layouts and under the tensor names of compressed-tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+from quant.errors import JointoptError
+from quant.formats import Scheme
+from quant.reference import QuantizedTensor
+
+
+def pack_int32(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes [rows, n] as int32 [rows, ceil(n * bits / 32)]: offset to unsigned, lowest bits first; bits 4 or 8."""
+    per_word = 32 // bits
+    shifted = codes.long() + (1 << (bits - 1))
+    padded = torch.nn.functional.pad(shifted, (0, -codes.shape[1] % per_word))
+    shifts = torch.arange(per_word, device=codes.device) * bits
+    words = (padded.unflatten(1, (-1, per_word)) << shifts).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The int8 codes [rows, columns] that `pack_int32` packed."""
+    shifts = torch.arange(32 // bits, device=packed.device) * bits
+    values = (packed.long()[..., None] >> shifts) & ((1 << bits) - 1)
+    return (values.flatten(1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """4-bit patterns [rows, n], n even, as uint8 [rows, n / 2], the first of each pair in the low half."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    return torch.stack((packed & 0xF, packed >> 4), -1).flatten(1)
+
+
+def layout(scheme: Scheme) -> str:
+    """How the scheme's weight is stored: "words" (int32), "nibbles" (two in a uint8) or "bytes" (one element each)."""
+    assert scheme.weights is not None
+    if scheme.weights.element == "fp4_e2m1":
+        return "nibbles"
+    return "words" if scheme.compressed == "pack-quantized" else "bytes"
+
+
+def packed_tensors(
+    quantized: QuantizedTensor, scheme: Scheme, statistics: Mapping[str, Tensor | None] | None = None
+) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds for one layer, bias apart, by compressed-tensors' names.
+
+    Args:
+        statistics: `input_scale`, `input_zero_point`, `input_global_scale` of a static activation format.
+    """
+    bits = quantized.format.bits
+    tensors: dict[str, Tensor] = {}
+    how = layout(scheme)
+    if how == "words":
+        tensors["weight_packed"] = pack_int32(quantized.codes, bits)
+        tensors["weight_shape"] = torch.tensor(quantized.shape, dtype=torch.int64)
+        if quantized.zero_point is not None:
+            tensors["weight_zero_point"] = pack_int32(quantized.zero_point.T, bits).T
+    elif how == "nibbles":
+        tensors["weight_packed"] = pack_nibbles(quantized.codes)
+    else:
+        kind = quantized.format.kind
+        codes = quantized.codes if kind.dtype == torch.int8 else quantized.codes.contiguous().view(kind.dtype)
+        tensors["weight"] = codes.reshape(quantized.shape)
+    tensors["weight_scale"] = quantized.scale
+    if quantized.global_scale is not None:
+        tensors["weight_global_scale"] = quantized.global_scale
+    for name, tensor in (statistics or {}).items():
+        if tensor is not None:
+            tensors[name] = tensor
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def unpacked_tensors(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, ...]) -> QuantizedTensor:
+    """What `packed_tensors` packed; `shape` is the weight's."""
+    if scheme.weights is None:
+        raise JointoptError(f"scheme {scheme.name}: has no quantized weight to unpack")
+    format, columns = scheme.weights, prod(shape[1:])
+    scale = tensors["weight_scale"]
+    how = layout(scheme)
+    zero_point = None
+    if how == "words":
+        codes = unpack_int32(tensors["weight_packed"], format.bits, columns)
+        if "weight_zero_point" in tensors:
+            zero_point = unpack_int32(tensors["weight_zero_point"].T, format.bits, shape[0]).T
+    elif how == "nibbles":
+        codes = unpack_nibbles(tensors["weight_packed"])
+    else:
+        codes = tensors["weight"].reshape(shape[0], columns)
+        codes = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
+    return QuantizedTensor(codes, scale, zero_point, tensors.get("weight_global_scale"), format, tuple(shape))
+
+
+def storage_bytes(scheme: Scheme, shape: tuple[int, ...], itemsize: int, embedding: bool = False) -> int:
+    """Bytes of `packed_tensors`, from the weight's shape alone.
+
+    Args:
+        itemsize: bytes of one element of an unquantized weight.
+        embedding: an embedding's input is never quantized, so it stores no constants of activations.
+    """
+    rows, columns = shape[0], prod(shape[1:])
+    format = scheme.weights
+    if format is None:
+        return rows * columns * itemsize
+    how = layout(scheme)
+    scales = {"tensor": 1, "channel": rows}.get(format.granularity) or rows * (columns // (format.group_size or 1))
+    total = scales * (2 if format.scale == "bfloat16" else 1)
+    if how == "words":
+        total += 4 * rows * ceil(columns * format.bits / 32) + 8 * len(shape)
+        if not format.symmetric:
+            total += 4 * ceil(rows * format.bits / 32) * (scales // rows)
+    elif how == "nibbles":
+        total += rows * columns // 2
+    else:
+        total += rows * columns
+    if format.scale == "e4m3":
+        total += 4
+    return total + (0 if embedding else statistics_bytes(scheme))
+
+
+def statistics_bytes(scheme: Scheme) -> int:
+    """Bytes of a static activation format's constants."""
+    format = scheme.activations
+    if format is None or not scheme.needs_statistics:
+        return 0
+    if format.scale == "e4m3":
+        return 4
+    return 2 if format.symmetric else 3

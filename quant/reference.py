@@ -1,0 +1,305 @@
+"""Quantize, dequantize and fake-quantize in plain torch: the arithmetic that everything else is tested against.
+
+Weights of any rank are seen as a matrix [rows, columns], a convolution's kernel [O, I, h, w] as [O, I*h*w].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.errors import JointoptError
+from quant.formats import ELEMENTS, Element, Format
+
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+NVFP4_GLOBAL_RANGE = 448.0 * 6.0
+"""What the largest magnitude of a tensor is mapped to: the largest e4m3 scale times the largest e2m1 value."""
+
+
+def round_to_format(tensor: Tensor, element: str) -> Tensor:
+    """The nearest value that `element` can hold, ties to even, saturating at its ends; in the tensor's own dtype.
+
+    Infinities saturate, NaN stays NaN. `element`: int8, int4, fp8_e4m3, fp8_e5m2, fp4_e2m1.
+    """
+    if element not in ELEMENTS:
+        raise JointoptError(f"element: found {element!r}; allowed: {', '.join(ELEMENTS)}")
+    return _round(tensor, ELEMENTS[element])
+
+
+def _round(tensor: Tensor, kind: Element) -> Tensor:
+    clamped = tensor.clamp(kind.min, kind.max)
+    if not kind.is_float:
+        return clamped.round()
+    if kind.dtype is not None:
+        return clamped.to(kind.dtype).to(tensor.dtype)
+    return _round_to_fp4(clamped)
+
+
+def _round_to_fp4(clamped: Tensor) -> Tensor:
+    """E2M1: steps of 1/2 below 2, of 1 from 2 to 4, of 2 from 4 to 6; ties go to the even mantissa."""
+    magnitude = clamped.abs()
+    below_two = (magnitude * 2).round() / 2
+    rounded = torch.where(magnitude < 2, below_two, torch.where(magnitude < 4, magnitude.round(), (magnitude / 2).round() * 2))
+    return rounded.copysign(clamped)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Codes and what they mean.
+
+    Attributes:
+        codes: integers as int8 [rows, columns]; floating point as uint8 bit patterns (fp4: 0 to 15).
+        scale: [1], [rows, 1] or [rows, groups]: bfloat16, float8_e4m3fn or, for e8m0, uint8 exponents + 127.
+        zero_point: int8 in the shape of `scale`, None where symmetric.
+        global_scale: float32 [1], None without one; a group's scale is `scale / global_scale`.
+        format: the format they are in.
+        shape: of the tensor that they stand for.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    global_scale: Tensor | None
+    format: Format
+    shape: tuple[int, ...]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values, computed in float32 and rounded once to `dtype`, in `shape`."""
+        values = code_values(self.codes, self.format.kind)
+        grouped = values.unflatten(1, (self.scale.shape[-1], -1)) if self.scale.dim() == 2 else values[:, None]
+        if self.zero_point is not None:
+            grouped = grouped - self.zero_point.float()[..., None]
+        scale = self.effective_scale()
+        scaled = grouped * (scale[..., None] if scale.dim() == 2 else scale)
+        return scaled.reshape(self.shape).to(dtype)
+
+    def effective_scale(self) -> Tensor:
+        """What a code's value is multiplied with, float32, in the shape of `scale`."""
+        if self.format.scale == "e8m0":
+            return torch.exp2(self.scale.float() - 127)
+        scale = self.scale.float()
+        return scale if self.global_scale is None else scale / self.global_scale
+
+    def sliced(self, rows: int, columns: int) -> QuantizedTensor:
+        """The leading rows and columns (of the matrix), codes and scales as they are.
+
+        Raises:
+            JointoptError: `columns` splits a group.
+        """
+        scale, zero_point = self.scale, self.zero_point
+        if self.scale.dim() == 2:
+            groups = self.scale.shape[1]
+            if self.format.granularity == "group":
+                size = self.codes.shape[1] // groups
+                if columns % size:
+                    raise JointoptError(f"a slice of {columns} columns splits a group of {size}")
+                groups = columns // size
+            scale = scale[:rows, :groups]
+            zero_point = None if zero_point is None else zero_point[:rows, :groups]
+        area = self.codes.shape[1] // self.shape[1] if len(self.shape) > 1 else 1
+        shape = (rows, columns // area, *self.shape[2:])
+        return replace(self, codes=self.codes[:rows, :columns], scale=scale, zero_point=zero_point, shape=shape)
+
+    def to(self, device: Any) -> QuantizedTensor:
+        moved = {
+            name: None if (tensor := getattr(self, name)) is None else tensor.to(device)
+            for name in ("codes", "scale", "zero_point", "global_scale")
+        }
+        return replace(self, **moved)
+
+
+def code_values(codes: Tensor, kind: Element) -> Tensor:
+    """What codes stand for, float32."""
+    if not kind.is_float:
+        return codes.float()
+    if kind.dtype is not None:
+        return codes.view(kind.dtype).float()
+    table = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)], device=codes.device)
+    return table[codes.long()]
+
+
+def value_codes(values: Tensor, kind: Element) -> Tensor:
+    """The codes of values that `kind` can hold exactly."""
+    if not kind.is_float:
+        return values.to(torch.int8)
+    if kind.dtype is not None:
+        return values.to(kind.dtype).view(torch.uint8)
+    magnitudes = torch.tensor(FP4_VALUES, device=values.device)
+    index = torch.searchsorted(magnitudes, values.abs().contiguous()).to(torch.uint8)
+    return index | (torch.signbit(values).to(torch.uint8) << 3)
+
+
+def grouped_view(matrix: Tensor, format: Format) -> Tensor:
+    """[rows, scales a row, elements a scale]; for one scale a tensor [1, 1, all]."""
+    if format.granularity == "tensor":
+        return matrix.reshape(1, 1, -1)
+    if format.granularity in ("channel", "token"):
+        return matrix[:, None]
+    size = format.group_size
+    if size is None or matrix.shape[1] % size:
+        raise JointoptError(f"{matrix.shape[1]} columns in groups of {size}; allowed: a size that divides")
+    return matrix.unflatten(1, (-1, size))
+
+
+Clip = tuple[Tensor, Tensor]
+"""(lowest, highest) value to be held, [rows, scales a row]; what lies beyond saturates."""
+
+
+def clip_range(weight: Tensor, format: Format) -> Clip:
+    """The least range that holds every value."""
+    groups = grouped_view(weight.detach().float().flatten(1), format)
+    return groups.amin(-1), groups.amax(-1)
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> QuantizedTensor:
+    """Rounds a weight into a format.
+
+    Scales follow compressed-tensors: symmetric, the larger end over half the code range; asymmetric, the whole range
+    over the whole code range, zero included. They are rounded to how they are stored before the weight is divided.
+
+    Args:
+        weight: floating point, rank 2 or more.
+        format: with granularity tensor, channel or group.
+        clip: range to be held for each scale (default: all that is there).
+    """
+    matrix = weight.detach().float().flatten(1)
+    groups = grouped_view(matrix, format)
+    low, high = clip if clip is not None else (groups.amin(-1), groups.amax(-1))
+    global_scale = None
+    if format.scale == "e4m3":
+        largest = torch.maximum(low.abs().amax(), high.abs().amax())
+        global_scale = global_scale_of(largest)
+    scale, zero_point = _stored_scale(low, high, format, global_scale)
+    if format.granularity == "tensor":
+        scale = scale.reshape(1)
+        zero_point = None if zero_point is None else zero_point.reshape(1)
+    empty = torch.empty(0, dtype=torch.uint8)
+    bare = QuantizedTensor(empty, scale, zero_point, global_scale, format, tuple(weight.shape))
+    step = bare.effective_scale()
+    scaled = groups / (step[..., None] if step.dim() == 2 else step)
+    if zero_point is not None:
+        scaled = scaled + (zero_point.float()[..., None] if zero_point.dim() == 2 else zero_point.float())
+    codes = value_codes(_round(scaled, format.kind), format.kind).reshape(matrix.shape)
+    return replace(bare, codes=codes)
+
+
+def global_scale_of(largest: Tensor) -> Tensor:
+    """NVFP4's scale for a whole tensor, float32 [1]: its largest magnitude to the largest that scales and codes reach."""
+    tiny = torch.finfo(torch.float32).tiny
+    found = NVFP4_GLOBAL_RANGE / largest.float().clamp(min=tiny)
+    return torch.nan_to_num(found, nan=1.0, posinf=1.0, neginf=1.0).reshape(1)
+
+
+def _stored_scale(low: Tensor, high: Tensor, format: Format, global_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The scale as it is stored, and the zero point."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    kind = format.kind
+    largest = torch.maximum(-low, high)
+    if format.scale == "e8m0":
+        return e8m0_exponent(largest), None
+    if global_scale is not None:
+        scale = (global_scale * (largest / ((kind.max - kind.min) / 2))).clamp(max=448).to(torch.float8_e4m3fn)
+        return torch.where(scale.float() == 0, 0.125, scale.float()).to(torch.float8_e4m3fn), None
+    if format.symmetric:
+        scale = (largest / ((kind.max - kind.min) / 2)).to(torch.bfloat16)
+        return _never_zero(scale), None
+    scale = _never_zero(((high - low) / (kind.max - kind.min)).to(torch.bfloat16))
+    zero_point = (kind.min - low / scale.float()).clamp(kind.min, kind.max).round().to(torch.int8)
+    return scale, zero_point
+
+
+def _never_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(scale.dtype)
+
+
+def e8m0_exponent(largest: Tensor) -> Tensor:
+    """MX's shared exponent + 127, uint8: the power of two that brings the largest magnitude into e2m1's range.
+
+    As compressed-tensors has it, magnitudes that would round beyond 6 take the next exponent (mantissas from 1.75),
+    then floor(log2) - 2 (OCP Microscaling Formats 1.0, section 6.3).
+    """
+    bits = largest.float().contiguous().view(torch.int32)
+    power = (bits + (1 << 21)) & 0x7F800000
+    return ((power >> 23) - 2).clamp(0, 254).to(torch.uint8)
+
+
+def fake_quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Tensor:
+    """Quantize, then dequantize: the values that the format can hold, in the weight's shape and dtype."""
+    return quantize(weight, format, clip).dequantize(weight.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The identity's gradient for a step function (Bengio, Leonard and Courville, arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+def fake_quantize_activation(
+    x: Tensor,
+    format: Format,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    global_scale: Tensor | None = None,
+) -> Tensor:
+    """A layer's input as its activation format holds it, in x's dtype; the gradient goes straight through.
+
+    The arithmetic is that of compressed-tensors 0.20, in x's dtype, operation for operation.
+
+    Args:
+        x: [..., features], or a convolution's input [N, C, H, W], where a token is one sample.
+        format: dynamic formats compute their scales here.
+        scale, zero_point: of static formats.
+        global_scale: of NVFP4.
+    """
+    with torch.no_grad():
+        rounded = _fake_quantized(x, format, scale, zero_point, global_scale)
+    return _StraightThrough.apply(x, rounded) if x.requires_grad and torch.is_grad_enabled() else rounded
+
+
+def _fake_quantized(
+    x: Tensor, format: Format, scale: Tensor | None, zero_point: Tensor | None, global_scale: Tensor | None
+) -> Tensor:
+    grouped = x.unflatten(-1, (-1, format.group_size)) if format.granularity == "group" else x
+    if format.dynamic:
+        scale, zero_point = _dynamic_scale(grouped, format, global_scale)
+    elif scale is None:
+        raise JointoptError(f"{format.element} activations are static; found no scale")
+    assert scale is not None
+    if global_scale is not None:
+        scale = scale / global_scale
+    scale = scale.to(x.dtype) if format.granularity != "group" or global_scale is None else scale
+    scaled = grouped / scale
+    if zero_point is not None:
+        scaled = scaled + zero_point.to(x.dtype)
+    rounded = _round(scaled, format.kind).to(scale.dtype)
+    if zero_point is not None:
+        rounded = rounded - zero_point.to(scale.dtype)
+    return (rounded * scale).reshape(x.shape).to(x.dtype)
+
+
+def _dynamic_scale(x: Tensor, format: Format, global_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    kind = format.kind
+    dims = tuple(range(1, x.dim())) if format.granularity == "token" and x.dim() == 4 else (-1,)
+    if format.symmetric:
+        largest = x.abs().amax(dims, keepdim=True)
+        if format.scale == "e8m0":
+            return torch.exp2(e8m0_exponent(largest).float() - 127).to(x.dtype), None
+        scale = largest / ((kind.max - kind.min) / 2)
+        if global_scale is not None:
+            scale = (global_scale * scale).clamp(max=448).to(torch.float8_e4m3fn).to(torch.float32)
+            return torch.where(scale == 0, 0.125, scale), None
+        return _never_zero(scale), None
+    low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
+    scale = (high - low) / (kind.max - kind.min)
+    zero_point = (kind.min - low / scale).clamp(kind.min, kind.max)
+    return _never_zero(scale), zero_point.nan_to_num(0.0).round()

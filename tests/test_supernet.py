@@ -1,0 +1,270 @@
+"""The super-network: the original untouched, the largest is the original, views are what is extracted."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import jointopt
+from jointopt import JointoptError, SearchSpace, Supernet
+from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make
+
+ALL = [*MODELS, *RELATIVES]
+
+
+def supernet_of(name: str, **options) -> Supernet:
+    model = make(name)
+    options.setdefault("schemes", SCHEMES)
+    supernet = Supernet(model, SearchSpace.for_model(model, **options))
+    supernet.calibrate(batches(name))
+    return supernet
+
+
+@pytest.fixture(scope="module", params=ALL)
+def named(request) -> tuple[str, Supernet]:
+    return request.param, supernet_of(request.param)
+
+
+def unquantized(supernet: Supernet, genome: np.ndarray) -> np.ndarray:
+    chosen = supernet.space.decode(genome)
+    return supernet.space.encode({k: "none" if k.endswith(".precision") else v for k, v in chosen.items()})
+
+
+def test_sorting_leaves_the_function_of_the_whole_model_unchanged(named):
+    name, supernet = named
+    batch = batches(name, seed=1)[0]
+    expected = logits(make(name), batch)
+    with supernet.active(unquantized(supernet, supernet.space.largest)) as whole:
+        torch.testing.assert_close(logits(whole, batch), expected, atol=2e-4, rtol=1e-3)
+
+
+def test_a_view_computes_exactly_what_the_extracted_model_computes(named):
+    name, supernet = named
+    batch = batches(name, seed=1)[0]
+    for genome in supernet.space.sample(4, seed=0):
+        with supernet.active(genome) as view:
+            seen = logits(view, batch)
+        torch.testing.assert_close(seen, logits(supernet.extract(genome), batch), atol=1e-5, rtol=1e-5)
+
+
+def test_every_sub_network_computes_finite_outputs_that_depend_on_the_genome(named):
+    name, supernet = named
+    batch = batches(name, seed=1)[0]
+    seen = []
+    for genome in supernet.space.sample(4, seed=3):
+        with supernet.active(genome) as view:
+            seen.append(logits(view, batch))
+    assert all(torch.isfinite(values).all() for values in seen)
+    assert not torch.allclose(seen[0], seen[1])
+
+
+def test_parameters_and_bytes_are_those_of_the_extracted_model(named):
+    name, supernet = named
+    for genome in supernet.space.sample(4, seed=1):
+        costs = supernet.costs(genome)
+        model = supernet.extract(unquantized(supernet, genome))
+        assert costs["parameters"] == sum(p.numel() for p in model.parameters())
+        plain = supernet.costs(unquantized(supernet, genome))
+        stored = {id(t): t for t in [*model.parameters(), *persistent_buffers(model)]}
+        assert plain["size"] == sum(t.numel() * t.element_size() for t in stored.values())
+
+
+def persistent_buffers(model: nn.Module) -> list[torch.Tensor]:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters]
+
+
+def test_macs_are_half_the_counted_operations_of_a_forward_pass(named):
+    name, supernet = named
+    batch = batches(name)[0]
+    for genome in [supernet.space.largest, *supernet.space.sample(3, seed=2)]:
+        model = supernet.extract(unquantized(supernet, genome))
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation("eager")
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**batch)
+        rotary = 2 * 16 * 16 if "num_key_value_heads" in repr(getattr(model, "config", "")) else 0
+        counted = counter.get_total_flops() / 2
+        samples = len(next(iter(batch.values())))
+        assert abs(counted - samples * supernet.costs(genome)["macs"]) <= samples * rotary
+
+
+def test_bops_are_macs_times_the_bits_of_weights_and_activations():
+    supernet = supernet_of("vit", schemes=["none", "W8A8"], preset="fixed")
+    whole = supernet.costs(unquantized(supernet, supernet.space.largest))
+    assert whole["bops"] == whole["macs"] * 32 * 32
+    quantized = supernet.costs(supernet.space.smallest)
+    assert whole["macs"] * 8 * 8 < quantized["bops"] < whole["macs"] * 32 * 32
+
+
+def test_costs_of_many_genomes_are_those_of_each(named):
+    _, supernet = named
+    genomes = supernet.space.sample(5, seed=4)
+    columns = supernet.cost_columns(genomes)
+    for row, genome in enumerate(genomes):
+        assert supernet.costs(genome) == {measure: values[row] for measure, values in columns.items()}
+
+
+def test_the_original_is_untouched_by_calibration_views_and_training():
+    model = make("bert").train()
+    handle = model.classifier.register_forward_hook(lambda *_: None)
+    before, hooks = copy.deepcopy(model.state_dict()), dict(model.classifier._forward_hooks)
+    supernet = Supernet(model, SearchSpace.for_model(model))
+    supernet.calibrate(batches("bert"))
+    labelled = [{**batch, "labels": torch.zeros(6, dtype=torch.long)} for batch in batches("bert")]
+    jointopt.train_sandwich(supernet, labelled, 2, learning_rate=0.1)
+    with supernet.original() as given:
+        assert not given.training
+    assert model.training and dict(model.classifier._forward_hooks) == hooks
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    handle.remove()
+
+
+def test_the_super_network_is_untouched_by_what_a_user_does_to_a_view():
+    supernet = supernet_of("bert")
+    before = supernet.fingerprint()
+    with supernet.active(supernet.space.sample(1, seed=0)[0]) as view:
+        view.train()
+        view.classifier = nn.Identity()
+        view.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
+    assert supernet.fingerprint() == before
+    assert not supernet.model.bert.encoder.layer[0]._forward_hooks
+
+
+def test_a_view_copies_no_weight():
+    supernet = supernet_of("llama_untied")
+    storages = {tensor.untyped_storage().data_ptr() for tensor in supernet.model.parameters()}
+    genome = unquantized(supernet, supernet.space.smallest)
+    with supernet.active(genome) as view:
+        assert all(tensor.untyped_storage().data_ptr() in storages for tensor in view.parameters())
+
+
+def test_an_extracted_model_shares_no_storage_with_the_super_network():
+    supernet = supernet_of("llama_tied")
+    storages = {tensor.untyped_storage().data_ptr() for tensor in supernet.model.parameters()}
+    model = supernet.extract(supernet.space.sample(1, seed=0)[0])
+    assert not any(tensor.untyped_storage().data_ptr() in storages for tensor in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_quantized_weight_is_made_once_for_all_genomes_that_share_it():
+    supernet = supernet_of("llama_untied", schemes=["W4A16"], heads=[2, 4])
+    with supernet.active(supernet.space.largest) as large, supernet.active(supernet.space.smallest) as small:
+        wide, narrow = (model.model.layers[0].self_attn.q_proj.weight for model in (large, small))
+        assert wide.data_ptr() == narrow.data_ptr() and narrow.shape[0] == wide.shape[0] // 2
+
+
+def test_batch_norm_statistics_are_those_of_the_sub_network():
+    supernet = supernet_of("resnet", schemes=["none"])
+    seen: list[torch.Tensor] = []
+    with supernet.active(supernet.space.smallest) as view:
+        convolution, norm = view.resnet.embedder.embedder.convolution, view.resnet.embedder.embedder.normalization
+        convolution.register_forward_hook(lambda _, __, output: seen.append(output))
+        for batch in batches("resnet"):
+            logits(view, batch)
+        expected = torch.stack([output.mean((0, 2, 3)) for output in seen]).mean(0)
+        torch.testing.assert_close(norm.running_mean, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_leave_in_order_of_least_influence():
+    model = make("llama_untied")
+    with torch.no_grad():
+        for name in ("o_proj", "down_proj"):
+            parent = model.model.layers[0].self_attn if name == "o_proj" else model.model.layers[0].mlp
+            getattr(parent, name).weight.mul_(1e-3)
+    space = SearchSpace.for_model(model, schemes=["none"], depth=[2, 3])
+    supernet = Supernet(model, space)
+    supernet.calibrate(batches("llama_untied"))
+    plan = supernet.plan(supernet.space.smallest)
+    assert [block.name for block in plan.blocks] == ["block1", "block2"]
+
+
+def test_important_channels_come_first():
+    model = make("bert")
+    important = 77
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:, important] *= 50
+    expected = model.bert.encoder.layer[0].intermediate.dense.weight[important].clone()
+    supernet = Supernet(model, SearchSpace.for_model(model))
+    supernet.calibrate(batches("bert"))
+    assert torch.equal(supernet.model.bert.encoder.layer[0].intermediate.dense.weight[0], expected)
+
+
+def test_attention_and_mlp_can_leave_alone():
+    for name in ("llama_tied", "bert", "vit", "timm_vit"):
+        supernet = supernet_of(name, schemes=["none", "W8A8"], attention_keep=True, mlp_keep=True)
+        batch = batches(name)[0]
+        for genome in [supernet.space.smallest, *supernet.space.sample(3, seed=0)]:
+            with supernet.active(genome) as view:
+                assert torch.isfinite(logits(view, batch)).all()
+            model = supernet.extract(genome)
+            assert supernet.costs(genome)["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_generation_works_where_the_first_attention_is_gone():
+    supernet = supernet_of("llama_tied", schemes=["none"], attention_keep=True)
+    genes = {gene.name: True for gene in supernet.space.genes} | {"block0.attention.keep": False}
+    model = supernet.extract(supernet.space.encode(genes))
+    prompt = batches("llama_tied")[0]["input_ids"][:1]
+    cached = model.generate(prompt, max_new_tokens=5, do_sample=False, use_cache=True, pad_token_id=0)
+    plain = model.generate(prompt, max_new_tokens=5, do_sample=False, use_cache=False, pad_token_id=0)
+    assert torch.equal(cached, plain)
+
+
+def test_training_moves_the_smallest_towards_the_largest():
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"]))
+    data = batches("vit", count=2)
+    supernet.calibrate(data)
+    labelled = [{**batch, "labels": torch.arange(6) % 5} for batch in data]
+    before = disagreement(supernet, data)
+    history = jointopt.train_sandwich(supernet, labelled, 30, learning_rate=1e-3)
+    assert history[-1] < history[0]
+    supernet.calibrate(data)
+    assert disagreement(supernet, data) < before
+
+
+def disagreement(supernet: Supernet, data: list) -> float:
+    with supernet.active(supernet.space.smallest) as small, supernet.active(supernet.space.largest) as large:
+        return sum(float((logits(small, b).softmax(-1) - logits(large, b).softmax(-1)).abs().mean()) for b in data)
+
+
+def test_a_saved_super_network_is_restored_with_its_order(tmp_path):
+    supernet = supernet_of("bert")
+    labelled = [{**batch, "labels": torch.zeros(6, dtype=torch.long)} for batch in batches("bert")]
+    jointopt.train_sandwich(supernet, labelled, 2, learning_rate=1e-2)
+    supernet.calibrate(batches("bert"))
+    supernet.save(tmp_path / "supernet.safetensors")
+    again = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=SCHEMES))
+    again.load(tmp_path / "supernet.safetensors")
+    again.calibrate(batches("bert"))
+    assert again.fingerprint() == supernet.fingerprint()
+
+
+def test_errors_name_what_was_found_and_what_is_allowed():
+    model = make("bert")
+    space = SearchSpace.for_model(model)
+    with pytest.raises(JointoptError, match="found no batch"):
+        Supernet(model, space).calibrate([])
+    with pytest.raises(JointoptError, match="known: llama"):
+        SearchSpace.for_model(nn.Linear(2, 2))
+    with pytest.raises(JointoptError, match=r"heads.*found 7.*1 to 4"):
+        SearchSpace.for_model(model, heads=[7])
+    with pytest.raises(JointoptError, match="did you mean 'heads'"):
+        SearchSpace.for_model(model, head=[2])
+    with pytest.raises(JointoptError, match="no such place; did you mean 'block0.heads'"):
+        Supernet(model, SearchSpace([jointopt.Gene("block0.head", (2, 4))]))
+    with pytest.raises(JointoptError, match="steps of 2"):
+        Supernet(make("llama_tied"), SearchSpace([jointopt.Gene("block0.heads", (1, 4))]))
+    with pytest.raises(JointoptError, match="float32, bfloat16"):
+        Supernet(make("bert").half(), space)
+    with pytest.raises(JointoptError, match="lm_head.*NVFP4|embed_tokens.*NVFP4|NVFP4"):
+        Supernet(make("bert"), SearchSpace([jointopt.Gene("pooler.precision", ("NVFP4",))]))
