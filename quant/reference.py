@@ -256,13 +256,17 @@ def fake_quantize_activation(
     The arithmetic is that of compressed-tensors 0.20, in x's dtype, operation for operation.
 
     Args:
-        x: [..., features], or a convolution's input [N, C, H, W], where a token is one sample.
+        x: [..., features], or a convolution's input [N, C, H, W], where a token is one sample and a group is of
+            neighbouring channels at one position.
         format: dynamic formats compute their scales here.
         scale, zero_point: of static formats.
         global_scale: of NVFP4.
     """
     with torch.no_grad():
-        rounded = _fake_quantized(x, format, scale, zero_point, global_scale)
+        if format.granularity == "group" and x.dim() == 4:
+            rounded = _fake_quantized(x.permute(0, 2, 3, 1), format, scale, zero_point, global_scale).permute(0, 3, 1, 2)
+        else:
+            rounded = _fake_quantized(x, format, scale, zero_point, global_scale)
     return _StraightThrough.apply(x, rounded) if x.requires_grad and torch.is_grad_enabled() else rounded
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -220,7 +220,7 @@ def _storable(model: nn.Module, family: Family, width: Width, size: int, schemes
     return True
 
 
-def _fits(name: str, layer: Layer, module: nn.Module, columns: Iterable[int]) -> bool:
+def _fits(name: str, layer: Layer, module: nn.Module, columns: Collection[int]) -> bool:
     try:
         fitted_scheme(name, layer, module, columns)
     except JointoptError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from torch import nn
 
@@ -24,7 +24,7 @@ def columns_per_input(module: nn.Module) -> int:
     return module.kernel_size[0] * module.kernel_size[1] if isinstance(module, nn.Conv2d) else 1
 
 
-def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Iterable[int]) -> Scheme:
+def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Collection[int]) -> Scheme:
     """The scheme with the group size that divides every one of `columns`, the widths the layer's weight can have.
 
     Raises:
@@ -39,8 +39,12 @@ def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Iterable[
                 f"{layer.path}: {name} quantizes activations, and this layer sees one vector a sample; "
                 "allowed here: schemes of weights only"
             )
-        if isinstance(module, nn.Conv2d) and wanted.activations.granularity == "group":
-            raise JointoptError(f"{layer.path}: {name} quantizes activations in groups, which a convolution lacks")
+        group = wanted.activations.group_size or 1
+        channels = [count // columns_per_input(module) for count in columns]
+        if any(count % group for count in channels):
+            raise JointoptError(
+                f"{layer.path}: {name} quantizes activations in groups of {group}; found {channels} input channels"
+            )
     try:
         return wanted.fitted(columns)
     except JointoptError as error:

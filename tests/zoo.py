@@ -70,7 +70,8 @@ def _timm_vit() -> nn.Module:
 
 def _timm_resnet(block: str) -> nn.Module:
     kind = {"basic": timm.models.resnet.BasicBlock, "bottleneck": timm.models.resnet.Bottleneck}[block]
-    return timm.models.resnet.ResNet(kind, (2, 3), num_classes=5, channels=(32, 64))
+    channels = {"basic": (64, 64, 64, 128), "bottleneck": (16, 32, 32, 32)}[block]
+    return timm.models.resnet.ResNet(kind, (1, 2, 2, 1), num_classes=5, channels=channels)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
