@@ -32,7 +32,7 @@ from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
 from search_spaces.family import Layer, structural_clone
 from search_spaces.precision import gene_names
-from search_spaces.space import SearchSpace
+from search_spaces.space import Gene, SearchSpace
 
 from .batch_norm import has_batch_norm, reestimate
 from .cost.shapes import ShapeCosts, measure_positions
@@ -243,6 +243,14 @@ class Supernet:
         counted in linear layers, convolutions and attention products. BOPs are MACs x weight bits x activation bits.
         """
         return {name: values[0].item() for name, values in self.cost_columns(np.atleast_2d(genome)).items()}
+
+    def original_costs(self) -> dict[str, int | float]:
+        """`costs` of the whole, unquantized model."""
+        first = self.family.layers[0]
+        only = SearchSpace([Gene(f"{first.name}.precision", ("none",))])
+        positions = self._costs.positions
+        whole = ShapeCosts(self.model, self.family, only, positions, {}, partial(_lookup, {}), self._leaving)
+        return {name: values[0].item() for name, values in whole.columns(only.smallest).items()}
 
     def cost_columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """`costs` of many genomes at once: name -> one value a row of `genomes`."""

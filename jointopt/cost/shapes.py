@@ -85,7 +85,7 @@ class ShapeCosts:
     ):
         self.space, self.family, self.leaving = space, family, leaving
         self._index = {name: i for i, name in enumerate(space.names)}
-        self._model, self._positions = model, positions
+        self._model, self.positions = model, positions
         self._precision_gene, self._scheme_of = precision_gene, scheme_of
         self._layers = {layer.path: layer for layer in family.layers}
         self._tied = {path: layer for layer in family.layers for path in layer.tied}
@@ -197,10 +197,10 @@ class ShapeCosts:
                 size += _product(shape) * tensor.element_size()
         macs = 0.0
         bits = float(module._parameters["weight"].element_size() * 8) if module._parameters.get("weight") is not None else 0
-        if path in self._positions and columns:
+        if path in self.positions and columns:
             weight = module._parameters["weight"]
             assert weight is not None
-            macs = self._positions[path] * rows * columns * weight[0, 0].numel()
+            macs = self.positions[path] * rows * columns * weight[0, 0].numel()
         weight_bits = scheme.weights.bits if scheme and scheme.weights else bits
         input_bits = scheme.activations.bits if scheme and scheme.activations else bits
         return {"parameters": parameters, "size": size, "macs": round(macs), "bops": macs * weight_bits * input_bits}
@@ -209,7 +209,7 @@ class ShapeCosts:
         """The two products of attention: queries with keys, and what they weigh of the values, each T x T x width."""
         part = width.consumers[0]
         rows = self._axis((width, part.channels), width.units * part.channels)
-        tokens = self._positions.get(part.module, 0.0)
+        tokens = self.positions.get(part.module, 0.0)
         weight = self._model.get_submodule(part.module).get_parameter("weight")
         bits = weight.element_size() * 8
         macs = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1) * 2 * tokens * tokens

@@ -1,0 +1,440 @@
+"""The typed configuration of a run: one YAML file, checked whole before anything is loaded.
+
+    config = load_config("bert.yaml")
+    config.search.evaluations     # 200
+
+Paths in it are relative to the directory that the command is started in, not to the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quant.errors import JointoptError
+
+DIRECTIONS: dict[str, Literal["min", "max"]] = {
+    "quality": "max",
+    "accuracy": "max",
+    "loss": "min",
+    "kl": "min",
+    "perplexity": "min",
+    "size": "min",
+    "macs": "min",
+    "bops": "min",
+    "parameters": "min",
+}
+"""Which way each objective that jointopt knows is better."""
+COSTS = ("size", "macs", "bops", "parameters")
+TASKS = ("text-classification", "image-classification", "causal-lm")
+TaskName = Literal["text-classification", "image-classification", "causal-lm"]
+
+Positive = Annotated[int, Field(gt=0)]
+Choices = list[int | float]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _path_alone(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Source(_Section):
+    """Where samples come from, and which columns hold them.
+
+    Attributes:
+        path: a csv, tsv, json, jsonl, parquet or text file, a folder of images, or the id of a data set on the hub.
+        split: of a data set on the hub ("train", "validation").
+        text, text_pair, image, label: names of columns; found by their usual names where not given.
+        samples: how many to use, spread evenly over the source (default: all; 128 to calibrate).
+    """
+
+    path: str
+    split: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    image: str | None = None
+    label: str | None = None
+    samples: Positive | None = None
+
+
+SourceOrPath = Annotated[Source, BeforeValidator(_path_alone)]
+
+
+class Data(_Section):
+    """The data of a run.
+
+    Attributes:
+        train: for the super-network's training.
+        calibrate: a few samples for ranges and importance (default: those of `train`).
+        evaluate: what every genome is scored on.
+        batch_size: samples in one forward pass of calibration and evaluation.
+        length: tokens in a text at most, or in a chunk of running text (default: what the model takes, 512 at most).
+    """
+
+    train: SourceOrPath | None = None
+    calibrate: SourceOrPath | None = None
+    evaluate: SourceOrPath | None = None
+    batch_size: Positive = 32
+    length: Annotated[int, Field(ge=2)] | None = None
+
+
+class Space(_Section):
+    """The search space: a preset, or the choices written out, or neither for the default of the model's family."""
+
+    preset: str | None = None
+    depth: Choices | None = None
+    heads: Choices | None = None
+    mlp: Choices | None = None
+    bottleneck: Choices | None = None
+    stage: Choices | None = None
+    keep: bool | None = None
+    attention_keep: bool | None = None
+    mlp_keep: bool | None = None
+    schemes: list[str] | None = None
+    precision_per: Literal["layer", "projection", "block"] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What is set, as keywords of `SearchSpace.for_model`."""
+        return self.model_dump(exclude_none=True)
+
+    @field_validator("depth", "heads", "mlp", "bottleneck", "stage", "schemes")
+    @classmethod
+    def _not_empty(cls, value: list | None) -> list | None:
+        if value is not None and not value:
+            raise ValueError("an empty list; allowed: one choice or more")
+        return value
+
+
+class Train(_Section):
+    """Super-network training before the search (the sandwich rule). Give steps or epochs.
+
+    Attributes:
+        learning_rate: of AdamW (default: 5e-5).
+        random_subnetworks: trained in each step beside the largest and the smallest.
+    """
+
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    random_subnetworks: Annotated[int, Field(ge=0)] = 2
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"{'neither' if self.steps is None else 'both'} of steps and epochs; allowed: one of them")
+        return self
+
+
+class ObjectiveEntry(_Section):
+    """One objective: its name, and the direction in which it is better."""
+
+    name: str
+    direction: Literal["min", "max"]
+
+    @model_validator(mode="after")
+    def _known_direction(self) -> ObjectiveEntry:
+        known = DIRECTIONS.get(self.name, self.direction)
+        if known != self.direction:
+            raise ValueError(f"{self.name}: {self.direction}; allowed: {self.name}: {known}")
+        return self
+
+
+def _objective(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in DIRECTIONS:
+            near = difflib.get_close_matches(value, DIRECTIONS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{value!r}{hint}; allowed: {', '.join(DIRECTIONS)}, or a metric of one's own as {{{value}: min}}"
+            )
+        return {"name": value, "direction": DIRECTIONS[value]}
+    if isinstance(value, Mapping) and len(value) == 1 and "name" not in value:
+        ((name, direction),) = value.items()
+        if direction not in ("min", "max"):
+            raise ValueError(f"{name}: {direction!r}; allowed: min, max")
+        return {"name": name, "direction": direction}
+    if isinstance(value, Mapping) and set(value) == {"name", "direction"}:
+        return value
+    raise ValueError(f"{value!r}; allowed: a name, or {{name: min}} or {{name: max}}")
+
+
+class Search(_Section):
+    """How the space is searched.
+
+    Attributes:
+        evaluations: how many sub-networks are really measured.
+        seed: of everything random.
+    """
+
+    strategy: Literal["guided", "evolutionary", "random"] = "guided"
+    evaluations: Positive = 200
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+def _choice(value: Any) -> Any:
+    return {value: True} if value == "knee" else value
+
+
+class Choose(_Section):
+    """Which point of the front is exported. MB are 10^6 bytes.
+
+    Attributes:
+        size_mb: the best quality at or under this size.
+        drop: the smallest whose quality is at most this much worse than the original's.
+        knee: the point farthest from the line between the ends of the front.
+    """
+
+    size_mb: Annotated[float, Field(gt=0)] | None = None
+    drop: Annotated[float, Field(ge=0)] | None = None
+    knee: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Choose:
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError(f"{', '.join(given) or 'nothing'}; allowed: one of size_mb, drop, knee")
+        return self
+
+
+class Config(_Section):
+    """A whole run; the README shows one by example.
+
+    Attributes:
+        model: a local folder, a hub id, timm/NAME, or a folder with a GGUF file.
+        task: how data becomes batches and quality; with `quality` it is read off the model where not given.
+        quality: "package.function", model -> float (or a dict of metrics), instead of the task's own metrics.
+        output: the folder of everything that the run writes.
+    """
+
+    model: str
+    task: TaskName | None = None
+    quality: str | None = None
+    data: Data = Data()
+    space: Space = Space()
+    train: Train | None = None
+    objectives: Annotated[list[Annotated[ObjectiveEntry, BeforeValidator(_objective)]], Field(min_length=1)] | None = None
+    search: Search = Search()
+    choose: Annotated[Choose, BeforeValidator(_choice)] = Choose(knee=True)
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    output: str
+
+    @field_validator("quality")
+    @classmethod
+    def _dotted(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
+            raise ValueError(f"{value!r}; allowed: my_package.my_function")
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Config:
+        if self.task is None and self.quality is None:
+            raise ValueError(f"neither task nor quality; allowed: task: {', '.join(TASKS)}, or quality: package.function")
+        if self.quality is None and self.data.evaluate is None:
+            raise ValueError("no data.evaluate; allowed: what every genome is scored on, a path or a hub id")
+        if self.data.calibrate is None and self.data.train is None:
+            raise ValueError("neither data.calibrate nor data.train; allowed: a path or a hub id")
+        if self.train is not None and self.data.train is None:
+            raise ValueError("train without data.train; allowed: both or neither")
+        names = [entry.name for entry in self.objectives or ()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"objectives {', '.join(names)}; allowed: each once")
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """What determines a study's values, as JSON can hold it: what must not change when it is resumed."""
+        content = self.model_dump(exclude_none=True, exclude={"choose", "output", "device"})
+        content["search"].pop("evaluations")
+        return content
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults written out; `load_config` reads it back."""
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML by safe loading, in which 5e-5 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Reads and checks a config.
+
+    Args:
+        path: a YAML file.
+        overrides: dotted key -> value, in place of what the file says ({"search.evaluations": 20}).
+
+    Raises:
+        JointoptError: an unknown key (with the nearest valid one), a wrong type, a missing file: the file and line,
+            the key, what was found and what is allowed.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JointoptError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; allowed: a YAML file") from None
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        lines = _lines(node, path) if node else {}
+        content = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise JointoptError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(content, dict):
+        raise JointoptError(f"{path}: found {_described(content)}; allowed: keys, {', '.join(Config.model_fields)}")
+    for key, value in (overrides or {}).items():
+        _set(content, key.split("."), value)
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise JointoptError(_one_line(error, content, lines, str(path))) from None
+
+
+def _set(content: dict, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(content.get(key), dict):
+            content[key] = {}
+        content = content[key]
+    content[keys[-1]] = value
+
+
+def _lines(node: yaml.Node, path: str | Path, at: tuple = ()) -> dict[tuple, int]:
+    """Path of keys and list indices -> line number in the file; refuses a key that is there twice."""
+    found = {at: node.start_mark.line + 1}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = (*at, key.value)
+            line = key.start_mark.line + 1
+            if below in found:
+                raise JointoptError(f"{path}, line {line}: {_dotted(below)}: found twice; allowed: once")
+            found |= {**_lines(value, path, below), below: line}
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            found |= _lines(value, path, (*at, index))
+    return found
+
+
+def _one_line(error: ValidationError, content: Any, lines: Mapping[tuple, int], path: str) -> str:
+    """The first of pydantic's complaints, a misspelt key before the missing one that it was meant to be."""
+    complaints = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first = complaints[0]
+    at = first["loc"] if first["type"] in ("extra_forbidden", "missing") else _resolving(first["loc"], content)
+    line = next((lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in lines), None)
+    where = f"{path}, line {line}: " if line else f"{path}: "
+    return where + (f"{_dotted(at)}: " if at else "") + _complaint(first, at)
+
+
+def _resolving(loc: tuple, content: Any) -> tuple:
+    """The part of pydantic's location that the file has; the rest names members of a union."""
+    for depth, key in enumerate(loc):
+        try:
+            content = content[key]
+        except (KeyError, IndexError, TypeError):
+            return loc[:depth]
+    return loc
+
+
+def _complaint(error: Any, at: tuple) -> str:
+    kind, found = error["type"], _described(error["input"])
+    if kind == "extra_forbidden":
+        valid = _keys_at(at[:-1])
+        near = difflib.get_close_matches(str(at[-1]), valid, 1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown key{hint}; allowed: {', '.join(valid)}"
+    if kind == "missing":
+        return "found nothing; allowed: " + _expected(at)
+    if kind == "value_error":
+        return f"found {error['ctx']['error']}"
+    return f"found {found}; allowed: " + (_bound(error) or _expected(at))
+
+
+def _bound(error: Any) -> str | None:
+    signs = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least")}
+    if error["type"] not in signs:
+        return None
+    key, words = signs[error["type"]]
+    return f"{words} {error['ctx'][key]}"
+
+
+_WORDS = {
+    "model": "a local folder, a hub id, or timm/NAME",
+    "output": "a folder",
+    "device": "auto, cpu, cuda, mps",
+    "objectives": "a list of names",
+    "choose": "{size_mb: 20}, {drop: 0.01} or knee",
+}
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true, false", list: "a list"}
+
+
+def _expected(at: tuple) -> str:
+    """What is allowed at a key, in words, read off the type it is declared with."""
+    if len(at) == 1 and at[0] in _WORDS:
+        return _WORDS[at[0]]
+    kind: Any = Config
+    for key in at:
+        sections = [each for each in _members(kind) if isinstance(each, type) and issubclass(each, BaseModel)]
+        if isinstance(key, int) or not sections or key not in sections[0].model_fields:
+            continue
+        kind = sections[0].model_fields[key].annotation
+    words: list[str] = []
+    for member in _members(kind):
+        if get_origin(member) is Literal:
+            words += [str(value).lower() if isinstance(value, bool) else str(value) for value in get_args(member)]
+        elif isinstance(member, type) and issubclass(member, BaseModel):
+            paths = ["a path or a hub id, or"] if "path" in member.model_fields else []
+            words.append(" ".join([*paths, "keys of", ", ".join(member.model_fields)]))
+        elif get_origin(member) is list and not isinstance(at[-1], int):
+            words.append("a list of " + " or ".join(_KINDS[each] + "s" for each in _members(get_args(member)[0])))
+        elif get_origin(member) is list:
+            words += [_KINDS[each] for each in _members(get_args(member)[0])]
+        else:
+            words.append(_KINDS.get(member, str(member)))
+    return ", ".join(words)
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types a union allows, annotations taken off and None left out."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [member for each in get_args(kind) for member in _members(each)]
+    return [] if kind is type(None) else [kind]
+
+
+def _keys_at(at: tuple) -> list[str]:
+    section: Any = Config
+    for key in at:
+        if isinstance(key, str) and key in section.model_fields:
+            section = _members(section.model_fields[key].annotation)[0]
+    return list(section.model_fields)
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "keys " + ", ".join(map(str, value)) if value else "no keys"
+    if isinstance(value, str | int | float):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def _dotted(at: tuple) -> str:
+    return ".".join(map(str, at))

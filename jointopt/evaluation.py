@@ -1,0 +1,65 @@
+"""Genome -> metrics, by the user's function on the active sub-network. A failure is a result too."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+Quality = Callable[[nn.Module], Any]
+"""Model -> a number ("quality", higher is better), or a mapping of metrics to numbers."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of one genome: metrics and costs, or the reason why not."""
+
+    metrics: dict[str, float] | None
+    failed: str | None
+    seconds: float
+
+
+def measured(quality: Quality, model: nn.Module) -> dict[str, float]:
+    """The user's function as metrics by name, without gradients.
+
+    Raises:
+        JointoptError: it returned something else than finite numbers.
+    """
+    with torch.no_grad():
+        found = quality(model)
+    metrics = dict(found) if isinstance(found, Mapping) else {"quality": found}
+    for name, value in metrics.items():
+        if isinstance(value, torch.Tensor | np.ndarray) and value.size in (1, ()) or hasattr(value, "item"):
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise JointoptError(f"quality returned {type(value).__name__} for {name!r}; allowed: a number")
+        if not math.isfinite(value):
+            raise JointoptError(f"quality returned {value} for {name!r}; allowed: a finite number")
+        metrics[name] = float(value)
+    return metrics
+
+
+def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evaluation:
+    """One real measurement. What the user's function raises is recorded, not raised; Ctrl-C goes through."""
+    started = time.perf_counter()
+    try:
+        with supernet.active(genome) as model:
+            metrics = measured(quality, model)
+    except Exception as error:  # noqa: BLE001 - the user's code may raise anything, and the search goes on
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+        return Evaluation(None, reason, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    costs = {name: float(value) for name, value in supernet.costs(genome).items()}
+    return Evaluation({**costs, **metrics}, None, seconds)

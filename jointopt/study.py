@@ -1,0 +1,343 @@
+"""The record of a search: one SQLite file in WAL mode, from which it goes on as if it had never stopped.
+
+A batch of genomes is recorded together with the strategy's state before any of it is evaluated, each evaluation as it
+ends, so that whatever moment the process dies at, the next one finds what is left to do.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jointopt.objectives import Objective, hypervolume, minimized, non_dominated
+from quant.errors import JointoptError
+from search_spaces.space import SearchSpace
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS generations (number INTEGER PRIMARY KEY, genomes TEXT NOT NULL, predicted TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS evaluations (
+    number INTEGER PRIMARY KEY, generation INTEGER NOT NULL, genome TEXT NOT NULL UNIQUE,
+    metrics TEXT, failed TEXT, seconds REAL NOT NULL);
+"""
+_SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "scikit-learn", "numpy")
+VERSION = 1
+
+
+class Study:
+    """One search and all its evaluations. Made by `jointopt.search`, opened again by `Study.open`.
+
+    Attributes:
+        path: the file, None for a study in memory.
+        space, objectives: what is searched, for what.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path | None, lock: sqlite3.Connection | None = None):
+        self.path = path
+        self._connection, self._lock = connection, lock
+        self.space = SearchSpace.from_dict(self.fact("space"))
+        self.objectives = tuple(Objective(name, direction) for name, direction in self.fact("objectives"))
+
+    @classmethod
+    def create(
+        cls, path: str | Path | None, space: SearchSpace, objectives: Sequence[Objective], config: Mapping[str, Any]
+    ) -> Study:
+        """A new study, or the one at `path` to go on with, locked against other writers.
+
+        Args:
+            config: what the results depend on; a study that was made with another is refused.
+
+        Raises:
+            JointoptError: another config (the differences are named), another writer, a file that is no study.
+        """
+        path = None if path is None else Path(path)
+        if path is not None and not path.parent.is_dir():
+            raise JointoptError(f"storage: the folder {str(path.parent)!r} does not exist")
+        lock = None if path is None else _locked(path)
+        try:
+            connection = _connect(path)
+            wanted = {
+                "version": VERSION,
+                "space": space.to_dict(),
+                "objectives": [[o.name, o.direction] for o in objectives],
+                "config": json.loads(json.dumps(config)),
+            }
+            with _explained(path):
+                stored = dict(connection.execute("SELECT key, value FROM facts").fetchall())
+                if stored:
+                    _compare(path, {key: json.loads(stored.get(key, "null")) for key in wanted}, wanted)
+                else:
+                    with connection:
+                        facts = {**wanted, "software": _software()}
+                        rows = [(key, json.dumps(value)) for key, value in facts.items()]
+                        connection.executemany("INSERT INTO facts VALUES (?, ?)", rows)
+            return cls(connection, path, lock)
+        except BaseException:
+            if lock is not None:
+                lock.close()
+            raise
+
+    @classmethod
+    def open(cls, path: str | Path) -> Study:
+        """A finished or a running study, to be read. Raises JointoptError where there is none."""
+        path = Path(path)
+        if not path.is_file():
+            raise JointoptError(f"study: {str(path)!r} does not exist")
+        connection = _connect(path)
+        with _explained(path):
+            if not connection.execute("SELECT count(*) FROM facts").fetchone()[0]:
+                raise JointoptError(f"study: {str(path)!r} is empty")
+        return cls(connection, path)
+
+    def close(self) -> None:
+        """Closes the file and lets other writers in."""
+        self._connection.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def fact(self, key: str, default: Any = None) -> Any:
+        """A recorded fact: "config", "software", "baselines", "reference", or what was noted."""
+        row = self._connection.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
+        return default if row is None else json.loads(row[0])
+
+    def note(self, key: str, value: Any) -> None:
+        """Records a fact, JSON, in place of an older one."""
+        with _explained(self.path), self._connection:
+            self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.fact("config")
+
+    @property
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Name ("original") -> metrics and costs."""
+        return self.fact("baselines", {})
+
+    def add_generation(self, genomes: np.ndarray, predicted: np.ndarray, state: Mapping[str, Any]) -> int:
+        """Records a batch before it is evaluated, with the strategy's state after it was asked."""
+        with _explained(self.path), self._connection:
+            number = self._connection.execute("SELECT count(*) FROM generations").fetchone()[0]
+            row = (number, json.dumps(genomes.tolist()), json.dumps(predicted.tolist()))
+            self._connection.execute("INSERT INTO generations VALUES (?, ?, ?)", row)
+            self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('state', ?)", (json.dumps(state),))
+        return number
+
+    def add_evaluation(
+        self, generation: int, genome: np.ndarray, metrics: Mapping[str, float] | None, failed: str | None, seconds: float
+    ) -> None:
+        """Records one evaluation, or why it failed."""
+        values = None if metrics is None else json.dumps({k: float(v) for k, v in metrics.items()})
+        with _explained(self.path), self._connection:
+            self._connection.execute(
+                "INSERT INTO evaluations (generation, genome, metrics, failed, seconds) VALUES (?, ?, ?, ?, ?)",
+                (generation, json.dumps(genome.tolist()), values, failed, seconds),
+            )
+
+    def last_generation(self) -> tuple[int, np.ndarray] | None:
+        """Number and genomes of the batch asked last, None before the first."""
+        row = self._connection.execute("SELECT number, genomes FROM generations ORDER BY number DESC LIMIT 1").fetchone()
+        return None if row is None else (row[0], np.array(json.loads(row[1]), dtype=np.int64).reshape(-1, len(self.space)))
+
+    def results(self, genomes: np.ndarray) -> list[dict[str, float] | None]:
+        """Metrics of each genome: {} where it failed, None where it was not evaluated."""
+        found = []
+        for genome in genomes:
+            row = self._connection.execute(
+                "SELECT metrics FROM evaluations WHERE genome = ?", (json.dumps(genome.tolist()),)
+            ).fetchone()
+            found.append(None if row is None else json.loads(row[0]) if row[0] else {})
+        return found
+
+    def __len__(self) -> int:
+        return self._connection.execute("SELECT count(*) FROM evaluations").fetchone()[0]
+
+    def evaluations(self) -> pd.DataFrame:
+        """One row an evaluation, in order: number, generation, genome (tuple), one column a metric, predicted_NAME for
+        what was foreseen of an objective, failed (the reason, or None), seconds."""
+        rows = self._connection.execute(
+            "SELECT number, generation, genome, metrics, failed, seconds FROM evaluations ORDER BY number"
+        ).fetchall()
+        predicted = self._predictions()
+        records = []
+        for number, generation, genome, metrics, failed, seconds in rows:
+            record = {"number": number, "generation": generation, "genome": tuple(json.loads(genome))}
+            record.update(json.loads(metrics) if metrics else {})
+            foreseen = predicted.get(genome, [np.nan] * len(self.objectives))
+            record.update({f"predicted_{o.name}": v for o, v in zip(self.objectives, foreseen, strict=True)})
+            records.append({**record, "failed": failed, "seconds": seconds})
+        columns = ["number", "generation", "genome", *(o.name for o in self.objectives), "failed", "seconds"]
+        return pd.DataFrame(records) if records else pd.DataFrame(columns=columns)
+
+    def _predictions(self) -> dict[str, list[float]]:
+        found = {}
+        for genomes, predicted in self._connection.execute("SELECT genomes, predicted FROM generations"):
+            for genome, values in zip(json.loads(genomes), json.loads(predicted), strict=True):
+                found[json.dumps(genome)] = values
+        return found
+
+    def _costs(self, frame: pd.DataFrame) -> np.ndarray:
+        names = [objective.name for objective in self.objectives]
+        return minimized(frame.reindex(columns=names).to_numpy(dtype=float), self.objectives)
+
+    def front(self) -> pd.DataFrame:
+        """The non-dominated evaluations, in the order of the last objective, best first."""
+        frame = self.evaluations()
+        if frame.empty:
+            return frame
+        costs = self._costs(frame)
+        kept = non_dominated(costs)
+        return frame[kept].iloc[np.lexsort(costs[kept].T)].reset_index(drop=True)
+
+    def reference_point(self) -> list[float] | None:
+        """The point that hypervolume is measured from, in the objectives' units: 10% beyond the worst of the first
+        generation's values and the original's. None before a generation is complete."""
+        frame = self.evaluations()
+        first = frame[(frame["generation"] == 0)] if len(frame) else frame
+        costs = self._costs(first) if len(first) else np.empty((0, len(self.objectives)))
+        costs = costs[np.isfinite(costs).all(axis=1)]
+        if not len(costs):
+            return None
+        worst, best = costs.max(0), costs.min(0)
+        signs = np.array([objective.sign for objective in self.objectives])
+        return ((worst + 0.1 * np.where(worst > best, worst - best, 1.0)) * signs).tolist()
+
+    def hypervolume_history(self, reference: Sequence[float] | None = None) -> np.ndarray:
+        """Hypervolume after each evaluation, [evaluations], from `reference` (default: `reference_point`)."""
+        reference = reference or self.reference_point()
+        frame = self.evaluations()
+        if reference is None:
+            return np.zeros(len(frame))
+        costs = self._costs(frame)
+        turned = minimized(np.array([reference]), self.objectives)[0]
+        return np.array([hypervolume(costs[: n + 1], turned) for n in range(len(costs))])
+
+    def best(self, size_mb: float | None = None, drop: float | None = None, knee: bool = False) -> np.ndarray:
+        """The genome of the front that fits.
+
+        Args:
+            size_mb: the best quality at or under this many 10^6 bytes.
+            drop: the smallest whose quality is at most this much worse than the original's, in quality's own unit.
+            knee: the point of the front farthest from the line between its ends. With no argument: the best quality.
+
+        Raises:
+            JointoptError: more than one argument, no evaluation, or none that fits; the nearest value is named.
+        """
+        if sum((size_mb is not None, drop is not None, knee)) > 1:
+            raise JointoptError("best: found more than one of size_mb, drop, knee; allowed: one")
+        frame = self.evaluations()
+        frame = frame[frame["failed"].isna()] if len(frame) else frame
+        if frame.empty:
+            raise JointoptError("study: no evaluation to choose from")
+        quality = next((o for o in self.objectives if o.name not in ("size", "macs", "bops", "parameters")), None)
+        first = quality or self.objectives[0]
+        cost = frame[first.name].to_numpy(dtype=float) * first.sign
+        if knee:
+            return self._knee(frame)
+        if size_mb is None and drop is None:
+            return self._pick(frame, cost, self._tie(frame))
+        if "size" not in frame:
+            raise JointoptError("best: the study has no size; search with 'size' among the objectives")
+        size = frame["size"].to_numpy(dtype=float)
+        if size_mb is not None:
+            fits = size <= size_mb * 1e6
+            if not fits.any():
+                raise JointoptError(f"size_mb: found {size_mb}; the smallest evaluated has {size.min() / 1e6:.4g} MB")
+            return self._pick(frame[fits], cost[fits], size[fits])
+        original = self.baselines.get("original", {}).get(first.name)
+        if original is None:
+            raise JointoptError(f"drop: the study has no {first.name} of the original model")
+        worse = cost - original * first.sign
+        fits = worse <= drop + 1e-12
+        if not fits.any():
+            raise JointoptError(f"drop: found {drop}; the best {first.name} evaluated is worse by {worse.min():.4g}")
+        return self._pick(frame[fits], size[fits], cost[fits])
+
+    def _tie(self, frame: pd.DataFrame) -> np.ndarray:
+        return frame["size"].to_numpy(dtype=float) if "size" in frame else np.zeros(len(frame))
+
+    def _pick(self, frame: pd.DataFrame, first: np.ndarray, then: np.ndarray) -> np.ndarray:
+        at = np.lexsort((frame["number"].to_numpy(), then, first))[0]
+        return np.array(frame.iloc[at]["genome"], dtype=np.int64)
+
+    def _knee(self, frame: pd.DataFrame) -> np.ndarray:
+        if len(self.objectives) < 2:
+            raise JointoptError("knee: needs two objectives")
+        front = self.front()
+        costs = self._costs(front)
+        span = np.where(np.ptp(costs, axis=0) > 0, np.ptp(costs, axis=0), 1.0)
+        scaled = (costs - costs.min(0)) / span
+        return self._pick(front, scaled[:, :2].sum(axis=1), scaled[:, 0])
+
+
+def _connect(path: Path | None) -> sqlite3.Connection:
+    with _explained(path):
+        connection = sqlite3.connect(":memory:" if path is None else path, timeout=30)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.executescript(_TABLES)
+    return connection
+
+
+def _locked(path: Path) -> sqlite3.Connection:
+    """A lock that dies with the process: an exclusive transaction on a file beside the study."""
+    with _explained(path):
+        lock = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        lock.close()
+        if "locked" not in str(error):
+            raise JointoptError(f"study {str(path)!r}: {error}") from None
+        raise JointoptError(f"study {str(path)!r}: another process is writing to it; reports can be read meanwhile") from None
+    return lock
+
+
+@contextmanager
+def _explained(path: Path | None) -> Iterator[None]:
+    """SQLite's errors (a full disk, a file that is no database) as one line."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise JointoptError(f"study {str(path)!r}: {error}") from None
+
+
+def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    before, now = _flat(stored), _flat(wanted)
+    different = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+    if different:
+        told = [f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in different[:6]]
+        more = f" and {len(different) - 6} more" if len(different) > 6 else ""
+        raise JointoptError(
+            f"study {str(path)!r} was made with another config: {'; '.join(told)}{more}. Use another storage, or that config"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and prefix != "space":
+        return {k: v for key, each in value.items() for k, v in _flat(each, f"{prefix}.{key}".lstrip(".")).items()}
+    return {prefix.removeprefix("config."): value}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _software() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _SOFTWARE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

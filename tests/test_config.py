@@ -1,0 +1,144 @@
+"""The config: the issue's example is valid, and every mistake is one line that names the key."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jointopt import JointoptError
+from jointopt.config import Config, load_config
+
+EXAMPLE = """
+model: ./my-finetuned-bert
+task: text-classification
+data: {train: train.csv, calibrate: train.csv, evaluate: valid.csv}
+space:
+  preset: bert
+  schemes: [none, W8A8, W4A16, FP8_DYNAMIC, NVFP4]
+  precision_per: projection
+objectives: [accuracy, size]
+search: {strategy: guided, evaluations: 200, seed: 0}
+choose: {size_mb: 20}
+device: auto
+output: runs/bert
+"""
+MINIMAL = "model: m\ntask: causal-lm\ndata: {calibrate: a.txt, evaluate: b.txt}\noutput: runs/x\n"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def complaint(folder: Path, text: str) -> str:
+    with pytest.raises(JointoptError) as error:
+        load_config(written(folder, text))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_whole_example_is_read(tmp_path):
+    config = load_config(written(tmp_path, EXAMPLE))
+    assert config.data.train.path == "train.csv"
+    assert config.space.options() == {
+        "preset": "bert",
+        "schemes": ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4"],
+        "precision_per": "projection",
+    }
+    assert [(entry.name, entry.direction) for entry in config.objectives] == [("accuracy", "max"), ("size", "min")]
+    assert (config.search.strategy, config.search.evaluations, config.choose.size_mb) == ("guided", 200, 20)
+
+
+def test_what_is_left_out_has_a_default(tmp_path):
+    config = load_config(written(tmp_path, MINIMAL))
+    assert (config.search.evaluations, config.choose.knee, config.dtype, config.train) == (200, True, "auto", None)
+
+
+def test_the_written_out_config_reads_back_the_same(tmp_path):
+    config = load_config(written(tmp_path, EXAMPLE + "train: {steps: 10, learning_rate: 5e-5}\n"))
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert load_config(again) == config
+    assert config.train.learning_rate == 5e-5
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("serch: {seed: 1}", "line 5: serch: unknown key; did you mean 'search'?"),
+        ("search: {evaluation: 9}", "line 5: search.evaluation: unknown key; did you mean 'evaluations'?"),
+        ("search: {evaluations: many}", "search.evaluations: found 'many'; allowed: a whole number"),
+        ("search: {evaluations: 0}", "search.evaluations: found 0; allowed: more than 0"),
+        ("search: {strategy: magic}", "search.strategy: found 'magic'; allowed: guided, evolutionary, random"),
+        ("search: 7", "search: found 7; allowed: keys of strategy, evaluations, seed"),
+        ("space: {mpl: [1]}", "space.mpl: unknown key; did you mean 'mlp'?"),
+        ("space: {heads: many}", "space.heads: found 'many'; allowed: a list of whole numbers or numbers"),
+        ("space: {heads: [2, x]}", "space.heads.1: found 'x'; allowed: a whole number, a number"),
+        ("space: {schemes: []}", "space.schemes: found an empty list; allowed: one choice or more"),
+        ("objectives: [acuracy]", "objectives.0: found 'acuracy'; did you mean 'accuracy'?"),
+        ("objectives: [{f1: up}]", "objectives.0: found f1: 'up'; allowed: min, max"),
+        ("objectives: [{loss: max}]", "found loss: max; allowed: loss: min"),
+        ("objectives: [size, size]", "each once"),
+        ("choose: best", "choose: found 'best'; allowed: {size_mb: 20}, {drop: 0.01} or knee"),
+        ("choose: {size_mb: 2, drop: 0.1}", "choose: found size_mb, drop; allowed: one of"),
+        ("dtype: float16", "dtype: found 'float16'; allowed: auto, float32, bfloat16"),
+        ("device: tpu", "device: found 'tpu'; allowed: auto, cpu, cuda, mps"),
+        ("quality: accuracy", "quality: found 'accuracy'; allowed: my_package.my_function"),
+        ("train: {epochs: 1}", "train without data.train"),
+        ("train: {batch_size: 8}", "train: found neither of steps and epochs"),
+        ("model: other", "line 5: model: found twice"),
+        ("model2: [", "not YAML"),
+    ],
+)
+def test_a_mistake_is_named_with_what_is_allowed(tmp_path, line, said):
+    assert said in complaint(tmp_path, MINIMAL + line + "\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("task: causal-lm\ndata: {calibrate: a, evaluate: b}\noutput: o", "model: found nothing; allowed: a local folder"),
+        ("model: m\ndata: {calibrate: a, evaluate: b}\noutput: o", "neither task nor quality"),
+        ("model: m\ntask: causal-lm\ndata: {calibrate: a}\noutput: o", "no data.evaluate"),
+        ("model: m\ntask: causal-lm\ndata: {evaluate: a}\noutput: o", "neither data.calibrate nor data.train"),
+        ("model: m\ntask: causal-lm\ndata: {evaluate: 3}\noutput: o", "data.evaluate: found 3; allowed: a path or a hub"),
+        ("- a\n- b", "found a list; allowed: keys, model"),
+        ("", "found nothing; allowed: keys, model"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, text, said):
+    assert said in complaint(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(JointoptError, match="none.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides_take_the_place_of_the_files_values(tmp_path):
+    config = load_config(written(tmp_path, MINIMAL), {"search.evaluations": 7, "output": "elsewhere"})
+    assert (config.search.evaluations, config.output) == (7, "elsewhere")
+
+
+def test_the_record_leaves_out_what_may_change_between_runs(tmp_path):
+    path = written(tmp_path, EXAMPLE)
+    one = load_config(path)
+    other = load_config(path, {"search.evaluations": 7, "output": "x", "choose": "knee", "device": "cpu"})
+    assert one.record() == other.record()
+    assert one.record() != load_config(path, {"search.seed": 1}).record()
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.dictionaries(st.sampled_from(
+    [*Config.model_fields, "path", "steps", "evaluations", "x"]), x, max_size=4) | st.lists(x, max_size=3), max_leaves=12))
+def test_whatever_a_file_holds_the_answer_is_a_config_or_one_line(tmp_path_factory, content):
+    import yaml
+
+    path = tmp_path_factory.mktemp("fuzz") / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    try:
+        load_config(path)
+    except JointoptError as error:
+        assert "\n" not in str(error)

@@ -1,0 +1,230 @@
+"""The search on a real super-network: recorded, resumable, and not to be stopped by a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import jointopt
+from jointopt import JointoptError, SearchSpace, Study, Supernet
+from tests.zoo import batches, logits, make
+
+
+@pytest.fixture(scope="module")
+def supernet() -> Supernet:
+    model = make("vit")
+    found = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16"]))
+    found.calibrate(batches("vit"))
+    return found
+
+
+DATA = batches("vit", seed=5)
+TARGET = logits(make("vit"), DATA[0])
+
+
+def agreement(model: torch.nn.Module) -> float:
+    return -float((logits(model, DATA[0]) - TARGET).square().mean())
+
+
+def dump(study: Study) -> str:
+    return study.front().drop(columns="seconds").to_json()
+
+
+def test_the_library_example_finds_a_genome_within_its_budget(supernet):
+    study = jointopt.search(supernet, quality=agreement, objectives=["quality", "size"], evaluations=40, seed=0)
+    middle = sum(supernet.costs(g)["size"] for g in (supernet.space.smallest, supernet.space.largest)) / 2e6
+    genome = study.best(size_mb=middle)
+    assert supernet.costs(genome)["size"] <= middle * 1e6
+    with supernet.active(genome) as small:
+        expected = study.results(genome[None])[0]["quality"]
+        assert agreement(small) == pytest.approx(expected)
+    assert len(study) == 40 and len(study.front()) > 3
+    assert study.baselines["original"]["quality"] == pytest.approx(0, abs=1e-6)
+    assert (np.diff(study.hypervolume_history()) >= 0).all()
+
+
+def test_two_searches_with_one_seed_are_the_same(supernet):
+    first, second = (jointopt.search(supernet, agreement, evaluations=45, seed=3) for _ in range(2))
+    assert dump(first) == dump(second)
+
+
+def test_best_by_drop_and_knee_and_nothing(supernet):
+    study = jointopt.search(supernet, agreement, evaluations=30)
+    frame = study.evaluations()
+    assert study.results(study.best()[None])[0]["quality"] == frame["quality"].max()
+    tolerated = frame["quality"].median()
+    chosen = study.results(study.best(drop=-tolerated)[None])[0]
+    assert chosen["size"] == frame[frame["quality"] >= tolerated - 1e-12]["size"].min()
+    assert tuple(study.best(knee=True)) in set(study.front()["genome"])
+    with pytest.raises(JointoptError, match="smallest evaluated has"):
+        study.best(size_mb=1e-6)
+    with pytest.raises(JointoptError, match="more than one"):
+        study.best(size_mb=1, knee=True)
+
+
+def test_a_search_goes_on_where_it_stopped(supernet, tmp_path):
+    whole = jointopt.search(supernet, agreement, evaluations=55)
+    for evaluations in (7, 33, 55):
+        study = jointopt.search(supernet, agreement, evaluations=evaluations, storage=tmp_path / "study.db")
+        assert len(study) == evaluations
+        study.close()
+    assert dump(Study.open(tmp_path / "study.db")) == dump(whole)
+
+
+def test_another_config_on_the_same_study_is_refused_with_the_differences(supernet, tmp_path):
+    jointopt.search(supernet, agreement, evaluations=5, storage=tmp_path / "study.db", config={"data": "a.csv"}).close()
+    with pytest.raises(JointoptError, match='seed was 0, is 1; data was "a.csv", is "b.csv"'):
+        jointopt.search(
+            supernet, agreement, evaluations=5, storage=tmp_path / "study.db", seed=1, config={"data": "b.csv"}
+        )
+    assert len(Study.open(tmp_path / "study.db")) == 5
+
+
+def test_a_second_writer_is_refused_while_readers_are_not(supernet, tmp_path):
+    study = jointopt.search(supernet, agreement, evaluations=5, storage=tmp_path / "study.db")
+    with pytest.raises(JointoptError, match="another process is writing"):
+        jointopt.search(supernet, agreement, evaluations=9, storage=tmp_path / "study.db")
+    assert len(Study.open(tmp_path / "study.db")) == 5
+    study.close()
+    assert len(jointopt.search(supernet, agreement, evaluations=9, storage=tmp_path / "study.db")) == 9
+
+
+def test_failures_are_recorded_and_the_search_goes_on(supernet):
+    calls = iter(range(1000))
+
+    def shaky(model: torch.nn.Module) -> float:
+        call = next(calls)
+        if call % 5 == 3:
+            raise RuntimeError("out of luck")
+        return float("nan") if call % 5 == 4 else agreement(model)
+
+    study = jointopt.search(supernet, shaky, evaluations=50)
+    failed = study.evaluations()["failed"].dropna()
+    assert len(failed) == 20
+    assert {"RuntimeError: out of luck"} < set(failed) and failed.str.contains("finite number").sum() == 10
+    assert np.isfinite(study.front()["quality"]).all()
+
+
+def test_a_function_that_always_fails_stops_the_search(supernet, tmp_path):
+    calls = iter(range(1000))
+
+    def broken(model: torch.nn.Module) -> float:
+        if next(calls):
+            raise KeyError("label")
+        return 1.0
+
+    with pytest.raises(JointoptError, match="all 10 evaluations failed, 10 of them with KeyError"):
+        jointopt.search(supernet, broken, evaluations=50, storage=tmp_path / "study.db")
+    assert Study.open(tmp_path / "study.db").evaluations()["failed"].notna().all()
+
+
+def test_the_given_model_is_untouched_after_an_exception_and_after_ctrl_c():
+    model = make("bert").train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = Supernet(model, SearchSpace.for_model(model))
+    found.calibrate(batches("bert"))
+    for error in (RuntimeError("no"), KeyboardInterrupt()):
+        calls = iter(range(100))
+
+        def stop(sub_network: torch.nn.Module, error=error, calls=calls) -> float:
+            if next(calls) > 3:
+                raise error
+            return float(logits(sub_network, batches("bert")[0]).mean())
+
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                jointopt.search(found, stop, evaluations=8)
+        else:
+            jointopt.search(found, stop, evaluations=8)
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_metrics_and_costs_of_ones_own_can_be_objectives(supernet):
+    def metrics(model: torch.nn.Module) -> dict[str, float]:
+        return {"agreement": agreement(model), "loss": -agreement(model)}
+
+    study = jointopt.search(supernet, metrics, objectives=["loss", {"agreement": "max"}, "bops"], evaluations=12)
+    assert {"loss", "agreement", "bops", "size", "macs"} <= set(study.evaluations().columns)
+
+
+def test_a_space_of_one_genome_is_evaluated_once():
+    model = make("vit")
+    found = Supernet(model, SearchSpace.for_model(model, schemes=["W8A16_CHANNEL"], preset="fixed"))
+    found.calibrate(batches("vit"))
+    assert found.space.count() == 1
+    assert len(jointopt.search(found, agreement, evaluations=20)) == 1
+
+
+def test_errors_name_what_was_found(supernet, tmp_path):
+    for arguments, message in (
+        ({"objectives": ["acuracy"]}, "did you mean 'accuracy'"),
+        ({"objectives": ["accuracy"]}, "returns quality"),
+        ({"objectives": ["quality", "quality"]}, "one twice"),
+        ({"strategy": "gided"}, "did you mean 'guided'"),
+        ({"strategy_options": {"pop": 3}}, "unknown option 'pop'"),
+        ({"evaluations": 0}, "found 0"),
+        ({"storage": tmp_path / "no" / "study.db"}, "does not exist"),
+    ):
+        with pytest.raises(JointoptError, match=message):
+            jointopt.search(supernet, agreement, **{"evaluations": 3, **arguments})
+    (tmp_path / "text.db").write_text("not a database, but long enough to be looked at" * 100)
+    with pytest.raises(JointoptError, match="not a database"):
+        jointopt.search(supernet, agreement, evaluations=3, storage=tmp_path / "text.db")
+    uncalibrated = Supernet(make("vit"), SearchSpace.for_model(make("vit")))
+    with pytest.raises(JointoptError, match="not calibrated"):
+        jointopt.search(uncalibrated, agreement, evaluations=3)
+
+
+KILLED = """
+import sys, time, torch, jointopt
+sys.path.insert(0, {root!r})
+torch.set_num_threads(1)
+from tests.zoo import batches, logits, make
+model = make("vit")
+supernet = jointopt.Supernet(model, jointopt.SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16"]))
+supernet.calibrate(batches("vit"))
+data = batches("vit", seed=5)[0]
+target = logits(make("vit"), data)
+def quality(view):
+    time.sleep(0.02)
+    return -float((logits(view, data) - target).square().mean())
+print("ready", flush=True)
+study = jointopt.search(supernet, quality, evaluations=70, storage=sys.argv[1], strategy_options={{"generations": 10}})
+study.front().drop(columns="seconds").to_json(sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_the_front_byte_for_byte_as_it_would_have_been(tmp_path):
+    script = tmp_path / "search.py"
+    script.write_text(KILLED.format(root=str(Path(__file__).parents[1])))
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, str(script), str(tmp_path / f"{name}.db"), str(tmp_path / f"{name}.json")]
+        environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+
+    assert start("whole").wait(timeout=120) == 0
+    chance = random.Random(0)
+    kills = 0
+    while kills < 10:
+        process = start("killed")
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.05, 0.5))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert start("killed").wait(timeout=120) == 0
+    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert len(json.loads((tmp_path / "whole.json").read_text())["number"]) > 2
