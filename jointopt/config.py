@@ -12,13 +12,14 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quant.errors import JointoptError
+
+from .config_complaints import described, dotted, one_line
 
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "quality": "max",
@@ -169,6 +170,9 @@ def _objective(value: Any) -> Any:
     raise ValueError(f"{value!r}; allowed: a name, or {{name: min}} or {{name: max}}")
 
 
+NameOrEntry = Annotated[ObjectiveEntry, BeforeValidator(_objective)]
+
+
 class Search(_Section):
     """How the space is searched.
 
@@ -223,7 +227,7 @@ class Config(_Section):
     data: Data = Data()
     space: Space = Space()
     train: Train | None = None
-    objectives: Annotated[list[Annotated[ObjectiveEntry, BeforeValidator(_objective)]], Field(min_length=1)] | None = None
+    objectives: Annotated[list[NameOrEntry], Field(min_length=1)] | None = None
     search: Search = Search()
     choose: Annotated[Choose, BeforeValidator(_choice)] = Choose(knee=True)
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
@@ -240,7 +244,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _complete(self) -> Config:
         if self.task is None and self.quality is None:
-            raise ValueError(f"neither task nor quality; allowed: task: {', '.join(TASKS)}, or quality: package.function")
+            raise ValueError(f"neither task nor quality; allowed: {', '.join(TASKS)}; or quality: package.function")
         if self.quality is None and self.data.evaluate is None:
             raise ValueError("no data.evaluate; allowed: what every genome is scored on, a path or a hub id")
         if self.data.calibrate is None and self.data.train is None:
@@ -286,7 +290,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise JointoptError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; allowed: a YAML file") from None
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise JointoptError(f"{path}: {reason}; allowed: a YAML file") from None
     try:
         node = yaml.compose(text, Loader=_Loader)
         lines = _lines(node, path) if node else {}
@@ -296,13 +301,13 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         raise JointoptError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(content, dict):
-        raise JointoptError(f"{path}: found {_described(content)}; allowed: keys, {', '.join(Config.model_fields)}")
+        raise JointoptError(f"{path}: found {described(content)}; allowed: keys, {', '.join(Config.model_fields)}")
     for key, value in (overrides or {}).items():
         _set(content, key.split("."), value)
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise JointoptError(_one_line(error, content, lines, str(path))) from None
+        raise JointoptError(one_line(error, Config, content, lines, str(path))) from None
 
 
 def _set(content: dict, keys: list[str], value: Any) -> None:
@@ -321,120 +326,9 @@ def _lines(node: yaml.Node, path: str | Path, at: tuple = ()) -> dict[tuple, int
             below = (*at, key.value)
             line = key.start_mark.line + 1
             if below in found:
-                raise JointoptError(f"{path}, line {line}: {_dotted(below)}: found twice; allowed: once")
+                raise JointoptError(f"{path}, line {line}: {dotted(below)}: found twice; allowed: once")
             found |= {**_lines(value, path, below), below: line}
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             found |= _lines(value, path, (*at, index))
     return found
-
-
-def _one_line(error: ValidationError, content: Any, lines: Mapping[tuple, int], path: str) -> str:
-    """The first of pydantic's complaints, a misspelt key before the missing one that it was meant to be."""
-    complaints = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    first = complaints[0]
-    at = first["loc"] if first["type"] in ("extra_forbidden", "missing") else _resolving(first["loc"], content)
-    line = next((lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in lines), None)
-    where = f"{path}, line {line}: " if line else f"{path}: "
-    return where + (f"{_dotted(at)}: " if at else "") + _complaint(first, at)
-
-
-def _resolving(loc: tuple, content: Any) -> tuple:
-    """The part of pydantic's location that the file has; the rest names members of a union."""
-    for depth, key in enumerate(loc):
-        try:
-            content = content[key]
-        except (KeyError, IndexError, TypeError):
-            return loc[:depth]
-    return loc
-
-
-def _complaint(error: Any, at: tuple) -> str:
-    kind, found = error["type"], _described(error["input"])
-    if kind == "extra_forbidden":
-        valid = _keys_at(at[:-1])
-        near = difflib.get_close_matches(str(at[-1]), valid, 1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key{hint}; allowed: {', '.join(valid)}"
-    if kind == "missing":
-        return "found nothing; allowed: " + _expected(at)
-    if kind == "value_error":
-        return f"found {error['ctx']['error']}"
-    return f"found {found}; allowed: " + (_bound(error) or _expected(at))
-
-
-def _bound(error: Any) -> str | None:
-    signs = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least")}
-    if error["type"] not in signs:
-        return None
-    key, words = signs[error["type"]]
-    return f"{words} {error['ctx'][key]}"
-
-
-_WORDS = {
-    "model": "a local folder, a hub id, or timm/NAME",
-    "output": "a folder",
-    "device": "auto, cpu, cuda, mps",
-    "objectives": "a list of names",
-    "choose": "{size_mb: 20}, {drop: 0.01} or knee",
-}
-_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true, false", list: "a list"}
-
-
-def _expected(at: tuple) -> str:
-    """What is allowed at a key, in words, read off the type it is declared with."""
-    if len(at) == 1 and at[0] in _WORDS:
-        return _WORDS[at[0]]
-    kind: Any = Config
-    for key in at:
-        sections = [each for each in _members(kind) if isinstance(each, type) and issubclass(each, BaseModel)]
-        if isinstance(key, int) or not sections or key not in sections[0].model_fields:
-            continue
-        kind = sections[0].model_fields[key].annotation
-    words: list[str] = []
-    for member in _members(kind):
-        if get_origin(member) is Literal:
-            words += [str(value).lower() if isinstance(value, bool) else str(value) for value in get_args(member)]
-        elif isinstance(member, type) and issubclass(member, BaseModel):
-            paths = ["a path or a hub id, or"] if "path" in member.model_fields else []
-            words.append(" ".join([*paths, "keys of", ", ".join(member.model_fields)]))
-        elif get_origin(member) is list and not isinstance(at[-1], int):
-            words.append("a list of " + " or ".join(_KINDS[each] + "s" for each in _members(get_args(member)[0])))
-        elif get_origin(member) is list:
-            words += [_KINDS[each] for each in _members(get_args(member)[0])]
-        else:
-            words.append(_KINDS.get(member, str(member)))
-    return ", ".join(words)
-
-
-def _members(kind: Any) -> list[Any]:
-    """The types a union allows, annotations taken off and None left out."""
-    if get_origin(kind) is Annotated:
-        return _members(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
-        return [member for each in get_args(kind) for member in _members(each)]
-    return [] if kind is type(None) else [kind]
-
-
-def _keys_at(at: tuple) -> list[str]:
-    section: Any = Config
-    for key in at:
-        if isinstance(key, str) and key in section.model_fields:
-            section = _members(section.model_fields[key].annotation)[0]
-    return list(section.model_fields)
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "keys " + ", ".join(map(str, value)) if value else "no keys"
-    if isinstance(value, str | int | float):
-        return repr(value)
-    return f"a {type(value).__name__}"
-
-
-def _dotted(at: tuple) -> str:
-    return ".".join(map(str, at))
