@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quant.errors import JointoptError
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Quality = Callable[[nn.Module], Any]
 """Model -> a number ("quality", higher is better), or a mapping of metrics to numbers."""
+
+Batch = Mapping[str, Any]
+"""What a model's forward takes, by name; "labels" beside it are for losses and metrics."""
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,9 @@ def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evalua
     seconds = time.perf_counter() - started
     costs = {name: float(value) for name, value in supernet.costs(genome).items()}
     return Evaluation({**costs, **metrics}, None, seconds)
+
+
+def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
+    """The logits, whether the model returns a tensor (timm) or an output with `.logits` (transformers)."""
+    output = model(**inputs)
+    return output if isinstance(output, Tensor) else output.logits

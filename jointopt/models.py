@@ -108,9 +108,16 @@ def _load_transformers(name: str, path: Path, task: str | None, dtype: str, trus
         model = kind.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError) as error:
         raise JointoptError(f"model: {name!r} cannot be loaded: {str(error).splitlines()[0][:300]}") from error
-    if path.suffix == ".gguf" and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    if path.suffix == ".gguf":
+        _forget_gguf(model)
     return LoadedModel(model, _processor(transformers, where, options), name)
+
+
+def _forget_gguf(model: nn.Module) -> None:
+    """The weights were read into floating point; what says that they are still packed would refuse to be saved."""
+    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if name in vars(holder):
+            delattr(holder, name)
 
 
 def _named_class(transformers: Any, where: str, options: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ transformers by InstaTune, arXiv 2308.15609).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +15,12 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from jointopt.evaluation import Batch, logits_of
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
-Batch = Mapping[str, Any]
 Loss = Callable[[Tensor, Batch], Tensor]
 
 
@@ -113,12 +113,6 @@ def distillation(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
     if mask is not None and mask.shape == divergence.shape:
         return (divergence * mask).sum() / mask.sum()
     return divergence.mean()
-
-
-def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
-    """The logits, whether the model returns a tensor (timm) or an output with `.logits` (transformers)."""
-    output = model(**inputs)
-    return output if isinstance(output, Tensor) else output.logits
 
 
 def _schedule(step: int, warmup: int, steps: int) -> float:
