@@ -1,139 +1,319 @@
-"""Loads the model that a config names, with what turns data into its inputs."""
+"""Loads the model that a config names, with its tokenizer or image processor: a local folder, a hub id, timm/NAME.
+
+Weights come from safetensors (or GGUF) only, and no code that comes with a model is run. Nothing is downloaded for a
+name that is a path.
+"""
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import json
-import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from jointopt.tasks import TASKS
 from quant.errors import JointoptError
+
+from .rows import looks_like_hub_id
+from .tasks import TASKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
+_WORDS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+_TASK_OF = {
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: as the config has it.
+        location: the folder, the hub id, or timm's name of the model.
+        gguf: name of the GGUF file in the folder.
+    """
+
+    name: str
+    kind: Literal["folder", "gguf", "timm folder", "timm", "hub"]
+    location: str
+    gguf: str | None = None
+
+    @property
+    def local(self) -> bool:
+        return self.kind not in ("hub", "timm")
+
+    @property
+    def timm(self) -> bool:
+        return self.kind.startswith("timm")
+
+    def options(self) -> dict[str, Any]:
+        """Keywords for every `from_pretrained` of transformers."""
+        gguf = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"local_files_only": self.local, "trust_remote_code": False, **gguf}
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode, and its tokenizer, image processor or timm transform (None where there is none)."""
+    """A model in eval mode with what prepares its inputs.
+
+    Attributes:
+        processor: a tokenizer, an image processor of transformers, or timm's transform (PIL image -> tensor).
+        untrained: names of weights that the checkpoint lacks (a new classification head).
+    """
 
     model: nn.Module
     processor: Any
-    name: str
+    task: str
+    source: ModelSource
+    untrained: tuple[str, ...] = ()
 
 
-def load_model(
-    name: str, task: str | None, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-) -> LoadedModel:
-    """The model at `name`: a local folder, a .gguf file, a hub id, or timm/NAME.
+def find_source(name: str) -> ModelSource:
+    """What a config's `model` names. Raises JointoptError for a path that does not exist or holds no model."""
+    path = Path(name)
+    if path.is_dir():
+        return _folder(name, path)
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(name, "gguf", str(path.parent), path.name)
+    if path.exists():
+        raise JointoptError(f"model: {name!r} is a file; allowed: a folder, a GGUF file, a hub id, or timm/NAME")
+    if name.startswith("timm/"):
+        return ModelSource(name, "timm", _timm_name(name.removeprefix("timm/")))
+    if looks_like_hub_id(name):
+        return ModelSource(name, "hub", name)
+    raise JointoptError(f"model: no folder {name!r}, and it is no hub id; allowed: a folder, a hub id, or timm/NAME")
+
+
+def _folder(name: str, path: Path) -> ModelSource:
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if (path / "config.json").is_file():
+        timm_like = "architecture" in _read_config(path)
+        if timm_like or any(path.glob("*.safetensors")) or not files:
+            return ModelSource(name, "timm folder" if timm_like else "folder", str(path))
+    if len(files) == 1:
+        return ModelSource(name, "gguf", str(path), files[0])
+    found = f"{len(files)} GGUF files" if files else "no config.json"
+    raise JointoptError(f"model: the folder {name!r} holds {found}; allowed: config.json and safetensors, or one GGUF")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JointoptError(f"model: {folder / 'config.json'} cannot be read: {_first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise JointoptError(f"model: {folder / 'config.json'} holds no object")
+    return found
+
+
+def _timm_name(name: str) -> str:
+    import timm
+
+    known = [*timm.list_models(), *timm.list_pretrained()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise JointoptError(f"model: timm has no {name!r}{hint}")
+    return name
+
+
+def model_task(source: ModelSource) -> str:
+    """The task that a model was made for, read off its config alone. Raises JointoptError where that does not say."""
+    if source.timm:
+        return "image-classification"
+    architectures = getattr(model_config(source), "architectures", None) or []
+    for suffix, task in _TASK_OF.items():
+        if any(name.endswith(suffix) for name in architectures):
+            return task
+    said = ", ".join(architectures) or "no architecture"
+    raise JointoptError(f"task: {source.name!r} names {said}; give task: {', '.join(TASKS)}")
+
+
+def model_config(source: ModelSource) -> Any:
+    """The transformers config of a source that is not timm's."""
+    from transformers import AutoConfig
+
+    with _explained(source):
+        return AutoConfig.from_pretrained(source.location, **source.options())
+
+
+def empty_model(source: ModelSource, task: str) -> nn.Module:
+    """The model's architecture on the meta device, without any weight: for a space to be read off."""
+    if source.timm:
+        import timm
+
+        with _explained(source), torch.device("meta"):
+            return timm.create_model(_timm_location(source), pretrained=False)
+    config = model_config(source)
+    with _explained(source), torch.device("meta"):
+        return _auto_class(task).from_config(config)
+
+
+def load_model(name: str, task: str | None, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """The model at `name`: a local folder, a GGUF file or a folder with one, a hub id, or timm/NAME.
 
     Args:
-        task: a key of `TASKS`; None loads the class that the folder's config names.
-        device: auto takes cuda, then mps, then cpu.
-        dtype: auto takes what the weights are stored in, if that is float32 or bfloat16.
+        task: which head is loaded; None reads it off the model's config.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto": the first of cuda, mps, cpu that is there.
+        dtype: "float32", "bfloat16", or "auto": the checkpoint's own if it is one of these, else float32.
 
     Raises:
-        JointoptError: nothing there, a model without a known class, a device that is not there, another dtype.
+        JointoptError: no such model, weights that cannot be read or are quantized already, no tokenizer or image
+            processor, a device that is not there.
     """
     place = chosen_device(device)
     if dtype not in ("auto", *DTYPES):
         raise JointoptError(f"dtype: found {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    path = Path(name)
-    if name.startswith("timm/") or _is_timm_folder(path):
-        loaded = _load_timm(name)
-    elif path.exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        loaded = _load_transformers(name, path, task, dtype, trust_remote_code)
-    else:
-        raise JointoptError(f"model: {name!r} does not exist, and is neither a hub id nor timm/NAME")
-    model = loaded.model.to(place)
-    if dtype != "auto":
-        model = model.to(DTYPES[dtype])
-    found = next(model.parameters()).dtype
-    if found not in DTYPES.values():
-        raise JointoptError(f"dtype: {name} is stored in {str(found)[6:]}; choose one: {', '.join(DTYPES)}")
-    return LoadedModel(model.eval(), loaded.processor, loaded.name)
+    source = find_source(name)
+    task = task or model_task(source)
+    if task not in TASKS:
+        raise JointoptError(f"task: found {task!r}; allowed: {', '.join(TASKS)}")
+    loaded = (_load_timm if source.timm else _load_transformers)(source, task, dtype)
+    loaded.model.eval().to(place)
+    return loaded
 
 
 def chosen_device(device: str) -> torch.device:
+    """The device of a name. Raises JointoptError where it is not there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device not in DEVICES:
-        raise JointoptError(f"device: found {device!r}; allowed: {', '.join(DEVICES)}")
     if device == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    if not there[device]:
+    kind, _, index = device.partition(":")
+    if kind not in there or (index and not index.isdigit()):
+        raise JointoptError(f"device: found {device!r}; allowed: {', '.join(DEVICES)}")
+    if not there[kind] or int(index or 0) >= max(1, torch.cuda.device_count()):
         raise JointoptError(
-            f"device: {device} is not available here; there is {', '.join(k for k, v in there.items() if v)}"
+            f"device: {device} is not available here; there is {', '.join(k for k in there if there[k])}"
         )
     return torch.device(device)
 
 
-def _is_timm_folder(path: Path) -> bool:
-    config = path / "config.json"
-    return config.is_file() and "architecture" in json.loads(config.read_text())
-
-
-def _load_timm(name: str) -> LoadedModel:
-    import timm
-
-    wanted = name.removeprefix("timm/")
-    source = f"local-dir:{name}" if Path(name).is_dir() else wanted
-    try:
-        model = timm.create_model(source, pretrained=True)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise JointoptError(f"model: timm cannot load {name!r}: {str(error).splitlines()[0]}") from error
-    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model), is_training=False)
-    return LoadedModel(model, transform, name)
-
-
-def _load_transformers(name: str, path: Path, task: str | None, dtype: str, trust: bool) -> LoadedModel:
+def _auto_class(task: str) -> Any:
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "trust_remote_code": trust}
-    where = name
-    if path.suffix == ".gguf":
-        where, options["gguf_file"] = str(path.parent), path.name
-        options["dtype"] = DTYPES.get(dtype, torch.float32)
-    elif path.exists() and not (path / "config.json").is_file():
-        raise JointoptError(f"model: {name!r} has no config.json")
-    if task is not None and task not in TASKS:
-        raise JointoptError(f"task: found {task!r}; allowed: {', '.join(TASKS)}")
+    return getattr(transformers, TASKS[task].auto_class)
+
+
+def _load_transformers(source: ModelSource, task: str, dtype: str) -> LoadedModel:
+    from transformers.utils import logging
+
+    config = model_config(source)
+    if source.kind != "gguf" and getattr(config, "quantization_config", None):
+        raise JointoptError(f"model: {source.name!r} is quantized already; allowed: float32 or bfloat16 weights")
+    weights = {} if source.kind == "gguf" else {"use_safetensors": True}
+    stored = torch.float32 if source.kind == "gguf" else getattr(config, "dtype", None)
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        kind = getattr(transformers, TASKS[task].auto_class) if task else _named_class(transformers, where, options)
-        model = kind.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise JointoptError(f"model: {name!r} cannot be loaded: {str(error).splitlines()[0][:300]}") from error
-    if path.suffix == ".gguf":
+        with _explained(source):
+            model, report = _auto_class(task).from_pretrained(
+                source.location, dtype=_dtype(dtype, stored), output_loading_info=True, **weights, **source.options()
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    if source.kind == "gguf":
         _forget_gguf(model)
-    return LoadedModel(model, _processor(transformers, where, options), name)
+    return LoadedModel(model, _processor(source, task), task, source, tuple(sorted(report["missing_keys"])))
+
+
+def _dtype(wanted: str, stored: Any) -> torch.dtype:
+    if wanted != "auto":
+        return DTYPES[wanted]
+    return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
 
 
 def _forget_gguf(model: nn.Module) -> None:
     """The weights were read into floating point; what says that they are still packed would refuse to be saved."""
-    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+    for holder, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+    ):
         if name in vars(holder):
             delattr(holder, name)
 
 
-def _named_class(transformers: Any, where: str, options: dict[str, Any]) -> Any:
-    config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=options["trust_remote_code"])
-    named = (config.architectures or [None])[0]
-    if named is None or not hasattr(transformers, named):
-        raise JointoptError(f"task: the model names no known architecture ({named}); allowed: {', '.join(TASKS)}")
-    return getattr(transformers, named)
+def _processor(source: ModelSource, task: str) -> Any:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    images = task == "image-classification"
+    kind, needed = (AutoImageProcessor, "preprocessor_config.json") if images else (AutoTokenizer, "tokenizer")
+    # Without its files transformers makes up a tokenizer without words.
+    if source.kind == "folder" and not images and not any((Path(source.location) / name).is_file() for name in _WORDS):
+        raise JointoptError(
+            f"model: the folder {source.name!r} holds no tokenizer; allowed: one of {', '.join(_WORDS)}"
+        )
+    try:
+        return kind.from_pretrained(source.location, **source.options())
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise JointoptError(
+            f"model: {source.name!r} comes without a usable {needed} ({_first_line(error)}); "
+            "save the one it was trained with beside it"
+        ) from None
 
 
-def _processor(transformers: Any, where: str, options: dict[str, Any]) -> Any:
-    """The tokenizer or image processor beside the model, None where there is neither."""
-    extra = {k: v for k, v in options.items() if k in ("gguf_file", "trust_remote_code")}
-    for kind in (transformers.AutoTokenizer, transformers.AutoImageProcessor):
-        try:
-            return kind.from_pretrained(where, **extra)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+def _load_timm(source: ModelSource, task: str, dtype: str) -> LoadedModel:
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    if task != "image-classification":
+        raise JointoptError(f"task: found {task}; {source.name!r} is a timm model: image-classification")
+    if source.kind == "timm folder" and not any(Path(source.location).glob("*.safetensors")):
+        raise JointoptError(f"model: the folder {source.name!r} holds no safetensors file")
+    with _explained(source):
+        model = timm.create_model(_timm_location(source), pretrained=True)
+    model.to(_dtype(dtype, next(model.parameters()).dtype))
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    return LoadedModel(model, transform, task, source)
+
+
+def _timm_location(source: ModelSource) -> str:
+    return f"local-dir:{source.location}" if source.kind == "timm folder" else source.location
+
+
+@contextmanager
+def _explained(source: ModelSource) -> Iterator[None]:
+    """What transformers, timm, safetensors and the hub raise for a model that cannot be loaded, as one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        where = "" if source.local else " (no folder of this name is here, so it was looked for on the hub)"
+        raise JointoptError(f"model: {source.name!r} cannot be loaded{where}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def import_function(name: str) -> Callable[[nn.Module], Any]:
+    """The function that "package.module.function" names, from the current directory too.
+
+    Raises:
+        JointoptError: no such module or function.
+    """
+    module, _, function = name.rpartition(".")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        raise JointoptError(f"quality: {name!r}: {error}; looked in the current directory too") from None
+    if not callable(found):
+        raise JointoptError(f"quality: the module {module!r} has no function {function!r}")
+    return found

@@ -1,27 +1,32 @@
-"""Reads what a config names as data: csv, json, parquet, a text file, an image folder, or a hub id."""
+"""Reads what a config names as data into columns: csv, json, parquet, a folder of images, a hub id; or a text file."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
 
 from quant.errors import JointoptError
 
+Columns = dict[str, list[Any]]
+
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+TEXTS = (".txt", ".md", ".rst")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+TEXT = ("text", "sentence", "snippet", "review", "content")
+IMAGE = ("image", "img", "path", "file", "file_name")
 LABEL = ("label", "labels", "class", "target")
-_READERS = {
-    ".csv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".rst": "text",
-    ".md": "text",
-}
+ALLOWED = "a csv, tsv, json, jsonl, parquet or text file, a folder of images by class, or a hub id"
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -29,115 +34,206 @@ class DataSource:
     """One entry of a config's `data`.
 
     Attributes:
-        path: a file, an image folder, or a hub id.
-        split: of a hub data set (default: its own for the entry).
-        samples: at most so many rows (causal-lm: pieces), the first after a fixed shuffle; None takes all.
-        text, image, label: names of the columns, where they are not the usual ones.
-        length: tokens a piece for causal-lm.
+        path: a csv, tsv, json, jsonl, parquet or text file, a folder of images by class, or a hub id.
+        split: of a hub data set.
+        samples: at most so many rows, the first after a fixed shuffle, or pieces of running text from its start.
+        text, text_pair, image, label: names of the columns, where they are not the usual ones.
+        length: tokens in a text at most, or in a piece of running text.
+        key: what the config calls it, for what is said about it.
     """
 
     path: str
-    split: str = "train"
+    split: str | None = None
     samples: int | None = None
     text: str | None = None
+    text_pair: str | None = None
     image: str | None = None
     label: str | None = None
     length: int | None = None
+    key: str = "data"
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A table that was read. `base` is the folder that paths in it are relative to."""
-
-    table: Any
-    source: DataSource
-    base: Path
-
-    def column(self, key: str, usual: Sequence[str]) -> list[Any]:
-        """The column that the config names under `key`, or the first of the usual names that is there."""
-        names = list(self.table.column_names)
-        given = getattr(self.source, key)
-        if given is not None and given not in names:
-            raise JointoptError(f"data {self.source.path!r}: {key} column {given!r} not found; there are {', '.join(names)}")
-        found = given or next((name for name in usual if name in names), None)
-        if found is None:
-            raise JointoptError(
-                f"data {self.source.path!r}: no {key} column; found {', '.join(names)}; looked for {', '.join(usual)}, "
-                f"or name it: {{path: ..., {key}: NAME}}"
-            )
-        return list(self.table[found])
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a string that is no existing path can be meant as "name" or "owner/name" on the hub."""
+    owner, _, rest = name.partition("/")
+    return bool(_HUB_ID.fullmatch(name)) and not (rest and Path(owner).is_dir())
 
 
-def read_rows(source: DataSource) -> Rows:
-    """The rows of a source.
+def is_hub_id(source: DataSource) -> bool:
+    """Whether a source is to be looked for on the hub: no path of its name, and no name of a file."""
+    path = Path(source.path)
+    return not path.exists() and path.suffix not in TABLES + TEXTS + IMAGES and looks_like_hub_id(source.path)
+
+
+def read_columns(source: DataSource) -> Columns:
+    """Column name -> values; `samples` rows of them.
 
     Raises:
-        JointoptError: it does not exist, cannot be read, or is empty.
+        JointoptError: a path that does not exist or cannot be read, a hub data set without a split, no row.
     """
+    path, key = Path(source.path), source.key
+    if path.is_dir():
+        columns = _image_folder(path, key)
+    elif path.is_file() and path.suffix in TABLES:
+        columns = _table(path, key)
+    elif path.is_file():
+        raise JointoptError(
+            f"{key}: {source.path!r} has no columns; allowed: {', '.join(TABLES)}, or a folder of images"
+        )
+    elif is_hub_id(source):
+        return _hub_columns(source)
+    else:
+        raise JointoptError(f"{key}: no file or folder {source.path!r}, and it is no hub id; allowed: {ALLOWED}")
+    count = len(next(iter(columns.values()), []))
+    if not count:
+        raise JointoptError(f"{key}: {source.path!r} holds no row; allowed: one or more")
+    kept = some(count, source.samples)
+    return {name: [values[index] for index in kept] for name, values in columns.items()}
+
+
+def read_text(source: DataSource) -> str | None:
+    """The content of a text file, None where the source is something else."""
+    path = Path(source.path)
+    if not path.is_file() or path.suffix in TABLES:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JointoptError(f"{source.key}: {source.path!r} is not UTF-8 text: {error}") from None
+
+
+def some(count: int, samples: int | None) -> list[int]:
+    """Indices of `samples` of `count` rows, the first after a fixed shuffle; all of them, in order, for None."""
+    if samples is None:
+        return list(range(count))
+    return np.random.default_rng(0).permutation(count)[:samples].tolist()
+
+
+def _table(path: Path, key: str) -> Columns:
+    try:
+        if path.suffix == ".parquet":
+            import pandas as pd
+
+            frame = pd.read_parquet(path)
+            return {str(name): frame[name].tolist() for name in frame.columns}
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix in (".csv", ".tsv"):
+            return _rows(_separated(text, "\t" if path.suffix == ".tsv" else ","))
+        whole = path.suffix == ".json" and text.lstrip().startswith("[")
+        return _rows(json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()])
+    except (OSError, ValueError, csv.Error) as error:
+        raise JointoptError(f"{key}: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _separated(text: str, delimiter: str) -> list[dict[str, str]]:
+    lines = [line for line in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if line]
+    header = lines[0] if lines else []
+    for number, line in enumerate(lines[1:], 1):
+        if len(line) != len(header):
+            raise ValueError(f"row {number} has {len(line)} fields, the header {len(header)}")
+    return [dict(zip(header, line, strict=True)) for line in lines[1:]]
+
+
+def _rows(rows: list[Any]) -> Columns:
+    names = list(rows[0]) if rows and isinstance(rows[0], dict) else []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or set(row) != set(names):
+            raise ValueError(f"row {number} has not the columns of the first: {', '.join(map(str, names))}")
+    return {str(name): [row[name] for row in rows] for name in names}
+
+
+def _image_folder(path: Path, key: str) -> Columns:
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    found = [(str(file), folder.name) for folder in folders for file in _images(folder)]
+    if not found:
+        raise JointoptError(
+            f"{key}: the folder {str(path)!r} has no images in folders of their class; allowed: {ALLOWED}"
+        )
+    return {"image": [file for file, _ in found], "label": [name for _, name in found]}
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES)
+
+
+def _hub_columns(source: DataSource) -> Columns:
     import datasets
 
-    path = Path(source.path)
-    datasets.disable_progress_bars()
-    if path.exists():
-        table = _read_local(path, datasets)
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and path.suffix not in _READERS:
-        table = _explained(source.path, lambda: datasets.load_dataset(source.path, split=source.split))
-    else:
-        raise JointoptError(f"data: {source.path!r} does not exist, and is no hub id")
-    if not len(table):
-        raise JointoptError(f"data {source.path!r}: is empty")
-    if source.samples is not None and path.suffix not in (".txt", ".rst", ".md"):
-        table = table.shuffle(seed=0).select(range(min(source.samples, len(table))))
-    return Rows(table, source, path if path.is_dir() else path.parent)
-
-
-def _read_local(path: Path, datasets: Any) -> Any:
-    if path.is_dir():
-        reader: str = "imagefolder"
-        options: dict[str, Any] = {"data_dir": str(path)}
-    elif path.suffix in _READERS:
-        reader, options = _READERS[path.suffix], {"data_files": str(path)}
-        if reader == "text":
-            options["sample_by"] = "document"
-    else:
-        raise JointoptError(f"data: {str(path)!r} is of no known kind; allowed: {', '.join(_READERS)}, an image folder")
-    return _explained(str(path), lambda: datasets.load_dataset(reader, split="train", **options))
-
-
-def _explained(name: str, read: Any) -> Any:
-    """What the readers of `datasets` raise (a great many kinds), as one line that names the data."""
+    key = source.key
+    if source.split is None:
+        raise JointoptError(
+            f"{key}: {source.path!r} is taken for a hub id: give its split, {{path: ..., split: train}}"
+        )
     try:
-        return read()
-    except Exception as error:  # noqa: BLE001 - re-raised in the user's terms
-        raise JointoptError(f"data {name!r}: cannot be read: {str(error).splitlines()[0][:300]}") from error
+        found = datasets.load_dataset(source.path, split=source.split)
+    except (OSError, ValueError, RuntimeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise JointoptError(
+            f"{key}: no file or folder {source.path!r} is here, and on the hub it cannot be loaded: {said}"
+        ) from None
+    found = found.select(some(len(found), source.samples))
+    for name, feature in found.features.items():
+        if isinstance(feature, datasets.Image):
+            found = found.cast_column(name, datasets.Image(decode=False))
+    return {name: list(found[name]) for name in found.column_names}
 
 
-def labels_of(rows: Rows, model: nn.Module) -> list[int]:
-    """The label column as the model's class numbers.
+def column(columns: Columns, wanted: str | None, usual: Sequence[str], key: str) -> list[Any]:
+    """The column of a name, or the first of the usual names that is there.
 
-    Names are looked up among the model's own; a folder's classes, where the model does not know their names, count in
-    alphabetical order.
+    Args:
+        key: the config's, for what is said about it ("data.train.label").
+    """
+    if wanted is None:
+        wanted = next((name for name in usual if name in columns), None)
+    if wanted in columns:
+        return columns[wanted]
+    sought = f"no column {wanted!r}" if wanted else f"none of the columns {', '.join(usual)}"
+    raise JointoptError(f"{key}: found {sought}; there are {', '.join(columns)}")
+
+
+def texts(values: Sequence[Any], key: str) -> list[str]:
+    """The values, all of which must be text."""
+    for row, value in enumerate(values, 1):
+        if not isinstance(value, str):
+            raise JointoptError(f"{key}: found {value!r} in row {row}; allowed: text")
+    return list(values)
+
+
+def class_indices(values: Sequence[Any], labels: Sequence[str], key: str, by_folder: bool = False) -> list[int]:
+    """Labels as the model counts them.
+
+    Args:
+        values: names of the model's labels, or their indices, as numbers or as text.
+        labels: the model's, by index.
+        by_folder: the values are names of folders, which number the classes alphabetically where the model's labels
+            have no names.
 
     Raises:
-        JointoptError: a label that the model has no class for.
+        JointoptError: a label that the model does not have.
     """
-    found = rows.column("label", LABEL)
-    config = getattr(model, "config", None)
-    classes = config.num_labels if config is not None else model.num_classes
-    known = {str(name).lower(): int(number) for number, name in (getattr(config, "id2label", None) or {}).items()}
-    column = rows.source.label or next(name for name in LABEL if name in rows.table.column_names)
-    names = getattr(rows.table.features[column], "names", None)
-    if names is not None and all(str(name).lower() in known for name in names):
-        found = [known[str(names[label]).lower()] for label in found]
-    labels = []
-    for label in found:
-        number = known.get(str(label).lower()) if isinstance(label, str) else label
-        if isinstance(label, str) and number is None and label.isdigit():
-            number = int(label)
-        if number is None or number != int(number) or not 0 <= int(number) < classes:
-            named = f" ({', '.join(list(known)[:8])})" if known else ""
+    known = {name: index for index, name in enumerate(labels)}
+    if all(str(value) in known for value in values):
+        return [known[str(value)] for value in values]
+    classes = sorted({str(value) for value in values})
+    nameless = all(name == f"LABEL_{i}" or name == str(i) for i, name in enumerate(labels))
+    if by_folder and nameless and len(classes) == len(labels):
+        return [classes.index(str(value)) for value in values]
+    indices = []
+    for row, value in enumerate(values, 1):
+        index = _whole(value)
+        if index is None or not 0 <= index < len(labels):
+            names = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
             raise JointoptError(
-                f"data {rows.source.path!r}: label {label!r} does not fit the model; allowed: 0 to {classes - 1}{named}"
+                f"{key}: found label {value!r} in row {row}; the model has {len(labels)}: {names}, "
+                f"or 0 to {len(labels) - 1}"
             )
-        labels.append(int(number))
-    return labels
+        indices.append(index)
+    return indices
+
+
+def _whole(value: Any) -> int | None:
+    try:
+        return int(float(value)) if float(value) == int(float(value)) else None
+    except (TypeError, ValueError, OverflowError):
+        return None

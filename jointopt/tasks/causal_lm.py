@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from jointopt.evaluation import Batch
-from jointopt.rows import DataSource, read_rows
-from jointopt.tasks.metrics import language_quality
-from jointopt.tasks.task import Task
-from jointopt.tasks.text_classification import TEXT, on_device
+from jointopt.rows import TEXT, DataSource, column, read_columns, read_text, texts
+from jointopt.tasks.metrics import next_tokens
+from jointopt.tasks.task import Samples, Task, place_of
+from jointopt.tasks.text_classification import text_length
 from quant.errors import JointoptError
 
-LENGTH = 512
 
-
-def batches(source: DataSource, processor: Any, model: nn.Module, batch_size: int) -> list[Batch]:
-    """All text in a row, in pieces of 512 tokens (or as many as the model takes), the rest at the end left out."""
-    text = "\n".join(str(each) for each in read_rows(source).column("text", TEXT))
-    tokens = torch.tensor(processor(text)["input_ids"])
-    length = min(source.length or LENGTH, getattr(model.config, "max_position_embeddings", LENGTH))
-    pieces = tokens[: len(tokens) // length * length].reshape(-1, length)
-    if source.samples is not None:
-        pieces = pieces[: source.samples]
+def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
+    """All text in a row, rows of a table parted by the end-of-text token, in pieces of 512 tokens (or as many as the
+    model takes, or `length`); what is left at the end is not used."""
+    text = read_text(source)
+    if text is not None:
+        given = [text]
+    else:
+        columns = read_columns(replace(source, samples=None))
+        given = texts(column(columns, source.text, TEXT, f"{source.key}.text"), f"{source.key}.text")
+    end = [] if processor.eos_token_id is None else [processor.eos_token_id]
+    tokens: list[int] = []
+    for encoded in processor(given, add_special_tokens=False, verbose=False)["input_ids"]:
+        tokens += [*end, *encoded] if tokens else encoded
+    length = text_length(source, model)
+    pieces = torch.tensor(tokens[: len(tokens) // length * length], dtype=torch.long).reshape(-1, length)
+    pieces = pieces[: source.samples]
     if not len(pieces):
-        raise JointoptError(f"data {source.path!r}: {len(tokens)} tokens are less than one piece of {length}")
-    return [on_device({"input_ids": part, "labels": part}, model) for part in pieces.split(batch_size)]
+        raise JointoptError(
+            f"{source.key}: {source.path!r} has {len(tokens)} tokens; allowed: one piece of {length} or more "
+            "(data.length makes it shorter)"
+        )
+
+    def collate(indices: Sequence[int]) -> Mapping[str, Tensor]:
+        part = pieces[list(indices)]
+        return {"input_ids": part, "labels": part}
+
+    return Samples(len(pieces), collate, range(len(pieces)), place_of(model))
 
 
-TASK = Task("causal-lm", "AutoModelForCausalLM", ("perplexity", "loss", "kl"), batches, language_quality)
+TASK = Task("causal-lm", "AutoModelForCausalLM", ("perplexity", "loss", "accuracy", "kl"), 4, samples, next_tokens)

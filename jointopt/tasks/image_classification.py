@@ -1,56 +1,91 @@
-"""Image classification: a folder of images, a folder a class, or rows of an image (or its path) and a label."""
+"""Image classification: a folder of images by class, or rows of an image (or its path) and a label."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from jointopt.evaluation import Batch
-from jointopt.rows import DataSource, labels_of, read_rows
-from jointopt.tasks.metrics import classification_quality
-from jointopt.tasks.task import Task
-from jointopt.tasks.text_classification import on_device
+from jointopt.rows import IMAGE, LABEL, DataSource, class_indices, column, read_columns
+from jointopt.tasks.metrics import every
+from jointopt.tasks.task import Samples, Task, place_of
+from jointopt.tasks.text_classification import label_names
 from quant.errors import JointoptError
 
-IMAGE = ("image", "img", "path", "file")
+KEPT_BYTES = 2 * 10**9
+"""Processed images are kept in memory up to here; beyond, they are read again each time."""
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def batches(source: DataSource, processor: Any, model: nn.Module, batch_size: int) -> list[Batch]:
+def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     """Processed as the model's own image processor (transformers) or transform (timm) does."""
-    rows = read_rows(source)
-    images = rows.column("image", IMAGE)
-    labels = labels_of(rows, model)
+    columns = read_columns(source)
+    images = column(columns, source.image, IMAGE, f"{source.key}.image")
+    values = column(columns, source.label, LABEL, f"{source.key}.label")
+    base = Path(source.path)
+    labels = class_indices(values, label_names(model), f"{source.key}.label", by_folder=base.is_dir())
     dtype = next(model.parameters()).dtype
-    timm_model = not hasattr(model, "config")
-    found = []
-    for start in range(0, len(images), batch_size):
-        opened = [_opened(image, source, rows.base) for image in images[start : start + batch_size]]
-        if timm_model:
-            inputs = {"x": torch.stack([processor(image) for image in opened])}
-        else:
-            inputs = {"pixel_values": processor(images=opened, return_tensors="pt")["pixel_values"]}
-        labelled = torch.tensor(labels[start : start + batch_size])
-        found.append(on_device({**{k: v.to(dtype) for k, v in inputs.items()}, "labels": labelled}, model))
-    return found
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    kept: dict[int, Tensor] = {}
+
+    def processed(index: int) -> Tensor:
+        if index in kept:
+            return kept[index]
+        opened = _opened(images[index], base, f"{source.key}.image").convert(MODES.get(channels, "RGB"))
+        found = _inputs(processor, opened).to(dtype)
+        if (len(kept) + 1) * found.numel() * found.element_size() <= KEPT_BYTES:
+            kept[index] = found
+        return found
+
+    _check_size(model, processed(0), source)
+    name = "pixel_values" if hasattr(model, "config") else "x"
+
+    def collate(indices: Sequence[int]) -> Mapping[str, Tensor]:
+        pixels = torch.stack([processed(index) for index in indices])
+        return {name: pixels, "labels": torch.tensor([labels[index] for index in indices])}
+
+    return Samples(len(labels), collate, range(len(labels)), place_of(model))
 
 
-def _opened(image: Any, source: DataSource, base: Path) -> Image.Image:
+def _inputs(processor: Any, image: Image.Image) -> Tensor:
+    """[channels, height, width]"""
+    if not hasattr(processor, "model_input_names"):
+        return processor(image)
+    try:
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
+    except ValueError as error:
+        raise JointoptError(f"model: its image processor fails: {str(error).splitlines()[0]}") from None
+
+
+def _check_size(model: nn.Module, pixels: Tensor, source: DataSource) -> None:
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    wanted = (size, size) if isinstance(size, int) else tuple(size or pixels.shape[1:])
+    if tuple(pixels.shape[1:]) != wanted:
+        raise JointoptError(
+            f"{source.key}: the image processor makes images of {tuple(pixels.shape[1:])}; the model takes {wanted}"
+        )
+
+
+def _opened(image: Any, base: Path, key: str) -> Image.Image:
+    """An image from a path (relative to the table's folder), from its bytes, or as it is."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    path = base / str(image)
-    if not path.is_file():
-        raise JointoptError(f"data {source.path!r}: image {str(image)!r} does not exist")
-    return Image.open(path).convert("RGB")
+        return image
+    content: Any = image
+    if isinstance(image, dict):
+        content = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+    if isinstance(content, str) and not base.is_dir():
+        content = base.parent / content
+    try:
+        opened = Image.open(content)
+        opened.load()
+    except (OSError, ValueError, AttributeError) as error:
+        raise JointoptError(f"{key}: {str(image)[:200]!r} cannot be opened as an image: {error}") from None
+    return opened
 
 
-TASK = Task(
-    "image-classification",
-    "AutoModelForImageClassification",
-    ("accuracy", "loss", "kl"),
-    batches,
-    classification_quality,
-)
+TASK = Task("image-classification", "AutoModelForImageClassification", ("accuracy", "loss", "kl"), 32, samples, every)

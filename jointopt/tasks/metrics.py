@@ -13,56 +13,74 @@ from jointopt.evaluation import Batch, Quality, logits_of
 Counted = tuple[Tensor, Tensor]
 """(logits [n, classes], labels [n]) that count."""
 
-
-def classification_quality(batches: Sequence[Batch], original: nn.Module | None = None) -> Quality:
-    """accuracy, loss (cross-entropy) and, where `original` is given, kl of its distribution to the model's."""
-    return _quality(batches, original, lambda logits, labels: (logits, labels), _classification)
+ROWS = 1024
+"""Distributions that are turned into float32 at once: those of a vocabulary take 0.2 MB each."""
 
 
-def language_quality(batches: Sequence[Batch], original: nn.Module | None = None) -> Quality:
-    """loss (cross-entropy of the next token), perplexity and, where `original` is given, kl a token."""
-    return _quality(batches, original, _next_tokens, _language)
+def every(logits: Tensor, labels: Tensor) -> Counted:
+    """One label a sample."""
+    return logits, labels
 
 
-def _next_tokens(logits: Tensor, labels: Tensor) -> Counted:
+def next_tokens(logits: Tensor, labels: Tensor) -> Counted:
+    """Each token's logits with the token after it, where that is not masked (-100)."""
     counted = labels[:, 1:] != -100
+    if counted.all():
+        return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return logits[:, :-1][counted], labels[:, 1:][counted]
 
 
-def _classification(loss: float, right: float) -> dict[str, float]:
-    return {"accuracy": right, "loss": loss}
-
-
-def _language(loss: float, right: float) -> dict[str, float]:
-    return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
-
-
-def _quality(
+def quality_function(
     batches: Sequence[Batch],
-    original: nn.Module | None,
     counted: Callable[[Tensor, Tensor], Counted],
-    named: Callable[[float, float], dict[str, float]],
+    metrics: Sequence[str],
+    original: nn.Module | None = None,
 ) -> Quality:
-    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
-    references: list[Tensor] = []
+    """model -> {metric: value}, averaged over all labels that count.
+
+    Args:
+        batches: inputs by name, and "labels".
+        counted: (logits, labels) -> those that count.
+        metrics: of "accuracy", "loss" (cross-entropy, in nats), "perplexity" (its exponential) and "kl" (divergence of
+            the model's distribution from the original's, in nats), which is left out where `original` is None.
+        original: what "kl" is measured from; run once, its logits are kept.
+    """
+    inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    references: list[Tensor] | None = None
     if original is not None:
         with torch.no_grad():
-            for batch, given in zip(batches, inputs, strict=True):
-                references.append(counted(logits_of(original, given), batch["labels"])[0].clone())
+            references = [
+                counted(logits_of(original, given), batch["labels"])[0].clone()
+                for batch, given in zip(batches, inputs, strict=True)
+            ]
+    wanted = [name for name in metrics if name != "kl" or references is not None]
 
     def quality(model: nn.Module) -> dict[str, float]:
-        loss = right = divergence = 0.0
-        count = 0
+        sums, count = [], 0
         for at, (batch, given) in enumerate(zip(batches, inputs, strict=True)):
             logits, labels = counted(logits_of(model, given), batch["labels"])
-            logits = logits.float()
-            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            right += float((logits.argmax(-1) == labels).sum())
-            if references:
-                target = references[at].float().log_softmax(-1)
-                divergence += float(nn.functional.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True))
+            sums.append(_sums(logits, labels, None if references is None else references[at]))
             count += len(labels)
-        found = named(loss / count, right / count)
-        return {**found, "kl": divergence / count} if references else found
+        # Only here does the device have to be waited for.
+        loss, right, divergence = (torch.stack(sums).cpu().double().sum(0) / count).tolist()
+        # The class of largest logit means nothing where logits are not numbers.
+        accuracy = right if math.isfinite(loss) else math.nan
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        found = {"accuracy": accuracy, "loss": loss, "perplexity": perplexity, "kl": divergence}
+        return {name: found[name] for name in wanted}
 
     return quality
+
+
+def _sums(logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
+    """Sums over the rows of cross-entropy, right answers, and divergence from the reference, float32 [3]."""
+    total = torch.zeros(3, device=logits.device)
+    for at in range(0, len(labels), ROWS):
+        rows, wanted = logits[at : at + ROWS].float(), labels[at : at + ROWS]
+        scores = rows.log_softmax(-1)
+        total[0] += nn.functional.nll_loss(scores, wanted, reduction="sum")
+        total[1] += (rows.argmax(-1) == wanted).sum()
+        if reference is not None:
+            target = reference[at : at + ROWS].float().log_softmax(-1)
+            total[2] += nn.functional.kl_div(scores, target, reduction="sum", log_target=True)
+    return total

@@ -1,44 +1,63 @@
-"""Text classification: rows of a text and a label."""
+"""Text classification: rows of a text, or a pair of texts, and a label."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from jointopt.evaluation import Batch
-from jointopt.rows import DataSource, labels_of, read_rows
-from jointopt.tasks.metrics import classification_quality
-from jointopt.tasks.task import Task
+from jointopt.rows import LABEL, TEXT, DataSource, class_indices, column, read_columns, texts
+from jointopt.tasks.metrics import every
+from jointopt.tasks.task import Samples, Task, place_of
+from quant.errors import JointoptError
 
-TEXT = ("text", "sentence", "snippet", "review", "content")
-
-
-def batches(source: DataSource, processor: Any, model: nn.Module, batch_size: int) -> list[Batch]:
-    """Tokenized, padded to the longest of each batch; rows of like length together, so that little is padding."""
-    rows = read_rows(source)
-    texts = [str(text) for text in rows.column("text", TEXT)]
-    labels = labels_of(rows, model)
-    limit = getattr(model.config, "max_position_embeddings", 512)
-    longest = min(limit - 2 if getattr(model.config, "model_type", "") != "bert" else limit, 512)
-    encoded = processor(texts, truncation=True, max_length=longest)["input_ids"]
-    order = sorted(range(len(texts)), key=lambda at: len(encoded[at]))
-    found = []
-    for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        padded = processor.pad({"input_ids": [encoded[at] for at in picked]}, return_tensors="pt")
-        labelled = torch.tensor([labels[at] for at in picked])
-        found.append(on_device({**padded, "labels": labelled}, model))
-    return found
+LENGTH = 512
 
 
-def on_device(batch: Batch, model: nn.Module) -> Batch:
-    """The batch's tensors where the model is."""
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
+def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
+    """Tokenized once, padded to the longest of each batch."""
+    columns = read_columns(source)
+    given = [texts(column(columns, source.text, TEXT, f"{source.key}.text"), f"{source.key}.text")]
+    if source.text_pair is not None:
+        key = f"{source.key}.text_pair"
+        given.append(texts(column(columns, source.text_pair, (), key), key))
+    values = column(columns, source.label, LABEL, f"{source.key}.label")
+    labels = class_indices(values, label_names(model), f"{source.key}.label")
+    if processor.pad_token is None:
+        raise JointoptError("model: its tokenizer has no padding token; set one and save it beside the model")
+    encoded = processor(*given, truncation=True, max_length=text_length(source, model))
+
+    def collate(indices: Sequence[int]) -> Mapping[str, Tensor]:
+        picked = {name: [many[index] for index in indices] for name, many in encoded.items()}
+        padded = processor.pad(picked, return_tensors="pt")
+        return {**padded, "labels": torch.tensor([labels[index] for index in indices])}
+
+    order = sorted(range(len(labels)), key=lambda index: len(encoded["input_ids"][index]))
+    return Samples(len(labels), collate, order, place_of(model))
 
 
-TASK = Task(
-    "text-classification", "AutoModelForSequenceClassification", ("accuracy", "loss", "kl"), batches, classification_quality
-)
+def text_length(source: DataSource, model: nn.Module) -> int:
+    """Tokens in a text at most: what the config says, or as many as the model takes, 512 at most."""
+    most = getattr(model.config, "max_position_embeddings", None) or LENGTH
+    for name, module in model.named_modules():
+        # RoBERTa counts its positions from behind the padding's.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            most = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    if source.length is not None and source.length > most:
+        raise JointoptError(f"data.length: found {source.length}; the model takes {most} tokens at most")
+    return source.length or min(most, LENGTH)
+
+
+def label_names(model: Any) -> list[str]:
+    """The names of the model's classes in their order, or their numbers where it has none."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        named = {int(index): str(name) for index, name in config.id2label.items()}
+        return [named.get(index, str(index)) for index in range(config.num_labels)]
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    return list(map(str, names if len(names) == model.num_classes else range(model.num_classes)))
+
+
+TASK = Task("text-classification", "AutoModelForSequenceClassification", ("accuracy", "loss", "kl"), 32, samples, every)

@@ -1,0 +1,119 @@
+"""Small models saved to folders as a user has them: weights, config, and a tokenizer or image processor."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+WORDS = ("good", "bad", "fine", "poor", "a", "film", "the", "was", "very", "not")
+LABELS = ("negative", "positive")
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One token a word."""
+    vocabulary = {word: index for index, word in enumerate(("[PAD]", "[UNK]", "[END]", *WORDS))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]", model_max_length=32
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def save_bert(folder: Path, **changes: object) -> Path:
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": 16,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {name: index for index, name in enumerate(LABELS)},
+    }
+    BertForSequenceClassification(BertConfig(**{**options, **changes})).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_llama(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_vit(folder: Path, image_size: int = 8) -> Path:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=image_size,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=3,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    size = {"height": 8, "width": 8}
+    ViTImageProcessor(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
+    return folder
+
+
+def save_timm(folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=2, num_classes=3
+    )
+    save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+def write_reviews(path: Path, count: int = 40, seed: int = 0) -> Path:
+    """A csv of texts of 1 to 8 words, labelled by name."""
+    random = np.random.default_rng(seed)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for _ in range(count):
+            words = random.choice(WORDS, size=random.integers(1, 9))
+            writer.writerow([" ".join(words), LABELS[int(random.integers(2))]])
+    return path
+
+
+def write_images(folder: Path, each: int = 4, classes: tuple[str, ...] = ("cat", "dog", "owl")) -> Path:
+    """Gray 8x8 images in a folder for each class."""
+    random = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(each):
+            Image.fromarray(random.integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / name / f"{index}.png")
+    return folder

@@ -1,0 +1,288 @@
+"""Models, data and quality by the names that a config gives them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from saved import LABELS, save_bert, save_llama, save_timm, save_tokenizer, save_vit, write_images, write_reviews
+from transformers import BertConfig, BertModel
+
+from jointopt import JointoptError
+from jointopt.evaluation import logits_of
+from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
+from jointopt.rows import DataSource, class_indices, looks_like_hub_id, read_columns, some
+from jointopt.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    makers = {"bert": save_bert, "llama": save_llama, "vit": save_vit, "timm": save_timm}
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in makers.items()}
+
+
+def quality_of(folder: Path, task: str, source: DataSource, size: int = 8) -> dict[str, float]:
+    loaded = load_model(str(folder), task, "cpu")
+    batches = TASKS[task].batches(source, loaded.processor, loaded.model, size)
+    with torch.no_grad():
+        return TASKS[task].quality(batches, loaded.model)(loaded.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("bert", "text-classification"),
+        ("llama", "causal-lm"),
+        ("vit", "image-classification"),
+        ("timm", "image-classification"),
+    ],
+)
+def test_the_task_is_read_off_the_model(folders, name, task):
+    source = find_source(str(folders[name]))
+    assert model_task(source) == task
+    assert next(empty_model(source, task).parameters()).is_meta
+
+
+def test_quality_of_texts_is_that_of_a_plain_loop(folders, tmp_path):
+    source = DataSource(str(write_reviews(tmp_path / "reviews.csv")))
+    loaded = load_model(str(folders["bert"]), "text-classification", "cpu")
+    columns = read_columns(source)
+    right, loss = 0, 0.0
+    for text, label in zip(columns["text"], columns["label"], strict=True):
+        with torch.no_grad():
+            logits = loaded.model(**loaded.processor(text, return_tensors="pt")).logits[0]
+        right += int(logits.argmax() == LABELS.index(label))
+        loss -= float(logits.log_softmax(-1)[LABELS.index(label)])
+    found = quality_of(folders["bert"], "text-classification", source)
+    assert found["accuracy"] == right / 40
+    assert found["loss"] == pytest.approx(loss / 40, rel=1e-5)
+    assert found["kl"] == 0
+
+
+def test_perplexity_is_that_of_transformers_own_loss(folders, tmp_path):
+    (tmp_path / "text.txt").write_text("the film was very good " * 20)
+    found = quality_of(folders["llama"], "causal-lm", DataSource(str(tmp_path / "text.txt"), length=16), 100)
+    loaded = load_model(str(folders["llama"]), "causal-lm", "cpu")
+    batch = TASKS["causal-lm"].batches(
+        DataSource(str(tmp_path / "text.txt"), length=16), loaded.processor, loaded.model, 100
+    )[0]
+    assert batch["input_ids"].shape == (6, 16)
+    with torch.no_grad():
+        assert found["loss"] == pytest.approx(float(loaded.model(**batch).loss), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+def test_rows_of_text_become_pieces_parted_by_the_end_token(folders, tmp_path):
+    pd.DataFrame({"text": ["good film", "bad film"] * 8}).to_parquet(tmp_path / "t.parquet")
+    loaded = load_model(str(folders["llama"]), None, "cpu")
+    source = DataSource(str(tmp_path / "t.parquet"), length=6, samples=2)
+    (batch,) = TASKS["causal-lm"].batches(source, loaded.processor, loaded.model, 8)
+    end = loaded.processor.eos_token_id
+    assert batch["input_ids"].shape == (2, 6)
+    assert batch["input_ids"][0, 2] == end == batch["input_ids"][0, 5]
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_images_come_from_folders_of_their_class(folders, tmp_path, name):
+    source = DataSource(str(write_images(tmp_path / "images")))
+    loaded = load_model(str(folders[name]), None, "cpu")
+    batches = TASKS["image-classification"].batches(source, loaded.processor, loaded.model, 5)
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    with torch.no_grad():
+        inputs = {key: value for key, value in batches[0].items() if key != "labels"}
+        assert logits_of(loaded.model, inputs).shape == (5, 3)
+
+
+def test_a_table_names_its_images_relative_to_itself(folders, tmp_path):
+    write_images(tmp_path / "images")
+    (tmp_path / "table.csv").write_text("image,label\nimages/cat/0.png,2\nimages/dog/1.png,0\n")
+    found = quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path / "table.csv")))
+    assert set(found) == {"accuracy", "loss", "kl"}
+
+
+def test_an_epoch_has_every_sample_once_and_an_order_of_its_own(folders, tmp_path):
+    loaded = load_model(str(folders["vit"]), None, "cpu")
+    source = DataSource(str(write_images(tmp_path / "images")))
+    samples = TASKS["image-classification"].samples(source, loaded.processor, loaded.model)
+    first, again, second = ([b["labels"] for b in samples.epoch(n, 6, seed=0)] for n in (0, 0, 1))
+    assert sorted(torch.cat(first).tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+    assert torch.equal(torch.cat(first), torch.cat(again))
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+    assert [len(labels) for labels in (b["labels"] for b in samples.epoch(0, 5, seed=0))] == [5, 5]
+    assert [len(b["labels"]) for b in samples.epoch(0, 50, seed=0)] == [12]
+
+
+def test_tables_of_every_kind_hold_the_same_rows(tmp_path):
+    rows = [{"text": "NA", "label": 1}, {"text": 'a, "b"', "label": 0}]
+    (tmp_path / "a.csv").write_text('text,label\nNA,1\n"a, ""b""",0\n')
+    (tmp_path / "a.tsv").write_text('text\tlabel\nNA\t1\n"a, ""b"""\t0\n')
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    for path in tmp_path.iterdir():
+        found = read_columns(DataSource(str(path)))
+        assert found["text"] == ["NA", 'a, "b"'], path
+        assert class_indices(found["label"], ["x", "y"], "k") == [1, 0], path
+
+
+@given(st.integers(1, 200), st.integers(1, 300))
+@settings(max_examples=50)
+def test_some_rows_are_different_rows_and_the_same_each_time(count, samples):
+    kept = some(count, samples)
+    assert len(set(kept)) == len(kept) == min(count, samples)
+    assert all(0 <= index < count for index in kept)
+    assert kept == some(count, samples)
+
+
+def test_labels_are_names_or_indices_in_numbers_or_text():
+    names = ["negative", "positive"]
+    assert class_indices(["positive", "negative"], names, "k") == [1, 0]
+    assert class_indices([1.0, 0], names, "k") == class_indices(["1", "0"], names, "k") == [1, 0]
+    assert class_indices(["b", "a"], ["LABEL_0", "LABEL_1"], "k", by_folder=True) == [1, 0]
+
+
+@pytest.mark.parametrize(("bad", "row"), [("neutral", 2), (2, 2), (-1, 2), (0.5, 2), (None, 2), (float("nan"), 2)])
+def test_a_label_that_the_model_lacks_is_named_with_its_row(bad, row):
+    with pytest.raises(JointoptError, match=f"data.evaluate.label: found label .* in row {row}; the model has 2: neg"):
+        class_indices([0, bad], ["negative", "positive"], "data.evaluate.label")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("text,label\n", "holds no row"),
+        ("text,label\ngood\n", "row 1 has 1 fields, the header 2"),
+        ("snippets,label\ngood,1\n", "data.train.text: found none of the columns text, .*; there are snippets, label"),
+        ("text,stars\ngood,1\n", "data.train.label: found none of the columns label, .*; there are text, stars"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_named(folders, tmp_path, content, said):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(JointoptError, match=said):
+        quality_of(folders["bert"], "text-classification", DataSource(str(tmp_path / "t.csv"), key="data.train"))
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("none.csv", "data.train: no file or folder 'none.csv', and it is no hub id"),
+        ("./none", "no file or folder './none', and it is no hub id"),
+        ("someone/something", "is taken for a hub id: give its split"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named(path, said):
+    with pytest.raises(JointoptError, match=said):
+        read_columns(DataSource(path, key="data.train"))
+
+
+def test_other_bad_data_is_named(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "t.txt").write_text("good film")
+    (tmp_path / "bad.csv").write_text("image,label\nnone.png,1\n")
+    (tmp_path / "pair.csv").write_text("text,label\n" + "good film,0\n")
+    wrong = [
+        ("vit", "image-classification", DataSource(str(tmp_path / "empty")), "no images in folders of their class"),
+        ("vit", "image-classification", DataSource(str(tmp_path / "bad.csv")), "'none.png' cannot be opened"),
+        ("bert", "text-classification", DataSource(str(tmp_path / "t.txt")), "has no columns"),
+        ("bert", "text-classification", DataSource(str(tmp_path / "pair.csv"), length=99), "takes 32 tokens at most"),
+        ("bert", "text-classification", DataSource(str(tmp_path / "pair.csv"), text_pair="b"), "found no column 'b'"),
+        ("llama", "causal-lm", DataSource(str(tmp_path / "t.txt")), "has 2 tokens; allowed: one piece of 32"),
+    ]
+    for name, task, source, said in wrong:
+        with pytest.raises(JointoptError, match=said):
+            quality_of(folders[name], task, source)
+
+
+def test_an_image_processor_of_another_size_than_the_models_is_named(tmp_path):
+    images = write_images(tmp_path / "images")
+    with pytest.raises(JointoptError, match=r"makes images of \(8, 8\); the model takes \(16, 16\)"):
+        quality_of(save_vit(tmp_path / "vit", 16), "image-classification", DataSource(str(images)))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./none", "no folder './none', and it is no hub id"),
+        ("here/none", "no folder 'here/none', and it is no hub id"),
+        ("here", "holds no config.json"),
+        ("here/file", "is a file"),
+        ("timm/vit_tiny_patch16_225", "timm has no .*; did you mean 'vit_tiny_patch16_224"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/file").write_text("x")
+    with pytest.raises(JointoptError, match=said):
+        find_source(name)
+
+
+def test_a_broken_model_folder_is_one_line(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    with pytest.raises(JointoptError, match="cannot be loaded: Unrecognized"):
+        load_model(str(folder), "image-classification", "cpu")
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(JointoptError, match="cannot be loaded: .*header"):
+        load_model(str(folder), None, "cpu")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(JointoptError, match="cannot be loaded: Error no file named model.safetensors"):
+        load_model(str(folder), None, "cpu")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(JointoptError, match="config.json cannot be read"):
+        load_model(str(folder), None, "cpu")
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(JointoptError, match="holds no tokenizer; allowed: one of tokenizer.json"):
+        load_model(str(folder), None, "cpu")
+
+
+def test_weights_that_a_checkpoint_lacks_are_told(tmp_path):
+    config = BertConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    BertModel(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    loaded = load_model(str(tmp_path), "text-classification", "cpu")
+    assert loaded.untrained == ("classifier.bias", "classifier.weight")
+
+
+def test_dtype_is_the_checkpoints_own_or_what_is_asked_for(tmp_path, folders):
+    load_model(str(folders["bert"]), None, "cpu").model.to(torch.float16).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    assert load_model(str(tmp_path), None, "cpu").model.dtype == torch.float32
+    assert load_model(str(tmp_path), None, "cpu", "bfloat16").model.dtype == torch.bfloat16
+    with pytest.raises(JointoptError, match="dtype: found 'float16'"):
+        load_model(str(tmp_path), None, "cpu", "float16")
+
+
+def test_a_device_that_is_not_here_is_named():
+    if not torch.cuda.is_available():
+        with pytest.raises(JointoptError, match="device: cuda is not available here; there is cpu"):
+            chosen_device("cuda")
+    with pytest.raises(JointoptError, match="device: found 'tpu'"):
+        chosen_device("tpu")
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "google/vit-base-patch16-224", "a/b.c_d"])
+def test_a_hub_id_looks_like_one(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert looks_like_hub_id(name)
+
+
+def test_a_function_is_imported_from_the_current_directory_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_package_for_quality.py").write_text("def score(model): return 1.0\nnothing = 3\n")
+    assert import_function("my_package_for_quality.score")(None) == 1.0
+    with pytest.raises(JointoptError, match="has no function 'nothing'"):
+        import_function("my_package_for_quality.nothing")
+    with pytest.raises(JointoptError, match="No module named 'no_such_package'"):
+        import_function("no_such_package.score")
