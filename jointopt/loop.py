@@ -82,6 +82,7 @@ def search(
         if (state := study.fact("state")) is not None:
             asking.load_state_dict(state)
         _run(study, supernet, quality, wanted, asking, evaluations, batch, progress)
+        supernet.scores.update(study.scores())
     except BaseException:
         study.close()
         raise

@@ -159,6 +159,11 @@ class Study:
             found.append(None if row is None else json.loads(row[0]) if row[0] else {})
         return found
 
+    def scores(self) -> dict[bytes, dict[str, float]]:
+        """Genome (its bytes) -> metrics and costs, of all that did not fail."""
+        rows = self._connection.execute("SELECT genome, metrics FROM evaluations WHERE metrics IS NOT NULL")
+        return {np.array(json.loads(genome), dtype=np.int64).tobytes(): json.loads(found) for genome, found in rows}
+
     def __len__(self) -> int:
         return self._connection.execute("SELECT count(*) FROM evaluations").fetchone()[0]
 

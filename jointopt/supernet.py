@@ -54,6 +54,9 @@ class Supernet:
         weight_calibration: how the clipping range of quantized weights is chosen: "minmax", "percentile" or "mse".
         bank_bytes: memory for fake-quantized weights; beyond it the least recently used are made again.
 
+    Attributes:
+        scores: canonical genome (its bytes) -> metrics that searches have measured; emptied when the weights change.
+
     Raises:
         JointoptError: a model of an unknown family or dtype, a gene or choice that the model does not have.
     """
@@ -85,6 +88,7 @@ class Supernet:
         self._statistics: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._batch_norm_batches: list[Mapping[str, Any]] = []
         self._positions: dict[str, float] | None = None
+        self.scores: dict[bytes, dict[str, float]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -285,6 +289,7 @@ class Supernet:
     def finish_training(self) -> None:
         """To be called when the weights have changed: what was measured on the old ones no longer holds."""
         self.trained, self.calibrated = True, False
+        self.scores.clear()
         self._bank.clear()
 
     def fingerprint(self) -> str:

@@ -168,7 +168,9 @@ def declare_timm(model: nn.Module) -> Family:
 
 
 def example_timm(model: nn.Module) -> dict[str, Tensor]:
-    """One black image of the model's own input size."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    shape = (model.patch_embed.proj.in_channels, *size) if size else model.default_cfg["input_size"]
-    return {"x": torch.zeros(1, *shape, device=next(model.parameters()).device)}
+    """One black image of the model's own input size, 224 x 224 where it does not tell."""
+    patches = getattr(model, "patch_embed", None)
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    configured = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))
+    size = tuple(patches.img_size) if patches is not None else tuple(configured)[1:]
+    return {"x": torch.zeros(1, first.in_channels, *size, device=first.weight.device)}

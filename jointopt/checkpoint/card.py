@@ -1,0 +1,76 @@
+"""The model card of an export: what it is, what it scored, how it loads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(record: Mapping[str, Any], loading: str) -> str:
+    """README.md of the folder."""
+    costs, original = record["costs"], record["original"]
+    base = record["base_model"]
+    front = ["---", "tags: [jointopt, quantized, pruned]"]
+    if base and "/" in base and not base.startswith((".", "/")):
+        front.append(f"base_model: {base}")
+    front.append("---")
+    rows = [("size (MB, 10^6 bytes)", costs["size"] / 1e6, original.get("size", 0) / 1e6)]
+    rows += [(name, costs[name], original.get(name)) for name in ("parameters", "macs", "bops")]
+    rows += [(name, value, original.get(name)) for name, value in record["metrics"].items()]
+    table = [f"| {name} | {_number(value)} | {_number(before)} |" for name, value, before in rows]
+    schemes = Counter(layer["scheme"] for layer in record["layers"])
+    choices = [f"| {name} | {choice} |" for name, choice in record["choices"].items()]
+    return "\n".join(
+        [
+            *front,
+            "",
+            f"# A searched sub-network{f' of {base}' if base else ''}",
+            "",
+            "Its architecture and the number format of each layer were searched together by jointopt.",
+            "",
+            "| | this model | the original |",
+            "| --- | --- | --- |",
+            *table,
+            "",
+            "Sizes are the bytes of all tensors in the safetensors file, scales included. MACs are those of one sample.",
+            "",
+            "Layers by number format: " + ", ".join(f"{count} {name}" for name, count in schemes.most_common()) + ".",
+            "",
+            "## Loading",
+            "",
+            loading,
+            "",
+            "## Genome",
+            "",
+            "| gene | choice |",
+            "| --- | --- |",
+            *choices,
+            "",
+        ]
+    )
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+
+
+def transformers_snippet(auto: str, folder: str, modeling_file: bool) -> str:
+    option = ", trust_remote_code=True" if modeling_file else ""
+    why = (
+        "Layers differ in size or format in a way that the stock class does not know, so the folder brings a short\n"
+        "modelling file (`modeling_jointopt.py`; read it before you trust it).\n\n"
+        if modeling_file
+        else ""
+    )
+    return (
+        f"{why}```python\nfrom transformers import {auto}\n\n"
+        f'model = {auto}.from_pretrained("{folder}"{option})\n```'
+    )
+
+
+def timm_snippet(folder: str) -> str:
+    return (
+        "Needs timm and safetensors.\n\n```python\nimport sys\n\n"
+        f'sys.path.insert(0, "{folder}")\nfrom modeling_jointopt import load\n\nmodel = load("{folder}")\n```'
+    )

@@ -1,0 +1,227 @@
+"""Rebuilds a searched sub-network and its quantized layers. Needs torch alone.
+
+A model is first built by its library as usual; `rebuild` then gives modules the sizes that config.json lists, puts
+quantized layers where they belong, and leaves out what the search left out. Quantized weights stay packed in the file
+and are unpacked when a layer first runs.
+"""
+
+import torch
+from torch import nn
+
+FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+RANGES = {"int8": (-128, 127), "int4": (-8, 7), "fp8_e4m3": (-448, 448), "fp8_e5m2": (-57344, 57344), "fp4_e2m1": (-6, 6)}
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def rebuild(model, spec):
+    """Applies `spec`, the "jointopt" entry of config.json, to a freshly built model, in place."""
+    for path, kind in spec.get("replaced", {}).items():
+        replace(model, path, STAND_INS[kind](model.get_submodule(path)))
+    for path, shapes in spec.get("shapes", {}).items():
+        resize(model.get_submodule(path), shapes)
+    for path, values in spec.get("attributes", {}).items():
+        for name, value in values.items():
+            setattr(model.get_submodule(path) if path else model, name, value)
+    for path, record in spec.get("quantized", {}).items():
+        replace(model, path, Quantized(model.get_submodule(path), record))
+    for path, source in spec.get("tied", {}).items():
+        model.get_submodule(path).tie(model.get_submodule(source))
+    return model
+
+
+def replace(model, path, module):
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def resize(module, shapes):
+    """New, empty tensors of the listed shapes; the counts that the module keeps follow."""
+    for name, shape in shapes.items():
+        old = getattr(module, name)
+        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        if isinstance(old, nn.Parameter):
+            setattr(module, name, nn.Parameter(new))
+        else:
+            module._buffers[name] = new
+    rows, columns = module.weight.shape[0], module.weight.shape[1] if module.weight.dim() > 1 else None
+    if isinstance(module, nn.Embedding):
+        rows, columns = columns, None
+    for name in ("out_features", "out_channels", "num_features", "embedding_dim"):
+        if hasattr(module, name):
+            setattr(module, name, rows)
+    for name in ("in_features", "in_channels"):
+        if hasattr(module, name) and columns is not None:
+            setattr(module, name, columns)
+    if hasattr(module, "normalized_shape"):
+        module.normalized_shape = (rows,)
+
+
+class SkipBranch(nn.Module):
+    """Where a residual branch was left out."""
+
+    def __init__(self, replaced=None):
+        super().__init__()
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states.new_zeros(())
+
+
+class SkipAttention(SkipBranch):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states.new_zeros(()), None
+
+
+class SkipPostNormAttention(SkipBranch):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states, None
+
+
+class SkipPostNormOutput(SkipBranch):
+    def forward(self, hidden_states, input_tensor):
+        return input_tensor
+
+
+class SplitQKV(nn.Module):
+    """A fused qkv layer as three, which can be of different formats."""
+
+    def __init__(self, fused):
+        super().__init__()
+        rows = fused.out_features // 3
+        device, dtype, bias = fused.weight.device, fused.weight.dtype, fused.bias is not None
+        self.q, self.k, self.v = (nn.Linear(fused.in_features, rows, bias, device, dtype) for _ in range(3))
+
+    def forward(self, x):
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+
+STAND_INS = {
+    "Identity": nn.Identity, "SkipBranch": SkipBranch, "SkipAttention": SkipAttention, "SplitQKV": SplitQKV,
+    "SkipPostNormAttention": SkipPostNormAttention, "SkipPostNormOutput": SkipPostNormOutput,
+}  # fmt: skip
+
+
+class Quantized(nn.Module):
+    """A linear layer, convolution or embedding with a packed weight, and with its input rounded to its format."""
+
+    def __init__(self, layer, record):
+        super().__init__()
+        self.shape, self.weights, self.activations = record["shape"], record["weights"], record["activations"]
+        self.options = {}
+        if isinstance(layer, nn.Conv2d):
+            self.run = nn.functional.conv2d
+            self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        else:
+            self.run = nn.functional.embedding if isinstance(layer, nn.Embedding) else nn.functional.linear
+        if isinstance(layer, nn.Embedding):
+            self.options = {"padding_idx": layer.padding_idx}
+        for name, (dtype, shape) in record["tensors"].items():
+            self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=layer.weight.device))
+        bias = getattr(layer, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias))
+        self.dtype = layer.weight.dtype
+        self._source, self._values = [], None
+
+    def tie(self, source):
+        """Takes the packed weight of another layer (an embedding's, for the head)."""
+        self._source = [source]
+
+    @property
+    def weight(self):
+        if self._source:
+            return self._source[0].weight
+        if self._values is None or self._values.device != self.weight_scale.device:
+            self._values = unpack(self).to(self.dtype)
+        return self._values
+
+    def forward(self, x):
+        if self.run is nn.functional.embedding:
+            return self.run(x, self.weight, **self.options)
+        if self.activations is not None:
+            x = hold(x, self.activations, *(getattr(self, f"input_{n}", None) for n in ("scale", "zero_point", "global_scale")))
+        return self.run(x, self.weight, self.bias, **self.options)
+
+
+def unpack(layer):
+    """The weight's values, float32, in its shape."""
+    form, (rows, *rest) = layer.weights, layer.shape
+    columns = 1
+    for size in rest:
+        columns *= size
+    if form["layout"] == "words":
+        values = words(layer.weight_packed, form["bits"])[:, :columns]
+    elif form["layout"] == "nibbles":
+        table = torch.tensor([*FP4, *(-value for value in FP4)], device=layer.weight_packed.device)
+        halves = torch.stack((layer.weight_packed & 0xF, layer.weight_packed >> 4), -1)
+        values = table[halves.flatten(1).long()]
+    else:
+        values = layer.weight_codes.reshape(rows, columns).float()
+    scale = layer.weight_scale
+    scale = torch.exp2(scale.float() - 127) if form["scale"] == "e8m0" else scale.float()
+    if hasattr(layer, "weight_global_scale"):
+        scale = scale / layer.weight_global_scale
+    grouped = values.unflatten(1, (scale.shape[-1], -1)) if scale.dim() == 2 else values[:, None]
+    if hasattr(layer, "weight_zero_point"):
+        grouped = grouped - words(layer.weight_zero_point.T, form["bits"])[:, :rows].T[..., None]
+    return (grouped * (scale[..., None] if scale.dim() == 2 else scale)).reshape(layer.shape)
+
+
+def words(packed, bits):
+    """Signed integers from int32 words, lowest bits first, float32."""
+    shifts = torch.arange(32 // bits, device=packed.device) * bits
+    return (((packed.long()[..., None] >> shifts) & ((1 << bits) - 1)) - (1 << (bits - 1))).flatten(1).float()
+
+
+def hold(x, form, scale=None, zero_point=None, global_scale=None):
+    """x as the activation format holds it."""
+    if form["granularity"] == "group":
+        last = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+        held = held_groups(last.unflatten(-1, (-1, form["group_size"])), form, scale, zero_point, global_scale)
+        held = held.reshape(last.shape)
+        return (held.permute(0, 3, 1, 2) if x.dim() == 4 else held).to(x.dtype)
+    return held_groups(x, form, scale, zero_point, global_scale).to(x.dtype)
+
+
+def held_groups(x, form, scale, zero_point, global_scale):
+    low, high = RANGES[form["element"]]
+    if form["dynamic"]:
+        scale, zero_point = dynamic_scale(x, form, global_scale, low, high)
+    if global_scale is not None:
+        scale = scale / global_scale
+    else:
+        scale = scale.to(x.dtype)
+    scaled = x / scale
+    if zero_point is not None:
+        scaled = scaled + zero_point.to(x.dtype)
+    rounded = nearest(scaled.clamp(low, high), form["element"]).to(scale.dtype)
+    if zero_point is not None:
+        rounded = rounded - zero_point.to(scale.dtype)
+    return rounded * scale
+
+
+def dynamic_scale(x, form, global_scale, low, high):
+    dims = (1, 2, 3) if form["granularity"] == "token" and x.dim() == 4 else (-1,)
+    if not form["symmetric"]:
+        least, most = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
+        scale = (most - least) / (high - low)
+        zero_point = (low - least / scale).clamp(low, high).nan_to_num(0.0).round()
+        return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(scale.dtype), zero_point
+    largest = x.abs().amax(dims, keepdim=True)
+    if form["scale"] == "e8m0":
+        power = (largest.float().contiguous().view(torch.int32) + (1 << 21)) & 0x7F800000
+        return torch.exp2(((power >> 23) - 2).clamp(0, 254).float() - 127).to(x.dtype), None
+    scale = largest / ((high - low) / 2)
+    if global_scale is not None:
+        scale = (global_scale * scale).clamp(max=448).to(torch.float8_e4m3fn).to(torch.float32)
+        return torch.where(scale == 0, 0.125, scale), None
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(scale.dtype), None
+
+
+def nearest(x, element):
+    """The nearest value the element type can hold, ties to even."""
+    if element in FLOATS:
+        return x.to(FLOATS[element]).to(x.dtype)
+    if element != "fp4_e2m1":
+        return x.round()
+    size = x.abs()
+    steps = torch.where(size < 2, (size * 2).round() / 2, torch.where(size < 4, size.round(), (size / 2).round() * 2))
+    return steps.copysign(x)

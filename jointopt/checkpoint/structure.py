@@ -1,0 +1,284 @@
+"""How an extracted model differs from what its library builds from its config: what a reload has to be told."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant.errors import JointoptError
+from quant.formats import Format
+from quant.packing import layout, packed_tensors
+
+STAND_INS = ("Identity", "SkipBranch", "SkipAttention", "SkipPostNormAttention", "SkipPostNormOutput", "SplitQKV")
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> layer, of all that hold codes; a tied head comes after the embedding it takes them from."""
+    return {path: module for path, module in model.named_modules() if hasattr(module, "quantized")}
+
+
+def by_compressed_tensors(model: nn.Module) -> bool:
+    """Whether compressed-tensors can store and reload every quantized layer exactly as it computes here.
+
+    It takes Linear layers that are not tied. Its fp4 weights unpack to bfloat16, so a float32 model cannot have them.
+    """
+    layers = quantized_layers(model)
+    tied = _tied(model)
+    for path, module in layers.items():
+        scheme: Any = module.scheme
+        if not isinstance(module, nn.Linear) or path in tied or path in tied.values() or scheme.compressed is None:
+            return False
+        if scheme.weights.element == "fp4_e2m1" and module.weight.dtype != torch.bfloat16:
+            return False
+    return True
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Path of a layer -> path of the earlier one whose weight it shares."""
+    first: dict[int, str] = {}
+    tied = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        if id(weight) in first:
+            tied[path] = first[id(weight)]
+        else:
+            first[id(weight)] = path
+    return tied
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the checkpoint holds: every tensor once, quantized weights as their packed codes and scales.
+
+    Where the folder's own file reloads them, unpacked codes are called `weight_codes`: a layer's `weight` stays what
+    code around it takes it for, a tensor of floating point.
+    """
+    layers, tied = quantized_layers(model), _tied(model)
+    renamed = {} if by_compressed_tensors(model) else {"weight": "weight_codes"}
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        path, _, last = name.rpartition(".")
+        if last == "weight" and (path in layers or path in tied):
+            continue
+        found[name] = tensor.detach().cpu().contiguous()
+    for path, module in layers.items():
+        each: Any = module
+        statistics = {} if isinstance(module, nn.Embedding) else each.statistics()
+        packed = packed_tensors(each.quantized, each.scheme, statistics)
+        if path in tied:
+            packed = {name: tensor for name, tensor in packed.items() if name.startswith("input_")}
+        found.update({f"{path}.{renamed.get(name, name)}": tensor for name, tensor in packed.items()})
+    return found
+
+
+def rebuild_spec(model: nn.Module, built: nn.Module, pack: bool) -> dict[str, Any]:
+    """What turns `built` into the layout of `model`; empty where nothing does. See `runtime.rebuild`.
+
+    Args:
+        built: what the library makes of the model's config, on any device.
+        pack: whether quantized layers are part of it (else compressed-tensors brings them).
+    """
+    spec: dict[str, dict[str, Any]] = {"replaced": {}, "shapes": {}, "attributes": {}, "quantized": {}, "tied": {}}
+    there = dict(built.named_modules())
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        plain = kind.removeprefix("Quantized") if hasattr(module, "quantized") else kind
+        if path not in there or type(there[path]).__name__ != plain:
+            if plain not in STAND_INS and not any(path.startswith(f"{done}.") for done in spec["replaced"]):
+                raise JointoptError(f"export: {path or 'the model'} is a {kind}; the library builds {there.get(path)!s:.60}")
+            if plain in STAND_INS:
+                spec["replaced"][path] = plain
+                there.update({f"{path}.{name}": each for name, each in _made(module, there.get(path)).named_modules() if name})
+            continue
+        _compare(path, module, there[path], spec)
+    if pack:
+        _add_quantized(model, spec)
+    return {key: value for key, value in spec.items() if value}
+
+
+def _made(module: nn.Module, replaced: nn.Module | None) -> nn.Module:
+    """The stand-in as `runtime.rebuild` makes it, before it is resized."""
+    if type(module).__name__ != "SplitQKV" or replaced is None:
+        return nn.Module()
+    from jointopt.checkpoint.runtime import SplitQKV
+
+    return SplitQKV(replaced)
+
+
+def _compare(path: str, module: nn.Module, built: nn.Module, spec: dict[str, dict[str, Any]]) -> None:
+    shapes = {}
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        other = getattr(built, name, None)
+        if tensor is not None and other is not None and tensor.shape != other.shape:
+            shapes[name] = list(tensor.shape)
+    if shapes:
+        spec["shapes"][path] = shapes
+    sizes = ("out_features", "out_channels", "num_features", "embedding_dim", "in_features", "in_channels")
+    for name, value in vars(module).items():
+        counted = isinstance(value, int) and not isinstance(value, bool) and name not in sizes
+        if counted and not name.startswith("_") and vars(built).get(name, value) != value:
+            spec["attributes"].setdefault(path, {})[name] = value
+    if type(module).__name__ == "Dropout" or not path:
+        spec["attributes"].get(path, {}).pop("training", None)
+
+
+def _add_quantized(model: nn.Module, spec: dict[str, dict[str, Any]]) -> None:
+    tensors, tied = tensors_of(model), _tied(model)
+    for path, module in quantized_layers(model).items():
+        each: Any = module
+        own = {name[len(path) + 1 :]: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] == path}
+        spec["quantized"][path] = {
+            "shape": list(each.quantized.shape),
+            "weights": {**_described(each.scheme.weights), "layout": layout(each.scheme)},
+            "activations": None if isinstance(module, nn.Embedding) else _described(each.scheme.activations),
+            "scheme": each.scheme.name,
+            "tensors": {n: [str(t.dtype)[6:], list(t.shape)] for n, t in own.items() if n != "bias"},
+        }
+        if path in tied:
+            spec["tied"][path] = tied[path]
+
+
+def _described(format: Format | None) -> dict[str, Any] | None:
+    if format is None:
+        return None
+    names = ("element", "granularity", "group_size", "symmetric", "scale", "dynamic", "bits")
+    return {name: getattr(format, name) for name in names}
+
+
+def compressed_config(model: nn.Module) -> dict[str, Any]:
+    """The `quantization_config` by which transformers, and others who know compressed-tensors, load the layers."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
+    groups: dict[str, list[str]] = {}
+    schemes = {}
+    layers = quantized_layers(model)
+    for path, module in layers.items():
+        each: Any = module
+        groups.setdefault(each.scheme.name, []).append(path)
+        schemes[each.scheme.name] = each.scheme
+    config_groups = {}
+    for at, (name, targets) in enumerate(groups.items()):
+        scheme = schemes[name]
+        config_groups[f"group_{at}"] = QuantizationScheme(
+            targets=targets,
+            weights=_arguments(scheme.weights, False),
+            input_activations=_arguments(scheme.activations, True),
+            format=scheme.compressed,
+        )
+    formats = {scheme.compressed for scheme in schemes.values()}
+    plain = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p not in layers]
+    config = QuantizationConfig(
+        config_groups=config_groups,
+        quant_method="compressed-tensors",
+        quantization_status="compressed",
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
+        ignore=plain,
+    )
+    return config.to_dict()
+
+
+def _arguments(format: Format | None, activations: bool) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    if format is None:
+        return None
+    kind = format.kind
+    options: dict[str, Any] = {"dynamic": format.dynamic}
+    if format.scale == "e4m3":
+        options = {"dynamic": "local" if activations else False, "scale_dtype": torch.float8_e4m3fn}
+        options["zp_dtype"] = torch.float8_e4m3fn
+    elif format.scale == "e8m0":
+        options.update(scale_dtype=torch.uint8, zp_dtype=torch.uint8)
+    strategy = "tensor_group" if format.scale == "e4m3" else format.granularity
+    return QuantizationArgs(
+        num_bits=kind.bits,
+        type="float" if kind.is_float else "int",
+        strategy=strategy,
+        group_size=format.group_size,
+        symmetric=format.symmetric,
+        **options,
+    )
+
+
+def on_meta(make: Any, *arguments: Any, **options: Any) -> nn.Module:
+    """A model without storage."""
+    with torch.device("meta"):
+        return make(*arguments, **options)
+
+
+def timm_recipe(model: nn.Module) -> dict[str, Any]:
+    """Class and arguments by which timm builds a model of this layout, its dropped blocks not counted.
+
+    Raises:
+        JointoptError: the class is not known here.
+    """
+    recipes = {"VisionTransformer": _vision_transformer, "ResNet": _resnet}
+    name = type(model).__name__
+    if name not in recipes:
+        raise JointoptError(f"export: timm's {name} is not known; known: {', '.join(recipes)}")
+    return {"class": name, "module": type(model).__module__, "arguments": recipes[name](model)}
+
+
+def _vision_transformer(model: Any) -> dict[str, Any]:
+    head_dim = next((b.attn.head_dim for b in model.blocks if hasattr(b.attn, "head_dim")), model.embed_dim)
+    hidden = max((block.mlp.fc1.out_features for block in model.blocks if hasattr(block.mlp, "fc1")), default=4)
+    scales = [block.ls1 for block in model.blocks if hasattr(block.ls1, "gamma")]
+    return {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": model.patch_embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": model.embed_dim // head_dim,
+        "mlp_ratio": hidden / model.embed_dim,
+        "qkv_bias": any(getattr(m, "bias", None) is not None for n, m in model.named_modules() if n.endswith("attn.qkv.q")),
+        "qk_norm": any(not isinstance(m, nn.Identity) for n, m in model.named_modules() if n.endswith("attn.q_norm")),
+        "init_values": 1e-5 if scales else None,
+        "class_token": model.cls_token is not None,
+        "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
+        "no_embed_class": model.no_embed_class,
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "dynamic_img_size": model.dynamic_img_size,
+    }
+
+
+def _resnet(model: Any) -> dict[str, Any]:
+    stages = [stage for name, stage in model.named_children() if name.startswith("layer")]
+    block = type(stages[0][0]).__name__
+    expansion = stages[0][0].expansion
+    last = "conv2" if block == "BasicBlock" else "conv3"
+    deep = isinstance(model.conv1, nn.Sequential)
+    widths = [model.conv1[i].out_channels for i in (0, 3)] if deep else []
+    return {
+        "block": block,
+        "layers": [len(stage) for stage in stages],
+        "num_classes": model.num_classes,
+        "in_chans": model.in_chans,
+        "global_pool": model.global_pool.pool_type,
+        "channels": [getattr(stage[0], last).out_channels // expansion for stage in stages],
+        "stem_type": ("deep_tiered" if widths[0] != widths[1] else "deep") if deep else "",
+        "stem_width": widths[1] if deep else 64,
+        "replace_stem_pool": isinstance(model.maxpool, nn.Sequential),
+        "avg_down": any(isinstance(m, nn.AvgPool2d) for stage in stages for m in stage.modules()),
+    }
+
+
+def from_recipe(recipe: Mapping[str, Any]) -> nn.Module:
+    """The model that a timm recipe describes, without storage."""
+    import timm.models.resnet
+    import timm.models.vision_transformer
+
+    arguments = copy.deepcopy(dict(recipe["arguments"]))
+    if recipe["class"] == "ResNet":
+        arguments["block"] = getattr(timm.models.resnet, arguments["block"])
+        return on_meta(timm.models.resnet.ResNet, **arguments)
+    return on_meta(timm.models.vision_transformer.VisionTransformer, **arguments)

@@ -1,0 +1,344 @@
+"""Writes a sub-network as a folder that transformers (or timm) loads: whole, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from jointopt.checkpoint import card
+from jointopt.checkpoint.structure import (
+    by_compressed_tensors,
+    compressed_config,
+    from_recipe,
+    on_meta,
+    quantized_layers,
+    rebuild_spec,
+    tensors_of,
+    timm_recipe,
+)
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.study import Study
+    from jointopt.supernet import Supernet
+
+RECORD = "jointopt.json"
+MODELING = "modeling_jointopt.py"
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForImageClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMaskedLM",
+    "AutoModel",
+)
+
+
+def export(
+    supernet: Supernet,
+    genome: Any,
+    folder: str | Path,
+    *,
+    study: Study | None = None,
+    processor: Any = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the sub-network of a genome as a checkpoint folder.
+
+    Weights are written as the very codes and scales that the sub-network was scored with. A sub-network that its
+    stock class and compressed-tensors can hold loads by `from_pretrained` as it is; others bring a modelling file and
+    need `trust_remote_code=True`; timm models bring one with a `load` function.
+
+    Args:
+        supernet: calibrated.
+        folder: to be made; its parent must exist.
+        study: where the genome was scored (default: what this super-network's searches found); recorded for `verify`.
+        processor: tokenizer, image processor, or None; saved along.
+        base_model: name of the original, for the model card.
+        overwrite: whether a folder that exists is replaced, whole.
+
+    Raises:
+        JointoptError: the folder exists, it cannot be written, or the model is of no class that can be loaded.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise JointoptError(f"export: {str(folder)!r} exists; choose another folder, or overwrite it explicitly")
+    if not folder.parent.is_dir():
+        raise JointoptError(f"export: the folder {str(folder.parent)!r} does not exist")
+    genome = supernet.space.canonical(genome)
+    model = supernet.extract(genome).eval()
+    record = _record(supernet, genome, model, study, base_model)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
+            whole = Path(place) / folder.name
+            whole.mkdir()
+            _write(whole, model, record, processor)
+            _weigh(whole, model, record["costs"]["size"])
+            _move(whole, folder, Path(place))
+    except OSError as error:
+        raise JointoptError(f"export: {str(folder)!r} cannot be written: {error.strerror or error}") from None
+    return folder
+
+
+def _move(whole: Path, folder: Path, aside: Path) -> None:
+    """The finished folder into place; an old one is put aside first, and goes with the temporary folder."""
+    if folder.exists():
+        os.rename(folder, aside / "replaced")
+    os.rename(whole, folder)
+
+
+def _record(
+    supernet: Supernet, genome: np.ndarray, model: nn.Module, study: Study | None, base_model: str | None
+) -> dict[str, Any]:
+    metrics = supernet.scores.get(genome.tobytes())
+    if study is not None:
+        metrics = study.results(genome[None])[0] or None
+    costs = supernet.costs(genome)
+    return {
+        "base_model": base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None,
+        "family": supernet.family.name,
+        "genome": genome.tolist(),
+        "choices": _plain(supernet.space.decode(genome)),
+        "costs": costs,
+        "metrics": {k: v for k, v in (metrics or {}).items() if k not in costs},
+        "original": study.baselines.get("original", {}) if study is not None else supernet.original_costs(),
+        "layers": supernet.layout(genome),
+        "probe": _probe(supernet, model),
+        "software": {name: version(name) for name in ("torch", "transformers", "timm", "compressed-tensors")},
+    }
+
+
+def _plain(choices: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: choice.item() if hasattr(choice, "item") else choice for name, choice in choices.items()}
+
+
+def _probe(supernet: Supernet, model: nn.Module) -> dict[str, Any] | None:
+    """Inputs from a fixed seed, and the outputs of the sub-network for them: what any reload must give again."""
+    if supernet.family.example is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    inputs = {}
+    for name, tensor in supernet.family.example(supernet.model).items():
+        if tensor.is_floating_point():
+            inputs[name] = torch.randn(tensor.shape, generator=generator)
+        else:
+            inputs[name] = torch.randint(3, model.config.vocab_size, (1, min(16, tensor.shape[1])), generator=generator)
+    first = next(model.parameters())
+    with torch.no_grad():
+        moved = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        outputs = probed(model(**moved))
+    described = {
+        k: {"normal": list(v.shape)} if v.is_floating_point() else {"integers": v.tolist()} for k, v in inputs.items()
+    }
+    return {"inputs": described, "outputs": outputs.tolist()}
+
+
+def probe_inputs(probe: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inputs that a record's probe describes."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(each["normal"], generator=generator) if "normal" in each else torch.tensor(each["integers"])
+        for name, each in probe["inputs"].items()
+    }
+
+
+def probed(output: Any) -> Tensor:
+    """Up to 64 of a model's outputs for the probe, float32, on the CPU."""
+    tensor = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else None
+    if tensor is None:
+        tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return tensor.detach().float().cpu().flatten()[-64:]
+
+
+def _write(place: Path, model: nn.Module, record: dict[str, Any], processor: Any) -> None:
+    tensors = tensors_of(model)
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    loading = _write_timm(place, model) if not hasattr(model, "config") else _write_transformers(place, model)
+    if processor is not None and hasattr(processor, "save_pretrained"):
+        processor.save_pretrained(place)
+    (place / RECORD).write_text(json.dumps(record, indent=1))
+    (place / "README.md").write_text(card.model_card(record, loading))
+
+
+def _write_transformers(place: Path, model: nn.Module) -> str:
+    """config.json and, where it takes one, the modelling file. Returns how to load the folder."""
+    import transformers
+
+    config = copy.deepcopy(model.config)
+    stock = type(model)
+    auto = _auto_class(transformers, stock, config)
+    config.architectures = [stock.__name__]
+    config.dtype = next(model.parameters()).dtype
+    compressed = by_compressed_tensors(model)
+    _settle_sizes(model, config)
+    spec = rebuild_spec(model, on_meta(stock, config), pack=not compressed)
+    if compressed and quantized_layers(model):
+        config.quantization_config = compressed_config(model)
+    if spec:
+        name = f"Jointopt{stock.__name__}"
+        config.jointopt = spec
+        config.architectures = [name]
+        config.auto_map = {auto: f"{MODELING.removesuffix('.py')}.{name}"}
+        (place / MODELING).write_text(_modeling_file(stock, name, "lm_head" in str(spec.get("tied"))))
+    config.save_pretrained(place)
+    if hasattr(model, "generation_config") and model.generation_config is not None:
+        model.generation_config.save_pretrained(place)
+    return card.transformers_snippet(auto, place.name, bool(spec))
+
+
+def _auto_class(transformers: Any, stock: type, config: Any) -> str:
+    for name in AUTO_CLASSES:
+        if getattr(transformers, name)._model_mapping.get(type(config), None) == stock:
+            return name
+    raise JointoptError(f"export: no auto class of transformers makes a {stock.__name__}; known: {', '.join(AUTO_CLASSES)}")
+
+
+def _settle_sizes(model: nn.Module, config: Any) -> None:
+    """Writes into the config what the stock class can build: uniform widths at once, others layer by layer.
+
+    Per-layer sizes go under the standard key `per_layer_config`, beside which the global ones stay as they were.
+    """
+    sizes = block_sizes(model, config)
+    keys = {key for each in sizes for key in each}
+    uniform = {key: {each.get(key) for each in sizes} for key in keys}
+    for key, values in uniform.items():
+        if len(values) == 1 and None not in values:
+            setattr(config, key, values.pop())
+    differing = [k for k, values in uniform.items() if len(values) > 1]
+    layered = {
+        at: {key: each[key] for key in differing if key in each and each[key] != getattr(config, key)}
+        for at, each in enumerate(sizes)
+    }
+    layered = {at: each for at, each in layered.items() if each}
+    if layered:
+        config.allow_global_per_layer_attribute_access = True
+        config.per_layer_config = layered
+
+
+def block_sizes(model: nn.Module, config: Any) -> list[dict[str, int]]:
+    """For each block of a transformer, the config entries that describe its widths.
+
+    BERT's heads are not among them: its config derives the head size from their number.
+    """
+    found = []
+    for path, container in model.named_modules():
+        if not isinstance(container, nn.ModuleList) or not path.endswith(("layers", "encoder.layer")):
+            continue
+        for block in container:
+            found.append(_sizes_of(block, config))
+        break
+    return found
+
+
+def _sizes_of(block: nn.Module, config: Any) -> dict[str, int]:
+    sizes = {}
+    for name, module in block.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if name.endswith(("up_proj", "fc1", "intermediate.dense")):
+            sizes["intermediate_size"] = module.out_features
+        head_dim = getattr(block.get_submodule(name.rpartition(".")[0]), "head_dim", None)
+        if name.endswith("q_proj") and head_dim:
+            sizes["num_attention_heads"] = module.out_features // head_dim
+            if getattr(config, "head_dim", None) != head_dim:
+                config.head_dim = head_dim
+        if name.endswith("k_proj") and head_dim and hasattr(config, "num_key_value_heads"):
+            sizes["num_key_value_heads"] = module.out_features // head_dim
+    return sizes
+
+
+def _modeling_file(stock: type, name: str, packed_head: bool) -> str:
+    runtime = (Path(__file__).parent / "runtime.py").read_text()
+    untied = "    _tied_weights_keys = {}\n\n" if packed_head else ""
+    built = f'''
+
+from transformers import {stock.__name__}  # noqa: E402
+
+
+class {name}({stock.__name__}):
+    """{stock.__name__} with the sizes and number formats that config.json lists."""
+
+{untied}    def __init__(self, config):
+        super().__init__(config)
+        rebuild(self, config.jointopt)
+'''
+    return runtime + built
+
+
+def _write_timm(place: Path, model: nn.Module) -> str:
+    recipe = timm_recipe(model)
+    spec = rebuild_spec(model, from_recipe(recipe), pack=True)
+    dtype = str(next(model.parameters()).dtype)[6:]
+    config = {"architecture": recipe["class"], "timm": recipe, "dtype": dtype, "jointopt": spec}
+    config["pretrained_cfg"] = _json_safe(getattr(model, "pretrained_cfg", None) or {})
+    (place / "config.json").write_text(json.dumps(config, indent=1))
+    runtime = (Path(__file__).parent / "runtime.py").read_text()
+    (place / MODELING).write_text(runtime + _TIMM_LOAD)
+    return card.timm_snippet(place.name)
+
+
+def _json_safe(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if isinstance(v, str | int | float | bool | list | tuple | None)}
+
+
+_TIMM_LOAD = '''
+
+def load(folder):
+    """The model in `folder`, in eval mode. Needs timm and safetensors."""
+    import json
+    import os
+
+    import timm
+    from safetensors.torch import load_file
+
+    with open(os.path.join(folder, "config.json")) as file:
+        config = json.load(file)
+    arguments = dict(config["timm"]["arguments"])
+    library = timm.models.vision_transformer
+    if config["timm"]["class"] == "ResNet":
+        library = timm.models.resnet
+        arguments["block"] = getattr(library, arguments["block"])
+    model = getattr(library, config["timm"]["class"])(**arguments).to(getattr(torch, config["dtype"]))
+    rebuild(model, config["jointopt"])
+    model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
+    return model.eval()
+'''
+
+
+def _weigh(place: Path, model: nn.Module, size: int) -> None:
+    """Raises where the file does not weigh what was reported, or a layer is not stored as it was meant to be."""
+    found = stored_bytes(place)
+    if found != size:
+        raise AssertionError(f"export: the tensors have {found} bytes, {size} were reported")
+    with safe_open(str(place / "model.safetensors"), framework="pt") as file:
+        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+    for path, layer in quantized_layers(model).items():
+        if stored.get(f"{path}.weight") in ("F32", "BF16"):
+            raise AssertionError(f"export: {path} was meant to be {layer.scheme} and is not")
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of all tensors in a folder's safetensors files."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        total += sum(end - start for start, end in spans)
+    return total
+
+
