@@ -1,0 +1,238 @@
+"""One HTML page of a study that opens offline: the front, the chosen sub-network, the predictions, the progress."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.io
+from plotly.offline import get_plotlyjs
+
+from jointopt.study import Study
+from quant.errors import JointoptError
+
+from .figures import Layers, front_figure, hypervolume_figure, layers_figure, predictions_figure
+from .quantities import axes, label, scale, written
+from .template import PAGE, SCRIPT, STYLE
+
+
+def write_report(
+    study: Study | str | Path,
+    path: str | Path,
+    *,
+    chosen: Sequence[int] | np.ndarray | None = None,
+    layers: Layers | None = None,
+    full_layers: Layers | None = None,
+    title: str | None = None,
+) -> Path:
+    """Writes the report of a finished or a running study.
+
+    Args:
+        study: the study, or its file.
+        path: the HTML file; one that is there is replaced.
+        chosen: genome to be marked and drawn (default: the one that the study has recorded as its "choice", if any).
+        layers, full_layers: `Supernet.layout` of the chosen and of the largest genome (default: as recorded).
+        title: heading (default: the model's name in the study's config).
+
+    Returns:
+        The path.
+
+    Raises:
+        JointoptError: no such study, or the file cannot be written.
+    """
+    opened = study if isinstance(study, Study) else Study.open(study)
+    try:
+        choice = opened.fact("choice", {})
+        if chosen is None:
+            chosen = choice.get("genome")
+        same = chosen is not None and list(map(int, chosen)) == choice.get("genome")
+        layers = layers or (choice.get("layers") if same else None)
+        html = _page(opened, chosen, layers, full_layers or choice.get("full_layers"), title)
+    finally:
+        if opened is not study:
+            opened.close()
+    return _replaced(Path(path), html)
+
+
+def _replaced(path: Path, text: str) -> Path:
+    """Written beside, then renamed into place: a reader never sees half of a page."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise JointoptError(f"report: {str(path)!r} cannot be written: {error.strerror}") from None
+    return path
+
+
+def _page(
+    study: Study,
+    chosen: Sequence[int] | np.ndarray | None,
+    layers: Layers | None,
+    full: Layers | None,
+    title: str | None,
+) -> str:
+    picked = None if chosen is None else tuple(map(int, chosen))
+    config = study.config
+    heading = title or str(config.get("model", "Search"))
+    frame = study.evaluations()
+    sections = [
+        f"<h1>{escape(heading)}</h1>",
+        "<p>Architecture and number formats, searched together. MB are 10<sup>6</sup> bytes.</p>",
+        _cards(study, frame, picked),
+        _front_section(study, picked),
+    ]
+    if layers:
+        sections.append(
+            "<h2>The chosen sub-network, layer by layer</h2><p>How much of each layer stays, and in which format; an "
+            "empty place is a layer that has left.</p>" + _plot(layers_figure(layers, full), "layers")
+        )
+    predictions = predictions_figure(study)
+    if predictions is not None:
+        sections.append(
+            "<h2>Predicted against measured</h2><p>What the predictor said before each evaluation; darker is later.</p>"
+            + _plot(predictions, "predictions")
+        )
+    sections += [_hypervolume_section(study), _front_table(study, picked), _failures(frame), _settings(study)]
+    record = _record(study, frame, picked)
+    return PAGE.format(
+        title=escape(heading),
+        style=STYLE,
+        plotly=get_plotlyjs(),
+        body="\n".join(sections),
+        record=json.dumps(record).replace("<", "\\u003c"),
+        script=SCRIPT,
+    )
+
+
+def _plot(figure: Any, name: str) -> str:
+    options = {"displaylogo": False, "responsive": True}
+    return plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, div_id=name, config=options)
+
+
+def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
+    failed = int(frame["failed"].notna().sum()) if len(frame) else 0
+    cards = [(str(len(frame)), "evaluations" + (f", {failed} of them failed" if failed else ""))]
+    cards += [(str(len(study.front())), "on the front"), (_count(study.space.count()), "genomes in the space")]
+    original = study.baselines.get("original", {})
+    rows = frame[frame["genome"] == picked] if picked is not None and len(frame) else frame.iloc[:0]
+    for objective in study.objectives:
+        if objective.name in original:
+            cards.append(
+                (written(objective.name, original[objective.name]), f"{escape(objective.name)} of the original")
+            )
+        if len(rows):
+            value = float(rows.iloc[0][objective.name])
+            cards.append((written(objective.name, value), f"{escape(objective.name)} of the chosen one"))
+    verified = study.fact("verified")
+    if verified:
+        cards.append((escape(str(verified)), "export"))
+    return (
+        '<div class="cards">'
+        + "".join(f"<div class=card><b>{b}</b><span>{s}</span></div>" for b, s in cards)
+        + "</div>"
+    )
+
+
+def _count(number: int) -> str:
+    return (
+        f"{number:,}"
+        if number < 10**7
+        else f"{float(number):.2g}"
+        if number < 10**300
+        else f"10^{len(str(number)) - 1}"
+    )
+
+
+def _front_section(study: Study, picked: tuple[int, ...] | None) -> str:
+    if not len(study):
+        return "<h2>The front</h2><p>No evaluation yet.</p>"
+    pairs = axes(study.objectives)
+    plots = "".join(_plot(front_figure(study, x, y, picked), f"front{i}") for i, (x, y) in enumerate(pairs))
+    return (
+        "<h2>The front</h2><p>Each point is a sub-network that was really measured. Hover over one to see its genome, "
+        "click to keep it; choices other than the largest model's are coloured.</p>"
+        f'<div class="split front"><div>{plots}</div><div class="scroll" id="genome"></div></div>'
+    )
+
+
+def _hypervolume_section(study: Study) -> str:
+    figure = hypervolume_figure(study)
+    if figure is None:
+        return ""
+    reference = study.reference_point() or []
+    told = ", ".join(
+        f"{escape(o.name)} {written(o.name, value)}" for o, value in zip(study.objectives, reference, strict=True)
+    )
+    return (
+        "<h2>Hypervolume</h2><p>What the front dominates, in the objectives&rsquo; own units, from the reference point "
+        f"{told}.</p>" + _plot(figure, "hypervolume")
+    )
+
+
+def _front_table(study: Study, picked: tuple[int, ...] | None) -> str:
+    front = study.front()
+    if not len(front):
+        return ""
+    names = [objective.name for objective in study.objectives]
+    head = "".join(f"<th>{escape(text)}</th>" for text in ("evaluation", *(label(name) for name in names)))
+    lines = []
+    for row in front.to_dict("records"):
+        cells = [str(row["number"]), *(f"{row[name] / scale(name):,.6g}" for name in names)]
+        kind = ' class="chosen"' if row["genome"] == picked else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<h2>Front, in numbers</h2><div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _failures(frame: Any) -> str:
+    failed = frame[frame["failed"].notna()] if len(frame) else frame
+    if not len(failed):
+        return ""
+    lines = [f"<tr><td>{row.number}</td><td>{escape(str(row.failed))}</td></tr>" for row in failed.itertuples()]
+    return (
+        "<h2>Failed evaluations</h2><div class=scroll><table><tr><th>evaluation</th><th>reason</th></tr>"
+        + "".join(lines)
+        + "</table></div>"
+    )
+
+
+def _settings(study: Study) -> str:
+    rows = [*_flat(study.config), *_flat(study.fact("software", {}), "software")]
+    lines = [f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows]
+    return f'<h2>Config and versions</h2><div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        return [line for key, each in value.items() for line in _flat(each, f"{prefix}.{key}".lstrip("."))]
+    if isinstance(value, list):
+        return [(prefix, ", ".join(str(each) for each in value))]
+    return [(prefix, str(value))]
+
+
+def _record(study: Study, frame: Any, picked: tuple[int, ...] | None) -> dict[str, Any]:
+    """What the page's script needs to show any genome."""
+    space = study.space
+    genes = [{"name": gene.name, "choices": [str(choice) for choice in gene.choices]} for gene in space.genes]
+    evaluations = {}
+    for row in frame.to_dict("records"):
+        genome = np.array(row["genome"], dtype=np.int64)
+        facts = [["generation", str(row["generation"])], ["seconds", f"{row['seconds']:.3g}"]]
+        if row["failed"] is not None and row["failed"] == row["failed"]:
+            facts.append(["failed", str(row["failed"])])
+        known = [o.name for o in study.objectives if row.get(o.name, np.nan) == row.get(o.name)]
+        facts += [[label(name), f"{row[name] / scale(name):,.6g}"] for name in known]
+        evaluations[int(row["number"])] = {
+            "genome": np.where(space.active(genome), genome, -1).tolist(),
+            "facts": facts,
+        }
+    shown = [int(row["number"]) for row in frame.to_dict("records") if row["genome"] == picked]
+    front = study.front()
+    first = shown[0] if shown else int(front.iloc[0]["number"]) if len(front) else -1
+    return {"genes": genes, "largest": space.largest.tolist(), "evaluations": evaluations, "shown": first}

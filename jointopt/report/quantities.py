@@ -1,0 +1,46 @@
+"""How a metric or a cost is named, scaled and written wherever someone reads it. MB are 10^6 bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jointopt.objectives import COSTS, Objective
+
+UNITS: dict[str, tuple[float, str]] = {
+    "size": (1e6, "size (MB)"),
+    "macs": (1e6, "MACs a sample (millions)"),
+    "bops": (1e9, "BOPs a sample (billions)"),
+    "parameters": (1e6, "parameters (millions)"),
+    "loss": (1.0, "loss (nats)"),
+    "kl": (1.0, "KL divergence from the original (nats)"),
+}
+"""Name -> what its values are divided by, and the label of its axis."""
+
+
+def scale(name: str) -> float:
+    """What a value is divided by before it is shown."""
+    return UNITS.get(name, (1.0, name))[0]
+
+
+def label(name: str) -> str:
+    """The quantity with its unit."""
+    return UNITS.get(name, (1.0, name))[1]
+
+
+def written(name: str, value: float) -> str:
+    """A value in its unit, with four significant digits; "20.31 MB" for a size."""
+    if value != value:
+        return "-"
+    shown = f"{value / scale(name):,.4g}"
+    return f"{shown} MB" if name == "size" else shown
+
+
+def axes(objectives: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
+    """The pairs to draw the front in, (across, up): each cost against the first measured objective, size first; where
+    that gives none, the first two."""
+    measured = [o for o in objectives if o.name not in COSTS]
+    costs = sorted((o for o in objectives if o.name in COSTS), key=lambda o: o.name != "size")
+    pairs = [(cost, measured[0]) for cost in costs] if measured else []
+    if not pairs and len(objectives) > 1:
+        pairs = [(objectives[1], objectives[0])]
+    return pairs

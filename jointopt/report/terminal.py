@@ -1,0 +1,78 @@
+"""Tables for the terminal: the front of a study, the genes of a space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from jointopt.study import Study
+from search_spaces.space import SearchSpace
+
+from .quantities import COSTS, label, scale
+
+ROWS = 30
+"""Points of a front that are listed at most; a longer one is thinned out evenly."""
+
+
+def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) -> Table:
+    """The front, from small to large, with the original and the chosen point."""
+    names = [objective.name for objective in study.objectives]
+    front = study.front()
+    costs = [name for name in names if name in COSTS]
+    if len(front):
+        front = front.sort_values(costs[0] if costs else names[-1])
+    picked = None if chosen is None else tuple(map(int, chosen))
+    rows = front.to_dict("records")
+    thinned = len(rows) > ROWS
+    if thinned:
+        at = set(np.linspace(0, len(rows) - 1, ROWS).round().astype(int).tolist())
+        rows = [row for index, row in enumerate(rows) if index in at or row["genome"] == picked]
+    table = Table(
+        title=f"front: {len(front)} of {len(study)} evaluations" + (f", {len(rows)} shown" if thinned else "")
+    )
+    table.add_column("evaluation", justify="right")
+    for name in names:
+        table.add_column(Text(label(name)), justify="right")
+    for row in rows:
+        mark = " *" if row["genome"] == picked else ""
+        style = "bold" if mark else None
+        table.add_row(f"{row['number']}{mark}", *(_shown(row, name) for name in names), style=style)
+    for name, values in study.baselines.items():
+        table.add_section()
+        table.add_row(Text(f"the {name}"), *(_shown(values, each) for each in names))
+    if picked is not None:
+        table.caption = "* chosen"
+    return table
+
+
+def _shown(values: Mapping[str, float], name: str) -> str:
+    return f"{values[name] / scale(name):,.5g}" if name in values else ""
+
+
+def space_table(space: SearchSpace) -> Table:
+    """Every gene with its choices, and what it requires in order to matter."""
+    table = Table(title=f"{len(space)} genes")
+    for name in ("gene", "choices", "requires"):
+        table.add_column(name, overflow="fold")
+    for gene in space.genes:
+        requires = [f"{name} {_listed(allowed)}" for name, allowed in gene.requires.items()]
+        table.add_row(Text(gene.name), Text(_listed(gene.choices)), Text("; ".join(requires)))
+    return table
+
+
+def _listed(choices: Sequence[object]) -> str:
+    return ", ".join(map(str, choices))
+
+
+def extremes_table(costs: Mapping[str, Mapping[str, float]]) -> Table:
+    """Name of a sub-network -> its costs, one row each."""
+    table = Table()
+    table.add_column("sub-network")
+    for name in COSTS:
+        table.add_column(Text(label(name)), justify="right")
+    for name, values in costs.items():
+        table.add_row(name, *(_shown(values, each) for each in COSTS))
+    return table

@@ -1,0 +1,234 @@
+"""The report: one page that opens offline and says what the study says, whatever is in it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, write_report
+from jointopt.report.figures import front_figure, hypervolume_figure, layers_figure, predictions_figure
+from jointopt.report.quantities import axes, written
+from jointopt.report.template import SCRIPT
+from jointopt.report.terminal import ROWS, extremes_table, front_table, space_table
+
+OBJECTIVES = [Objective("accuracy", "max"), Objective("size", "min")]
+SPACE = SearchSpace(
+    [
+        Gene("depth", (2, 3, 4)),
+        Gene("block3.mlp", (64, 128), requires={"depth": (4,)}),
+        *[Gene(f"block{n}.precision", ("W4A16", "W8A8", "none")) for n in range(3)],
+    ]
+)
+ORIGINAL = {"accuracy": 0.95, "size": 90e6, "parameters": 22.5e6}
+
+
+def make_study(path: Path | None = None, count: int = 20, config: dict | None = None, failures: int = 1) -> Study:
+    study = Study.create(path, SPACE, OBJECTIVES, config or {"model": "runs/small-bert", "seed": 0})
+    study.note("baselines", {"original": ORIGINAL})
+    genomes = SPACE.sample(max(count, 1), seed=0)
+    accuracy = genomes.sum(1) / 10
+    study.add_generation(genomes, np.stack([accuracy + 0.01, genomes.sum(1) * 1e6], axis=1), {})
+    for at, genome in enumerate(genomes[:count]):
+        if at < failures:
+            study.add_evaluation(0, genome, None, "ValueError: <b>no</b>", 0.1)
+        else:
+            metrics = {"accuracy": float(accuracy[at]) ** 0.9, "size": 1e6 * (1 + float(genome.sum()))}
+            study.add_evaluation(0, genome, metrics, None, 0.1)
+    return study
+
+
+def layout(rows: int, schemes: tuple[str, ...] = ("none", "W8A8")) -> list[dict]:
+    return [
+        {"block": f"block{n}", "layer": f"encoder.{n}.up", "name": f"encoder.{n}.up", "kind": "Linear", "rows": rows,
+         "columns": 64, "scheme": scheme, "bits": 8.25}
+        for n, scheme in enumerate(schemes)
+    ]  # fmt: skip
+
+
+def page(study: Study, folder: Path, **options: object) -> str:
+    return write_report(study, folder / "report.html", **options).read_text()
+
+
+def own_text(html: str) -> str:
+    """The page without plotly's own source."""
+    return html[: html.index("<script>")] + html[html.index("<body>") :]
+
+
+def test_the_page_fetches_nothing(tmp_path):
+    html = own_text(page(make_study(), tmp_path))
+    assert "https://" not in html
+    assert not re.search(r"<(link|img|iframe)|\ssrc=|@import|url\(", html)
+
+
+def test_a_page_shows_the_front_the_chosen_point_and_its_layers(tmp_path):
+    study = make_study()
+    chosen = study.best(knee=True)
+    html = page(study, tmp_path, chosen=chosen, layers=layout(32), full_layers=layout(64))
+    text = unescape(html)
+    assert "runs/small-bert" in text
+    assert "90 MB" in text and "size of the original" in text and "size of the chosen one" in text
+    assert "layer by layer" in text and "Predicted against measured" in text and "Hypervolume" in text
+    assert "from the reference point accuracy" in text
+    assert "software.torch" in text
+
+
+def test_what_the_study_has_recorded_of_its_choice_is_the_default(tmp_path):
+    study = make_study()
+    genome = study.best(knee=True).tolist()
+    study.note("choice", {"genome": genome, "layers": layout(32), "full_layers": layout(64)})
+    study.note("verified", "verified")
+    html = page(study, tmp_path)
+    assert "of the chosen one" in html and "layer by layer" in html and ">export<" in html
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_study_that_has_hardly_begun_has_a_page(tmp_path, count):
+    html = page(make_study(count=count, failures=0), tmp_path)
+    assert ("No evaluation yet" in html) == (count == 0)
+    assert "chosen one" not in html
+
+
+def test_a_study_of_failures_alone_has_a_page(tmp_path):
+    html = page(make_study(count=2, failures=2), tmp_path)
+    assert "Failed evaluations" in html
+
+
+def test_a_study_that_is_still_written_to_is_read_from_its_file(tmp_path):
+    running = make_study(tmp_path / "study.db")
+    html = page(tmp_path / "study.db", tmp_path)
+    assert ">20<" in html
+    running.close()
+
+
+def test_names_given_by_the_user_are_text_not_html(tmp_path):
+    evil = "</script><img src=x onerror=alert(1)>"
+    html = page(make_study(config={"model": evil, evil: 1}), tmp_path, layers=layout(8, (evil, "none")))
+    assert evil not in html
+    assert "<img" not in own_text(html)
+    assert "<b>no</b>" not in html
+
+
+def test_the_record_names_every_gene_and_marks_those_that_cannot_matter(tmp_path):
+    html = page(make_study(), tmp_path)
+    record = json.loads(re.search(r'id="record">(.*?)</script>', html, re.S).group(1))
+    assert [gene["name"] for gene in record["genes"]] == list(SPACE.names)
+    assert len(record["evaluations"]) == 20
+    for entry in record["evaluations"].values():
+        depth, mlp = entry["genome"][:2]
+        assert (mlp == -1) == (depth != 2)
+    assert str(record["shown"]) in record["evaluations"]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="checks the script's syntax where node is there")
+def test_the_script_is_javascript(tmp_path):
+    (tmp_path / "script.js").write_text(SCRIPT)
+    subprocess.run(["node", "--check", tmp_path / "script.js"], check=True)
+
+
+def test_the_front_figure_has_units_baselines_and_numbers():
+    study = make_study()
+    figure = front_figure(study, OBJECTIVES[1], OBJECTIVES[0], study.best(knee=True))
+    named = {trace.name: trace for trace in figure.data}
+    assert {"the original", "chosen"} < set(named)
+    assert list(named["the original"].x) == [90.0]
+    assert "size (MB)" in figure.layout.xaxis.title.text
+    front = next(trace for name, trace in named.items() if name.startswith("front"))
+    assert list(front.customdata) == study.front().sort_values("size")["number"].tolist()
+    assert len(front.x) + len(named["evaluated (19)"].x) == 19
+
+
+def test_an_outlier_makes_an_axis_logarithmic():
+    objectives = [Objective("perplexity", "min"), Objective("size", "min")]
+    study = Study.create(None, SPACE, objectives, {})
+    genomes = SPACE.sample(3, seed=0)
+    study.add_generation(genomes, np.full((3, 2), np.nan), {})
+    for genome, value in zip(genomes, (17.0, 20.0, 1e6), strict=True):
+        study.add_evaluation(0, genome, {"perplexity": value, "size": 1e6}, None, 0.1)
+    figure = front_figure(study, objectives[1], objectives[0], None)
+    assert (figure.layout.yaxis.type, figure.layout.xaxis.type) == ("log", None)
+    assert predictions_figure(study) is None
+
+
+def test_the_layers_figure_shows_the_share_kept_and_leaves_places_empty():
+    figure = layers_figure(layout(32, ("W8A8",)), layout(64))
+    named = {trace.name: trace for trace in figure.data if trace.showlegend is not False}
+    assert list(named["W8A8"].x) == ["encoder.0.up"]
+    assert list(named["W8A8"].y) == [50.0]
+    assert list(named["the whole model"].x) == ["encoder.0.up", "encoder.1.up"]
+
+
+def test_predictions_are_compared_by_rank():
+    figure = predictions_figure(make_study())
+    assert "rank correlation 1.00 (Spearman, 19 evaluations)" in figure.layout.annotations[0].text
+    assert "accuracy" in figure.layout.annotations[0].text
+    assert len(figure.layout.annotations) == 1, "an exact cost is not predicted"
+
+
+def test_hypervolume_never_falls():
+    figure = hypervolume_figure(make_study())
+    assert (np.diff(figure.data[0].y) >= 0).all()
+
+
+def test_each_cost_is_drawn_against_the_quality():
+    named = [Objective(n, d) for n, d in (("loss", "min"), ("macs", "min"), ("size", "min"))]
+    assert [(x.name, y.name) for x, y in axes(named)] == [("size", "loss"), ("macs", "loss")]
+    own = [Objective("a", "min"), Objective("b", "max")]
+    assert [(x.name, y.name) for x, y in axes(own)] == [("b", "a")]
+    assert axes(own[:1]) == []
+
+
+def test_one_objective_alone_has_a_page_too(tmp_path):
+    study = Study.create(None, SPACE, OBJECTIVES[:1], {})
+    study.add_generation(SPACE.sample(1, seed=0), np.full((1, 1), np.nan), {})
+    study.add_evaluation(0, SPACE.sample(1, seed=0)[0], {"accuracy": 0.5}, None, 0.1)
+    assert "in numbers" in page(study, tmp_path)
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(JointoptError, match="report.html' cannot be written"):
+        write_report(make_study(), tmp_path / "none" / "report.html")
+
+
+def test_sizes_are_in_millions_of_bytes():
+    assert written("size", 20_312_345.0) == "20.31 MB"
+    assert written("accuracy", 0.91234) == "0.9123"
+    assert written("loss", float("nan")) == "-"
+
+
+def printed(table: object) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_the_terminal_shows_the_front_and_the_original():
+    study = make_study()
+    text = printed(front_table(study, study.best(knee=True)))
+    assert "size (MB)" in text and "the original" in text and "* chosen" in text
+    assert f"front: {len(study.front())} of 20 evaluations" in text
+
+
+def test_a_long_front_is_thinned_out_but_keeps_the_chosen_point():
+    space = SearchSpace([Gene("x", tuple(range(100)))])
+    study = Study.create(None, space, OBJECTIVES, {})
+    genomes = np.arange(100).reshape(-1, 1)
+    study.add_generation(genomes, np.full((100, 2), np.nan), {})
+    for genome in genomes:
+        study.add_evaluation(0, genome, {"accuracy": float(genome[0]), "size": float(genome[0])}, None, 0.1)
+    text = printed(front_table(study, [17]))
+    assert "18 *" in text and text.count("\n") < ROWS + 12
+
+
+def test_the_terminal_shows_genes_and_extremes():
+    text = printed(space_table(SPACE))
+    assert "block3.mlp" in text and "64, 128" in text and "depth 4" in text
+    assert "22.5" in printed(extremes_table({"largest": ORIGINAL}))
