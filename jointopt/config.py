@@ -17,23 +17,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from jointopt.objectives import DIRECTIONS
 from quant.errors import JointoptError
 
 from .config_complaints import described, dotted, one_line
+from .rows import DataSource
 
-DIRECTIONS: dict[str, Literal["min", "max"]] = {
-    "quality": "max",
-    "accuracy": "max",
-    "loss": "min",
-    "kl": "min",
-    "perplexity": "min",
-    "size": "min",
-    "macs": "min",
-    "bops": "min",
-    "parameters": "min",
-}
-"""Which way each objective that jointopt knows is better."""
-COSTS = ("size", "macs", "bops", "parameters")
 TASKS = ("text-classification", "image-classification", "causal-lm")
 TaskName = Literal["text-classification", "image-classification", "causal-lm"]
 
@@ -56,7 +45,8 @@ class Source(_Section):
         path: a csv, tsv, json, jsonl, parquet or text file, a folder of images, or the id of a data set on the hub.
         split: of a data set on the hub ("train", "validation").
         text, text_pair, image, label: names of columns; found by their usual names where not given.
-        samples: how many to use, spread evenly over the source (default: all; 128 to calibrate).
+        samples: how many to use: rows, the first after a fixed shuffle, or pieces of running text from its start
+            (default: all; to calibrate 128 rows or 16 pieces).
     """
 
     path: str
@@ -78,14 +68,14 @@ class Data(_Section):
         train: for the super-network's training.
         calibrate: a few samples for ranges and importance (default: those of `train`).
         evaluate: what every genome is scored on.
-        batch_size: samples in one forward pass of calibration and evaluation.
+        batch_size: samples in one forward pass of calibration and evaluation (default: 32, of a language model 4).
         length: tokens in a text at most, or in a chunk of running text (default: what the model takes, 512 at most).
     """
 
     train: SourceOrPath | None = None
     calibrate: SourceOrPath | None = None
     evaluate: SourceOrPath | None = None
-    batch_size: Positive = 32
+    batch_size: Positive | None = None
     length: Annotated[int, Field(ge=2)] | None = None
 
 
@@ -255,6 +245,17 @@ class Config(_Section):
         if len(set(names)) < len(names):
             raise ValueError(f"objectives {', '.join(names)}; allowed: each once")
         return self
+
+    def source(self, entry: str, samples: int | None = None) -> DataSource:
+        """data.train, data.calibrate (or data.train in its place) or data.evaluate; `samples` where it has none."""
+        if entry == "calibrate" and self.data.calibrate is None:
+            given, key = self.data.train, "data.train"
+        else:
+            given, key = getattr(self.data, entry), f"data.{entry}"
+        assert given is not None, f"{key} was not checked"
+        options = given.model_dump()
+        options["samples"] = options["samples"] or samples
+        return DataSource(**options, length=self.data.length, key=key)
 
     def record(self) -> dict[str, Any]:
         """What determines a study's values, as JSON can hold it: what must not change when it is resumed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from search_spaces.family import (
@@ -30,6 +31,11 @@ def declare(model: nn.Module) -> Family:
     """
     root = "model." if has_module(model, "model.layers") else ""
     config = model.config
+    rotary = model.get_submodule(f"{root}rotary_emb")
+    if rotary.inv_freq.dtype != torch.float32:
+        # `model.to(bfloat16)` rounds the frequencies too; no checkpoint stores them, a reload has them in float32.
+        replacement = type(rotary)(config).to(rotary.inv_freq.device)
+        model.get_submodule(root.rstrip("."))._modules["rotary_emb"] = replacement
     groups, head_dim = config.num_key_value_heads, model.get_submodule(f"{root}layers.0.self_attn").head_dim
     heads_per_group = config.num_attention_heads // groups
     blocks, widths, layers = [], [], [_embedding(model, root)]
@@ -70,6 +76,7 @@ def declare(model: nn.Module) -> Family:
                 model.get_submodule(f"{mlp}.down_proj").in_features,
                 producers=(Part(f"{mlp}.gate_proj"), Part(f"{mlp}.up_proj")),
                 consumers=(Part(f"{mlp}.down_proj"),),
+                attributes=((mlp, "intermediate_size", 1),),
                 block=name,
             )
         )

@@ -45,4 +45,4 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     return Samples(len(pieces), collate, range(len(pieces)), place_of(model))
 
 
-TASK = Task("causal-lm", "AutoModelForCausalLM", ("perplexity", "loss", "accuracy", "kl"), 4, samples, next_tokens)
+TASK = Task("causal-lm", "AutoModelForCausalLM", ("perplexity", "loss", "accuracy", "kl"), 4, 16, samples, next_tokens)

@@ -88,4 +88,5 @@ def _opened(image: Any, base: Path, key: str) -> Image.Image:
     return opened
 
 
-TASK = Task("image-classification", "AutoModelForImageClassification", ("accuracy", "loss", "kl"), 32, samples, every)
+METRICS = ("accuracy", "loss", "kl")
+TASK = Task("image-classification", "AutoModelForImageClassification", METRICS, 32, 128, samples, every)

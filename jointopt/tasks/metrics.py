@@ -58,7 +58,9 @@ def quality_function(
     def quality(model: nn.Module) -> dict[str, float]:
         sums, count = [], 0
         for at, (batch, given) in enumerate(zip(batches, inputs, strict=True)):
-            logits, labels = counted(logits_of(model, given), batch["labels"])
+            # A model that runs in another process answers on the CPU.
+            logits = logits_of(model, given)
+            logits, labels = counted(logits, batch["labels"].to(logits.device))
             sums.append(_sums(logits, labels, None if references is None else references[at]))
             count += len(labels)
         # Only here does the device have to be waited for.
@@ -81,6 +83,6 @@ def _sums(logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
         total[0] += nn.functional.nll_loss(scores, wanted, reduction="sum")
         total[1] += (rows.argmax(-1) == wanted).sum()
         if reference is not None:
-            target = reference[at : at + ROWS].float().log_softmax(-1)
+            target = reference[at : at + ROWS].to(rows.device).float().log_softmax(-1)
             total[2] += nn.functional.kl_div(scores, target, reduction="sum", log_target=True)
     return total

@@ -54,6 +54,7 @@ class Task:
         auto_class: the transformers class that loads a model for it.
         metrics: what its quality function returns; the first is the default objective.
         batch_size: samples in one forward pass of an evaluation, where a config does not say.
+        calibration: samples to calibrate with, where a config does not say.
         samples: (source, processor, model) -> samples.
         counted: (logits, labels) -> those that count, as [n, classes] and [n].
     """
@@ -62,6 +63,7 @@ class Task:
     auto_class: str
     metrics: tuple[str, ...]
     batch_size: int
+    calibration: int
     samples: Callable[[DataSource, Any, nn.Module], Samples]
     counted: Callable[[Tensor, Tensor], Counted]
 

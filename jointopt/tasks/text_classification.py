@@ -60,4 +60,5 @@ def label_names(model: Any) -> list[str]:
     return list(map(str, names if len(names) == model.num_classes else range(model.num_classes)))
 
 
-TASK = Task("text-classification", "AutoModelForSequenceClassification", ("accuracy", "loss", "kl"), 32, samples, every)
+METRICS = ("accuracy", "loss", "kl")
+TASK = Task("text-classification", "AutoModelForSequenceClassification", METRICS, 32, 128, samples, every)

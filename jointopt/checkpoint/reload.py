@@ -1,0 +1,98 @@
+"""Loads an exported folder with transformers or timm alone and answers forward calls over a pipe.
+
+Run as a script, in Python's isolated mode, by `jointopt.verify`; nothing of jointopt is imported here. A message is
+the length of a JSON head, the head, the length of a safetensors body, the body.
+"""
+
+import importlib.util
+import json
+import os
+import struct
+import sys
+
+
+def read(stream, count):
+    data = b""
+    while len(data) < count:
+        part = stream.read(count - len(data))
+        if not part:
+            sys.exit(0)
+        data += part
+    return data
+
+
+def receive(stream):
+    from safetensors.torch import load
+
+    head = json.loads(read(stream, struct.unpack("<Q", read(stream, 8))[0]))
+    return head, load(read(stream, struct.unpack("<Q", read(stream, 8))[0]))
+
+
+def send(stream, head, tensors):
+    from safetensors.torch import save
+
+    body, text = save(tensors), json.dumps(head).encode()
+    for part in (text, body):
+        stream.write(struct.pack("<Q", len(part)))
+        stream.write(part)
+    stream.flush()
+
+
+def load_model(folder):
+    """The model of the folder, in eval mode: by its `load` function for timm, else by its auto class."""
+    with open(os.path.join(folder, "config.json")) as file:
+        config = json.load(file)
+    if "timm" in config:
+        path = os.path.join(folder, "modeling_jointopt.py")
+        spec = importlib.util.spec_from_file_location("modeling_jointopt", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.load(folder)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    named = config.get("auto_map") or config["architectures"]
+    kind = getattr(transformers, next(iter(named)))
+    return kind.from_pretrained(folder, trust_remote_code=True, local_files_only=True, dtype=config["dtype"]).eval()
+
+
+def flattened(output):
+    """(keys, tensors): one key None for a plain tensor; of other outputs the entries that are tensors."""
+    import torch
+
+    if torch.is_tensor(output):
+        return [None], {"0": output.contiguous()}
+    entries = output.items() if hasattr(output, "items") else enumerate(output)
+    found = [(key, value) for key, value in entries if torch.is_tensor(value)]
+    return [key for key, _ in found], {str(at): value.detach().cpu().contiguous() for at, (_, value) in enumerate(found)}
+
+
+def main():
+    folder, threads = sys.argv[1], int(sys.argv[2])
+    answers, requests = os.fdopen(os.dup(1), "wb"), sys.stdin.buffer
+    os.dup2(2, 1)
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        model = load_model(folder)
+        loaded = sorted(name for name in ("jointopt", "search_spaces", "quant") if name in sys.modules)
+        send(answers, {"dtype": str(next(model.parameters()).dtype)[6:], "imported": loaded}, {})
+    except Exception as error:
+        send(answers, {"error": f"{type(error).__name__}: {error}"}, {})
+        return
+    while True:
+        head, tensors = receive(requests)
+        inputs = {name: tensors[name] for name in head["names"]}
+        arguments = [tensors[f"argument{at}"] for at in range(head["arguments"])]
+        try:
+            with torch.no_grad():
+                keys, outputs = flattened(model(*arguments, **inputs, **head["values"]))
+            send(answers, {"keys": keys}, {name: tensor.clone() for name, tensor in outputs.items()})
+        except Exception as error:
+            send(answers, {"error": f"{type(error).__name__}: {error}"}, {})
+
+
+if __name__ == "__main__":
+    main()

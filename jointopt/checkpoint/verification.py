@@ -1,0 +1,204 @@
+"""Is an export what the study said? Reloaded in a process without jointopt, scored again, weighed."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from jointopt.checkpoint.writer import RECORD, probe_inputs, probed, stored_bytes
+from jointopt.evaluation import Quality, measured
+from quant.errors import JointoptError
+
+TOLERANCE = 1e-3
+_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What verifying found.
+
+    Attributes:
+        differences: one line each; empty where the export is what was recorded.
+        metrics: of the reloaded model, {} where no quality function was given.
+        size: bytes of the tensors on disk.
+    """
+
+    differences: tuple[str, ...]
+    metrics: dict[str, float]
+    size: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+
+def verify(folder: str | Path, quality: Quality | None = None, tolerance: float = TOLERANCE) -> Verification:
+    """Reloads an exported folder in a fresh process, by transformers or timm alone, and compares it with its record.
+
+    Compared are the outputs for the record's probe, the metrics of `quality` with those that the search measured for
+    this genome (where it did), and the bytes on disk with the reported size.
+
+    Args:
+        quality: the function that the search used; its model's forward passes run in the other process.
+        tolerance: how far metrics may be apart, times the larger of 1 and the recorded value.
+
+    Raises:
+        JointoptError: no such folder or no record in it, or a quality function that fails.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    differences = []
+    size = stored_bytes(folder)
+    if size != record["costs"]["size"]:
+        differences.append(f"size: {size} bytes on disk, {record['costs']['size']} recorded")
+    metrics: dict[str, float] = {}
+    try:
+        with reloaded(folder) as model:
+            differences += _probe_differences(model, record)
+            if quality is not None:
+                metrics = measured(quality, model)
+    except ReloadError as error:
+        differences.append(f"reload: {error}")
+    for name, value in metrics.items():
+        recorded = record["metrics"].get(name)
+        if recorded is not None and abs(value - recorded) > tolerance * max(1.0, abs(recorded)):
+            differences.append(f"{name}: {value:.6g} reloaded, {recorded:.6g} recorded")
+    return Verification(tuple(differences), metrics, size)
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """What was recorded at export."""
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        raise JointoptError(f"verify: {str(folder)!r} is no export: it has no {RECORD}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise JointoptError(f"verify: {str(path)!r} cannot be read: {error}") from None
+
+
+def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[str]:
+    if record["probe"] is None:
+        return []
+    dtype = next(model.parameters()).dtype
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in probe_inputs(record["probe"]).items()}
+    found, expected = probed(model(**inputs)), torch.tensor(record["probe"]["outputs"])
+    allowed = (1e-4 if dtype == torch.float32 else 2e-2) * max(1.0, float(expected.abs().max()))
+    if found.shape != expected.shape:
+        return [f"outputs: {tuple(found.shape)} reloaded, {tuple(expected.shape)} recorded"]
+    apart = float((found - expected).abs().max())
+    return [] if apart <= allowed else [f"outputs: {apart:.3g} apart from those recorded (allowed {allowed:.3g})"]
+
+
+class ReloadError(Exception):
+    """The other process could not load or run the model."""
+
+
+class RemoteModel(nn.Module):
+    """Stands for a model in another process: forward passes run there, its other methods are not to be had."""
+
+    def __init__(self, folder: Path, process: subprocess.Popen):
+        super().__init__()
+        self._process = process
+        head, _ = self._receive()
+        if head["imported"]:
+            raise ReloadError(f"the fresh process imported {', '.join(head['imported'])}")
+        self.placeholder = nn.Parameter(torch.empty(0, dtype=getattr(torch, head["dtype"])), requires_grad=False)
+        if "timm" not in json.loads((folder / "config.json").read_text()):
+            from transformers import AutoConfig
+
+            self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
+
+    @property
+    def device(self) -> torch.device:
+        return self.placeholder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.placeholder.dtype
+
+    def forward(self, *arguments: Tensor, **inputs: Any) -> Any:
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        values = {name: value for name, value in inputs.items() if name not in tensors and value is not None}
+        head = {"names": list(tensors), "arguments": len(arguments), "values": values}
+        positional = {f"argument{at}": tensor for at, tensor in enumerate(arguments)}
+        sent = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in {**tensors, **positional}.items()}
+        self._send(json.dumps(head).encode(), save(sent))
+        answer, outputs = self._receive()
+        found = [outputs[str(at)] for at in range(len(answer["keys"]))]
+        if answer["keys"] == [None]:
+            return found[0]
+        return RemoteOutput(zip(answer["keys"], found, strict=True))
+
+    def _send(self, *parts: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            for part in parts:
+                self._process.stdin.write(struct.pack("<Q", len(part)) + part)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise ReloadError("the fresh process ended") from None
+
+    def _receive(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        head = json.loads(self._read(struct.unpack("<Q", self._read(8))[0]))
+        body = self._read(struct.unpack("<Q", self._read(8))[0])
+        if "error" in head:
+            raise ReloadError(" ".join(str(head["error"]).split())[:400])
+        return head, load(body)
+
+    def _read(self, count: int) -> bytes:
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + _SECONDS
+        parts, missing = [], count
+        with selectors.DefaultSelector() as ready:
+            ready.register(self._process.stdout, selectors.EVENT_READ)
+            while missing:
+                if not ready.select(max(0.0, deadline - time.monotonic())):
+                    raise ReloadError(f"no answer from the fresh process for {_SECONDS:.0f} s")
+                part = self._process.stdout.read1(missing)  # type: ignore[attr-defined]
+                if not part:
+                    raise ReloadError("the fresh process ended")
+                parts.append(part)
+                missing -= len(part)
+        return b"".join(parts)
+
+
+class RemoteOutput(dict):
+    """A model's output: by name, as attributes, or by position."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"the output has {', '.join(map(str, self))}; not {name!r}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+
+@contextmanager
+def reloaded(folder: str | Path) -> Iterator[RemoteModel]:
+    """The exported model in a fresh process, which ends with the block."""
+    script = Path(__file__).with_name("reload.py")
+    command = [sys.executable, "-I", str(script), str(Path(folder).resolve()), str(torch.get_num_threads())]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        yield RemoteModel(Path(folder), process).eval()
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()

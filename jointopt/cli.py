@@ -1,0 +1,267 @@
+"""The command: python -m jointopt run CONFIG, and what goes with it.
+
+Errors are one line on stderr and exit code 2; an export that does not do what the study says is exit code 1; Ctrl-C is
+exit code 130, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .config import Config
+    from .study import Study
+
+PICKS = "knee, size_mb=20, drop=0.01, or the number of an evaluation"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except JointoptError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("jointopt: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 2
+    except OSError as error:
+        full = "; free some space, and the same command goes on from here" if error.errno == errno.ENOSPC else ""
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}{full}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail("device: out of memory; a smaller data.batch_size or data.length needs less")
+
+
+def _fail(message: str) -> int:
+    print("jointopt: error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without repeating the usage."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"jointopt: error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="jointopt", description="Search a model's architecture and number formats together.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=about)
+        added.set_defaults(command=function)
+        return added
+
+    run = command("run", _run, "search, export and verify what a config describes; goes on where it was stopped")
+    run.add_argument("config", metavar="CONFIG")
+    run.add_argument("--evaluations", type=int, metavar="N", help="in place of the config's search.evaluations")
+    run.add_argument("--seed", type=int, metavar="N", help="in place of the config's search.seed")
+    run.add_argument("--device", metavar="DEVICE", help="in place of the config's device")
+    run.add_argument("--output", metavar="FOLDER", help="in place of the config's output")
+    run.add_argument("--overwrite", action="store_true", help="replace an export of another genome")
+
+    init = command("init", _init, "write a commented config for a model")
+    init.add_argument("model", metavar="MODEL", help="a local folder, a hub id, or timm/NAME")
+    init.add_argument(
+        "-o", "--out", metavar="FILE", help="the config's file (default: MODEL's name.yaml; - for stdout)"
+    )
+
+    space = command("space", _space, "show a config's genes, the number of genomes, and the sizes of both ends")
+    space.add_argument("config", metavar="CONFIG")
+
+    report = command("report", _report, "write the HTML report of a finished or running study, and show its front")
+    report.add_argument("study", metavar="OUTPUT", help="a run's output folder, or a study's file")
+    report.add_argument("-o", "--out", metavar="FILE", help="the HTML file (default: report.html beside the study)")
+
+    export = command("export", _export, "export a point of a finished or running study")
+    export.add_argument("output", metavar="OUTPUT", help="a run's output folder")
+    export.add_argument("--pick", required=True, metavar="POINT", help=PICKS)
+    export.add_argument("--to", metavar="FOLDER", help="the folder to be made (default: OUTPUT/export)")
+    export.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
+
+    verify = command(
+        "verify", _verify, "reload an export without jointopt, score it again, weigh it; exit 1 if it differs"
+    )
+    verify.add_argument("folder", metavar="FOLDER")
+    verify.add_argument("--config", metavar="CONFIG", help="whose data is scored (default: the run's that made it)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .config import load_config
+    from .workflow import run
+
+    given = {
+        "search.evaluations": options.evaluations,
+        "search.seed": options.seed,
+        "device": options.device,
+        "output": options.output,
+    }
+    config = load_config(options.config, {key: value for key, value in given.items() if value is not None})
+    return 0 if run(config, Console(), options.overwrite).ok else 1
+
+
+def _init(options: argparse.Namespace) -> int:
+    from .starter import starter_config
+
+    text = starter_config(options.model)
+    if options.out == "-":
+        print(text, end="")
+        return 0
+    path = Path(options.out or f"{Path(options.model).resolve().name}.yaml")
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise JointoptError(f"init: {str(path)!r} exists; choose another file with -o") from None
+    print(f"{path}: written; name your data in it, then: python -m jointopt run {path}")
+    return 0
+
+
+def _space(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .config import load_config
+    from .workflow import stay_offline
+
+    config = load_config(options.config)
+    stay_offline(config)
+    from search_spaces.defaults import space_for_model
+
+    from .models import load_model
+    from .report.terminal import extremes_table, space_table
+    from .supernet import Supernet
+
+    model = load_model(config.model, config.task, config.device, config.dtype).model
+    space = space_for_model(model, **config.space.options())
+    supernet = Supernet(model, space)
+    console = Console()
+    console.print(space_table(space))
+    ends = {"largest": supernet.costs(space.largest), "smallest": supernet.costs(space.smallest)}
+    console.print(extremes_table({"the original": supernet.original_costs(), **ends}))
+    console.print(f"{len(space)} genes, {space.count():,} genomes", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .report.page import write_report
+    from .report.terminal import front_table
+    from .study import Study
+    from .workflow import REPORT, STUDY
+
+    given = Path(options.study)
+    file = given / STUDY if given.is_dir() else given
+    study = Study.open(file)
+    try:
+        path = write_report(study, Path(options.out) if options.out else file.parent / REPORT)
+        Console().print(front_table(study, study.fact("choice", {}).get("genome")))
+    finally:
+        study.close()
+    print(f"report: {path}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .config import load_config
+    from .study import Study
+    from .workflow import CONFIG, EXPORT, STUDY, export_genome, make_supernet, note_choice, prepare, stay_offline
+
+    pick = parse_pick(options.pick)
+    output = Path(options.output)
+    study = Study.open(output / STUDY)
+    try:
+        genome = picked(study, pick)
+        folder = Path(options.to) if options.to else output / EXPORT
+        if folder.exists() and not options.overwrite:
+            raise JointoptError(f"export: {str(folder)!r} exists; choose another with --to, or give --overwrite")
+        config = load_config(output / CONFIG, {"output": str(output)})
+        stay_offline(config)
+        prepared = prepare(config)
+        supernet = make_supernet(config, prepared)
+        if supernet.fingerprint() != study.config.get("supernet"):
+            raise JointoptError(f"export: the model or its data are no longer what {str(output / STUDY)!r} searched")
+        if folder == output / EXPORT:
+            note_choice(study, supernet, genome, pick)
+        export_genome(supernet, study, genome, folder, prepared, options.overwrite)
+    finally:
+        study.close()
+    print(f"exported: {folder}; check it: python -m jointopt verify {folder}" + _config_option(folder, output))
+    return 0
+
+
+def _config_option(folder: Path, output: Path) -> str:
+    return "" if folder.resolve().parent == output.resolve() else f" --config {output / 'config.yaml'}"
+
+
+def parse_pick(text: str) -> dict[str, Any]:
+    """ "knee", "size_mb=20", "drop=0.01", "evaluation=17" or "17", as keywords. Raises JointoptError for all else."""
+    name, given, value = text.partition("=")
+    try:
+        if text == "knee":
+            return {"knee": True}
+        if not given:
+            return {"evaluation": int(text)}
+        if name == "evaluation":
+            return {name: int(value)}
+        if name in ("size_mb", "drop"):
+            return {name: float(value)}
+    except ValueError:
+        pass
+    raise JointoptError(f"--pick: found {text!r}; allowed: {PICKS}")
+
+
+def picked(study: Study, pick: dict[str, Any]) -> np.ndarray:
+    """The genome that a pick names. Raises JointoptError where there is none."""
+    import numpy as np
+
+    if "evaluation" not in pick:
+        return study.best(**pick)
+    frame = study.evaluations()
+    rows = frame[frame["number"] == pick["evaluation"]]
+    if not len(rows):
+        numbers = f"{frame['number'].min()} to {frame['number'].max()}" if len(frame) else "none yet"
+        raise JointoptError(f"--pick: found evaluation {pick['evaluation']}; the study has {numbers}")
+    row = rows.iloc[0]
+    if isinstance(row["failed"], str):
+        raise JointoptError(f"--pick: evaluation {pick['evaluation']} failed: {row['failed']}")
+    return np.array(row["genome"], dtype=np.int64)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .config import load_config
+    from .workflow import CONFIG, prepare, stay_offline, verify_export
+
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise JointoptError(f"verify: no folder {options.folder!r}")
+    path = Path(options.config) if options.config else folder.parent / CONFIG
+    config: Config | None = load_config(path) if options.config or path.is_file() else None
+    if config is not None:
+        stay_offline(config)
+    verification = verify_export(folder, None if config is None else prepare(config).quality)
+    scored = [f"{name} {value:.6g}" for name, value in verification.metrics.items()]
+    told = ", ".join([*scored, f"{verification.size / 1e6:.6g} MB"])
+    if verification.ok:
+        print(f"verified: {folder}: {told}" + ("" if scored else " (outputs and size; --config CONFIG scores it too)"))
+        return 0
+    print(f"not verified: {folder}: {'; '.join(verification.differences)}")
+    return 1

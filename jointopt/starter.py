@@ -1,0 +1,107 @@
+"""A commented config for a model, read off its architecture alone: what `jointopt init` writes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from quant.errors import JointoptError
+
+_DATA = {
+    "text-classification": (
+        "train.csv",
+        "valid.csv",
+        "csv, tsv, json, jsonl or parquet with columns text and label (others: {path: ..., text: NAME, label: NAME})",
+    ),
+    "image-classification": (
+        "images/train",
+        "images/valid",
+        "a folder of images by class, or a csv, json or parquet with columns image and label",
+    ),
+    "causal-lm": ("train.txt", "valid.txt", "a text file, or a csv, json or parquet with a column text"),
+}
+_WIDTHS = {
+    "depth": "blocks that stay; they leave in order of least importance",
+    "heads": "attention heads of each block",
+    "mlp": "width of each block's MLP",
+}
+
+
+def starter_config(name: str) -> str:
+    """The text of a config for the model at `name`, which `load_config` reads once the data's names are right.
+
+    Nothing is downloaded but the config of a hub id.
+
+    Raises:
+        JointoptError: no such model, a model of an unknown family, or of an unknown task.
+    """
+    from .models import empty_model, find_source, model_task
+
+    if Path(name).exists():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    source = find_source(name)
+    task = model_task(source)
+    model = empty_model(source, task)
+    from search_spaces.defaults import DEFAULT_SCHEMES, presets, space_for_model
+    from search_spaces.families import declare
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        space = space_for_model(model)
+        family = declare(model)[1].name
+    train, evaluate, kinds = _DATA[task]
+    metric = "perplexity" if task == "causal-lm" else "accuracy"
+    known = [preset for preset in presets() if preset in (family.removeprefix("timm_"), "fixed")]
+    lines = [
+        f"# A search over {name}: family {family}, {len(space)} genes, {space.count():.3g} genomes.",
+        "# Paths are relative to the directory that the command is started in.",
+        f"model: {_quoted(name)}  # a local folder, a hub id, or timm/NAME",
+        f"task: {task}  # text-classification, image-classification, causal-lm; or quality: my_package.my_function",
+        "",
+        f"# {kinds}; or a hub id with its split",
+        "data:",
+        f"  train: {train}",
+        f"  calibrate: {train}  # some samples of it, for ranges and importance",
+        f"  evaluate: {evaluate}  # what every sub-network is scored on",
+        "",
+        "space:",
+        f"  # preset: {known[0] if known else 'fixed'}  # instead of the lines below; also: {', '.join(presets())}",
+        *_widths({gene.name: gene.choices for gene in space.genes}),
+        f"  schemes: [{', '.join(DEFAULT_SCHEMES)}]  # also: W4A16_ASYM, W8A16, W4A8, FP8, NVFP4, MXFP4, ...",
+        "  precision_per: projection  # layer; projection (q, k, v share; gate, up share); block",
+        "",
+        "# Fine-tunes the super-network before the search, so that smaller sub-networks keep more. Worth its time.",
+        "# train: {epochs: 1, batch_size: 32, learning_rate: 5.0e-5}",
+        "",
+        f"objectives: [{metric}, size]  # also loss, kl, macs, bops, parameters",
+        "search: {strategy: guided, evaluations: 200, seed: 0}  # guided, evolutionary, random",
+        "choose: knee  # or {size_mb: 20}: the best at or under 20 * 10^6 bytes; or {drop: 0.01}: the smallest",
+        "device: auto  # cpu, cuda, mps",
+        "dtype: auto  # float32, bfloat16",
+        f"output: {_quoted('runs/' + Path(name).resolve().name)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _widths(choices: Mapping[str, Sequence[object]]) -> list[str]:
+    """One line for each kind of width, where all blocks have the same choices; the default space has the others."""
+    lines = []
+    for kind, about in _WIDTHS.items():
+        found = {tuple(values) for gene, values in choices.items() if gene == kind or gene.endswith(f".{kind}")}
+        if len(found) == 1:
+            lines.append(f"  {kind}: [{', '.join(map(str, found.pop()))}]  # {about}")
+    if not lines:
+        lines.append(
+            "  # depth, bottleneck, stage: [0.5, 0.75, 1.0]  # fractions of the full one; left out: the default"
+        )
+    return lines
+
+
+def _quoted(text: str) -> str:
+    """The text as a YAML scalar."""
+    if "\n" in text:
+        raise JointoptError(f"model: {text!r} has a line break in its name")
+    plain = text.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
+    return text if plain.isalnum() and not plain.isdigit() else "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,345 @@
+"""From a config to a verified export: what `jointopt run` does, in an output folder that a later run goes on with.
+
+The folder holds config.yaml, study.db, report.html, export/ and, where the config trains, supernet.safetensors with
+supernet.json, which says what it was trained with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quant.errors import JointoptError
+
+from .config import Config, load_config
+from .rows import is_hub_id
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .checkpoint.verification import Verification
+    from .evaluation import Batch, Quality
+    from .models import LoadedModel
+    from .study import Study
+    from .supernet import Supernet
+    from .tasks.task import Samples, Task
+
+STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
+WEIGHTS, TRAINED = "supernet.safetensors", "supernet.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config's model and data, loaded and checked against each other.
+
+    Attributes:
+        quality: model -> metrics, on the evaluation's batches or by the user's function.
+        objectives: name -> direction.
+        inputs: batches to calibrate with.
+        train: samples to train the super-network with, None where the config does not.
+    """
+
+    loaded: LoadedModel
+    task: Task
+    quality: Quality
+    objectives: dict[str, str]
+    inputs: list[Batch]
+    train: Samples | None
+
+
+def stay_offline(config: Config) -> None:
+    """Forbids the hub's libraries to look anything up, unless the config names a hub id. Before they are imported."""
+    from .models import find_source
+
+    local = find_source(config.model).local
+    given = [config.source(entry) for entry in ("train", "calibrate", "evaluate") if getattr(config.data, entry)]
+    if local and not any(is_hub_id(source) for source in given):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+def prepare(config: Config) -> Prepared:
+    """Loads the model and the data, and checks all that can be checked before anything is run.
+
+    Raises:
+        JointoptError: whatever does not fit, named by its key.
+    """
+    from .models import import_function, load_model
+    from .tasks import TASKS
+
+    function = import_function(config.quality) if config.quality else None
+    loaded = load_model(config.model, config.task, config.device, config.dtype)
+    if loaded.untrained and config.train is None:
+        raise JointoptError(
+            f"model: {config.model!r} has no weights for {', '.join(loaded.untrained[:4])}; allowed: a model "
+            f"fine-tuned for {loaded.task}, or train"
+        )
+    task = TASKS[loaded.task]
+    size = config.data.batch_size or task.batch_size
+
+    def batches(entry: str, samples: int | None = None) -> list[Batch]:
+        return task.batches(config.source(entry, samples), loaded.processor, loaded.model, size)
+
+    objectives = _objectives(config, task)
+    if function is not None:
+        quality = _named_failures(function, str(config.quality))
+    else:
+        quality = task.quality(batches("evaluate"), loaded.model if "kl" in objectives else None)
+    inputs: list[Batch] = [
+        {k: v for k, v in batch.items() if k != "labels"} for batch in batches("calibrate", task.calibration)
+    ]
+    train = task.samples(config.source("train"), loaded.processor, loaded.model) if config.train else None
+    return Prepared(loaded, task, quality, objectives, inputs, train)
+
+
+def _objectives(config: Config, task: Task) -> dict[str, str]:
+    from .objectives import COSTS, DIRECTIONS
+
+    if config.objectives is None:
+        first = "quality" if config.quality else task.metrics[0]
+        return {first: DIRECTIONS[first], "size": "min"}
+    found = {entry.name: str(entry.direction) for entry in config.objectives}
+    for name in found:
+        if config.quality is None and name not in (*task.metrics, *COSTS):
+            raise JointoptError(
+                f"objectives: found {name}; allowed: what {task.name} measures, {', '.join(task.metrics)}, "
+                f"and costs, {', '.join(COSTS)}"
+            )
+    return found
+
+
+def _named_failures(function: Callable[[Any], Any], name: str) -> Quality:
+    """The user's function, what it raises said in one line that names it."""
+
+    def quality(model: Any) -> Any:
+        try:
+            return function(model)
+        except Exception as error:
+            raise JointoptError(f"quality: {name} raised {type(error).__name__}: {error}") from error
+
+    return quality
+
+
+def make_supernet(config: Config, prepared: Prepared, console: Console | None = None) -> Supernet:
+    """The calibrated super-network, trained if the config says so: now, or by an earlier run in the same output.
+
+    Args:
+        console: where progress is shown; None trains nothing, and what was not trained is refused.
+    """
+    from search_spaces.defaults import space_for_model
+
+    from .supernet import Supernet
+
+    model = prepared.loaded.model
+    space = space_for_model(model, **config.space.options())
+    if space.count() == 1:
+        raise JointoptError("space: holds one genome, so there is nothing to search; allowed: two or more")
+    supernet = Supernet(model, space)
+    if config.train is None:
+        supernet.calibrate(prepared.inputs)
+        return supernet
+    output = Path(config.output)
+    wanted = {key: config.record().get(key) for key in ("model", "data", "space", "train", "dtype")}
+    wanted["seed"] = config.search.seed
+    if _read_json(output / TRAINED) == wanted:
+        supernet.load(output / WEIGHTS)
+    elif console is None:
+        raise JointoptError(f"output: {config.output!r} holds no trained super-network of this config; run it first")
+    else:
+        supernet.calibrate(prepared.inputs)
+        _train(config, prepared, supernet)
+        _keep(output, supernet, wanted)
+    supernet.calibrate(prepared.inputs)
+    return supernet
+
+
+def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
+    from .training.sandwich import train_sandwich
+
+    assert config.train is not None and prepared.train is not None
+    samples, size, seed = prepared.train, config.train.batch_size, config.search.seed
+    steps = config.train.steps or math.ceil((config.train.epochs or 1) * max(1, samples.count // size))
+    train_sandwich(
+        supernet,
+        lambda epoch: samples.epoch(epoch, size, seed),
+        steps,
+        learning_rate=config.train.learning_rate,
+        random_subnetworks=config.train.random_subnetworks,
+        seed=seed,
+        progress=True,
+    )
+
+
+def _keep(output: Path, supernet: Supernet, wanted: Mapping[str, Any]) -> None:
+    """Weights first, then the file that vouches for them."""
+    from safetensors import SafetensorError
+
+    beside = output / f".{WEIGHTS}"
+    try:
+        supernet.save(beside)
+        beside.replace(output / WEIGHTS)
+        (output / f".{TRAINED}").write_text(json.dumps(wanted, indent=1))
+        (output / f".{TRAINED}").replace(output / TRAINED)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise JointoptError(f"output: {str(output / WEIGHTS)!r} cannot be written: {error}") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def check_output(config: Config) -> None:
+    """Refuses an output folder of something else, and one of a run with another config, naming the differences."""
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise JointoptError(f"output: {config.output!r} is a file; allowed: a folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not (output / CONFIG).is_file():
+        raise JointoptError(
+            f"output: {config.output!r} exists and is no run; allowed: a new folder, or a run to go on with"
+        )
+    if (output / STUDY).is_file() or (output / TRAINED).is_file():
+        before, now = (_flat(each.record()) for each in (load_config(output / CONFIG), config))
+        different = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+        if different:
+            told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in different[:6])
+            more = f" and {len(different) - 6} more" if len(different) > 6 else ""
+            raise JointoptError(
+                f"output: {config.output!r} was made with another config: {told}{more}; allowed: that, or another"
+            )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, each in value.items() for k, v in _flat(each, f"{prefix}.{key}".lstrip(".")).items()}
+    return {prefix: value}
+
+
+def run(config: Config, console: Console, overwrite: bool = False) -> Verification:
+    """The whole of a config: train, search, choose, export, verify, report. What an earlier run did is not done again.
+
+    Args:
+        overwrite: whether an export of another genome in the output folder is replaced.
+
+    Raises:
+        JointoptError: anything that does not fit, said before the search where it can be known before.
+    """
+    from .loop import search
+    from .report.page import write_report
+    from .report.terminal import front_table
+
+    check_output(config)
+    stay_offline(config)
+    output = Path(config.output)
+    console.print(f"model {config.model}", highlight=False)
+    prepared = prepare(config)
+    _begin(output, config)
+    supernet = make_supernet(config, prepared, console)
+    space = supernet.space
+    console.print(
+        f"{supernet.family.name}: {len(space)} genes, {space.count():.3g} genomes; searching in {output / STUDY}",
+        highlight=False,
+    )
+    study = search(
+        supernet,
+        prepared.quality,
+        [{name: direction} for name, direction in prepared.objectives.items()],
+        config.search.evaluations,
+        output / STUDY,
+        config.search.seed,
+        strategy=config.search.strategy,
+        config={key: value for key, value in config.record().items() if key not in ("search", "objectives")},
+        progress=True,
+    )
+    try:
+        wanted = config.choose.model_dump(exclude_none=True)
+        genome = study.best(**wanted)
+        console.print(front_table(study, genome))
+        note_choice(study, supernet, genome, wanted)
+        write_report(study, output / REPORT)
+        export_genome(supernet, study, genome, output / EXPORT, prepared, overwrite)
+        verification = verify_export(output / EXPORT, prepared.quality)
+        study.note("verified", "verified" if verification.ok else "differs")
+        write_report(study, output / REPORT)
+        console.print(f"report: {output / REPORT}", f"export: {output / EXPORT}", sep="\n", highlight=False)
+        console.print(verdict(verification, study, output / EXPORT), highlight=False, soft_wrap=True)
+    finally:
+        study.close()
+    return verification
+
+
+def _begin(output: Path, config: Config) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f".{CONFIG}").write_text(config.to_yaml(), encoding="utf-8")
+        (output / f".{CONFIG}").replace(output / CONFIG)
+    except OSError as error:
+        raise JointoptError(f"output: {str(output)!r} cannot be written: {error.strerror}") from None
+
+
+def note_choice(study: Study, supernet: Supernet, genome: np.ndarray, wanted: Mapping[str, Any]) -> None:
+    """Records the chosen genome in the study, with what the report draws of it."""
+    layers = {"layers": supernet.layout(genome), "full_layers": supernet.layout(supernet.space.largest)}
+    study.note("choice", {"genome": genome.tolist(), "wanted": dict(wanted), **layers})
+
+
+def export_genome(
+    supernet: Supernet, study: Study, genome: np.ndarray, folder: Path, prepared: Prepared, overwrite: bool
+) -> None:
+    """Exports, unless the folder holds this very genome already.
+
+    Raises:
+        JointoptError: the folder holds something else and `overwrite` is not set.
+    """
+    from .checkpoint.writer import RECORD, export
+
+    if folder.exists() and not overwrite:
+        record = _read_json(folder / RECORD)
+        if record and record.get("genome") == genome.tolist():
+            return
+        raise JointoptError(f"export: {str(folder)!r} exists and holds another model; --overwrite replaces it")
+    source = prepared.loaded.source
+    export(
+        supernet,
+        genome,
+        folder,
+        study=study,
+        processor=prepared.loaded.processor,
+        base_model=source.name if not source.local else Path(source.location).name,
+        overwrite=overwrite,
+    )
+
+
+def verify_export(folder: Path, quality: Quality | None) -> Verification:
+    """`jointopt.verify`: reloaded in a process without jointopt, scored as in the search, weighed."""
+    from .checkpoint.verification import verify
+
+    return verify(folder, quality)
+
+
+def verdict(verification: Verification, study: Study, folder: Path) -> str:
+    """The last line of a run: what was verified, and what the original has instead."""
+    from .objectives import COSTS
+    from .report.quantities import written
+
+    original = study.baselines.get("original", {})
+    name = next((o.name for o in study.objectives if o.name not in COSTS), None)
+    told = [f"{verification.size / 1e6:.4g} MB (original {written('size', original.get('size', math.nan))})"]
+    if name is not None and name in verification.metrics:
+        value, before = verification.metrics[name], original.get(name, math.nan)
+        told.insert(0, f"{name} {value:.4g} (original {before:.4g})")
+    if verification.ok:
+        return f"verified: {folder}: {', '.join(told)}"
+    return f"not verified: {folder}: {'; '.join(verification.differences)}"

@@ -1,0 +1,163 @@
+"""Exports: whole or not at all, loaded by others, and verified to be what was recorded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import jointopt
+from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.checkpoint.writer import stored_bytes
+from tests.zoo import SCHEMES, batches, logits, make
+
+
+def supernet_of(name: str, model: nn.Module | None = None, **options) -> Supernet:
+    model = model or make(name)
+    found = Supernet(model, SearchSpace.for_model(model, **options))
+    found.calibrate(batches(name))
+    return found
+
+
+def uniform(supernet: Supernet, **choices) -> object:
+    """The largest genome, each precision gene set by the part of its name that `choices` gives."""
+    chosen = supernet.space.decode(supernet.space.largest)
+    for gene in chosen:
+        if gene.endswith(".precision"):
+            wanted = [scheme for part, scheme in choices.items() if part in gene]
+            chosen[gene] = wanted[0] if wanted else "none"
+    return supernet.space.encode(chosen)
+
+
+def quality(model: nn.Module) -> float:
+    return float(logits(model, batches("llama_tied", seed=3)[0]).square().mean())
+
+
+STOCK = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+ids = torch.tensor(json.loads(sys.argv[2]))
+with torch.no_grad():
+    logits = model(input_ids=ids).logits
+print(json.dumps([type(model).__name__, model.dtype == torch.bfloat16, logits.float().flatten()[-50:].tolist()]))
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_uniform_sub_network_loads_as_the_stock_class_through_compressed_tensors(tmp_path, dtype):
+    schemes = ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "FP8", "W8A8_STATIC", "W4A8", "W8A16", "W8A8_ASYM"]
+    if dtype == torch.bfloat16:
+        schemes += ["NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16"]
+    supernet = supernet_of("llama_tied", make("llama_tied").to(dtype), schemes=schemes, depth=[2, 3], mlp=[128, 256])
+    chosen = {g.name: schemes[1 + at % (len(schemes) - 1)] for at, g in enumerate(supernet.space.genes)}
+    chosen = {name: scheme for name, scheme in chosen.items() if name.endswith(".precision") and "embed" not in name}
+    genome = supernet.space.encode({"depth": 3, **{f"block{i}.mlp": 128 for i in range(3)}, **chosen})
+    folder = jointopt.export(supernet, genome, tmp_path / "small")
+    assert not (folder / "modeling_jointopt.py").exists()
+    ids = batches("llama_tied", seed=2)[0]["input_ids"]
+    command = [sys.executable, "-I", "-c", STOCK, str(folder), json.dumps(ids.tolist())]
+    kind, same_dtype, found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    with supernet.active(genome) as view:
+        expected = logits(view, {"input_ids": ids}).float().flatten()[-50:]
+    assert kind == "LlamaForCausalLM" and same_dtype == (dtype == torch.bfloat16)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2 * float(expected.abs().max())
+    torch.testing.assert_close(torch.tensor(found), expected, atol=tolerance, rtol=1e-5)
+
+
+def test_layers_of_unequal_size_are_listed_under_the_standard_key(tmp_path):
+    supernet = supernet_of("llama_untied", schemes=["none", "W8A8"], mlp=[128, 256], heads=[2, 4])
+    genome = supernet.space.encode(
+        {**supernet.space.decode(supernet.space.largest), "block1.mlp": 128, "block2.heads": 2}
+    )
+    folder = jointopt.export(supernet, genome, tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    layered = {int(at): each for at, each in config["per_layer_config"].items()}
+    assert layered[1]["intermediate_size"] == 128
+    assert (layered[2]["num_attention_heads"], layered[2]["num_key_value_heads"]) == (2, 1)
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_jointopt.JointoptLlamaForCausalLM"}
+    assert jointopt.verify(folder).ok
+
+
+def test_the_reported_size_is_the_bytes_of_all_tensors(tmp_path):
+    supernet = supernet_of("llama_tied", schemes=SCHEMES)
+    for at, genome in enumerate(supernet.space.sample(3, seed=0)):
+        folder = jointopt.export(supernet, genome, tmp_path / str(at))
+        tensors = load_file(folder / "model.safetensors")
+        assert supernet.costs(genome)["size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+        assert stored_bytes(folder) == supernet.costs(genome)["size"]
+
+
+def test_an_export_is_verified_against_the_score_of_the_search(tmp_path):
+    supernet = supernet_of("llama_tied", schemes=["none", "W8A8", "W4A16"])
+    study = jointopt.search(supernet, quality, evaluations=12)
+    genome = study.best(knee=True)
+    folder = jointopt.export(supernet, genome, tmp_path / "small")
+    result = jointopt.verify(folder, quality=quality)
+    assert result.ok and result.size == supernet.costs(genome)["size"]
+    assert result.metrics["quality"] == pytest.approx(study.results(genome[None])[0]["quality"], rel=1e-5)
+    assert not jointopt.verify(folder, quality=lambda model: quality(model) + 1).ok
+
+
+def test_verify_notices_a_changed_weight_and_a_changed_size(tmp_path):
+    supernet = supernet_of("vit", schemes=["none", "W8A8"])
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("classifier.weight"))
+    save_file({**tensors, name: -tensors[name]}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert any(line.startswith("outputs:") for line in jointopt.verify(folder).differences)
+    save_file({**tensors, "extra": torch.zeros(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert any(line.startswith("size:") for line in jointopt.verify(folder).differences)
+    (folder / "model.safetensors").write_bytes((1).to_bytes(8, "little") + b"{}")
+    with pytest.raises((JointoptError, ValueError)):
+        jointopt.verify(folder)
+
+
+def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path):
+    supernet = supernet_of("bert", schemes=["none", "W8A8"])
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(JointoptError, match="exists"):
+        jointopt.export(supernet, supernet.space.largest, folder)
+    assert (folder / "notes.txt").exists()
+    jointopt.export(supernet, supernet.space.largest, folder, overwrite=True)
+    assert not (folder / "notes.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_what_fails_half_way_leaves_nothing_behind(tmp_path, monkeypatch):
+    supernet = supernet_of("bert", schemes=["none", "W8A8"])
+
+    class Broken:
+        def save_pretrained(self, place: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(JointoptError, match="No space left on device"):
+        jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", processor=Broken())
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(JointoptError, match="does not exist"):
+        jointopt.export(supernet, supernet.space.smallest, tmp_path / "no" / "small")
+    with pytest.raises(JointoptError, match="is no export"):
+        jointopt.verify(tmp_path)
+
+
+def test_dropped_attention_and_mlp_survive_the_reload(tmp_path):
+    for name in ("llama_tied", "bert", "vit", "timm_vit"):
+        supernet = supernet_of(name, schemes=["none", "W8A8"], attention_keep=True, mlp_keep=True)
+        folder = jointopt.export(supernet, supernet.space.sample(1, seed=1)[0], tmp_path / name)
+        result = jointopt.verify(folder)
+        assert result.ok, (name, result.differences)
+
+
+def test_the_card_tells_how_to_load_and_what_it_is(tmp_path):
+    supernet = supernet_of("timm_resnet", schemes=["none", "W4A16"])
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", base_model="timm/resnet")
+    card = (folder / "README.md").read_text()
+    assert "from modeling_jointopt import load" in card and "head.precision" in card and "base_model: timm/resnet" in card
