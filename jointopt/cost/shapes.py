@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.formats import Scheme
-from quant.packing import storage_bytes
+from quant.packing import statistics_bytes, storage_bytes
 from search_spaces.family import Family, Layer, Width, structural_clone
 from search_spaces.space import SearchSpace
 
@@ -195,6 +195,8 @@ class ShapeCosts:
                 size += storage_bytes(scheme, shape, tensor.element_size(), embedding=isinstance(module, nn.Embedding))
             else:
                 size += _product(shape) * tensor.element_size()
+        if path in self._tied and scheme is not None and not isinstance(module, nn.Embedding):
+            size += statistics_bytes(scheme)
         macs = 0.0
         bits = float(module._parameters["weight"].element_size() * 8) if module._parameters.get("weight") is not None else 0
         if path in self.positions and columns:
