@@ -131,7 +131,7 @@ def _depth_genes(family: Family, chosen: Mapping[str, Any]) -> list[Gene]:
         full = len(blocks)
         least = max(1, sum(not block.removable for block in blocks))
         counts = sorted({max(least, _count(f"space.depth ({stage})", c, full, least)) for c in _listed("depth", chosen)})
-        if len(counts) > 1:
+        if counts != [full]:
             genes.append(Gene(stage, tuple(counts)))
     return genes
 
@@ -180,7 +180,7 @@ def _width_genes(
             continue
         sizes = sorted({_size(width, choice) for choice in _listed(width.kind, chosen)})
         sizes = [size for size in sizes if size == width.size or _storable(model, family, width, size, schemes)]
-        if len(sizes) > 1 or sizes[0] != width.size:
+        if sizes != [width.size]:
             genes[width.gene] = Gene(width.gene, tuple(sizes))
     return list(genes.values())
 

@@ -31,7 +31,8 @@ class Gene:
     Attributes:
         name: unique in its space.
         choices: at least one, all different. The first is the default where the gene cannot matter.
-        requires: earlier gene -> its choices under which this gene matters; all of them must hold.
+        requires: earlier gene -> its choices under which this gene matters; all of them must hold. With no choice
+            listed it never does.
     """
 
     name: str
@@ -92,7 +93,7 @@ class SearchSpace:
                 raise JointoptError(f"gene {gene.name!r}: requires {name!r}, which is no earlier gene{hint}")
             choices = self.genes[at].choices
             unknown = [choice for choice in allowed if choice not in choices]
-            if unknown or not allowed:
+            if unknown:
                 raise JointoptError(
                     f"gene {gene.name!r}: requires {name!r} in {tuple(allowed)}; its choices are {choices}"
                 )

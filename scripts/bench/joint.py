@@ -9,7 +9,7 @@ Each case is one super-network, fine-tuned once by the sandwich rule (kept in --
 same number of evaluations: all genes; architecture alone, in the best uniform scheme; number formats alone; the
 architecture with half of the evaluations, then the formats of what that chose. Hypervolume is measured from the
 original's size and a floor of quality, as a share of the box between; the size is that of the smallest evaluated
-genome whose quality reaches the stated level. Medians over the seeds.
+genome whose quality reaches the stated level. Medians over the seeds. Studies are kept in --work, so that a bench that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ class Bench:
         supernet.calibrate(self.inputs)
         return supernet
 
-    def search(self, supernet: Supernet, evaluations: int, seed: int) -> Study:
-        objectives = [self.case.metric, "size"]
-        return jointopt.search(supernet, self.quality, objectives, evaluations, seed=seed, progress=True)
+    def search(self, name: str, supernet: Supernet, evaluations: int, seed: int) -> Study:
+        storage = self.arguments.work / f"{self.arguments.case}-{name}-{seed}.db"
+        return jointopt.search(supernet, self.quality, [self.case.metric, "size"], evaluations, storage, seed)
 
     def points(self, study: Study) -> np.ndarray:
         return study.evaluations()[[self.case.metric, "size"]].dropna().to_numpy()
@@ -158,9 +158,9 @@ class Bench:
     def variants(self, seed: int, uniform: str) -> dict[str, np.ndarray]:
         """Search -> its evaluated points [n, (quality, size)]."""
         count, shape = self.arguments.evaluations, self.case.architecture
-        joint = self.search(self.supernet(schemes=SCHEMES, **shape), count, seed)
-        architecture = self.search(self.uniform(uniform), count, seed)
-        precision = self.search(self.supernet(schemes=SCHEMES, preset="fixed"), count, seed)
+        joint = self.search("joint", self.supernet(schemes=SCHEMES, **shape), count, seed)
+        architecture = self.search("architecture", self.uniform(uniform), count, seed)
+        precision = self.search("precision", self.supernet(schemes=SCHEMES, preset="fixed"), count, seed)
         return {
             "joint": self.points(joint),
             "architecture only": self.points(architecture),
@@ -173,7 +173,7 @@ class Bench:
         return self.supernet(schemes=[name], **self.case.architecture)
 
     def sequential(self, count: int, seed: int) -> np.ndarray:
-        first = self.search(self.supernet(schemes=["none"], **self.case.architecture), count // 2, seed)
+        first = self.search("first", self.supernet(schemes=["none"], **self.case.architecture), count // 2, seed)
         chosen = first.space.decode(first.best(knee=True))
         options = {"schemes": SCHEMES, **self.case.architecture}
         supernet = self.supernet(**options)
@@ -185,7 +185,7 @@ class Bench:
         narrowed = Supernet(self.model, SearchSpace(genes))
         narrowed.load(self.tuned)
         narrowed.calibrate(self.inputs)
-        second = self.search(narrowed, count - count // 2, seed)
+        second = self.search("second", narrowed, count - count // 2, seed)
         return np.vstack([self.points(first), self.points(second)])
 
 
