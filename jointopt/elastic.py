@@ -39,7 +39,7 @@ def fitted_schemes(
 def check_space(model: nn.Module, family: Family, space: SearchSpace) -> None:
     """Raises JointoptError for a gene that nothing in the model answers to, or a choice that the model lacks."""
     widths = {width.gene: width for width in family.widths}
-    depths = {stage: blocks for stage, blocks in family.stages().items()}
+    depths = family.stages()
     keeps = {f"{b.name}.keep" for b in family.blocks if b.removable}
     keeps |= {f"{b.name}.{branch.kind}.keep" for b in family.blocks for branch in b.branches}
     precisions = {name for layer in family.layers for name in gene_names(layer)}
@@ -51,7 +51,11 @@ def check_space(model: nn.Module, family: Family, space: SearchSpace) -> None:
             raise JointoptError(f"gene {gene.name!r}: the {family.name} model has no such place{hint}")
         if gene.name in widths:
             width = widths[gene.name]
-            _check(gene, range(width.unit, width.size + 1, width.unit), f"{width.unit} to {width.size}, steps of {width.unit}")
+            _check(
+                gene,
+                range(width.unit, width.size + 1, width.unit),
+                f"{width.unit} to {width.size}, steps of {width.unit}",
+            )
         elif gene.name in depths:
             blocks = depths[gene.name]
             least = max(1, sum(not block.removable for block in blocks))

@@ -60,7 +60,7 @@ def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evalua
     try:
         with supernet.active(genome) as model:
             metrics = measured(quality, model)
-    except Exception as error:  # noqa: BLE001 - the user's code may raise anything, and the search goes on
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         return Evaluation(None, reason, time.perf_counter() - started)
     seconds = time.perf_counter() - started

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import moocore
+import numpy as np
 
 from quant.errors import JointoptError
 
@@ -88,9 +88,9 @@ def non_dominated(costs: np.ndarray) -> np.ndarray:
     return kept
 
 
-def hypervolume(costs: np.ndarray, reference: Sequence[float]) -> float:
+def hypervolume(costs: np.ndarray, reference: Sequence[float] | np.ndarray) -> float:
     """Volume that `costs` [n, objectives], less is better, dominate within `reference`; rows beyond it add nothing."""
-    reference = np.asarray(reference, dtype=float)
+    limits = np.asarray(reference, dtype=float)
     inside = costs[np.isfinite(costs).all(axis=1)]
-    inside = inside[(inside < reference).all(axis=1)]
-    return float(moocore.hypervolume(inside, ref=reference)) if len(inside) else 0.0
+    inside = inside[(inside < limits).all(axis=1)]
+    return float(moocore.hypervolume(inside, ref=limits)) if len(inside) else 0.0

@@ -134,7 +134,12 @@ class Study:
         return number
 
     def add_evaluation(
-        self, generation: int, genome: np.ndarray, metrics: Mapping[str, float] | None, failed: str | None, seconds: float
+        self,
+        generation: int,
+        genome: np.ndarray,
+        metrics: Mapping[str, float] | None,
+        failed: str | None,
+        seconds: float,
     ) -> None:
         """Records one evaluation, or why it failed."""
         values = None if metrics is None else json.dumps({k: float(v) for k, v in metrics.items()})
@@ -146,8 +151,12 @@ class Study:
 
     def last_generation(self) -> tuple[int, np.ndarray] | None:
         """Number and genomes of the batch asked last, None before the first."""
-        row = self._connection.execute("SELECT number, genomes FROM generations ORDER BY number DESC LIMIT 1").fetchone()
-        return None if row is None else (row[0], np.array(json.loads(row[1]), dtype=np.int64).reshape(-1, len(self.space)))
+        row = self._connection.execute(
+            "SELECT number, genomes FROM generations ORDER BY number DESC LIMIT 1"
+        ).fetchone()
+        return (
+            None if row is None else (row[0], np.array(json.loads(row[1]), dtype=np.int64).reshape(-1, len(self.space)))
+        )
 
     def results(self, genomes: np.ndarray) -> list[dict[str, float] | None]:
         """Metrics of each genome: {} where it failed, None where it was not evaluated."""
@@ -263,7 +272,7 @@ class Study:
         if original is None:
             raise JointoptError(f"drop: the study has no {first.name} of the original model")
         worse = cost - original * first.sign
-        fits = worse <= drop + 1e-12
+        fits = worse <= (drop or 0.0) + 1e-12
         if not fits.any():
             raise JointoptError(f"drop: found {drop}; the best {first.name} evaluated is worse by {worse.min():.4g}")
         return self._pick(frame[fits], size[fits], cost[fits])
@@ -303,7 +312,9 @@ def _locked(path: Path) -> sqlite3.Connection:
         lock.close()
         if "locked" not in str(error):
             raise JointoptError(f"study {str(path)!r}: {error}") from None
-        raise JointoptError(f"study {str(path)!r}: another process is writing to it; reports can be read meanwhile") from None
+        raise JointoptError(
+            f"study {str(path)!r}: another process is writing to it; reports can be read meanwhile"
+        ) from None
     return lock
 
 
@@ -323,7 +334,7 @@ def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, 
         told = [f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in different[:6]]
         more = f" and {len(different) - 6} more" if len(different) > 6 else ""
         raise JointoptError(
-            f"study {str(path)!r} was made with another config: {'; '.join(told)}{more}. Use another storage, or that config"
+            f"study {str(path)!r} has another config: {'; '.join(told)}{more}; allowed: that one, or another storage"
         )
 
 

@@ -83,9 +83,13 @@ def build(
             _cut(module, rows.get(path), columns.get(path), training)
         else:
             banked = weights(path, scheme, columns.get(path))
-            _quantize(module, scheme, banked, rows.get(path), columns.get(path), statistics.get((path, scheme.name), {}))
+            _quantize(
+                module, scheme, banked, rows.get(path), columns.get(path), statistics.get((path, scheme.name), {})
+            )
             for other in layers[path].tied:
-                _quantize(shell.get_submodule(other), scheme, banked, None, None, statistics.get((other, scheme.name), {}))
+                _quantize(
+                    shell.get_submodule(other), scheme, banked, None, None, statistics.get((other, scheme.name), {})
+                )
                 shell.get_submodule(other)._parameters["weight"] = module._parameters["weight"]
     _set_attributes(shell, family, plan)
     _drop(shell, family, plan)
@@ -148,7 +152,7 @@ def _cut(module: nn.Module, rows: int | None, columns: int | None, training: boo
             if name == "weight" and columns is not None:
                 view = view[:, :columns]
             if store is module._buffers:
-                store[name] = view.clone() if training else view
+                module._buffers[name] = view.clone() if training else view
             elif training:
                 del store[name]
                 module.__dict__[name] = view
@@ -212,7 +216,7 @@ def _drop(shell: nn.Module, family: Family, plan: Plan) -> None:
         for module in kept:
             indexed = [m for m in module.modules() if isinstance(m.__dict__.get("layer_idx"), int)]  # type: ignore[union-attr]
             for each in indexed:
-                each.layer_idx = caches  # type: ignore[assignment]
+                each.__dict__["layer_idx"] = caches
             caches += bool(indexed)
 
 

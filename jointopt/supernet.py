@@ -1,10 +1,10 @@
 """The super-network: a pretrained model made elastic and quantizable, in which every sub-network is a view.
 
-    space = jointopt.SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16"])
-    supernet = jointopt.Supernet(model, space)
-    supernet.calibrate(batches)
-    with supernet.active(space.sample(1, seed=0)[0]) as small:
-        small(**batch)
+space = jointopt.SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16"])
+supernet = jointopt.Supernet(model, space)
+supernet.calibrate(batches)
+with supernet.active(space.sample(1, seed=0)[0]) as small:
+    small(**batch)
 """
 
 from __future__ import annotations
@@ -214,17 +214,18 @@ class Supernet:
 
     def _banked(self, path: str, wanted: Scheme, channels: int | None) -> BankedWeight:
         weight = self.model.get_submodule(path).get_parameter("weight").detach()
-        assert wanted.weights is not None
-        sliced = channels if wanted.weights.granularity == "channel" and channels else weight.shape[1]
+        form = wanted.weights
+        assert form is not None
+        sliced = channels if form.granularity == "channel" and channels else weight.shape[1]
 
         def make() -> BankedWeight:
             part = weight[:, :sliced].contiguous()
-            clip = choose_clip(part, wanted.weights, self.weight_calibration)
-            quantized = quantize(part, wanted.weights, clip)
+            clip = choose_clip(part, form, self.weight_calibration)
+            quantized = quantize(part, form, clip)
             return BankedWeight(quantized, quantized.dequantize(weight.dtype))
 
-        needs = {key for key in self._statistics if key == (path, wanted.name)}
-        if wanted.needs_statistics and not needs and not isinstance(self.model.get_submodule(path), nn.Embedding):
+        embedding = isinstance(self.model.get_submodule(path), nn.Embedding)
+        if wanted.needs_statistics and not embedding and (path, wanted.name) not in self._statistics:
             raise JointoptError(f"{path}: {wanted.name} needs ranges of activations; call calibrate(batches) first")
         return self._bank.get(path, wanted, sliced, make)
 
@@ -316,7 +317,7 @@ class Supernet:
             own = _distinct(self.model)
             if record is None or set(file.keys()) != set(own):
                 raise JointoptError(f"{path}: not a saved super-network of this model")
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 - safetensors' own
                 tensor = file.get_tensor(name)
                 if tensor.shape != own[name].shape:
                     found, wanted = tuple(tensor.shape), tuple(own[name].shape)

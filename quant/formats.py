@@ -122,7 +122,9 @@ class Scheme:
         if self.weights is None:
             return 32.0
         shared = SCALES[self.weights.scale] + (0 if self.weights.symmetric else self.weights.bits)
-        return self.weights.bits + (shared / (self.weights.group_size or 128) if self.weights.granularity == "group" else 0)
+        return self.weights.bits + (
+            shared / (self.weights.group_size or 128) if self.weights.granularity == "group" else 0
+        )
 
     @property
     def needs_statistics(self) -> bool:

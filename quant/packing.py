@@ -14,7 +14,7 @@ from quant.reference import QuantizedTensor
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes [rows, n] as int32 [rows, ceil(n * bits / 32)]: offset to unsigned, lowest bits first; bits 4 or 8."""
+    """Signed codes [rows, n] of 4 or 8 bits as int32 [rows, ceil(n * bits / 32)]: made unsigned, lowest bits first."""
     per_word = 32 // bits
     shifted = codes.long() + (1 << (bits - 1))
     padded = torch.nn.functional.pad(shifted, (0, -codes.shape[1] % per_word))
@@ -67,7 +67,11 @@ def packed_tensors(
         tensors["weight_packed"] = pack_nibbles(quantized.codes)
     else:
         kind = quantized.format.kind
-        codes = quantized.codes if kind.dtype == torch.int8 else quantized.codes.contiguous().view(kind.dtype)
+        codes = (
+            quantized.codes
+            if kind.dtype == torch.int8
+            else quantized.codes.contiguous().view(kind.dtype or torch.uint8)
+        )
         tensors["weight"] = codes.reshape(quantized.shape)
     tensors["weight_scale"] = quantized.scale
     if quantized.global_scale is not None:

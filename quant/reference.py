@@ -42,7 +42,9 @@ def _round_to_fp4(clamped: Tensor) -> Tensor:
     """E2M1: steps of 1/2 below 2, of 1 from 2 to 4, of 2 from 4 to 6; ties go to the even mantissa."""
     magnitude = clamped.abs()
     below_two = (magnitude * 2).round() / 2
-    rounded = torch.where(magnitude < 2, below_two, torch.where(magnitude < 4, magnitude.round(), (magnitude / 2).round() * 2))
+    rounded = torch.where(
+        magnitude < 2, below_two, torch.where(magnitude < 4, magnitude.round(), (magnitude / 2).round() * 2)
+    )
     return rounded.copysign(clamped)
 
 
@@ -104,7 +106,7 @@ class QuantizedTensor:
         return replace(self, codes=self.codes[:rows, :columns], scale=scale, zero_point=zero_point, shape=shape)
 
     def to(self, device: Any) -> QuantizedTensor:
-        moved = {
+        moved: dict[str, Any] = {
             name: None if (tensor := getattr(self, name)) is None else tensor.to(device)
             for name in ("codes", "scale", "zero_point", "global_scale")
         }
@@ -188,13 +190,15 @@ def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Quanti
 
 
 def global_scale_of(largest: Tensor) -> Tensor:
-    """NVFP4's scale for a whole tensor, float32 [1]: its largest magnitude to the largest that scales and codes reach."""
+    """NVFP4's scale for a whole tensor, float32 [1]: it maps the largest magnitude to the largest that can be held."""
     tiny = torch.finfo(torch.float32).tiny
     found = NVFP4_GLOBAL_RANGE / largest.float().clamp(min=tiny)
     return torch.nan_to_num(found, nan=1.0, posinf=1.0, neginf=1.0).reshape(1)
 
 
-def _stored_scale(low: Tensor, high: Tensor, format: Format, global_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _stored_scale(
+    low: Tensor, high: Tensor, format: Format, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """The scale as it is stored, and the zero point."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     kind = format.kind
@@ -240,7 +244,7 @@ class _StraightThrough(torch.autograd.Function):
         return rounded.view_as(rounded)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -264,7 +268,9 @@ def fake_quantize_activation(
     """
     with torch.no_grad():
         if format.granularity == "group" and x.dim() == 4:
-            rounded = _fake_quantized(x.permute(0, 2, 3, 1), format, scale, zero_point, global_scale).permute(0, 3, 1, 2)
+            rounded = _fake_quantized(x.permute(0, 2, 3, 1), format, scale, zero_point, global_scale).permute(
+                0, 3, 1, 2
+            )
         else:
             rounded = _fake_quantized(x, format, scale, zero_point, global_scale)
     return _StraightThrough.apply(x, rounded) if x.requires_grad and torch.is_grad_enabled() else rounded

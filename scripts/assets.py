@@ -68,6 +68,7 @@ def minilm(folder: Path) -> None:
 def text(folder: Path) -> None:
     """Two English texts: calibrate.txt, Python's help topics; evaluate.txt, scikit-learn's descriptions."""
     import pydoc_data.topics
+
     import sklearn.datasets
 
     target = folder / "text"
@@ -81,7 +82,8 @@ def movies(folder: Path) -> None:
     """10,311 movie-review snippets, positive or negative: train.csv (8,311), valid.csv and test.csv (1,000 each)."""
     with tarfile.open(download(folder, "movies")) as outer:
         member = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
-        inner = tarfile.open(fileobj=io.BytesIO(outer.extractfile(member).read()))
+        packed = io.BytesIO(outer.extractfile(member).read())
+    with tarfile.open(fileobj=packed) as inner:
         found = next(m for m in inner.getmembers() if m.name.endswith("movieReviewSnippets_GroundTruth.txt"))
         lines = inner.extractfile(found).read().decode("utf-8", errors="replace").splitlines()
     rows = []

@@ -10,6 +10,7 @@ from search_spaces.family import (
     Branch,
     Family,
     Layer,
+    Model,
     Part,
     SkipPostNormAttention,
     SkipPostNormOutput,
@@ -32,7 +33,7 @@ _HEADS = (
 )
 
 
-def declare(model: nn.Module) -> Family:
+def declare(model: Model) -> Family:
     """The declaration of a BERT-like encoder under any head of transformers."""
     if model.config.is_decoder or getattr(model.config, "add_cross_attention", False):
         raise JointoptError("model: a BERT used as a decoder is not a known layout; allowed: encoders")
@@ -93,7 +94,7 @@ def declare(model: nn.Module) -> Family:
     return Family("bert", tuple(blocks), tuple(widths), tuple(layers), configure, example_text)
 
 
-def _embedding(model: nn.Module, root: str) -> Layer:
+def _embedding(model: Model, root: str) -> Layer:
     path = f"{root}embeddings.word_embeddings"
     weight = model.get_submodule(path).weight
     tied = tuple(
@@ -104,7 +105,7 @@ def _embedding(model: nn.Module, root: str) -> Layer:
     return Layer("embedding", path, "embedding", tied=tied)
 
 
-def _heads(model: nn.Module) -> list[Layer]:
+def _heads(model: Model) -> list[Layer]:
     per_token = "TokenClassification" in type(model).__name__
     heads = []
     for path, tokens in _HEADS:

@@ -130,7 +130,9 @@ def _depth_genes(family: Family, chosen: Mapping[str, Any]) -> list[Gene]:
     for stage, blocks in family.stages().items():
         full = len(blocks)
         least = max(1, sum(not block.removable for block in blocks))
-        counts = sorted({max(least, _count(f"space.depth ({stage})", c, full, least)) for c in _listed("depth", chosen)})
+        counts = sorted(
+            {max(least, _count(f"space.depth ({stage})", c, full, least)) for c in _listed("depth", chosen)}
+        )
         if counts != [full]:
             genes.append(Gene(stage, tuple(counts)))
     return genes
@@ -238,7 +240,8 @@ def _precision_genes(
     groups: dict[str, list[Layer]] = {}
     for layer in family.layers:
         groups.setdefault(gene_names(layer)[at], []).append(layer)
-    genes, unmet, left = [], set(schemes), []
+    genes: list[Gene] = []
+    unmet, left = set(schemes), list[str]()
     for gene, layers in groups.items():
         offered = []
         for name in schemes:
@@ -265,7 +268,8 @@ def _offered(name: str, model: nn.Module, family: Family, layer: Layer, choices:
 def default_order(family: Family) -> dict[str, list[str]]:
     """Depth gene -> its removable blocks in the order of leaving, before any importance is known: the last first."""
     return {
-        stage: [block.name for block in reversed(blocks) if block.removable] for stage, blocks in family.stages().items()
+        stage: [block.name for block in reversed(blocks) if block.removable]
+        for stage, blocks in family.stages().items()
     }
 
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from quant.errors import JointoptError
 
+Model = Any
+"""A torch.nn.Module with the attributes of its own class (config, blocks), which no type here can name."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -227,7 +230,7 @@ def extent(module: nn.Module, side: str) -> int:
     return weight.shape[0] if isinstance(module, nn.Embedding) else weight.shape[1]
 
 
-def example_text(model: nn.Module) -> dict[str, Tensor]:
+def example_text(model: Model) -> dict[str, Tensor]:
     """Token inputs of one sample: 128 tokens, or as many as the model takes."""
     length = min(128, getattr(model.config, "max_position_embeddings", 128) - 2)
     device = next(model.parameters()).device

@@ -13,6 +13,7 @@ from search_spaces.family import (
     Branch,
     Family,
     Layer,
+    Model,
     Part,
     SkipAttention,
     SkipBranch,
@@ -24,7 +25,7 @@ from search_spaces.family import (
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def declare(model: nn.Module) -> Family:
+def declare(model: Model) -> Family:
     """The declaration of a LLaMA-like model, with or without a head of any kind.
 
     Heads leave in whole KV groups: the query heads of a group with its key and value head (GQA, arXiv 2305.13245).
@@ -95,12 +96,12 @@ def declare(model: nn.Module) -> Family:
     return Family("llama", tuple(blocks), tuple(widths), tuple(layers), configure, example_text)
 
 
-def _embedding(model: nn.Module, root: str) -> Layer:
+def _embedding(model: Model, root: str) -> Layer:
     tied = ("lm_head",) if has_module(model, "lm_head") and model.config.tie_word_embeddings else ()
     return Layer("embedding", f"{root}embed_tokens", "embedding", tied=tied)
 
 
-def configure(model: nn.Module, kept: Sequence[Block]) -> None:
+def configure(model: Model, kept: Sequence[Block]) -> None:
     """A config of its own for the sub-network, with the kept blocks counted and the rest of it unchanged."""
     config = copy.deepcopy(model.config)
     indices = [int(block.path.rpartition(".")[2]) for block in kept]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError
-from search_spaces.family import Block, Family, Layer, Part, Width, has_module
+from search_spaces.family import Block, Family, Layer, Model, Part, Width, has_module, unchanged
 from search_spaces.vit import example_timm
 
 MODEL_TYPES = ("resnet",)
@@ -29,7 +30,7 @@ class _Names:
     shortcut: tuple[str, str] | None
 
 
-def declare(model: nn.Module) -> Family:
+def declare(model: Model) -> Family:
     """The declaration of a transformers ResNet."""
     root = "resnet." if has_module(model, "resnet") else ""
     stages = []
@@ -40,14 +41,14 @@ def declare(model: nn.Module) -> Family:
     return _family(model, "resnet", stages, stem, "classifier.1", _configure, _example_image)
 
 
-def _hf_block(model: nn.Module, path: str) -> _Names:
+def _hf_block(model: Model, path: str) -> _Names:
     count = len(model.get_submodule(f"{path}.layer"))
     convolutions = tuple((f"{path}.layer.{i}.convolution", f"{path}.layer.{i}.normalization") for i in range(count))
     shortcut = (f"{path}.shortcut.convolution", f"{path}.shortcut.normalization")
     return _Names(path, convolutions, shortcut if has_module(model, shortcut[0]) else None)
 
 
-def _configure(model: nn.Module, kept: Sequence[Block]) -> None:
+def _configure(model: Model, kept: Sequence[Block]) -> None:
     """A config of its own for the sub-network, with its depths."""
     config = copy.deepcopy(model.config)
     config.depths = [sum(b.stage == f"stage{i + 1}.depth" for b in kept) for i in range(len(config.depths))]
@@ -57,21 +58,23 @@ def _configure(model: nn.Module, kept: Sequence[Block]) -> None:
     model.config = config
 
 
-def _example_image(model: nn.Module) -> dict[str, Tensor]:
+def _example_image(model: Model) -> dict[str, Tensor]:
     return {"pixel_values": torch.zeros(1, model.config.num_channels, 224, 224, device=next(model.parameters()).device)}
 
 
-def declare_timm(model: nn.Module) -> Family:
-    """The declaration of a timm ResNet: plain or deep stem, with ordinary convolutions and no attention in its blocks."""
+def declare_timm(model: Model) -> Family:
+    """The declaration of a timm ResNet: plain or deep stem, ordinary convolutions, no attention in its blocks."""
     from timm.models.resnet import BasicBlock, Bottleneck
 
     stages = []
     for stage in (name for name, _ in model.named_children() if name.startswith("layer")):
-        blocks = []
+        blocks: list[_Names] = []
         for index, block in enumerate(model.get_submodule(stage)):
             path = f"{stage}.{index}"
             if type(block) not in (BasicBlock, Bottleneck) or block.se is not None or len(list(block.aa.children())):
-                raise JointoptError(f"model: {path} has squeeze, attention or anti-aliasing; allowed: plain ResNet blocks")
+                raise JointoptError(
+                    f"model: {path} has squeeze, attention or anti-aliasing; allowed: plain ResNet blocks"
+                )
             grouped = [name for name, m in block.named_modules() if isinstance(m, nn.Conv2d) and m.groups != 1]
             if grouped:
                 raise JointoptError(f"model: {path}.{grouped[0]} is a grouped convolution; allowed: groups=1")
@@ -92,7 +95,16 @@ def _timm_shortcut(path: str, downsample: nn.Module | None) -> tuple[str, str] |
     return paths[nn.Conv2d], next(p for kind, p in paths.items() if issubclass(kind, nn.BatchNorm2d))
 
 
-def _family(model, name, stages, stem, head, configure=None, example=None, attributes=()) -> Family:
+def _family(
+    model: Model,
+    name: str,
+    stages: list[list[_Names]],
+    stem: tuple[str, str],
+    head: str,
+    configure: Any = unchanged,
+    example: Any = None,
+    attributes: tuple[tuple[str, str, int], ...] = (),
+) -> Family:
     has_head = has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear)
     blocks, widths = [], []
     layers = [Layer("stem", stem[0], "stem")]
@@ -114,12 +126,17 @@ def _family(model, name, stages, stem, head, configure=None, example=None, attri
     if has_head:
         layers.append(Layer("head", head, "head", tokens=False))
     return Family(
-        name, tuple(blocks), tuple(widths), tuple(layers), **({"configure": configure} if configure else {}), example=example
+        name,
+        tuple(blocks),
+        tuple(widths),
+        tuple(layers),
+        configure,
+        example,
     )
 
 
 def _stage_width(
-    model: nn.Module,
+    model: Model,
     gene: str,
     stage: list[_Names],
     following: list[_Names] | None,
@@ -144,7 +161,7 @@ def _stage_width(
     return Width(gene, "stage", size, tuple(Part(path) for path in produced), tuple(consumers))
 
 
-def _inner_widths(model: nn.Module, block: str, names: _Names) -> list[Width]:
+def _inner_widths(model: Model, block: str, names: _Names) -> list[Width]:
     """The widths between a block's convolutions; all of a block share one gene, each is sorted on its own."""
     widths = []
     for before, after in zip(names.convolutions, names.convolutions[1:], strict=False):

@@ -1,8 +1,8 @@
 """Genes, genomes and the search space that they span. Nothing here knows what a model is.
 
-    space = SearchSpace([Gene("depth", (2, 3, 4)), Gene("block4.kernel", (3, 5, 7), requires={"depth": (4,)})])
-    genomes = space.sample(10, seed=0)     # int64 [10, 2]: one choice index a gene
-    space.decode(genomes[0])               # {"depth": 3, "block4.kernel": 3}
+space = SearchSpace([Gene("depth", (2, 3, 4)), Gene("block4.kernel", (3, 5, 7), requires={"depth": (4,)})])
+genomes = space.sample(10, seed=0)     # int64 [10, 2]: one choice index a gene
+space.decode(genomes[0])               # {"depth": 3, "block4.kernel": 3}
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from search_spaces.family import (
     Branch,
     Family,
     Layer,
+    Model,
     Part,
     SkipAttention,
     SkipBranch,
@@ -24,7 +25,7 @@ from search_spaces.llama import configure
 MODEL_TYPES = ("vit", "deit")
 
 
-def declare(model: nn.Module) -> Family:
+def declare(model: Model) -> Family:
     """The declaration of a transformers ViT or DeiT under any head."""
     root = next((f"{base}." for base in MODEL_TYPES if has_module(model, base)), "")
     patches = f"{root}embeddings.patch_embeddings.projection"
@@ -44,9 +45,7 @@ def declare(model: nn.Module) -> Family:
             )
         )
         inputs = tuple(f"{attention}.{member}_proj" for member in "qkv")
-        widths.append(
-            _heads(name, module.num_attention_heads, module.head_dim, inputs, f"{attention}.o_proj")
-        )
+        widths.append(_heads(name, module.num_attention_heads, module.head_dim, inputs, f"{attention}.o_proj"))
         widths.append(_mlp(model, name, f"{mlp}.fc1", f"{mlp}.fc2"))
         layers.extend(_block_layers(name, inputs, f"{attention}.o_proj", f"{mlp}.fc1", f"{mlp}.fc2"))
     if has_module(model, f"{root}pooler.dense"):
@@ -71,7 +70,7 @@ def _heads(block: str, heads: int, head_dim: int, inputs: tuple[str, ...], out: 
     )
 
 
-def _mlp(model: nn.Module, block: str, up: str, down: str) -> Width:
+def _mlp(model: Model, block: str, up: str, down: str) -> Width:
     size = model.get_submodule(up).out_features
     return Width(f"{block}.mlp", "mlp", size, producers=(Part(up),), consumers=(Part(down),), block=block)
 
@@ -87,7 +86,7 @@ def _block_layers(block: str, inputs: tuple[str, ...], out: str, up: str, down: 
     return layers
 
 
-def _example_image(model: nn.Module) -> dict[str, Tensor]:
+def _example_image(model: Model) -> dict[str, Tensor]:
     size, device = model.config.image_size, next(model.parameters()).device
     height, width = (size, size) if isinstance(size, int) else size
     return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width, device=device)}
@@ -121,7 +120,7 @@ def split_qkv(fused: nn.Linear) -> SplitQKV:
     return SplitQKV(*parts)
 
 
-def declare_timm(model: nn.Module) -> Family:
+def declare_timm(model: Model) -> Family:
     """The declaration of a timm VisionTransformer; its qkv layers are split in place (see `SplitQKV`)."""
     from timm.layers import Attention
     from timm.models.vision_transformer import Block as TimmBlock
@@ -167,7 +166,7 @@ def declare_timm(model: nn.Module) -> Family:
     return Family("timm_vit", tuple(blocks), tuple(widths), tuple(layers), example=example_timm)
 
 
-def example_timm(model: nn.Module) -> dict[str, Tensor]:
+def example_timm(model: Model) -> dict[str, Tensor]:
     """One black image of the model's own input size, 224 x 224 where it does not tell."""
     patches = getattr(model, "patch_embed", None)
     first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))

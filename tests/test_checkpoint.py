@@ -160,4 +160,6 @@ def test_the_card_tells_how_to_load_and_what_it_is(tmp_path):
     supernet = supernet_of("timm_resnet", schemes=["none", "W4A16"])
     folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", base_model="timm/resnet")
     card = (folder / "README.md").read_text()
-    assert "from modeling_jointopt import load" in card and "head.precision" in card and "base_model: timm/resnet" in card
+    assert (
+        "from modeling_jointopt import load" in card and "head.precision" in card and "base_model: timm/resnet" in card
+    )

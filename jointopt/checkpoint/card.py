@@ -33,7 +33,8 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
             "| --- | --- | --- |",
             *table,
             "",
-            "Sizes are the bytes of all tensors in the safetensors file, scales included. MACs are those of one sample.",
+            "Sizes are the bytes of all tensors in the safetensors file, scales included.",
+            "MACs are those of one sample.",
             "",
             "Layers by number format: " + ", ".join(f"{count} {name}" for name, count in schemes.most_common()) + ".",
             "",
@@ -63,10 +64,7 @@ def transformers_snippet(auto: str, folder: str, modeling_file: bool) -> str:
         if modeling_file
         else ""
     )
-    return (
-        f"{why}```python\nfrom transformers import {auto}\n\n"
-        f'model = {auto}.from_pretrained("{folder}"{option})\n```'
-    )
+    return f'{why}```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{folder}"{option})\n```'
 
 
 def timm_snippet(folder: str) -> str:

@@ -45,8 +45,8 @@ def load_model(folder):
     if "timm" in config:
         path = os.path.join(folder, "modeling_jointopt.py")
         spec = importlib.util.spec_from_file_location("modeling_jointopt", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
         return module.load(folder)
     import transformers
 
@@ -65,7 +65,9 @@ def flattened(output):
         return [None], {"0": output.contiguous()}
     entries = output.items() if hasattr(output, "items") else enumerate(output)
     found = [(key, value) for key, value in entries if torch.is_tensor(value)]
-    return [key for key, _ in found], {str(at): value.detach().cpu().contiguous() for at, (_, value) in enumerate(found)}
+    return [key for key, _ in found], {
+        str(at): value.detach().cpu().contiguous() for at, (_, value) in enumerate(found)
+    }
 
 
 def main():

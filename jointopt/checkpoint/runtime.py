@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-RANGES = {"int8": (-128, 127), "int4": (-8, 7), "fp8_e4m3": (-448, 448), "fp8_e5m2": (-57344, 57344), "fp4_e2m1": (-6, 6)}
+RANGES = {
+    "int8": (-128, 127),
+    "int4": (-8, 7),
+    "fp8_e4m3": (-448, 448),
+    "fp8_e5m2": (-57344, 57344),
+    "fp4_e2m1": (-6, 6),
+}
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -106,12 +112,9 @@ class Quantized(nn.Module):
     def __init__(self, layer, record):
         super().__init__()
         self.shape, self.weights, self.activations = record["shape"], record["weights"], record["activations"]
-        self.options = {}
+        self.kind, self.options = type(layer).__name__, {}
         if isinstance(layer, nn.Conv2d):
-            self.run = nn.functional.conv2d
             self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-        else:
-            self.run = nn.functional.embedding if isinstance(layer, nn.Embedding) else nn.functional.linear
         if isinstance(layer, nn.Embedding):
             self.options = {"padding_idx": layer.padding_idx}
         for name, (dtype, shape) in record["tensors"].items():
@@ -134,11 +137,13 @@ class Quantized(nn.Module):
         return self._values
 
     def forward(self, x):
-        if self.run is nn.functional.embedding:
-            return self.run(x, self.weight, **self.options)
+        if self.kind == "Embedding":
+            return nn.functional.embedding(x, self.weight, **self.options)
         if self.activations is not None:
-            x = hold(x, self.activations, *(getattr(self, f"input_{n}", None) for n in ("scale", "zero_point", "global_scale")))
-        return self.run(x, self.weight, self.bias, **self.options)
+            constants = (getattr(self, f"input_{name}", None) for name in ("scale", "zero_point", "global_scale"))
+            x = hold(x, self.activations, *constants)
+        run = nn.functional.conv2d if self.kind == "Conv2d" else nn.functional.linear
+        return run(x, self.weight, self.bias, **self.options)
 
 
 def unpack(layer):
@@ -185,10 +190,7 @@ def held_groups(x, form, scale, zero_point, global_scale):
     low, high = RANGES[form["element"]]
     if form["dynamic"]:
         scale, zero_point = dynamic_scale(x, form, global_scale, low, high)
-    if global_scale is not None:
-        scale = scale / global_scale
-    else:
-        scale = scale.to(x.dtype)
+    scale = scale.to(x.dtype) if global_scale is None else scale / global_scale
     scaled = x / scale
     if zero_point is not None:
         scaled = scaled + zero_point.to(x.dtype)

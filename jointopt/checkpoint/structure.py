@@ -93,10 +93,14 @@ def rebuild_spec(model: nn.Module, built: nn.Module, pack: bool) -> dict[str, An
         plain = kind.removeprefix("Quantized") if hasattr(module, "quantized") else kind
         if path not in there or type(there[path]).__name__ != plain:
             if plain not in STAND_INS and not any(path.startswith(f"{done}.") for done in spec["replaced"]):
-                raise JointoptError(f"export: {path or 'the model'} is a {kind}; the library builds {there.get(path)!s:.60}")
+                raise JointoptError(
+                    f"export: {path or 'the model'} is a {kind}; the library builds {there.get(path)!s:.60}"
+                )
             if plain in STAND_INS:
                 spec["replaced"][path] = plain
-                there.update({f"{path}.{name}": each for name, each in _made(module, there.get(path)).named_modules() if name})
+                there.update(
+                    {f"{path}.{name}": each for name, each in _made(module, there.get(path)).named_modules() if name}
+                )
             continue
         _compare(path, module, there[path], spec)
     if pack:
@@ -137,7 +141,7 @@ def _add_quantized(model: nn.Module, spec: dict[str, dict[str, Any]]) -> None:
         own = {name[len(path) + 1 :]: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] == path}
         spec["quantized"][path] = {
             "shape": list(each.quantized.shape),
-            "weights": {**_described(each.scheme.weights), "layout": layout(each.scheme)},
+            "weights": {**(_described(each.scheme.weights) or {}), "layout": layout(each.scheme)},
             "activations": None if isinstance(module, nn.Embedding) else _described(each.scheme.activations),
             "scheme": each.scheme.name,
             "tensors": {n: [str(t.dtype)[6:], list(t.shape)] for n, t in own.items() if n != "bias"},
@@ -241,7 +245,9 @@ def _vision_transformer(model: Any) -> dict[str, Any]:
         "depth": len(model.blocks),
         "num_heads": model.embed_dim // head_dim,
         "mlp_ratio": hidden / model.embed_dim,
-        "qkv_bias": any(getattr(m, "bias", None) is not None for n, m in model.named_modules() if n.endswith("attn.qkv.q")),
+        "qkv_bias": any(
+            getattr(m, "bias", None) is not None for n, m in model.named_modules() if n.endswith("attn.qkv.q")
+        ),
         "qk_norm": any(not isinstance(m, nn.Identity) for n, m in model.named_modules() if n.endswith("attn.q_norm")),
         "init_values": 1e-5 if scales else None,
         "class_token": model.cls_token is not None,

@@ -126,7 +126,7 @@ def _plain(choices: Mapping[str, Any]) -> dict[str, Any]:
     return {name: choice.item() if hasattr(choice, "item") else choice for name, choice in choices.items()}
 
 
-def _probe(supernet: Supernet, model: nn.Module) -> dict[str, Any] | None:
+def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
     """Inputs from a fixed seed, and the outputs of the sub-network for them: what any reload must give again."""
     if supernet.family.example is None:
         return None
@@ -174,7 +174,7 @@ def _write(place: Path, model: nn.Module, record: dict[str, Any], processor: Any
     (place / "README.md").write_text(card.model_card(record, loading))
 
 
-def _write_transformers(place: Path, model: nn.Module) -> str:
+def _write_transformers(place: Path, model: Any) -> str:
     """config.json and, where it takes one, the modelling file. Returns how to load the folder."""
     import transformers
 
@@ -202,9 +202,12 @@ def _write_transformers(place: Path, model: nn.Module) -> str:
 
 def _auto_class(transformers: Any, stock: type, config: Any) -> str:
     for name in AUTO_CLASSES:
-        if getattr(transformers, name)._model_mapping.get(type(config), None) == stock:
+        known = getattr(transformers, name)._model_mapping.get(type(config), None)
+        if stock in (known if isinstance(known, tuple) else (known,)):
             return name
-    raise JointoptError(f"export: no auto class of transformers makes a {stock.__name__}; known: {', '.join(AUTO_CLASSES)}")
+    raise JointoptError(
+        f"export: no auto class of transformers makes a {stock.__name__}; known: {', '.join(AUTO_CLASSES)}"
+    )
 
 
 def _settle_sizes(model: nn.Module, config: Any) -> None:
@@ -325,7 +328,7 @@ def _weigh(place: Path, model: nn.Module, size: int) -> None:
     if found != size:
         raise AssertionError(f"export: the tensors have {found} bytes, {size} were reported")
     with safe_open(str(place / "model.safetensors"), framework="pt") as file:
-        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - safetensors' own
     for path, layer in quantized_layers(model).items():
         if stored.get(f"{path}.weight") in ("F32", "BF16"):
             raise AssertionError(f"export: {path} was meant to be {layer.scheme} and is not")
@@ -340,5 +343,3 @@ def stored_bytes(folder: Path) -> int:
         spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
         total += sum(end - start for start, end in spans)
     return total
-
-

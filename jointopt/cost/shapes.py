@@ -102,7 +102,9 @@ class ShapeCosts:
         present = self._presence(genomes)
         for table in self.tables:
             mask = present(table.path)
-            at = tuple(0 if g is None else genomes[:, g] for g in (table.rows.gene, table.columns.gene, table.precision))
+            at = tuple(
+                0 if g is None else genomes[:, g] for g in (table.rows.gene, table.columns.gene, table.precision)
+            )
             for measure, values in table.values.items():
                 totals[measure] += np.where(mask, values[at], 0).astype(totals[measure].dtype)
         return totals
@@ -198,10 +200,9 @@ class ShapeCosts:
         if path in self._tied and scheme is not None and not isinstance(module, nn.Embedding):
             size += statistics_bytes(scheme)
         macs = 0.0
-        bits = float(module._parameters["weight"].element_size() * 8) if module._parameters.get("weight") is not None else 0
-        if path in self.positions and columns:
-            weight = module._parameters["weight"]
-            assert weight is not None
+        weight = module._parameters.get("weight")
+        bits = 0 if weight is None else weight.element_size() * 8
+        if path in self.positions and columns and weight is not None:
             macs = self.positions[path] * rows * columns * weight[0, 0].numel()
         weight_bits = scheme.weights.bits if scheme and scheme.weights else bits
         input_bits = scheme.activations.bits if scheme and scheme.activations else bits

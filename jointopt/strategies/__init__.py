@@ -1,8 +1,8 @@
 """What asks for genomes and is told their objectives. A strategy sees genomes and numbers, never a model.
 
-    strategy = create("guided", space, [Objective("error", "min"), Objective("macs", "min", compute=f)], seed=0)
-    genomes = strategy.ask(10)
-    strategy.tell(genomes, values)
+strategy = create("guided", space, [Objective("error", "min"), Objective("macs", "min", compute=f)], seed=0)
+genomes = strategy.ask(10)
+strategy.tell(genomes, values)
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
-def create(
-    name: str, space: SearchSpace, objectives: Sequence[Objective], seed: int = 0, **options: Any
-) -> Strategy:
+def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed: int = 0, **options: Any) -> Strategy:
     """A new strategy.
 
     Args:

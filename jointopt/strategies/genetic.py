@@ -41,7 +41,9 @@ def order(costs: np.ndarray) -> np.ndarray:
     return place
 
 
-def offspring(space: SearchSpace, parents: np.ndarray, place: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:
+def offspring(
+    space: SearchSpace, parents: np.ndarray, place: np.ndarray, n: int, random: np.random.Generator
+) -> np.ndarray:
     """n children, canonical: parents by binary tournament, uniform crossover, then on average one mutated gene.
 
     Args:

@@ -40,7 +40,7 @@ class GuidedSearch(Strategy):
         self.initial, self.population, self.generations = initial, population, generations
 
     def _propose(self, n: int) -> Iterable[np.ndarray]:
-        known = np.isfinite(self.values).all(axis=1)
+        known = np.atleast_1d(np.isfinite(self.values).all(axis=1))
         if len(self._seen) < self.initial or known.sum() < 5:
             yield from self._design(n)
             return

@@ -60,7 +60,7 @@ def train_sandwich(
         The largest sub-network's loss at each step.
 
     Raises:
-        JointoptError: the super-network is not calibrated, no batch came, labels are missing, or the loss is not finite.
+        JointoptError: the super-network is not calibrated, no batch came, labels are missing, or a loss is not finite.
     """
     if not supernet.calibrated:
         raise JointoptError("train: call supernet.calibrate(batches) first; training follows the order of importance")
@@ -107,7 +107,9 @@ def _step(supernet: Supernet, batch: Batch, random: np.random.Generator, count: 
 def distillation(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
     """KL divergence of the student's from the teacher's distribution, averaged over samples or unpadded tokens."""
     student, teacher = student.float(), teacher.float()
-    divergence = nn.functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none")
+    divergence = nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
+    )
     divergence = divergence.sum(-1)
     mask = batch.get("attention_mask")
     if mask is not None and mask.shape == divergence.shape:

@@ -9,7 +9,8 @@ Each case is one super-network, fine-tuned once by the sandwich rule (kept in --
 same number of evaluations: all genes; architecture alone, in the best uniform scheme; number formats alone; the
 architecture with half of the evaluations, then the formats of what that chose. Hypervolume is measured from the
 original's size and a floor of quality, as a share of the box between; the size is that of the smallest evaluated
-genome whose quality reaches the stated level. Medians over the seeds. Studies are kept in --work, so that a bench that was stopped goes on.
+genome whose quality reaches the stated level. Medians over the seeds.
+Studies are kept in --work, so that a bench that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -178,9 +179,7 @@ class Bench:
         options = {"schemes": SCHEMES, **self.case.architecture}
         supernet = self.supernet(**options)
         fixed = {name: (choice,) for name, choice in chosen.items()}
-        genes = [
-            jointopt.Gene(gene.name, fixed.get(gene.name, gene.choices), {}) for gene in supernet.space.genes
-        ]
+        genes = [jointopt.Gene(gene.name, fixed.get(gene.name, gene.choices), {}) for gene in supernet.space.genes]
         genes = [g for g in genes if g.name.endswith(".precision") or g.name in chosen]
         narrowed = Supernet(self.model, SearchSpace(genes))
         narrowed.load(self.tuned)
@@ -238,9 +237,23 @@ def report(arguments, case: Case, runs: dict, points: dict, base: tuple[float, f
     for name, found in medians.items():
         table.add_row(name, f"{found['hypervolume']:.4f}", f"{found['size_mb']:.3f}")
         for measure, better in (("hypervolume", "higher"), ("size_mb", "lower")):
-            rows.append({"case": f"{arguments.case} {name}", "measure": measure, "value": found[measure], "aim": None, "better": better})
+            rows.append(
+                {
+                    "case": f"{arguments.case} {name}",
+                    "measure": measure,
+                    "value": found[measure],
+                    "aim": None,
+                    "better": better,
+                }
+            )
     rows.append(
-        {"case": arguments.case, "measure": "better half's size / joint size", "value": ratio, "aim": 1.5, "better": "higher"}
+        {
+            "case": arguments.case,
+            "measure": "better half's size / joint size",
+            "value": ratio,
+            "aim": 1.5,
+            "better": "higher",
+        }
     )
     console = Console()
     console.print(table)
