@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ PICKS = "knee, size_mb=20, drop=0.01, or the number of an evaluation"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     options = _parser().parse_args(arguments)
+    _quiet()
     try:
         return options.command(options)
     except JointoptError as error:
@@ -44,6 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         return _fail("device: out of memory; a smaller data.batch_size or data.length needs less")
+
+
+def _quiet() -> None:
+    """Notices of the libraries inside are not for the user; our own warnings are one line."""
+    for kind in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=kind)
+    warnings.formatwarning = lambda message, *_: f"jointopt: note: {message}\n"  # type: ignore[assignment]
+    for name in ("transformers", "datasets", "timm", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _fail(message: str) -> int:
@@ -97,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = command(
         "verify", _verify, "reload an export without jointopt, score it again, weigh it; exit 1 if it differs"
     )
-    verify.add_argument("folder", metavar="FOLDER")
+    verify.add_argument("folder", metavar="FOLDER", help="an export, or a run's output folder")
     verify.add_argument("--config", metavar="CONFIG", help="whose data is scored (default: the run's that made it)")
     return parser
 
@@ -248,11 +260,13 @@ def picked(study: Study, pick: dict[str, Any]) -> np.ndarray:
 
 def _verify(options: argparse.Namespace) -> int:
     from .config import load_config
-    from .workflow import CONFIG, prepare, stay_offline, verify_export
+    from .workflow import CONFIG, EXPORT, STUDY, prepare, stay_offline, verify_export
 
     folder = Path(options.folder)
     if not folder.is_dir():
         raise JointoptError(f"verify: no folder {options.folder!r}")
+    if (folder / STUDY).is_file():
+        folder /= EXPORT
     path = Path(options.config) if options.config else folder.parent / CONFIG
     config: Config | None = load_config(path) if options.config or path.is_file() else None
     if config is not None:

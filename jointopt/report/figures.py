@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -14,6 +15,7 @@ from scipy.stats import spearmanr
 
 from jointopt.objectives import COSTS, Objective
 from jointopt.study import Study
+from search_spaces.space import SearchSpace
 
 from .quantities import label, scale, written
 
@@ -34,22 +36,22 @@ def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequenc
     front = study.front()
     behind = frame[~frame["number"].isin(front["number"])] if len(frame) else frame
     figure = go.Figure()
-    _add_points(figure, behind, across, up, f"evaluated ({len(frame)})", {"color": GRAY, "size": 7})
+    _add_points(figure, study.space, behind, across, up, f"evaluated ({len(frame)})", {"color": GRAY, "size": 7})
     if len(front):
         ordered = front.sort_values(across.name)
         line = "lines+markers" if len(study.objectives) == 2 else "markers"
         marker = {"color": BLUE, "size": 9, "line": {"color": "white", "width": 1}}
-        _add_points(figure, ordered, across, up, f"front ({len(front)})", marker, line)
+        _add_points(figure, study.space, ordered, across, up, f"front ({len(front)})", marker, line)
     symbols = iter(("star", "diamond", "square", "triangle-up", "pentagon", "hexagon"))
     for name, values in study.baselines.items():
         if across.name in values and up.name in values:
             row = pd.DataFrame([{"number": -1, **values}])
             marker = {"color": GREEN, "size": 14, "symbol": next(symbols, "cross")}
-            _add_points(figure, row, across, up, f"the {name}", marker)
+            _add_points(figure, study.space, row, across, up, f"the {name}", marker)
     if chosen is not None and len(frame):
         picked = frame[frame["genome"] == tuple(chosen)]
         marker = {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}
-        _add_points(figure, picked, across, up, "chosen", marker)
+        _add_points(figure, study.space, picked, across, up, "chosen", marker)
     _style(figure, label(across.name), f"{label(up.name)} ({_better(up)})", height=470)
     figure.update_xaxes(title_text=f"{label(across.name)} ({_better(across)})")
     for axis, objective in (("xaxis", across), ("yaxis", up)):
@@ -60,6 +62,7 @@ def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequenc
 
 def _add_points(
     figure: go.Figure,
+    space: SearchSpace,
     rows: pd.DataFrame,
     across: Objective,
     up: Objective,
@@ -74,7 +77,7 @@ def _add_points(
             x=rows[across.name] / scale(across.name),
             y=rows[up.name] / scale(up.name),
             customdata=rows["number"],
-            text=[_hover(row, name) for row in rows.to_dict("records")],
+            text=[_hover(space, row, name) for row in rows.to_dict("records")],
             hovertemplate="%{text}<extra></extra>",
             name=escape(name),
             mode=mode,
@@ -84,14 +87,25 @@ def _add_points(
     )
 
 
-def _hover(row: Mapping[str, Any], name: str) -> str:
+def _hover(space: SearchSpace, row: Mapping[str, Any], name: str) -> str:
     hidden = ("number", "generation", "genome", "failed", "seconds")
     lines = [f"<b>evaluation {row['number']}</b>" if row["number"] >= 0 else f"<b>{escape(name)}</b>"]
     for key, value in row.items():
         if key not in hidden and not str(key).startswith("predicted_") and isinstance(value, int | float):
             unit = "" if key == "size" else f" {label(str(key)).partition('(')[2].rstrip(')')}" if key in COSTS else ""
             lines.append(f"{escape(str(key))}: {written(str(key), value)}{unit}")
-    return "<br>".join(lines)
+    return "<br>".join([*lines, *(_summary(space, row["genome"]) if "genome" in row else ())])
+
+
+def _summary(space: SearchSpace, genome: Sequence[int]) -> list[str]:
+    """A genome in a few words: its depth, and how many genes chose each number format."""
+    matters = space.active(np.array(genome))
+    chosen = [(name, choice) for (name, choice), on in zip(space.decode(genome).items(), matters, strict=True) if on]
+    depths = [f"{name} {choice}" for name, choice in chosen if name.endswith("depth")]
+    formats = Counter(str(choice) for name, choice in chosen if name.endswith(".precision"))
+    return [
+        escape(text) for text in (", ".join(depths), ", ".join(f"{n} {name}" for name, n in formats.items())) if text
+    ]
 
 
 def _better(objective: Objective) -> str:
