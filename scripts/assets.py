@@ -66,7 +66,8 @@ def minilm(folder: Path) -> None:
 
 
 def text(folder: Path) -> None:
-    """Two English texts: calibrate.txt, Python's help topics; evaluate.txt, scikit-learn's descriptions."""
+    """English texts: calibrate.txt, Python's help topics; evaluate.txt and test.txt, every other one of scikit-learn's
+    data set descriptions each."""
     import pydoc_data.topics
 
     import sklearn.datasets
@@ -75,7 +76,8 @@ def text(folder: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     (target / "calibrate.txt").write_text("\n\n".join(pydoc_data.topics.topics.values()))
     descriptions = sorted((Path(sklearn.datasets.__file__).parent / "descr").glob("*.rst"))
-    (target / "evaluate.txt").write_text("\n\n".join(path.read_text() for path in descriptions))
+    for name, part in (("evaluate", descriptions[::2]), ("test", descriptions[1::2])):
+        (target / f"{name}.txt").write_text("\n\n".join(path.read_text() for path in part))
 
 
 def movies(folder: Path) -> None:

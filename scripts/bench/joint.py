@@ -8,16 +8,15 @@
 Each case is one super-network, fine-tuned once by the sandwich rule (kept in --work) and searched four ways with the
 same number of evaluations: all genes; architecture alone, in the best uniform scheme; number formats alone; the
 architecture with half of the evaluations, then the formats of what that chose. Hypervolume is measured from the
-original's size and a floor of quality, as a share of the box between; the size is that of the smallest evaluated
-genome whose quality reaches the stated level. Medians over the seeds.
-Studies are kept in --work, so that a bench that was stopped goes on.
+whole fine-tuned model's size and a floor of quality, as a share of the box between; the size is that of the smallest
+evaluated genome whose quality reaches the stated level, and its quality is measured again on data that no search saw.
+Medians over the seeds. Studies are kept in --work, so that a bench that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,25 +26,32 @@ from rich.console import Console
 from rich.table import Table
 
 import jointopt
-from jointopt import SearchSpace, Study, Supernet
+from jointopt import Gene, SearchSpace, Study, Supernet
 from jointopt.models import load_model
 from jointopt.objectives import hypervolume
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
 
 SCHEMES = ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4"]
-UNIFORM = ["W8A8", "W4A16", "FP8_DYNAMIC"]
+UNIFORM = ["W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is searched, on what, and how it is judged."""
+    """What is searched, on what, and how it is judged.
+
+    Attributes:
+        unseen: what only the chosen genomes are scored on.
+        floor: worst quality inside the box, accuracy as a difference, perplexity as a share of the whole model's.
+        level: quality at which sizes are compared, likewise.
+    """
 
     task: str
     metric: str
     train: DataSource
     calibrate: DataSource
     evaluate: DataSource
+    unseen: DataSource
     steps: int
     batch_size: int
     learning_rate: float
@@ -60,13 +66,14 @@ def cases(assets: Path) -> dict[str, Case]:
         "minilm": Case(
             "text-classification",
             "accuracy",
-            DataSource(str(movies / "train.csv"), samples=6400),
-            DataSource(str(movies / "train.csv"), samples=128),
-            DataSource(str(movies / "valid.csv"), samples=500),
-            steps=160,
+            DataSource(str(movies / "train.csv"), length=64),
+            DataSource(str(movies / "train.csv"), samples=128, length=64),
+            DataSource(str(movies / "valid.csv"), samples=400, length=64),
+            DataSource(str(movies / "test.csv"), length=64),
+            steps=400,
             batch_size=32,
             learning_rate=1e-4,
-            architecture={"depth": [3, 4, 5, 6], "heads": [6, 8, 10, 12], "mlp": [768, 1152, 1536]},
+            architecture={"depth": [2, 3, 4, 5, 6], "heads": [3, 6, 9, 12], "mlp": [384, 768, 1152, 1536]},
             floor=-0.15,
             level=-0.01,
         ),
@@ -75,11 +82,12 @@ def cases(assets: Path) -> dict[str, Case]:
             "perplexity",
             DataSource(str(text / "calibrate.txt"), length=128),
             DataSource(str(text / "calibrate.txt"), samples=8, length=256),
-            DataSource(str(text / "evaluate.txt"), samples=4, length=256),
-            steps=40,
-            batch_size=4,
+            DataSource(str(text / "evaluate.txt"), samples=2, length=256),
+            DataSource(str(text / "test.txt"), samples=8, length=256),
+            steps=100,
+            batch_size=2,
             learning_rate=1e-4,
-            architecture={"depth": [24, 26, 28, 30], "mlp": [768, 1152, 1536]},
+            architecture={"depth": [24, 26, 27, 28, 29, 30], "mlp": [768, 1024, 1280, 1408, 1536]},
             floor=1.0,
             level=0.05,
         ),
@@ -87,7 +95,7 @@ def cases(assets: Path) -> dict[str, Case]:
 
 
 def prepared(name: str, case: Case, arguments: argparse.Namespace):
-    """(model, quality function, calibration batches, file of the fine-tuned super-network)."""
+    """(model, quality functions seen and unseen, calibration batches, file of the fine-tuned super-network)."""
     folder = arguments.assets / name
     torch.manual_seed(0)
     loaded = load_model(str(folder), case.task, device="cpu", dtype="float32")
@@ -107,97 +115,123 @@ def prepared(name: str, case: Case, arguments: argparse.Namespace):
         jointopt.train_sandwich(supernet, train, case.steps, learning_rate=case.learning_rate, progress=True)
         arguments.work.mkdir(parents=True, exist_ok=True)
         supernet.save(tuned)
-    return loaded.model, task.quality(batches(case.evaluate, case.batch_size), None), inputs, tuned
+    seen, unseen = (task.quality(batches(source, case.batch_size)) for source in (case.evaluate, case.unseen))
+    return loaded.model, seen, unseen, inputs, tuned
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished search."""
+
+    supernet: Supernet
+    study: Study
 
 
 class Bench:
-    """One case's super-network under any search space."""
+    """One case's super-network under any search space.
+
+    Attributes:
+        base: quality, quality on unseen data and size in bytes of the whole, fine-tuned, unquantized model.
+        uniform: the scheme of the architecture-only search.
+    """
 
     def __init__(self, name: str, case: Case, arguments: argparse.Namespace):
         self.case, self.arguments = case, arguments
-        self.model, self.quality, self.inputs, self.tuned = prepared(name, case, arguments)
+        self.model, self.quality, self.unseen, self.inputs, self.tuned = prepared(name, case, arguments)
         self.sign = -1.0 if case.metric == "perplexity" else 1.0
+        whole = self.supernet(schemes=["none"], **case.architecture)
+        largest = whole.space.largest
+        scores = [self.score(whole, largest, quality) for quality in (self.quality, self.unseen)]
+        self.base = (*scores, whole.costs(largest)["size"])
+        self.uniform = self.best_uniform()
 
     def supernet(self, **options) -> Supernet:
-        supernet = Supernet(self.model, SearchSpace.for_model(self.model, **options))
+        return self.tuned_supernet(SearchSpace.for_model(self.model, **options))
+
+    def tuned_supernet(self, space: SearchSpace) -> Supernet:
+        supernet = Supernet(self.model, space)
         supernet.load(self.tuned)
         supernet.calibrate(self.inputs)
         return supernet
 
-    def search(self, name: str, supernet: Supernet, evaluations: int, seed: int) -> Study:
-        storage = self.arguments.work / f"{self.arguments.case}-{name}-{seed}.db"
-        return jointopt.search(supernet, self.quality, [self.case.metric, "size"], evaluations, storage, seed)
-
-    def points(self, study: Study) -> np.ndarray:
-        return study.evaluations()[[self.case.metric, "size"]].dropna().to_numpy()
-
-    def score(self, supernet: Supernet, genome) -> float:
+    def score(self, supernet: Supernet, genome, quality) -> float:
         with supernet.active(genome) as model:
-            return float(self.quality(model)[self.case.metric])
+            return float(quality(model)[self.case.metric])
 
-    def whole(self) -> tuple[float, float]:
-        """Quality and size of the fine-tuned, whole, unquantized model: what the searches are measured against."""
-        supernet = self.supernet(schemes=["none"], **self.case.architecture)
-        return self.score(supernet, supernet.space.largest), supernet.costs(supernet.space.largest)["size"]
+    def reaches(self, quality: float) -> bool:
+        level = self.case.level
+        return quality >= self.base[0] + level if self.sign > 0 else quality <= self.base[0] * (1 + level)
 
-    def best_uniform(self, base: float) -> tuple[str, dict[str, float]]:
+    def best_uniform(self) -> str:
         """The uniform scheme with the smallest whole model among those that keep the level, else the best quality."""
         found = {}
         for name in UNIFORM:
             supernet = self.supernet(schemes=["none", name], preset="fixed")
-            chosen = {gene.name: gene.choices[-1] for gene in supernet.space.genes}
-            genome = supernet.space.encode(chosen)
-            found[name] = (self.score(supernet, genome), supernet.costs(genome)["size"])
-        good = [n for n, (quality, _) in found.items() if self.reaches(quality, base, self.case.level)]
+            genome = supernet.space.encode({gene.name: gene.choices[-1] for gene in supernet.space.genes})
+            found[name] = (self.score(supernet, genome, self.quality), supernet.costs(genome)["size"])
+            print(f"uniform {name}: {self.case.metric} {found[name][0]:.4g}, {found[name][1] / 1e6:.4g} MB", flush=True)
+        good = [name for name, (quality, _) in found.items() if self.reaches(quality)]
         if good:
-            return min(good, key=lambda n: found[n][1]), found
-        return max(found, key=lambda n: found[n][0] * self.sign), found
+            return min(good, key=lambda name: found[name][1])
+        return max(found, key=lambda name: found[name][0] * self.sign)
 
-    def reaches(self, quality: float, base: float, level: float) -> bool:
-        return quality >= base + level if self.sign > 0 else quality <= base * (1 + level)
+    def search(self, name: str, supernet: Supernet, evaluations: int, seed: int) -> Run:
+        storage = self.arguments.work / f"{self.arguments.case}-{name}-{seed}.db"
+        objectives = [self.case.metric, "size"]
+        return Run(supernet, jointopt.search(supernet, self.quality, objectives, evaluations, storage, seed))
 
-    def variants(self, seed: int, uniform: str) -> dict[str, np.ndarray]:
-        """Search -> its evaluated points [n, (quality, size)]."""
+    def runs(self, name: str, seed: int) -> list[Run]:
+        """The searches of one of `SEARCHES`, whose evaluations sum up to the same number."""
         count, shape = self.arguments.evaluations, self.case.architecture
-        joint = self.search("joint", self.supernet(schemes=SCHEMES, **shape), count, seed)
-        architecture = self.search("architecture", self.uniform(uniform), count, seed)
-        precision = self.search("precision", self.supernet(schemes=SCHEMES, preset="fixed"), count, seed)
-        return {
-            "joint": self.points(joint),
-            "architecture only": self.points(architecture),
-            "precision only": self.points(precision),
-            "one after the other": self.sequential(count, seed),
-        }
+        if name == "joint":
+            return [self.search(name, self.supernet(schemes=SCHEMES, **shape), count, seed)]
+        if name == "architecture only":
+            return [self.search("architecture", self.supernet(schemes=[self.uniform], **shape), count, seed)]
+        if name == "precision only":
+            return [self.search("precision", self.supernet(schemes=SCHEMES, preset="fixed"), count, seed)]
+        first = self.search("first", self.supernet(schemes=["none"], **shape), count // 2, seed)
+        return [first, self.search("second", self.narrowed(first), count - count // 2, seed)]
 
-    def uniform(self, name: str) -> Supernet:
-        """The architecture genes, with every layer that can take the scheme in it and the others as they are."""
-        return self.supernet(schemes=[name], **self.case.architecture)
-
-    def sequential(self, count: int, seed: int) -> np.ndarray:
-        first = self.search("first", self.supernet(schemes=["none"], **self.case.architecture), count // 2, seed)
-        chosen = first.space.decode(first.best(knee=True))
-        options = {"schemes": SCHEMES, **self.case.architecture}
-        supernet = self.supernet(**options)
+    def narrowed(self, first: Run) -> Supernet:
+        """Number formats for the smallest architecture at the level of quality (the best, where none reaches it)."""
+        genome = self.smallest([first])
+        best = first.study.best() if genome is None else genome[1]
+        chosen = first.study.space.decode(best)
+        space = self.supernet(schemes=SCHEMES, **self.case.architecture).space
+        kept = [gene for gene in space.genes if gene.name.endswith(".precision") or gene.name in chosen]
         fixed = {name: (choice,) for name, choice in chosen.items()}
-        genes = [jointopt.Gene(gene.name, fixed.get(gene.name, gene.choices), {}) for gene in supernet.space.genes]
-        genes = [g for g in genes if g.name.endswith(".precision") or g.name in chosen]
-        narrowed = Supernet(self.model, SearchSpace(genes))
-        narrowed.load(self.tuned)
-        narrowed.calibrate(self.inputs)
-        second = self.search("second", narrowed, count - count // 2, seed)
-        return np.vstack([self.points(first), self.points(second)])
+        genes = [Gene(gene.name, fixed.get(gene.name, gene.choices)) for gene in kept]
+        return self.tuned_supernet(SearchSpace(genes))
+
+    def points(self, runs: list[Run]) -> np.ndarray:
+        """[evaluations, (quality, size)]"""
+        names = [self.case.metric, "size"]
+        return np.vstack([run.study.evaluations()[names].dropna().to_numpy() for run in runs])
+
+    def smallest(self, runs: list[Run]) -> tuple[Run, np.ndarray] | None:
+        """The smallest evaluated genome at the level of quality, with the search that it is of."""
+        found = []
+        for at, run in enumerate(runs):
+            for row in run.study.evaluations().dropna(subset=["size"]).to_dict("records"):
+                if self.reaches(row[self.case.metric]):
+                    found.append((row["size"], at, row["genome"]))
+        return (runs[min(found)[1]], np.array(min(found)[2])) if found else None
+
+    def judged(self, runs: list[Run]) -> dict[str, float]:
+        """Hypervolume, size at the level in MB, and by how much that genome is worse on unseen data."""
+        points, (quality, unseen, size) = self.points(runs), self.base
+        span = abs(self.case.floor) if self.sign > 0 else quality * self.case.floor
+        costs = np.stack([self.sign * (quality - points[:, 0]) / span, points[:, 1] / size], axis=1)
+        measures = {"hypervolume": hypervolume(costs, [1.0, 1.0]), "size_mb": np.nan, "unseen_loss": np.nan}
+        if (chosen := self.smallest(runs)) is not None:
+            run, genome = chosen
+            again = self.score(run.supernet, genome, self.unseen)
+            measures["size_mb"] = run.supernet.costs(genome)["size"] / 1e6
+            measures["unseen_loss"] = unseen - again if self.sign > 0 else again / unseen - 1
+        return measures
 
 
-def judged(bench: Bench, points: np.ndarray, base: tuple[float, float]) -> dict[str, float]:
-    """Hypervolume as a share of the box, and the smallest size at the level of quality, in MB."""
-    quality, size = base
-    floor = quality + bench.case.floor if bench.sign > 0 else quality * (1 + bench.case.floor)
-    costs = np.stack([-bench.sign * points[:, 0], points[:, 1] / size], axis=1)
-    span = abs(floor - quality)
-    costs[:, 0] = (costs[:, 0] + bench.sign * quality) / span
-    reached = np.array([bench.reaches(q, quality, bench.case.level) for q in points[:, 0]])
-    smallest = points[reached, 1].min() / 1e6 if reached.any() else float("nan")
-    return {"hypervolume": hypervolume(costs, [1.0, 1.0]), "size_mb": float(smallest)}
+SEARCHES = ("joint", "architecture only", "precision only", "one after the other")
 
 
 def main() -> None:
@@ -205,65 +239,57 @@ def main() -> None:
     parser.add_argument("--case", choices=["minilm", "smollm2"], default="minilm")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/joint"))
-    parser.add_argument("--evaluations", type=int, default=60)
+    parser.add_argument("--evaluations", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    started = time.perf_counter()
-    case = cases(arguments.assets)[arguments.case]
-    bench = Bench(arguments.case, case, arguments)
-    base = bench.whole()
-    uniform, table = bench.best_uniform(base[0])
-    print(f"whole, unquantized: {case.metric} {base[0]:.4g}, {base[1] / 1e6:.4g} MB; uniform {table}; taken: {uniform}")
-    runs: dict[str, list[dict[str, float]]] = {}
-    points: dict[str, list] = {}
+    bench = Bench(arguments.case, cases(arguments.assets)[arguments.case], arguments)
+    base = f"{bench.case.metric} {bench.base[0]:.4g} (unseen {bench.base[1]:.4g}), {bench.base[2] / 1e6:.4g} MB"
+    print(f"whole, fine-tuned, unquantized: {base}; uniform scheme taken: {bench.uniform}", flush=True)
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in SEARCHES}
     for seed in range(arguments.seeds):
-        for name, found in bench.variants(seed, uniform).items():
-            runs.setdefault(name, []).append(judged(bench, found, base))
-            points.setdefault(name, []).append(found.tolist())
-            print(f"seed {seed}, {name}: {runs[name][-1]}", flush=True)
-    report(arguments, case, runs, points, base, started)
+        for name in SEARCHES:
+            measured[name].append(bench.judged(bench.runs(name, seed)))
+            print(f"seed {seed}, {name}: {measured[name][-1]}", flush=True)
+    medians = {
+        name: {measure: float(np.median([each[measure] for each in found])) for measure in found[0]}
+        for name, found in measured.items()
+    }
+    show(bench, medians)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows(bench, medians), indent=1))
 
 
-def report(arguments, case: Case, runs: dict, points: dict, base: tuple[float, float], started: float) -> None:
-    medians = {name: {m: float(np.median([r[m] for r in found])) for m in found[0]} for name, found in runs.items()}
-    halves = np.array([medians[n]["size_mb"] for n in ("architecture only", "precision only")])
-    better_half = float(np.nanmin(halves)) if np.isfinite(halves).any() else float("nan")
-    ratio = better_half / medians["joint"]["size_mb"]
-    table = Table(title=f"{arguments.case}: {arguments.evaluations} evaluations, {arguments.seeds} seeds, medians")
-    for column in ("search", "hypervolume", f"size at {case.metric} {case.level:+g} (MB)"):
+def better_half(medians: dict[str, dict[str, float]]) -> float:
+    """How many times larger the better half's size at equal quality is than the joint search's."""
+    halves = [medians[name]["size_mb"] for name in ("architecture only", "precision only")]
+    return float(np.nanmin([*halves, np.inf])) / medians["joint"]["size_mb"]
+
+
+def show(bench: Bench, medians: dict[str, dict[str, float]]) -> None:
+    arguments, case = bench.arguments, bench.case
+    table = Table(title=f"{arguments.case}: {arguments.evaluations} evaluations, medians of {arguments.seeds} seeds")
+    unit = f"{case.level:+g}" if bench.sign > 0 else f"{case.level:+.0%}"
+    columns = ("search", "hypervolume", f"MB at {case.metric} {unit}", "worse by, on unseen data")
+    for column in columns:
         table.add_column(column)
-    rows = []
     for name, found in medians.items():
-        table.add_row(name, f"{found['hypervolume']:.4f}", f"{found['size_mb']:.3f}")
-        for measure, better in (("hypervolume", "higher"), ("size_mb", "lower")):
-            rows.append(
-                {
-                    "case": f"{arguments.case} {name}",
-                    "measure": measure,
-                    "value": found[measure],
-                    "aim": None,
-                    "better": better,
-                }
-            )
-    rows.append(
-        {
-            "case": arguments.case,
-            "measure": "better half's size / joint size",
-            "value": ratio,
-            "aim": 1.5,
-            "better": "higher",
-        }
-    )
+        table.add_row(name, *(f"{found[measure]:.4g}" for measure in ("hypervolume", "size_mb", "unseen_loss")))
     console = Console()
     console.print(table)
-    console.print(
-        f"the better half alone is {ratio:.2f}x the joint size at equal quality (aim 1.5); "
-        f"whole model: {case.metric} {base[0]:.4g}, {base[1] / 1e6:.4g} MB; {time.perf_counter() - started:.0f} s"
-    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
-        arguments.json.with_suffix(".points.json").write_text(json.dumps({"base": base, "points": points}))
+    console.print(f"the better half alone is {better_half(medians):.2f}x the joint size at equal quality (aim 1.5)")
+
+
+def rows(bench: Bench, medians: dict[str, dict[str, float]]) -> list[dict]:
+    better = {"hypervolume": "higher", "size_mb": "lower", "unseen_loss": "lower"}
+    case = bench.arguments.case
+    flat = [
+        {"case": f"{case} {name}", "measure": measure, "value": value, "aim": None, "better": better[measure]}
+        for name, found in medians.items()
+        for measure, value in found.items()
+    ]
+    ratio = {"case": case, "measure": "better half's size / joint size", "value": better_half(medians)}
+    return [*flat, {**ratio, "aim": 1.5, "better": "higher"}]
 
 
 if __name__ == "__main__":
