@@ -24,6 +24,9 @@ BLUE, ORANGE, GREEN, GRAY, INK = "#0072b2", "#d55e00", "#009e73", "#b4bac2", "#2
 FORMATS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f", "#332288", "#882255")
 LOG_FROM = 20.0
 """Ratio of largest to smallest value from which an axis is logarithmic."""
+LOG_TICKS = [float(f"{digit}e{power}") for power in range(-9, 13) for digit in (1, 2, 5)]
+"""Where a logarithmic axis has its ticks, each written out: plotly would label 0.2 between 0.1 and 1 as a bare 2."""
+LOG_LABELS = [f"{tick:,.15g}" if 1e-4 <= tick < 1e7 else f"{tick:.0e}" for tick in LOG_TICKS]
 
 Layers = Sequence[Mapping[str, Any]]
 
@@ -56,7 +59,7 @@ def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequenc
     figure.update_xaxes(title_text=f"{label(across.name)} ({_better(across)})")
     for axis, objective in (("xaxis", across), ("yaxis", up)):
         if _spans(frame, objective):
-            figure.layout[axis].type = "log"
+            figure.layout[axis].update(type="log", tickmode="array", tickvals=LOG_TICKS, ticktext=LOG_LABELS)
     return figure
 
 
@@ -168,7 +171,7 @@ def _name_blocks(figure: go.Figure, places: Layers, names: list[str]) -> None:
     for index, record in enumerate(places):
         members.setdefault(str(record["block"] or record["layer"].rpartition(".")[2]), []).append(index)
     ticks = [names[indices[len(indices) // 2]] for indices in members.values()]
-    figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[escape(name) for name in members], tickangle=-45)
+    figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[escape(name) for name in members])
 
 
 def predictions_figure(study: Study) -> go.Figure | None:
@@ -219,10 +222,10 @@ def _rank_correlation(predicted: pd.Series, measured: pd.Series) -> str:
 
 
 def hypervolume_figure(study: Study) -> go.Figure | None:
-    """Hypervolume after each evaluation; None before a reference point is known."""
+    """Hypervolume after each evaluation, in the units of the axes; None before a reference point is known."""
     if study.reference_point() is None:
         return None
-    history = study.hypervolume_history()
+    history = study.hypervolume_history() / np.prod([scale(objective.name) for objective in study.objectives])
     figure = go.Figure(go.Scatter(x=np.arange(1, len(history) + 1), y=history, line={"color": BLUE, "shape": "hv"}))
     figure.update_traces(hovertemplate="after %{x} evaluations<br>%{y:.5g}<extra></extra>")
     _style(figure, "evaluations", "hypervolume", height=320)

@@ -112,7 +112,8 @@ def _page(
 
 
 def _plot(figure: Any, name: str) -> str:
-    options = {"displaylogo": False, "responsive": True}
+    unused = ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+    options = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": unused}
     return plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, div_id=name, config=options)
 
 
@@ -171,7 +172,7 @@ def _hypervolume_section(study: Study) -> str:
         f"{escape(o.name)} {written(o.name, value)}" for o, value in zip(study.objectives, reference, strict=True)
     )
     return (
-        "<h2>Hypervolume</h2><p>What the front dominates, in the objectives&rsquo; own units, from the reference point "
+        "<h2>Hypervolume</h2><p>How much the front dominates, in the units of the axes above, from the reference point "
         f"{told}.</p>" + _plot(figure, "hypervolume")
     )
 

@@ -17,7 +17,7 @@ p { margin: 4px 0 10px; color: var(--soft); }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
 th, td { padding: 3px 10px 3px 0; border-bottom: 1px solid #eaeef2; vertical-align: top; overflow-wrap: anywhere; }
-td.number { text-align: right; }
+#genome td:first-child { width: 60%; }
 tr.chosen td { background: #fff4ec; }
 tr.other td { color: var(--orange); font-weight: 600; }
 tr.gone td { color: #a5adb6; text-decoration: line-through; }
