@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ def _quiet() -> None:
     for kind in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)
     warnings.formatwarning = lambda message, *_: f"jointopt: note: {message}\n"  # type: ignore[assignment]
+    # transformers sets its own level when it is imported, from this variable.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("transformers", "datasets", "timm", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -71,16 +74,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jointopt", description="Search a model's architecture and number formats together.")
+    parser = _Parser(
+        prog="jointopt",
+        description="Search a model's architecture and its layers' number formats together.",
+        epilog="To begin: jointopt init MODEL -o my.yaml; name your data in it; jointopt run my.yaml",
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=about, description=about)
+        added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
         added.set_defaults(command=function)
         return added
 
-    run = command("run", _run, "search, export and verify what a config describes; goes on where it was stopped")
-    run.add_argument("config", metavar="CONFIG")
+    run = command("run", _run, "search, export and verify what a config describes; go on where it was stopped")
+    run.add_argument("config", metavar="CONFIG", help="a YAML file, such as init writes")
     run.add_argument("--evaluations", type=int, metavar="N", help="in place of the config's search.evaluations")
     run.add_argument("--seed", type=int, metavar="N", help="in place of the config's search.seed")
     run.add_argument("--device", metavar="DEVICE", help="in place of the config's device")
@@ -90,21 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     init = command("init", _init, "write a commented config for a model")
     init.add_argument("model", metavar="MODEL", help="a local folder, a hub id, or timm/NAME")
     init.add_argument(
-        "-o", "--out", metavar="FILE", help="the config's file (default: MODEL's name.yaml; - for stdout)"
+        "-o", "--out", metavar="FILE", help="the config's file, - for stdout (default: the model's name with .yaml)"
     )
 
     space = command("space", _space, "show a config's genes, the number of genomes, and the sizes of both ends")
-    space.add_argument("config", metavar="CONFIG")
+    space.add_argument("config", metavar="CONFIG", help="a YAML file, such as init writes")
 
-    report = command("report", _report, "write the HTML report of a finished or running study, and show its front")
+    report = command("report", _report, "show the front of a finished or running study, and write its HTML report")
     report.add_argument("study", metavar="OUTPUT", help="a run's output folder, or a study's file")
     report.add_argument("-o", "--out", metavar="FILE", help="the HTML file (default: report.html beside the study)")
 
-    export = command("export", _export, "export a point of a finished or running study")
+    export = command("export", _export, "export any point of a finished or running study")
     export.add_argument("output", metavar="OUTPUT", help="a run's output folder")
     export.add_argument("--pick", required=True, metavar="POINT", help=PICKS)
     export.add_argument("--to", metavar="FOLDER", help="the folder to be made (default: OUTPUT/export)")
-    export.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
+    export.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
 
     verify = command(
         "verify", _verify, "reload an export without jointopt, score it again, weigh it; exit 1 if it differs"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quant.errors import JointoptError
+from search_spaces.space import SearchSpace
 
 _DATA = {
     "text-classification": (
@@ -22,10 +23,12 @@ _DATA = {
     ),
     "causal-lm": ("train.txt", "valid.txt", "a text file, or a csv, json or parquet with a column text"),
 }
-_WIDTHS = {
+_ABOUT = {
     "depth": "blocks that stay; they leave in order of least importance",
     "heads": "attention heads of each block",
     "mlp": "width of each block's MLP",
+    "bottleneck": "width between a block's convolutions",
+    "stage": "width of each stage",
 }
 
 
@@ -44,18 +47,19 @@ def starter_config(name: str) -> str:
     source = find_source(name)
     task = model_task(source)
     model = empty_model(source, task)
-    from search_spaces.defaults import DEFAULT_SCHEMES, presets, space_for_model
+    from search_spaces.defaults import DEFAULT_SCHEMES, default_architecture, presets, space_for_model
     from search_spaces.families import declare
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         space = space_for_model(model)
-        family = declare(model)[1].name
+        family = declare(model)[1]
     train, evaluate, kinds = _DATA[task]
     metric = "perplexity" if task == "causal-lm" else "accuracy"
-    known = [preset for preset in presets() if preset in (family.removeprefix("timm_"), "fixed")]
+    own = family.name.removeprefix("timm_")
+    preset = f"{own}  # or fixed, which" if own in presets() else "fixed  # which"
     lines = [
-        f"# A search over {name}: family {family}, {len(space)} genes, {space.count():.3g} genomes.",
+        f"# A search over {name}: family {family.name}, {len(space)} genes, {space.count():.3g} genomes.",
         "# Paths are relative to the directory that the command is started in.",
         f"model: {_quoted(name)}  # a local folder, a hub id, or timm/NAME",
         f"task: {task}  # text-classification, image-classification, causal-lm; or quality: my_package.my_function",
@@ -67,8 +71,8 @@ def starter_config(name: str) -> str:
         f"  evaluate: {evaluate}  # what every sub-network is scored on",
         "",
         "space:",
-        f"  # preset: {known[0] if known else 'fixed'}  # instead of the lines below; also: {', '.join(presets())}",
-        *_widths({gene.name: gene.choices for gene in space.genes}),
+        *_widths(space, default_architecture(family)),
+        f"  # preset: {preset} searches number formats only; in place of the lines above",
         f"  schemes: [{', '.join(DEFAULT_SCHEMES)}]  # also: W4A16_ASYM, W8A16, W4A8, FP8, NVFP4, MXFP4, ...",
         "  precision_per: projection  # layer; projection (q, k, v share; gate, up share); block",
         "",
@@ -85,17 +89,15 @@ def starter_config(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _widths(choices: Mapping[str, Sequence[object]]) -> list[str]:
-    """One line for each kind of width, where all blocks have the same choices; the default space has the others."""
+def _widths(space: SearchSpace, fractions: Mapping[str, Sequence[float]]) -> list[str]:
+    """One line for each kind of width: its choices as counts, or as the fractions that these come from where they
+    differ from block to block."""
     lines = []
-    for kind, about in _WIDTHS.items():
-        found = {tuple(values) for gene, values in choices.items() if gene == kind or gene.endswith(f".{kind}")}
-        if len(found) == 1:
-            lines.append(f"  {kind}: [{', '.join(map(str, found.pop()))}]  # {about}")
-    if not lines:
-        lines.append(
-            "  # depth, bottleneck, stage: [0.5, 0.75, 1.0]  # fractions of the full one; left out: the default"
-        )
+    for kind, shares in fractions.items():
+        found = {gene.choices for gene in space.genes if gene.name == kind or gene.name.endswith(f".{kind}")}
+        alike = len(found) == 1 and "stage" not in fractions
+        choices, unit = (found.pop(), "") if alike else (shares, ", as fractions of the whole")
+        lines.append(f"  {kind}: [{', '.join(map(str, choices))}]  # {_ABOUT[kind]}{unit}")
     return lines
 
 

@@ -74,7 +74,7 @@ def space_for_model(
     if precision_per not in PRECISION_PER:
         raise JointoptError(f"precision_per: found {precision_per!r}; allowed: {', '.join(PRECISION_PER)}")
     clone, declared = declare(model, family)
-    chosen = options or (_default_architecture(declared) if preset is None else {})
+    chosen = options or (default_architecture(declared) if preset is None else {})
     genes = _depth_genes(declared, chosen) + _keep_genes(declared, chosen)
     widths = _width_genes(clone, declared, chosen, schemes, explicit=bool(options))
     genes += widths + _precision_genes(clone, declared, widths, schemes, precision_per)
@@ -117,7 +117,8 @@ def _options(preset: str | None, architecture: Mapping[str, Any]) -> dict[str, A
     return {**(known[preset] or {}), **architecture}
 
 
-def _default_architecture(family: Family) -> dict[str, Any]:
+def default_architecture(family: Family) -> dict[str, Any]:
+    """What is elastic where nothing is said, as fractions of the full model."""
     if any(width.kind == "stage" for width in family.widths):
         return {"depth": [0.5, 0.75, 1.0], "bottleneck": [0.5, 0.75, 1.0], "stage": [0.75, 1.0]}
     return {"depth": [0.5, 0.67, 0.83, 1.0], "heads": [0.5, 0.75, 1.0], "mlp": [0.5, 0.75, 1.0]}
@@ -314,4 +315,12 @@ def _presence(
     return requires
 
 
-__all__ = ["default_order", "extent", "presets", "requirements", "space_for_model", "with_extremes"]
+__all__ = [
+    "default_architecture",
+    "default_order",
+    "extent",
+    "presets",
+    "requirements",
+    "space_for_model",
+    "with_extremes",
+]
