@@ -54,7 +54,7 @@ def _quiet() -> None:
     """Notices of the libraries inside are not for the user; our own warnings are one line."""
     for kind in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)
-    warnings.formatwarning = lambda message, *_: f"jointopt: note: {message}\n"  # type: ignore[assignment]
+    warnings.formatwarning = lambda message, *_: f"jointopt: note: {message}\n"
     # transformers sets its own level when it is imported, from this variable.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("transformers", "datasets", "timm", "httpx", "huggingface_hub"):
