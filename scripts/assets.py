@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -165,6 +166,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="+", choices=ASSETS)
     arguments = parser.parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     for name in arguments.names:
         ASSETS[name](arguments.folder)
         print(f"{name}: in {arguments.folder}")

@@ -53,7 +53,9 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
 
 
 def _number(value: Any) -> str:
-    return "" if value is None else f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.6g}"
 
 
 def transformers_snippet(auto: str, folder: str, modeling_file: bool) -> str:
