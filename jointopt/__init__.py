@@ -12,6 +12,13 @@ __version__ = "0.1.0"
 _HOME = {
     "Gene": "search_spaces.space",
     "SearchSpace": "search_spaces.space",
+    "Family": "search_spaces.family",
+    "Block": "search_spaces.family",
+    "Branch": "search_spaces.family",
+    "SkipBranch": "search_spaces.family",
+    "Width": "search_spaces.family",
+    "Part": "search_spaces.family",
+    "Layer": "search_spaces.family",
     "Objective": "jointopt.objectives",
     "Study": "jointopt.study",
     "Supernet": "jointopt.supernet",
@@ -26,12 +33,19 @@ _HOME = {
 }
 
 __all__ = [
+    "Block",
+    "Branch",
+    "Family",
     "Gene",
     "JointoptError",
+    "Layer",
     "Objective",
+    "Part",
     "SearchSpace",
+    "SkipBranch",
     "Study",
     "Supernet",
+    "Width",
     "export",
     "load_config",
     "search",
