@@ -1,90 +1,322 @@
-"""Learns an objective from evaluated genomes: scikit-learn models, the best of them by cross-validated rank."""
+"""Learns an objective from evaluated genomes: Bayesian linear regression on what the choices have in common.
+
+Quality is close to additive over genes, so a predictor is one number a choice, summed over the genes that matter. With
+fewer evaluations than choices such a sum is only as good as its prior: choices are tied together by what they cost,
+by the choice itself (the same format in another layer), by the gene's place, and by the block they are in. How much
+each tie explains is found by maximum likelihood.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from scipy.stats import kendalltau
-from sklearn.base import RegressorMixin
-from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import BayesianRidge
-from sklearn.model_selection import KFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVR
+from scipy.linalg import cho_solve, cholesky
+from scipy.optimize import minimize
 
-from search_spaces.space import SearchSpace
+from jointopt.objectives import Objective
+from quant.errors import JointoptError
+from search_spaces.space import Gene, SearchSpace
 
-CANDIDATES: dict[str, Callable[[], RegressorMixin]] = {
-    "bayesian_ridge": BayesianRidge,
-    "rbf_svr": lambda: make_pipeline(StandardScaler(), SVR(C=10.0, epsilon=0.01)),
-    "quadratic_kernel_ridge": lambda: make_pipeline(StandardScaler(), KernelRidge(alpha=1.0, kernel="poly", degree=2)),
-}
-FOLDS = 5
+KNOTS = 5
+"""Hat functions along the position of a gene among those of its kind."""
+EXPECTED = {"choice": 0.1, "order": 0.1, "kind": 0.3, "alike": 0.3, "block": 0.1, "place": 0.1, "cost": 0.5}
+"""Share of an objective's variance that each group of features is expected to explain, before any evaluation."""
+EXPECTED_NOISE = 0.03
+EXPECTATION_WIDTH = 1.5
+"""Standard deviation of the logarithms of those shares."""
+LIMIT = 1e100
+"""Values beyond are taken as this, so that their squares are finite."""
 
 
-def features(space: SearchSpace, genomes: np.ndarray, computed: np.ndarray) -> np.ndarray:
-    """One column a choice (1 where a gene that matters has it), then the computed objectives, standardized."""
-    genomes = np.atleast_2d(genomes)
-    offsets = np.concatenate([[0], np.cumsum(space.sizes)[:-1]])
-    encoded = np.zeros((len(genomes), int(space.sizes.sum())))
-    rows, columns = np.nonzero(space.active(genomes))
-    encoded[rows, offsets[columns] + genomes[rows, columns]] = 1.0
-    return np.hstack([encoded, computed])
+class Choices:
+    """Every choice of every gene as a slot of one long vector, and what slots have in common.
+
+    Attributes:
+        gene, choice: of each slot [slots].
+        offsets: the first slot of each gene [genes].
+        costs: what each slot adds to each computed objective, by least squares [slots, computed]; in units in which
+            the computed objectives have unit variance.
+        groups: name -> matrix [slots, features], from slots to features that are thought to have an effect.
+    """
+
+    def __init__(self, space: SearchSpace, objectives: Sequence[Objective]):
+        self.space = space
+        self.computed = [objective for objective in objectives if objective.compute is not None]
+        self.gene = np.repeat(np.arange(len(space)), space.sizes)
+        self.offsets = np.concatenate([[0], np.cumsum(space.sizes)[:-1]])
+        self.choice = np.arange(len(self.gene)) - self.offsets[self.gene]
+        self._measure_costs()
+        self.groups = self._grouped()
+
+    def slots(self, genomes: np.ndarray) -> np.ndarray:
+        """For each gene the slot it is in, `len(self.gene)` where it cannot matter; [n, genes]."""
+        return np.where(self.space.active(genomes), self.offsets + genomes, len(self.gene))
+
+    def sums(self, genomes: np.ndarray, table: np.ndarray) -> np.ndarray:
+        """The sum of a table [slots] or [slots, k] over each genome's choices: [n] or [n, k]."""
+        padded = np.concatenate([table, np.zeros_like(table[:1])])
+        slots = self.slots(genomes)
+        total = np.zeros((len(genomes), *table.shape[1:]))
+        for at in range(slots.shape[1]):
+            total += padded[slots[:, at]]
+        return total
+
+    def encoded(self, genomes: np.ndarray) -> np.ndarray:
+        """One column a slot, 1 where a gene that matters has that choice; [n, slots]."""
+        encoded = np.zeros((len(genomes), len(self.gene) + 1))
+        np.put_along_axis(encoded, self.slots(genomes), 1.0, axis=1)
+        return encoded[:, :-1]
+
+    def compute(self, genomes: np.ndarray) -> np.ndarray:
+        """The computed objectives, exact, in their own units: [n, computed]."""
+        columns = [_computed(objective, genomes) for objective in self.computed]
+        return np.stack(columns, axis=1) if columns else np.empty((len(genomes), 0))
+
+    def _measure_costs(self) -> None:
+        random = np.random.default_rng(0)
+        n = 2 * len(self.gene) + 100
+        level = random.random((n, 1))
+        genomes = np.where(random.random((n, len(self.space))) < level, self.space.largest, self.space.smallest)
+        drawn = random.integers(0, self.space.sizes, genomes.shape)
+        genomes = self.space.canonical(np.where(random.random(genomes.shape) < 0.5, drawn, genomes))
+        values = self.compute(genomes)
+        center, spread = values.mean(0), values.std(0)
+        encoded = self.encoded(genomes)
+        gram = encoded.T @ encoded + 1e-3 * np.eye(len(self.gene))
+        self.costs = np.linalg.solve(gram, encoded.T @ ((values - center) / np.where(spread > 0, spread, 1.0)))
+
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """A number for each gene, the same where names differ in numbers only and choices not at all: [genes]."""
+        return _numbered([(re.sub(r"\d+", "#", gene.name), gene.choices) for gene in self.space.genes])
+
+    @cached_property
+    def share(self) -> np.ndarray:
+        """How much of the costs hangs on each gene, 1 on average over genes: [genes]."""
+        if not self.computed:
+            return np.ones(len(self.space))
+        spans = np.zeros(len(self.space))
+        for costs in self.costs.T:
+            high = np.maximum.reduceat(costs, self.offsets)
+            low = np.minimum.reduceat(costs, self.offsets)
+            spans += (high - low) / max(float((high - low).mean()), 1e-12)
+        return np.clip(spans / len(self.computed), 0.1, 10.0)
+
+    @cached_property
+    def level(self) -> np.ndarray:
+        """Each slot's place between its gene's small end, -1, and its large end, 1: [slots]."""
+        level = np.zeros(len(self.gene))
+        for gene, (start, size) in enumerate(zip(self.offsets, self.space.sizes, strict=True)):
+            slots = slice(start, start + size)
+            level[slots] = _levels(self.space.genes[gene], self.costs[slots].mean(1) if self.computed else None)
+        return level
+
+    def _grouped(self) -> dict[str, np.ndarray]:
+        genes = self.space.genes
+        kinds = self.kinds
+        alike = _numbered([gene.choices for gene in genes])
+        blocks = _numbered([_block(gene.name) for gene in genes])
+        share = self.share[self.gene]
+        one = np.ones(len(self.gene))
+        groups = {
+            "choice": np.diag(np.sqrt(share)),
+            "order": _scattered(self.gene, self.level * np.sqrt(share)),
+            "kind": _scattered(kinds[self.gene] * 100 + self.choice, share),
+            "alike": _scattered(alike[self.gene] * 100 + self.choice, one),
+            "block": _scattered(blocks[self.gene], self.level * share),
+            "place": self._placed(kinds),
+        }
+        if self.computed:
+            groups["cost"] = self.costs
+        return groups
+
+    def _placed(self, kinds: np.ndarray) -> np.ndarray:
+        """A kind's choices at places along its genes: hat functions between KNOTS knots."""
+        place = np.zeros(len(kinds))
+        for kind in np.unique(kinds):
+            members = np.flatnonzero(kinds == kind)
+            place[members] = np.linspace(0, KNOTS - 1, len(members)) if len(members) > 1 else 0
+        columns = []
+        for knot in range(KNOTS):
+            hat = np.maximum(0, 1 - np.abs(place - knot))[self.gene] * np.sqrt(self.share[self.gene])
+            columns.append(_scattered(kinds[self.gene] * 100 + self.choice, hat))
+        return np.hstack(columns)
+
+
+def _computed(objective: Objective, genomes: np.ndarray) -> np.ndarray:
+    assert objective.compute is not None
+    values = np.asarray(objective.compute(genomes), dtype=float)
+    if values.shape != (len(genomes),) or not np.isfinite(values).all():
+        found = f"shape {values.shape}" if values.shape != (len(genomes),) else "a value that is not finite"
+        raise JointoptError(f"objective {objective.name!r}: compute gave {found}; allowed: ({len(genomes)},), finite")
+    return values
+
+
+def _levels(gene: Gene, costs: np.ndarray | None) -> np.ndarray:
+    """Places of a gene's choices between -1 and 1: by number where all are numbers, else by what they cost."""
+    if len(gene.choices) == 1:
+        return np.zeros(1)
+    numbers = all(isinstance(choice, int | float) for choice in gene.choices)
+    keys = np.array(gene.choices, dtype=float) if numbers else costs
+    if keys is None:
+        return np.zeros(len(gene.choices))
+    rank = np.argsort(np.argsort(keys, kind="stable"), kind="stable")
+    return 2 * rank / (len(gene.choices) - 1) - 1
+
+
+def _block(name: str) -> str:
+    """The name up to its first number: "block3.mlp" is of "block3"."""
+    found = re.match(r"\D*\d+", name)
+    return found.group() if found else name
+
+
+def _numbered(keys: Sequence) -> np.ndarray:
+    found: dict = {}
+    return np.array([found.setdefault(key, len(found)) for key in keys])
+
+
+def _scattered(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """[slots, features] with `values` at the column of each slot's key."""
+    _, column = np.unique(columns, return_inverse=True)
+    matrix = np.zeros((len(columns), column.max() + 1))
+    matrix[np.arange(len(columns)), column] = values
+    return matrix
+
+
+def _factored(variances: np.ndarray, grams: np.ndarray) -> np.ndarray:
+    """Cholesky factor of the covariance of the targets; the last of the variances is the noise's."""
+    covariance = np.tensordot(variances[:-1], grams, 1) + (variances[-1] + 1e-8) * np.eye(grams.shape[1])
+    return cholesky(covariance, lower=True)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A monotone function under which an objective may be closer to additive, and its inverse."""
+
+    name: str
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+    log_slope: Callable[[np.ndarray], np.ndarray]
+
+
+def scales(costs: np.ndarray) -> list[Scale]:
+    """The scales to choose from, for `costs` (less is better) as they were observed."""
+    found = [Scale("linear", lambda y: y, lambda z: z, np.zeros_like)]
+    low, span = float(costs.min()), float(np.median(costs) - costs.min())
+    if span > 0:
+        found += [_logarithm(low - margin * span) for margin in (0.1, 0.5, 2.0)]
+    if low > 0 and costs.max() > 2 * low:
+        found.append(_logarithm(0.0))
+    return found
+
+
+def _logarithm(floor: float) -> Scale:
+    tiny = np.finfo(float).tiny
+    return Scale(
+        f"log above {floor:.6g}",
+        lambda y: np.log(np.maximum(y - floor, tiny)),
+        lambda z: floor + np.exp(np.minimum(z, 700.0)),
+        lambda y: -np.log(np.maximum(y - floor, tiny)),
+    )
 
 
 class Predictor:
-    """Genome -> one objective, from those that were evaluated.
-
-    The model with the best rank correlation (Kendall's tau) over five folds is taken, then fitted to all. Values that
-    span more than a factor of ten and are all of one sign are learned as logarithms.
+    """Genome -> one measured objective, less is better, with what is not known of it.
 
     Attributes:
-        chosen: its name in `CANDIDATES`.
-        rank_correlation: its cross-validated tau, between -1 and 1.
+        scale: the scale on which the objective was learned, the likeliest of `scales`.
+        weights: group of features -> the share of variance that it explains; `noise`: that which nothing does.
+        table: posterior mean of each slot's effect, on that scale.
     """
 
-    def __init__(self, inputs: np.ndarray, values: np.ndarray):
-        self._sign, self._logarithmic = _scale_of(values)
-        targets = self._forward(values)
-        self._mean, self._spread = targets.mean(), targets.std() or 1.0
-        standard = (targets - self._mean) / self._spread
-        scores = {name: _cross_validated(make, inputs, standard) for name, make in CANDIDATES.items()}
-        self.chosen = max(scores, key=lambda name: scores[name])
-        self.rank_correlation = scores[self.chosen]
-        self._model = _fitted(CANDIDATES[self.chosen], inputs, standard)
-        self._bounds = targets.min() - 3 * self._spread, targets.max() + 3 * self._spread
+    def __init__(self, choices: Choices, genomes: np.ndarray, costs: np.ndarray, transforms: bool = True):
+        costs = np.clip(costs, -LIMIT, LIMIT)
+        self.choices = choices
+        self._maps: dict[str, np.ndarray] = {}
+        self._features: dict[str, np.ndarray] = {}
+        self._offsets: dict[str, np.ndarray] = {}
+        encoded = choices.encoded(genomes)
+        for name, matrix in choices.groups.items():
+            features = encoded @ matrix
+            norm = float(np.sqrt(features.var(0).sum())) or 1.0
+            self._maps[name] = matrix / norm
+            self._offsets[name] = features.mean(0) / norm
+            self._features[name] = features / norm - self._offsets[name]
+        grams = np.stack([features @ features.T for features in self._features.values()])
+        fits = [self._fit(scale, costs, grams) for scale in scales(costs)[: None if transforms else 1]]
+        _, self.scale, variances, self._mean, self._spread, self._standard = min(fits, key=lambda fit: fit[0])
+        self.weights = dict(zip(choices.groups, variances[:-1].tolist(), strict=True))
+        self.noise = float(variances[-1])
+        self._factor = _factored(variances, grams)
+        self.table, self._constant = self._explained(self._standard)
+        high, low = self._standard.max(), self._standard.min()
+        self._bounds = low - 1.5 * (high - low) - 0.1, high + 1.5 * (high - low) + 0.1
 
-    def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """Predictions [n], in the objective's own unit."""
-        targets = np.clip(self._model.predict(inputs) * self._spread + self._mean, *self._bounds)
-        return self._sign * np.exp(targets) if self._logarithmic else targets
+    def _fit(self, scale: Scale, costs: np.ndarray, grams: np.ndarray):
+        targets = scale.forward(costs)
+        mean, spread = targets.mean(), targets.std() or 1.0
+        standard = (targets - mean) / spread
+        jacobian = scale.log_slope(costs).sum() - len(costs) * np.log(spread)
+        centers = np.log([*(EXPECTED[name] for name in self.choices.groups), EXPECTED_NOISE])
 
-    def _forward(self, values: np.ndarray) -> np.ndarray:
-        return np.log(self._sign * values) if self._logarithmic else np.asarray(values, dtype=float)
+        def unlikely(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+            """The negative logarithm of the evidence, and its slopes (Rasmussen and Williams 2006, eqs. 5.8, 5.9)."""
+            variances = np.exp(parameters)
+            factor = _factored(variances, grams)
+            solved = cho_solve((factor, True), standard)
+            inverse = cho_solve((factor, True), np.eye(len(costs)))
+            value = 0.5 * standard @ solved + np.log(np.diag(factor)).sum()
+            inner = inverse - np.outer(solved, solved)
+            slopes = np.array([(inner * gram).sum() for gram in grams] + [np.trace(inner)])
+            drift = (parameters - centers) / EXPECTATION_WIDTH**2
+            value += 0.5 * (drift * (parameters - centers)).sum()
+            return value, 0.5 * slopes * variances + drift
 
+        found = minimize(
+            unlikely, centers, jac=True, method="L-BFGS-B", bounds=[(-12, 4)] * len(centers), options={"maxiter": 25}
+        )
+        return found.fun - jacobian, scale, np.exp(found.x), mean, spread, standard
 
-def _scale_of(values: np.ndarray) -> tuple[float, bool]:
-    for sign in (1.0, -1.0):
-        if (sign * values > 0).all() and (sign * values).max() > 10 * (sign * values).min():
-            return sign, True
-    return 1.0, False
+    def _explained(self, standard: np.ndarray) -> tuple[np.ndarray, float]:
+        """Each slot's effect, and the constant, that explain standardized targets."""
+        solved = cho_solve((self._factor, True), standard)
+        table, constant = np.zeros(len(self.choices.gene)), 0.0
+        for name, x in self._features.items():
+            effect = self.weights[name] * (x.T @ solved)
+            table = table + self._maps[name] @ effect
+            constant -= float(self._offsets[name] @ effect)
+        return table, constant
 
+    def draw(self, n: int, boldness: float, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Tables [slots, n] and constants [n] drawn from the posterior (Matheron's rule), drawn towards its mean.
 
-def _fitted(make: Callable[[], RegressorMixin], inputs: np.ndarray, targets: np.ndarray) -> RegressorMixin:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make().fit(inputs, targets)
+        Args:
+            boldness: 1 for the posterior itself, 0 for its mean alone.
+        """
+        tables, constants = np.empty((len(self.choices.gene), n)), np.empty(n)
+        for at in range(n):
+            table, constant, at_known = 0.0, 0.0, 0.0
+            for name, x in self._features.items():
+                effect = np.sqrt(self.weights[name]) * random.normal(size=x.shape[1])
+                table = table + self._maps[name] @ effect
+                constant -= float(self._offsets[name] @ effect)
+                at_known = at_known + x @ effect
+            noise = np.sqrt(self.noise) * random.normal(size=len(self._standard))
+            correction, shift = self._explained(self._standard - at_known - noise)
+            tables[:, at], constants[at] = table + correction, constant + shift
+        mean = self.table[:, None]
+        return mean + boldness * (tables - mean), self._constant + boldness * (constants - self._constant)
 
+    def values(self, sums: np.ndarray, constants: np.ndarray | float | None = None) -> np.ndarray:
+        """Costs, in the objective's own unit, from sums of a table (default constant: the mean's)."""
+        constants = self._constant if constants is None else constants
+        standard = np.clip(sums + constants, *self._bounds)
+        return self.scale.inverse(standard * self._spread + self._mean)
 
-def _cross_validated(make: Callable[[], RegressorMixin], inputs: np.ndarray, targets: np.ndarray) -> float:
-    if len(inputs) < 2 * FOLDS or not np.ptp(targets):
-        return 0.0
-    predicted = np.empty(len(inputs))
-    for train, test in KFold(FOLDS, shuffle=True, random_state=0).split(inputs):
-        predicted[test] = _fitted(make, inputs[train], targets[train]).predict(inputs[test])
-    if not np.ptp(predicted):
-        return 0.0
-    return float(kendalltau(predicted, targets).statistic)
+    def __call__(self, genomes: np.ndarray) -> np.ndarray:
+        """Predicted costs [n], in the objective's own unit, its sign turned so that less is better."""
+        return self.values(self.choices.sums(genomes, self.table))

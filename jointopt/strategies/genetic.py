@@ -18,6 +18,8 @@ class _Ranked:
 
 
 def _ranked(costs: np.ndarray) -> list[_Ranked]:
+    if costs.shape[1] == 1:  # DEAP sorts by two objectives at least.
+        costs = np.repeat(costs, 2, axis=1)
     kind = type("Fitness", (base.Fitness,), {"weights": (-1.0,) * costs.shape[1]})
     return [_Ranked(index, kind(row)) for index, row in enumerate(costs.tolist())]
 

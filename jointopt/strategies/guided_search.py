@@ -1,8 +1,9 @@
-"""Search guided by predictors: LINAS (arXiv 2205.10358) with a better start and a better choice of what to evaluate.
+"""Search guided by predictors: a first design by kinds of genes, then what the predictors foresee as the front.
 
-An initial design along the diagonal from the smallest to the largest; predictors learned from all evaluations; an
-inner NSGA-II on the predictions; of what it finds, those unseen genomes that add most hypervolume to the predicted
-front are evaluated. Objectives that can be computed are never predicted.
+Each round learns the measured objectives from all evaluations and draws a few functions from what is then believed.
+Candidates are the best genomes of the mean and of each draw, over many weightings of the objectives, improved by an
+inner NSGA-II; a batch is picked one by one for the hypervolume that it is expected to add under the draws. Computed
+objectives are never predicted.
 """
 
 from __future__ import annotations
@@ -11,11 +12,19 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jointopt.objectives import Objective, hypervolume, minimized, non_dominated
-from jointopt.predictors import Predictor, features
-from jointopt.strategies.genetic import evolve, offspring, order
+from jointopt.objectives import Objective, non_dominated
+from jointopt.predictors import Choices, Predictor
+from jointopt.strategies.genetic import evolve
 from jointopt.strategies.strategy import Strategy
 from search_spaces.space import SearchSpace
+
+FEWEST = 5
+"""Evaluations without which nothing is learned."""
+GOLDEN = 0.6180339887
+POINTS = 2000
+BOLDNESS = 0.3
+"""How far the drawn functions go from the mean, as a share of the posterior's width. At 1 a search in hundreds of
+dimensions explores for ever."""
 
 
 class GuidedSearch(Strategy):
@@ -25,6 +34,7 @@ class GuidedSearch(Strategy):
         initial: number of genomes in the initial design.
         population: of the inner search.
         generations: of the inner search.
+        draws: functions drawn from the predictors' posterior.
     """
 
     def __init__(
@@ -32,105 +42,220 @@ class GuidedSearch(Strategy):
         space: SearchSpace,
         objectives: Sequence[Objective],
         seed: int = 0,
-        initial: int = 30,
+        initial: int = 10,
         population: int = 100,
-        generations: int = 50,
+        generations: int = 20,
+        draws: int = 32,
     ):
         super().__init__(space, objectives, seed)
-        self.initial, self.population, self.generations = initial, population, generations
+        self.initial, self.population, self.generations, self.draws = initial, population, generations, draws
+        self.choices = Choices(space, objectives)
+        self.signs = np.array([objective.sign for objective in self.objectives])
+        self.measured = [at for at, objective in enumerate(self.objectives) if objective.compute is None]
+        self.exact = [at for at, objective in enumerate(self.objectives) if objective.compute is not None]
+        self._paths = [
+            _path(int(a), int(b), int(k)) for a, b, k in zip(space.smallest, space.largest, space.sizes, strict=True)
+        ]
 
     def _propose(self, n: int) -> Iterable[np.ndarray]:
-        known = np.atleast_1d(np.isfinite(self.values).all(axis=1))
-        if len(self._seen) < self.initial or known.sum() < 5:
+        known = np.isfinite(self.values).all(axis=1)
+        if len(self._seen) < self.initial or known.sum() < FEWEST:
             yield from self._design(n)
             return
-        foresee = self._learned(known)
-        costs = self.costs()[known]
-        start = self.told[known][order(costs)[: self.population]]
-        found, foreseen = self._inner_search(start, foresee)
-        unseen = np.array([genome.tobytes() not in self._seen for genome in found], dtype=bool)
-        found, foreseen = found[unseen], foreseen[unseen]
-        picked = self._greedy(foreseen, costs, n)
-        signs = np.array([objective.sign for objective in self.objectives])
-        self.predicted[: len(picked)] = foreseen[picked] * signs
+        beliefs = Beliefs(self, self.told[known], self.costs()[known])
+        found = self._candidates(beliefs)
+        found = found[[genome.tobytes() not in self._seen for genome in found]]
+        found = found[self._safe(found)]
+        picked = beliefs.picked(found, n)
+        self.predicted[: len(picked)] = beliefs.foreseen(found[picked]) * self.signs
         yield from found[picked]
 
+    def _safe(self, genomes: np.ndarray) -> np.ndarray:
+        """Whether they are more likely than not to succeed, by what failed before."""
+        failed = ~np.isfinite(self.values).all(axis=1)
+        if not failed.any() or not len(genomes):
+            return np.ones(len(genomes), dtype=bool)
+        return Predictor(self.choices, self.told, failed.astype(float), transforms=False)(genomes) < 0.5
+
     def _design(self, n: int) -> Iterable[np.ndarray]:
-        """The two ends, then genomes at levels in between: each gene near its level's place between its ends."""
+        """The two ends, then genomes in between: levels spread evenly, each kind of gene around its own."""
         yield from (self.space.largest, self.space.smallest)
-        for _ in range(20 * n):
-            yield self._strewn(self.random.random())
+        for at in range(len(self._seen), len(self._seen) + 20 * n):
+            yield self._strewn((0.5 + at * GOLDEN) % 1)
 
     def _strewn(self, level: float) -> np.ndarray:
-        genome = np.empty(len(self.space), dtype=np.int64)
-        first, last = self.space.smallest, self.space.largest
-        noise = np.clip(level + self.random.normal(0, 0.25, len(self.space)), 0, 1 - 1e-9)
-        for at, size in enumerate(self.space.sizes):
-            between = [i for i in range(size) if i not in (first[at], last[at])]
-            ends = [int(first[at]), *between, int(last[at])] if first[at] != last[at] else [int(first[at]), *between]
-            genome[at] = ends[int(noise[at] * len(ends))]
-        return self.space.canonical(genome)
+        kinds = self.choices.kinds
+        kind_level = np.clip(level + self.random.normal(0, 0.25, kinds.max() + 1), 0.02, 0.98)
+        place = np.clip(kind_level[kinds] + self.random.normal(0, 0.25, len(self.space)), 0, 1 - 1e-9)
+        genome = [path[int(at * len(path))] for path, at in zip(self._paths, place, strict=True)]
+        return self.space.canonical(np.array(genome))
 
-    def _learned(self, known: np.ndarray):
-        """Genomes -> foreseen costs [n, objectives], less is better."""
-        computed = self._computed(self.told)
-        self._center, self._spread = computed.mean(0), np.maximum(computed.std(0), 1e-12)
-        inputs = features(self.space, self.told, (computed - self._center) / self._spread)[known]
-        predictors = {
-            at: Predictor(inputs, self.values[known, at])
-            for at, objective in enumerate(self.objectives)
-            if objective.compute is None
-        }
+    def _candidates(self, beliefs: Beliefs) -> np.ndarray:
+        """Distinct genomes: the best of the mean and of each draw, what was told, and what an inner search finds."""
+        found = [beliefs.told, self._best_of_sums(beliefs.mean_tables(), 60)]
+        found += [self._best_of_sums(tables, 20) for tables in beliefs.drawn_tables()]
+        pool = np.unique(np.vstack(found), axis=0)
+        front = non_dominated(beliefs.foreseen(pool))
+        others = self.random.permutation(np.flatnonzero(~front))
+        start = pool[np.concatenate([np.flatnonzero(front), others])[: self.population]]
+        evolved, _ = evolve(self.space, start, beliefs.foreseen, self.generations, self.random)
+        return np.unique(np.vstack([pool, evolved]), axis=0)
 
-        def foresee(genomes: np.ndarray) -> np.ndarray:
-            exact = self._computed(genomes)
-            inputs = features(self.space, genomes, (exact - self._center) / self._spread)
-            values = np.empty((len(genomes), len(self.objectives)))
-            column = 0
-            for at in range(len(self.objectives)):
-                if at in predictors:
-                    values[:, at] = predictors[at](inputs)
-                else:
-                    values[:, at] = exact[:, column]
-                    column += 1
-            return minimized(values, self.objectives)
+    def _best_of_sums(self, tables: np.ndarray, n: int) -> np.ndarray:
+        """For n weightings of the objectives, the genome with the least weighted sum of its choices' effects.
 
-        return foresee
-
-    def _computed(self, genomes: np.ndarray) -> np.ndarray:
-        columns = [np.asarray(o.compute(genomes), dtype=float) for o in self.objectives if o.compute is not None]
-        return np.stack(columns, axis=1) if columns else np.empty((len(genomes), 0))
-
-    def _inner_search(self, start: np.ndarray, foresee) -> tuple[np.ndarray, np.ndarray]:
-        population = [*start[: self.population // 2]]
-        population += list(self._design(self.population))[: self.population - len(population)]
-        found, foreseen = evolve(self.space, np.array(population), foresee, self.generations, self.random)
-        near = offspring(self.space, found, order(foreseen), 2 * self.population, self.random)
-        merged = np.vstack([found, near])
-        costs = np.vstack([foreseen, foresee(near)])
-        _, distinct = np.unique(merged, axis=0, return_index=True)
-        return merged[distinct], costs[distinct]
-
-    def _greedy(self, foreseen: np.ndarray, evaluated: np.ndarray, n: int) -> list[int]:
-        """Indices of up to n candidates, each the one that adds most to the hypervolume of what is there by then.
-
-        What was evaluated counts with its real values; the objectives are scaled to the evaluated range.
+        A gene on which others hang counts what the best of those would add where its choice lets them matter; one
+        that hangs on several counts for the last.
         """
-        low, high = evaluated.min(0), evaluated.max(0)
-        span = np.where(high > low, high - low, 1.0)
-        candidates, front = (foreseen - low) / span, (evaluated - low) / span
-        front = front[non_dominated(front)]
-        reference = np.full(foreseen.shape[1], 1.1)
-        eligible = np.flatnonzero(non_dominated(candidates) | (self.random.random(len(candidates)) < 0.5))
+        spans = np.maximum.reduceat(tables, self.choices.offsets, axis=1) - np.minimum.reduceat(
+            tables, self.choices.offsets, axis=1
+        )
+        scale = np.maximum(spans.sum(1), 1e-12)
+        if len(tables) == 2:
+            t = np.linspace(-5, 5, n)
+            weights = np.stack([1 / (1 + np.exp(-t)), 1 / (1 + np.exp(t))], axis=1)
+        else:
+            weights = np.exp(self.random.normal(0, 2, (n, len(tables))))
+            weights /= weights.sum(1, keepdims=True)
+        worth = (weights / scale) @ tables
+        space, offsets = self.space, self.choices.offsets
+        names = {name: at for at, name in enumerate(space.names)}
+        genomes = np.zeros((n, len(space)), dtype=np.int64)
+        for at in range(len(space) - 1, -1, -1):
+            slots = worth[:, offsets[at] : offsets[at] + space.sizes[at]]
+            genomes[:, at] = slots.argmin(1)
+            requires = space.genes[at].requires
+            if requires:
+                last = max(names[name] for name in requires)
+                allowed = requires[space.names[last]]
+                lets = np.array([choice in allowed for choice in space.genes[last].choices])
+                worth[:, offsets[last] : offsets[last] + space.sizes[last]] += slots.min(1)[:, None] * lets
+        return space.canonical(genomes)
+
+
+class Beliefs:
+    """What is believed of the objectives after some evaluations: a mean, and functions drawn from around it.
+
+    Args:
+        search: whose objectives they are.
+        told: evaluated genomes, with their `costs` [n, objectives], less is better.
+    """
+
+    def __init__(self, search: GuidedSearch, told: np.ndarray, costs: np.ndarray):
+        self.search, self.told, self.costs = search, told, costs
+        self.predictors = {at: Predictor(search.choices, told, costs[:, at]) for at in search.measured}
+        self.drawn = {at: p.draw(search.draws, BOLDNESS, search.random) for at, p in self.predictors.items()}
+
+    def foreseen(self, genomes: np.ndarray) -> np.ndarray:
+        """Costs [n, objectives] under the mean."""
+        values = self._with_exact(genomes, np.empty((len(genomes), len(self.search.objectives))))
+        for at, predictor in self.predictors.items():
+            values[:, at] = predictor(genomes)
+        return values
+
+    def imagined(self, genomes: np.ndarray) -> np.ndarray:
+        """Costs [draws, n, objectives] under each draw."""
+        shape = (self.search.draws, len(genomes), len(self.search.objectives))
+        values = self._with_exact(genomes, np.empty(shape))
+        for at, predictor in self.predictors.items():
+            tables, constants = self.drawn[at]
+            values[:, :, at] = predictor.values(self.search.choices.sums(genomes, tables), constants).T
+        return values
+
+    def _with_exact(self, genomes: np.ndarray, values: np.ndarray) -> np.ndarray:
+        exact = self.search.exact
+        values[..., exact] = self.search.choices.compute(genomes) * self.search.signs[exact]
+        return values
+
+    def mean_tables(self) -> np.ndarray:
+        """What each slot adds to each objective: [objectives, slots], each objective in a unit of its own."""
+        tables = np.zeros((len(self.search.objectives), len(self.search.choices.gene)))
+        for column, at in enumerate(self.search.exact):
+            tables[at] = self.search.choices.costs[:, column] * self.search.signs[at]
+        for at, predictor in self.predictors.items():
+            tables[at] = predictor.table
+        return tables
+
+    def drawn_tables(self) -> Iterable[np.ndarray]:
+        """The same under each draw."""
+        tables = self.mean_tables()
+        for draw in range(self.search.draws if self.drawn else 0):
+            for at, (drawn, _) in self.drawn.items():
+                tables[at] = drawn[:, draw]
+            yield tables
+
+    def picked(self, found: np.ndarray, n: int) -> list[int]:
+        """Indices of up to n genomes, each the one expected to add most hypervolume to what is there by then."""
+        low, high = self.costs.min(0), self.costs.max(0)
+        values = (self.imagined(np.vstack([self.told, found])) - low) / np.where(high > low, high - low, 1.0)
+        reference = np.full(values.shape[2], 1.05)
+        told, candidates = values[:, : len(self.told)], values[:, len(self.told) :]
+        fronts = [each[non_dominated(each)] for each in told]
+        if len(reference) > 2:
+            return _picked_by_points(fronts, candidates, reference, min(n, len(found)), self.search.random)
         picked: list[int] = []
-        while len(picked) < n and len(eligible):
-            base = hypervolume(front, reference)
-            gains = [hypervolume(np.vstack([front, candidates[i]]), reference) - base for i in eligible]
-            best = int(np.argmax(gains))
-            if gains[best] <= 0:
-                break
-            picked.append(int(eligible[best]))
-            front = np.vstack([front, candidates[eligible[best]]])
-            eligible = np.delete(eligible, best)
-        rest = [int(i) for i in order(candidates).argsort() if i not in picked] if len(candidates) else []
-        return picked + rest[: n - len(picked)]
+        while len(picked) < min(n, len(found)):
+            gains = np.mean([_gains(f, c, reference) for f, c in zip(fronts, candidates, strict=True)], axis=0)
+            gains[picked] = -1
+            picked.append(int(gains.argmax()))
+            fronts = [_joined(f, c[picked[-1]]) for f, c in zip(fronts, candidates, strict=True)]
+        return picked
+
+
+def _picked_by_points(
+    fronts: list[np.ndarray], candidates: np.ndarray, reference: np.ndarray, n: int, random: np.random.Generator
+) -> list[int]:
+    """The same for three objectives and more, where volumes are counted in random points of the box.
+
+    Args:
+        candidates: [draws, candidates, objectives].
+    """
+    low = candidates.min(axis=(0, 1))
+    points = low + (reference - low) * random.random((20 * POINTS, len(reference)))
+    points = points[~_dominated(points, fronts[0])][:POINTS]
+    covers = np.stack([_dominated_by_each(points, each) for each in candidates])
+    free = np.stack([~_dominated(points, front) for front in fronts])
+    picked: list[int] = []
+    while len(picked) < n:
+        gains = np.array([each[:, left].sum(1) for each, left in zip(covers, free, strict=True)]).mean(0)
+        gains[picked] = -1
+        picked.append(int(gains.argmax()))
+        free &= ~covers[:, picked[-1]]
+    return picked
+
+
+def _dominated_by_each(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[rows, points], whether a row is at least as good as a point everywhere."""
+    found = np.ones((len(rows), len(points)), dtype=bool)
+    for column in range(points.shape[1]):
+        found &= rows[:, column, None] <= points[:, column]
+    return found
+
+
+def _dominated(points: np.ndarray, front: np.ndarray) -> np.ndarray:
+    return np.any(_dominated_by_each(points, front), axis=0)
+
+
+def _path(first: int, last: int, size: int) -> list[int]:
+    """A gene's choices from its small end to its large one."""
+    between = [at for at in range(size) if at not in (first, last)]
+    return [first, *between, last] if first != last else [first, *between]
+
+
+def _joined(front: np.ndarray, row: np.ndarray) -> np.ndarray:
+    both = np.vstack([front, row])
+    return both[non_dominated(both)]
+
+
+def _gains(front: np.ndarray, candidates: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Length or area that each candidate alone would add to a front of one or two objectives: [n]."""
+    if candidates.shape[1] == 1:
+        return np.clip(min(front.min(initial=np.inf), reference[0]) - candidates[:, 0], 0, None)
+    front = front[(front < reference).all(1)]
+    front = front[np.argsort(front[:, 0])]
+    left = np.concatenate([[-np.inf], front[:, 0]])
+    right = np.concatenate([front[:, 0], reference[:1]])
+    height = np.concatenate([reference[1:], front[:, 1]])
+    x, y = candidates[:, :1], candidates[:, 1:]
+    width = np.clip(right - np.maximum(left, x), 0, None)
+    return (width * np.clip(height - y, 0, None)).sum(1)

@@ -49,9 +49,15 @@ class Strategy:
         Genomes need not have been asked for.
         """
         genomes = np.atleast_2d(self.space.canonical(genomes))
-        values = np.asarray(values, dtype=float).reshape(len(genomes), -1)
-        if values.shape[1] != len(self.objectives):
-            raise JointoptError(f"tell: found {values.shape[1]} values a genome; allowed: {len(self.objectives)}")
+        expected = (len(genomes), len(self.objectives))
+        try:
+            values = np.asarray(values, dtype=float)
+        except (TypeError, ValueError):
+            raise JointoptError(f"tell: found values that are no numbers; allowed: floats {expected}") from None
+        if values.ndim < 2 and values.size == expected[0] * expected[1] and 1 in expected:
+            values = values.reshape(expected)
+        if values.shape != expected:
+            raise JointoptError(f"tell: found values of shape {values.shape}; allowed: {expected}")
         self.told = np.vstack([self.told, genomes])
         self.values = np.vstack([self.values, values])
         self._seen |= {genome.tobytes() for genome in genomes}

@@ -1,0 +1,190 @@
+"""The strategies by ask and tell: on problems that need no model, with what users get wrong."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from jointopt import Gene, JointoptError, Objective, SearchSpace, strategies
+from jointopt.objectives import hypervolume, minimized
+
+STRATEGIES = list(strategies.STRATEGIES)
+WEIGHTS = np.array([0.2, 3.0, 1.0, 0.5, 0.1, 2.0, 0.4, 1.5, 0.7, 0.3, 1.1, 0.9])
+
+
+def conditional_space() -> SearchSpace:
+    genes = []
+    for block in range(4):
+        needs = {f"block{block}.keep": (True,)}
+        genes += [
+            Gene(f"block{block}.keep", (False, True)),
+            Gene(f"block{block}.width", (1, 2, 4), needs),
+            Gene(f"block{block}.format", ("W4A16", "W8A8", "none"), needs),
+        ]
+    return SearchSpace(genes)
+
+
+SPACE = conditional_space()
+
+
+def size(genomes: np.ndarray) -> np.ndarray:
+    return ((genomes + 1.0) * SPACE.active(genomes)).sum(1)
+
+
+def loss(genomes: np.ndarray) -> np.ndarray:
+    return (np.array([1, 2, 2] * 4) - genomes) ** 1.5 @ WEIGHTS
+
+
+def macs(genomes: np.ndarray) -> np.ndarray:
+    return (genomes[:, 0::3] * (1 + genomes[:, 1::3])).sum(1).astype(float)
+
+
+TWO = (Objective("loss", "min"), Objective("size", "min", compute=size))
+MEASURES = {"loss": loss, "size": size, "macs": macs, "accuracy": lambda genomes: 1 / (1 + loss(genomes))}
+
+
+def measure(genomes: np.ndarray, objectives=TWO) -> np.ndarray:
+    return np.stack([MEASURES[objective.name](genomes) for objective in objectives], axis=1)
+
+
+def searched(name: str, rounds: int, objectives=TWO, batch: int = 10, **options):
+    strategy = strategies.create(name, SPACE, objectives, seed=3, **options)
+    for _ in range(rounds):
+        genomes = strategy.ask(batch)
+        strategy.tell(genomes, measure(genomes, objectives))
+    return strategy
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_genomes_asked_are_canonical_and_never_asked_twice(name):
+    strategy = searched(name, 6)
+    assert SPACE.is_canonical(strategy.told).all()
+    assert len(np.unique(strategy.told, axis=0)) == len(strategy.told) == 60
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_restored_from_json_goes_on_as_if_it_had_never_stopped(name):
+    whole = searched(name, 4)
+    state = json.loads(json.dumps(whole.state_dict()))
+    restored = strategies.create(name, SPACE, TWO, seed=99)
+    restored.load_state_dict(state)
+    for _ in range(2):
+        expected, found = whole.ask(7), restored.ask(7)
+        assert (expected == found).all()
+        np.testing.assert_array_equal(whole.predicted, restored.predicted)
+        whole.tell(expected, measure(expected))
+        restored.tell(found, measure(found))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        (Objective("loss", "min"),),
+        (Objective("accuracy", "max"), Objective("size", "min", size)),
+        (Objective("size", "min", size), Objective("macs", "min", macs)),
+        (Objective("accuracy", "max"), Objective("size", "min", size), Objective("macs", "min", macs)),
+        (Objective("accuracy", "max"), Objective("loss", "min"), *TWO[1:], Objective("macs", "min", macs)),
+    ],
+    ids=lambda objectives: "+".join(o.name for o in objectives),
+)
+def test_one_to_four_objectives(name, objectives):
+    strategy = searched(name, 4, objectives)
+    assert strategy.values.shape == (40, len(objectives)) and np.isfinite(strategy.values).all()
+
+
+def test_guided_finds_more_in_40_evaluations_than_evolutionary_in_200():
+    def volume(strategy) -> float:
+        return hypervolume(
+            minimized(strategy.values, TWO), [loss(SPACE.smallest[None])[0], size(SPACE.largest[None])[0]]
+        )
+
+    assert volume(searched("guided", 4)) > volume(searched("evolutionary", 20))
+
+
+def test_one_objective_alone_is_minimized():
+    strategy = searched("guided", 5, (Objective("loss", "min"),))
+    assert strategy.values.min() == 0
+
+
+def test_a_space_smaller_than_the_budget_is_finished():
+    space = SearchSpace([Gene("a", (1, 2)), Gene("b", (1, 2, 3)), Gene("c", (1, 2), {"a": (2,)})])
+    strategy = strategies.create("guided", space, (Objective("loss", "min"),))
+    asked = []
+    while len(genomes := strategy.ask(4)):
+        asked += genomes.tolist()
+        strategy.tell(genomes, genomes.sum(1)[:, None])
+    assert len(asked) == space.count() == 9
+
+
+@pytest.mark.parametrize("values", ["constant", "infinite", "failed", "huge", "explosive"])
+def test_odd_values_do_not_stop_the_search(values):
+    strategy = strategies.create("guided", SPACE, TWO, seed=0)
+    random = np.random.default_rng(0)
+    for _ in range(4):
+        genomes = strategy.ask(10)
+        told = measure(genomes)
+        told[:, 0] = {
+            "constant": np.full(10, 0.5),
+            "infinite": np.where(random.random(10) < 0.5, np.inf, told[:, 0]),
+            "failed": np.full(10, np.nan),
+            "huge": 1e300 * told[:, 0],
+            "explosive": np.exp(20 * told[:, 0]),
+        }[values]
+        strategy.tell(genomes, told)
+    assert len(np.unique(strategy.told, axis=0)) == 40
+
+
+def test_what_fails_is_avoided():
+    strategy = strategies.create("guided", SPACE, TWO, seed=0)
+    failures = []
+    for _ in range(8):
+        genomes = strategy.ask(10)
+        told = measure(genomes)
+        failed = genomes[:, 1] == 2
+        told[failed, 0] = np.nan
+        failures.append(failed.sum())
+        strategy.tell(genomes, told)
+    assert sum(failures[-4:]) <= 2 < failures[0]
+
+
+def test_genomes_never_asked_for_may_be_told_and_are_not_asked():
+    strategy = strategies.create("guided", SPACE, TWO, seed=0)
+    own = SPACE.sample(30, seed=5)
+    strategy.tell(own, measure(own))
+    asked = strategy.ask(10)
+    assert not {genome.tobytes() for genome in own} & {genome.tobytes() for genome in asked}
+    assert np.isfinite(strategy.predicted).all(), "30 evaluations are enough to predict from"
+
+
+@pytest.mark.parametrize(
+    ("genomes", "values", "message"),
+    [
+        (SPACE.sample(3, 0), np.zeros((3, 1)), r"tell: found values of shape \(3, 1\); allowed: \(3, 2\)"),
+        (SPACE.sample(3, 0), np.zeros((2, 2)), r"tell: found values of shape \(2, 2\); allowed: \(3, 2\)"),
+        (SPACE.sample(2, 0), [["a", "b"], ["c", "d"]], "found values that are no numbers"),
+        (np.zeros((2, 5), dtype=int), np.zeros((2, 2)), r"genome: found shape \(2, 5\)"),
+        (np.full((1, 12), 7), np.zeros((1, 2)), "gene 'block0.keep' has index 7; allowed: 0 to 1"),
+        (np.zeros((1, 12)), np.zeros((1, 2)), "found numbers of type float64; allowed: integers"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(genomes, values, message):
+    strategy = searched("guided", 1)
+    before = json.dumps(strategy.state_dict())
+    with pytest.raises(JointoptError, match=message) as raised:
+        strategy.tell(genomes, values)
+    assert "\n" not in str(raised.value)
+    assert json.dumps(strategy.state_dict()) == before
+
+
+def test_an_exact_objective_of_the_wrong_shape_is_named():
+    wrong = Objective("size", "min", compute=lambda genomes: genomes)
+    with pytest.raises(JointoptError, match=r"objective 'size': compute gave shape \(\d+, 12\); allowed"):
+        strategies.create("guided", SPACE, (Objective("loss", "min"), wrong))
+
+
+def test_asking_for_none_is_refused():
+    with pytest.raises(JointoptError, match="ask: found 0; allowed: 1 or more"):
+        strategies.create("random", SPACE, TWO).ask(0)
