@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 from quant.formats import Format
-from quant.reference import Clip, clip_range, global_scale_of, grouped_view, quantize
+from quant.reference import Clip, global_scale_of, grouped_view, quantize, weight_groups
 
 METHODS = ("minmax", "percentile", "mse")
 PERCENTILE = 0.999
@@ -19,15 +19,22 @@ def choose_clip(weight: Tensor, format: Format, method: str = "minmax") -> Clip:
     """The range of a weight that its format is to hold, for each of its scales.
 
     Args:
-        method: "minmax", all of it; "percentile", the middle 99.9% of each scale's values; "mse", the fraction of
-            all of it, 0.5 to 1 in steps of 0.02, whose rounding has the least squared error.
+        method: "minmax", all of it; "percentile", from the 0.1st to the 99.9th of each scale's values; "mse", the
+            fraction of all of it, 0.5 to 1 in steps of 0.02, whose rounding has the least squared error.
+
+    Returns:
+        (lowest, highest), each [rows, scales a row].
+
+    Raises:
+        JointoptError: an unknown method, or a weight that `quantize` refuses.
     """
     if method not in METHODS:
-        raise JointoptError(f"calibration: found {method!r}; allowed: {', '.join(METHODS)}")
-    low, high = clip_range(weight, format)
+        hint = did_you_mean(method, METHODS)
+        raise JointoptError(f"calibration: found {method!r}{hint}; allowed: {', '.join(METHODS)}")
+    groups = weight_groups(weight, format)
+    low, high = groups.amin(-1), groups.amax(-1)
     if method == "minmax":
         return low, high
-    groups = grouped_view(weight.detach().float().flatten(1), format)
     if method == "percentile":
         return _quantile(groups, 1 - PERCENTILE), _quantile(groups, PERCENTILE)
     best = torch.full_like(low, torch.inf)
@@ -60,6 +67,8 @@ class ActivationObserver:
         self.high = torch.tensor(-torch.inf)
 
     def observe(self, x: Tensor) -> None:
+        if not x.numel():
+            return
         low, high = x.detach().float().aminmax()
         self.low, self.high = torch.minimum(self.low.to(low), low), torch.maximum(self.high.to(high), high)
 
@@ -67,10 +76,11 @@ class ActivationObserver:
         """`input_scale` (bfloat16 values, [1]) and `input_zero_point` (int8), or NVFP4's `input_global_scale`.
 
         Raises:
-            JointoptError: nothing was observed.
+            JointoptError: nothing was observed, or something that is not finite.
         """
-        if not torch.isfinite(self.low):
-            raise JointoptError("calibration: a layer with static activations saw no finite input")
+        if not (self.low.isfinite() and self.high.isfinite()):
+            found = "no input" if self.low > self.high else "inputs that are not finite"
+            raise JointoptError(f"calibration: a layer with static activations saw {found}")
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
         if self.format.scale == "e4m3":
             return {"input_global_scale": global_scale_of(torch.maximum(-low, high))}

@@ -6,14 +6,13 @@ scheme is a layer's weight format and activation format together, named as compr
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,9 @@ class Format:
             ("scale", self.scale, tuple(SCALES)),
         ):
             if found not in allowed:
-                raise JointoptError(f"format {key}: found {found!r}; allowed: {', '.join(allowed)}")
+                raise JointoptError(
+                    f"format {key}: found {found!r}{did_you_mean(found, allowed)}; allowed: {', '.join(allowed)}"
+                )
         if not self.symmetric and self.kind.is_float:
             raise JointoptError(f"format: {self.element} with a zero point; allowed: asymmetric int8, int4")
         if self.group_size is not None and self.granularity != "group":
@@ -101,6 +102,12 @@ class Format:
     def bits(self) -> int:
         """Bits of one element, without scales."""
         return self.kind.bits
+
+    def groups_in(self, columns: int) -> int:
+        """How many groups `columns` make. Raises JointoptError where the size is still open or does not divide."""
+        if self.group_size is None or columns % self.group_size:
+            raise JointoptError(f"{columns} columns in groups of {self.group_size}; allowed: a size that divides")
+        return columns // self.group_size
 
 
 @dataclass(frozen=True)
@@ -193,15 +200,13 @@ def scheme(name: str) -> Scheme:
     Raises:
         JointoptError: no such scheme, with the nearest name.
     """
-    if name in SCHEMES:
+    if isinstance(name, str) and name in SCHEMES:
         return SCHEMES[name]
-    base, _, group = name.rpartition("_G")
+    base, _, group = str(name).rpartition("_G")
     if base in SCHEMES and re.fullmatch(r"\d+", group):
         wanted = SCHEMES[base]
         if wanted.weights is not None and wanted.weights.granularity == "group" and wanted.weights.group_size is None:
             if int(group) in GROUP_SIZES:
                 return wanted._with_group(int(group))
             raise JointoptError(f"scheme {name!r}: groups of {group}; allowed: {', '.join(map(str, GROUP_SIZES))}")
-    near = difflib.get_close_matches(str(name), SCHEMES, 1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise JointoptError(f"scheme {name!r}: unknown{hint} Allowed: {', '.join(SCHEMES)}")
+    raise JointoptError(f"scheme {name!r}: unknown{did_you_mean(name, SCHEMES)}; allowed: {', '.join(SCHEMES)}")

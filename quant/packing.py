@@ -108,13 +108,16 @@ def storage_bytes(scheme: Scheme, shape: tuple[int, ...], itemsize: int, embeddi
     Args:
         itemsize: bytes of one element of an unquantized weight.
         embedding: an embedding's input is never quantized, so it stores no constants of activations.
+
+    Raises:
+        JointoptError: the scheme's group size is still open, or does not divide.
     """
     rows, columns = shape[0], prod(shape[1:])
     format = scheme.weights
     if format is None:
         return rows * columns * itemsize
     how = layout(scheme)
-    scales = {"tensor": 1, "channel": rows}.get(format.granularity) or rows * (columns // (format.group_size or 1))
+    scales = {"tensor": 1, "channel": rows}.get(format.granularity) or rows * format.groups_in(columns)
     total = scales * (2 if format.scale == "bfloat16" else 1)
     if how == "words":
         total += 4 * rows * ceil(columns * format.bits / 32) + 8 * len(shape)

@@ -6,12 +6,13 @@ Weights of any rank are seen as a matrix [rows, columns], a convolution's kernel
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 from quant.formats import ELEMENTS, Element, Format
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -22,20 +23,45 @@ NVFP4_GLOBAL_RANGE = 448.0 * 6.0
 def round_to_format(tensor: Tensor, element: str) -> Tensor:
     """The nearest value that `element` can hold, ties to even, saturating at its ends; in the tensor's own dtype.
 
-    Infinities saturate, NaN stays NaN. `element`: int8, int4, fp8_e4m3, fp8_e5m2, fp4_e2m1.
+    Infinities saturate, NaN stays NaN (in integers too: these are their values, not yet their codes), zeros keep
+    their sign.
+
+    Args:
+        tensor: floating point, any shape.
+        element: int8, int4, fp8_e4m3, fp8_e5m2, fp4_e2m1.
+
+    Raises:
+        JointoptError: another element, or a tensor that is not floating point.
     """
     if element not in ELEMENTS:
-        raise JointoptError(f"element: found {element!r}; allowed: {', '.join(ELEMENTS)}")
-    return _round(tensor, ELEMENTS[element])
+        hint = did_you_mean(element, ELEMENTS)
+        raise JointoptError(f"element: found {element!r}{hint}; allowed: {', '.join(ELEMENTS)}")
+    return _round(_floating(tensor, "tensor"), ELEMENTS[element])
+
+
+def _floating(tensor: Tensor, what: str) -> Tensor:
+    if not tensor.is_floating_point():
+        raise JointoptError(f"{what}: found numbers of type {str(tensor.dtype)[6:]}; allowed: floating point")
+    return tensor
 
 
 def _round(tensor: Tensor, kind: Element) -> Tensor:
     clamped = tensor.clamp(kind.min, kind.max)
     if not kind.is_float:
         return clamped.round()
-    if kind.dtype is not None:
-        return clamped.to(kind.dtype).to(tensor.dtype)
-    return _round_to_fp4(clamped)
+    if kind.dtype is None:
+        return _round_to_fp4(clamped)
+    if tensor.dtype == torch.float64:
+        return _round_to_steps(clamped, kind)
+    return clamped.to(kind.dtype).to(tensor.dtype)
+
+
+def _round_to_steps(clamped: Tensor, kind: Element) -> Tensor:
+    """For float64, which torch's casts round to float32 first: twice rounded, ties go wrong."""
+    assert kind.mantissa is not None
+    exponent = (torch.frexp(clamped).exponent - 1).clamp(min=kind.exponent_min)
+    step = torch.ldexp(torch.ones_like(clamped), exponent - kind.mantissa)
+    return (clamped / step).round() * step
 
 
 def _round_to_fp4(clamped: Tensor) -> Tensor:
@@ -88,8 +114,11 @@ class QuantizedTensor:
     def sliced(self, rows: int, columns: int) -> QuantizedTensor:
         """The leading rows and columns (of the matrix), codes and scales as they are.
 
+        Its values are those of the whole, sliced. Where scales belong to groups and none to the whole tensor, it is
+        also what quantizing the slice gives; where they belong to rows, a slice of rows is.
+
         Raises:
-            JointoptError: `columns` splits a group.
+            JointoptError: `columns` splits a group, or a kernel of a convolution.
         """
         scale, zero_point = self.scale, self.zero_point
         if self.scale.dim() == 2:
@@ -101,7 +130,9 @@ class QuantizedTensor:
                 groups = columns // size
             scale = scale[:rows, :groups]
             zero_point = None if zero_point is None else zero_point[:rows, :groups]
-        area = self.codes.shape[1] // self.shape[1] if len(self.shape) > 1 else 1
+        area = prod(self.shape[2:])
+        if columns % area:
+            raise JointoptError(f"a slice of {columns} columns splits a kernel of {area}")
         shape = (rows, columns // area, *self.shape[2:])
         return replace(self, codes=self.codes[:rows, :columns], scale=scale, zero_point=zero_point, shape=shape)
 
@@ -140,20 +171,26 @@ def grouped_view(matrix: Tensor, format: Format) -> Tensor:
         return matrix.reshape(1, 1, -1)
     if format.granularity in ("channel", "token"):
         return matrix[:, None]
-    size = format.group_size
-    if size is None or matrix.shape[1] % size:
-        raise JointoptError(f"{matrix.shape[1]} columns in groups of {size}; allowed: a size that divides")
-    return matrix.unflatten(1, (-1, size))
+    return matrix.unflatten(1, (format.groups_in(matrix.shape[1]), -1))
+
+
+def weight_groups(weight: Tensor, format: Format) -> Tensor:
+    """A weight in float32 as [rows, scales a row, elements a scale].
+
+    Raises:
+        JointoptError: rank below 2, no element, not floating point, not finite, or a group that does not divide.
+    """
+    _floating(weight, "weight")
+    if weight.dim() < 2 or not weight.numel():
+        raise JointoptError(f"weight: found shape {tuple(weight.shape)}; allowed: two dimensions or more, none of 0")
+    groups = grouped_view(weight.detach().float().flatten(1), format)
+    if not groups.isfinite().all():
+        raise JointoptError("weight: found NaN or infinity; allowed: finite numbers")
+    return groups
 
 
 Clip = tuple[Tensor, Tensor]
 """(lowest, highest) value to be held, [rows, scales a row]; what lies beyond saturates."""
-
-
-def clip_range(weight: Tensor, format: Format) -> Clip:
-    """The least range that holds every value."""
-    groups = grouped_view(weight.detach().float().flatten(1), format)
-    return groups.amin(-1), groups.amax(-1)
 
 
 @torch.no_grad()
@@ -161,20 +198,22 @@ def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Quanti
     """Rounds a weight into a format.
 
     Scales follow compressed-tensors: symmetric, the larger end over half the code range; asymmetric, the whole range
-    over the whole code range, zero included. They are rounded to how they are stored before the weight is divided.
+    over the whole code range, zero included. They are rounded to how they are stored before the weight is divided;
+    where that is too coarse for a range (below some 1e-40, or for NVFP4 below 1e-6 of the tensor's largest value) its
+    values become 0. The arithmetic is float32.
 
     Args:
-        weight: floating point, rank 2 or more.
+        weight: floating point, rank 2 or more, all finite.
         format: with granularity tensor, channel or group.
-        clip: range to be held for each scale (default: all that is there).
+        clip: range to be held for each scale (default: all that is there). NVFP4's global scale is that of the whole
+            tensor whatever the clip, so that each group's clip can be chosen apart.
+
+    Raises:
+        JointoptError: the weight is of another type or rank, empty, or not finite, or a group does not divide it.
     """
-    matrix = weight.detach().float().flatten(1)
-    groups = grouped_view(matrix, format)
+    groups = weight_groups(weight, format)
     low, high = clip if clip is not None else (groups.amin(-1), groups.amax(-1))
-    global_scale = None
-    if format.scale == "e4m3":
-        largest = torch.maximum(low.abs().amax(), high.abs().amax())
-        global_scale = global_scale_of(largest)
+    global_scale = global_scale_of(groups.abs().amax()) if format.scale == "e4m3" else None
     scale, zero_point = _stored_scale(low, high, format, global_scale)
     if format.granularity == "tensor":
         scale = scale.reshape(1)
@@ -185,7 +224,7 @@ def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Quanti
     scaled = groups / (step[..., None] if step.dim() == 2 else step)
     if zero_point is not None:
         scaled = scaled + (zero_point.float()[..., None] if zero_point.dim() == 2 else zero_point.float())
-    codes = value_codes(_round(scaled, format.kind), format.kind).reshape(matrix.shape)
+    codes = value_codes(_round(scaled, format.kind), format.kind).reshape(len(weight), -1)
     return replace(bare, codes=codes)
 
 
@@ -265,7 +304,11 @@ def fake_quantize_activation(
         format: dynamic formats compute their scales here.
         scale, zero_point: of static formats.
         global_scale: of NVFP4.
+
+    Raises:
+        JointoptError: x is not floating point, its groups do not divide, or a calibrated constant is missing.
     """
+    _floating(x, "activation")
     with torch.no_grad():
         if format.granularity == "group" and x.dim() == 4:
             rounded = _fake_quantized(x.permute(0, 2, 3, 1), format, scale, zero_point, global_scale).permute(
@@ -279,11 +322,13 @@ def fake_quantize_activation(
 def _fake_quantized(
     x: Tensor, format: Format, scale: Tensor | None, zero_point: Tensor | None, global_scale: Tensor | None
 ) -> Tensor:
-    grouped = x.unflatten(-1, (-1, format.group_size)) if format.granularity == "group" else x
+    if format.scale == "e4m3" and global_scale is None:
+        raise JointoptError(f"{format.element} activations with e4m3 scales: found no global scale; calibrate first")
+    grouped = x.unflatten(-1, (format.groups_in(x.shape[-1]), -1)) if format.granularity == "group" else x
     if format.dynamic:
         scale, zero_point = _dynamic_scale(grouped, format, global_scale)
     elif scale is None:
-        raise JointoptError(f"{format.element} activations are static; found no scale")
+        raise JointoptError(f"{format.element} activations are static; found no scale; calibrate first")
     assert scale is not None
     if global_scale is not None:
         scale = scale / global_scale
@@ -297,13 +342,23 @@ def _fake_quantized(
     return (rounded * scale).reshape(x.shape).to(x.dtype)
 
 
+def _shared_dims(x: Tensor, format: Format) -> tuple[int, ...]:
+    """The dimensions over which one scale is shared."""
+    if format.granularity == "tensor":
+        return tuple(range(x.dim()))
+    if format.granularity == "token" and x.dim() == 4:
+        return tuple(range(1, x.dim()))
+    return (-1,)
+
+
 def _dynamic_scale(x: Tensor, format: Format, global_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     kind = format.kind
-    dims = tuple(range(1, x.dim())) if format.granularity == "token" and x.dim() == 4 else (-1,)
+    dims = _shared_dims(x, format)
     if format.symmetric:
         largest = x.abs().amax(dims, keepdim=True)
         if format.scale == "e8m0":
-            return torch.exp2(e8m0_exponent(largest).float() - 127).to(x.dtype), None
+            scale = torch.exp2(e8m0_exponent(largest).float() - 127).to(x.dtype)
+            return torch.where(scale == 0, 1, scale), None  # float16 has no 2^-127, the scale of zeros
         scale = largest / ((kind.max - kind.min) / 2)
         if global_scale is not None:
             scale = (global_scale * scale).clamp(max=448).to(torch.float8_e4m3fn).to(torch.float32)

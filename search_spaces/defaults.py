@@ -90,7 +90,7 @@ def with_extremes(space: SearchSpace) -> SearchSpace:
     largest = [
         _by_bits(gene)[-1] if gene.name.endswith(".precision") else len(gene.choices) - 1 for gene in space.genes
     ]
-    return SearchSpace(space.genes, smallest=space.canonical(smallest), largest=space.canonical(largest))
+    return SearchSpace(space.genes, smallest=smallest, largest=largest)
 
 
 def _by_bits(gene: Gene) -> list[int]:

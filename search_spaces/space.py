@@ -7,21 +7,21 @@ space.decode(genomes[0])               # {"depth": 3, "block4.kernel": 3}
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
+from itertools import islice
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 
 Choice = Any
-"""A number, a string or a bool: what a gene may be."""
+"""A number, a string, a bool, None, or a tuple of those: what a gene may be."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,26 @@ class Gene:
     requires: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "choices", tuple(self.choices))
-        object.__setattr__(self, "requires", {k: tuple(v) for k, v in self.requires.items()})
+        object.__setattr__(self, "choices", self._plain(self.choices))
+        object.__setattr__(self, "requires", {name: self._plain(each) for name, each in self.requires.items()})
         if not self.choices:
             raise JointoptError(f"gene {self.name!r}: has no choice; allowed: one or more")
         if len(set(self.choices)) < len(self.choices):
             raise JointoptError(f"gene {self.name!r}: found a choice twice in {self.choices}; allowed: each once")
+
+    def _plain(self, choices: Iterable[Choice]) -> tuple[Choice, ...]:
+        """The choices as JSON holds them and gives them back, numpy's numbers as Python's."""
+        plain = []
+        for choice in choices:
+            if isinstance(choice, list | tuple):
+                choice = self._plain(choice)
+            elif isinstance(choice, np.generic):
+                choice = choice.item()
+            if not isinstance(choice, int | float | str | tuple | None):
+                kind = type(choice).__name__
+                raise JointoptError(f"gene {self.name!r}: a choice is of type {kind}; allowed: numbers, strings, bools")
+            plain.append(choice)
+        return tuple(plain)
 
 
 class SearchSpace:
@@ -71,8 +85,8 @@ class SearchSpace:
         self._requires = [self._resolved(gene) for gene in self.genes]
         self._sizes = np.array([len(gene.choices) for gene in self.genes], dtype=np.int64)
         first, last = np.zeros(len(self), dtype=np.int64), self._sizes - 1
-        self._smallest = self.canonical(first if smallest is None else smallest)
-        self._largest = self.canonical(last if largest is None else largest)
+        self._smallest = self._one(first if smallest is None else smallest)
+        self._largest = self._one(last if largest is None else largest)
 
     @classmethod
     def for_model(cls, model: Any, schemes: Iterable[str] | None = None, **options: Any) -> SearchSpace:
@@ -88,8 +102,7 @@ class SearchSpace:
             at = self._index.get(name)
             if at is None or at >= self._index[gene.name]:
                 earlier = self.names[: self._index[gene.name]]
-                near = difflib.get_close_matches(name, earlier, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, earlier)
                 raise JointoptError(f"gene {gene.name!r}: requires {name!r}, which is no earlier gene{hint}")
             choices = self.genes[at].choices
             unknown = [choice for choice in allowed if choice not in choices]
@@ -115,12 +128,12 @@ class SearchSpace:
     @property
     def smallest(self) -> np.ndarray:
         """The canonical genome of the smallest member."""
-        return self._smallest.copy()
+        return self.canonical(self._smallest)
 
     @property
     def largest(self) -> np.ndarray:
         """The canonical genome of the largest member."""
-        return self._largest.copy()
+        return self.canonical(self._largest)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -129,7 +142,9 @@ class SearchSpace:
 
     def active(self, genomes: Any) -> np.ndarray:
         """Which genes matter, bool, in the shape of `genomes`."""
-        genomes = np.asarray(genomes)
+        return self._active(self.validate(genomes))
+
+    def _active(self, genomes: np.ndarray) -> np.ndarray:
         matters = np.ones(genomes.shape, dtype=bool)
         for at, requires in enumerate(self._requires):
             for other, allowed in requires:
@@ -139,7 +154,7 @@ class SearchSpace:
     def canonical(self, genomes: Any) -> np.ndarray:
         """The genomes with every gene that cannot matter at its first choice; one or many, int64."""
         genomes = self.validate(genomes)
-        return np.where(self.active(genomes), genomes, 0)
+        return np.where(self._active(genomes), genomes, 0)
 
     def is_canonical(self, genomes: Any) -> np.ndarray:
         """For each genome, whether it is its own canonical form."""
@@ -162,9 +177,15 @@ class SearchSpace:
             )
         return found.astype(np.int64)
 
+    def _one(self, genome: Any) -> np.ndarray:
+        found = self.validate(genome)
+        if found.ndim != 1:
+            raise JointoptError(f"genome: found shape {found.shape}; allowed: ({len(self)},), one genome")
+        return found
+
     def decode(self, genome: Any) -> dict[str, Choice]:
         """Gene name -> choice. Genes that cannot matter come with the choice that their index names."""
-        genome = self.validate(genome)
+        genome = self._one(genome)
         return {gene.name: gene.choices[index] for gene, index in zip(self.genes, genome, strict=True)}
 
     def encode(self, choices: Mapping[str, Choice]) -> np.ndarray:
@@ -172,9 +193,7 @@ class SearchSpace:
         genome = np.zeros(len(self), dtype=np.int64)
         for name, choice in choices.items():
             if name not in self._index:
-                near = difflib.get_close_matches(name, self.names, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise JointoptError(f"gene {name!r}: not in the space{hint}")
+                raise JointoptError(f"gene {name!r}: not in the space{did_you_mean(name, self.names)}")
             allowed = self.genes[self._index[name]].choices
             if choice not in allowed:
                 raise JointoptError(f"gene {name!r}: found {choice!r}; allowed: {', '.join(map(str, allowed))}")
@@ -184,88 +203,88 @@ class SearchSpace:
     def sample(self, n: int, seed: int) -> np.ndarray:
         """Random canonical genomes, int64 [n, genes], all different; fewer only where the space has no more.
 
-        Every gene that matters is drawn evenly from its choices.
+        Every gene that matters is drawn evenly from its choices. Where a few genomes take nearly all of the chance,
+        so that draws bring hardly a new one, the others are reached from those found, one gene at a time.
         """
         random = np.random.default_rng(seed)
-        total = self.count()
-        if total <= 4 * n and total <= 10**6:
-            everything = np.array(list(self.genomes()), dtype=np.int64)
-            return everything[random.permutation(len(everything))[:n]]
+        if self._at_least() <= 4 * n:
+            everything = np.array(list(islice(self.genomes(), 4 * n + 1)), dtype=np.int64)
+            if len(everything) <= 4 * n:
+                return everything[random.permutation(len(everything))[:n]]
         found: dict[bytes, np.ndarray] = {}
+        stuck = False
         while len(found) < n:
+            before = len(found)
             drawn = random.integers(0, self._sizes, size=(n, len(self)))
+            if stuck:
+                start = np.array(list(found.values()))[random.integers(0, before, size=n)]
+                changed = random.integers(0, len(self), size=(n, 1)) == np.arange(len(self))
+                drawn = np.where(changed, drawn, start)
             for genome in self.canonical(drawn):
                 if len(found) < n:
                     found.setdefault(genome.tobytes(), genome)
+            stuck = len(found) - before < n / 100
         return np.array(list(found.values()), dtype=np.int64).reshape(len(found), len(self))
+
+    def _at_least(self) -> int:
+        """A number of genomes that the space has for certain, at no cost: those that differ from the largest only in
+        genes that no other requires."""
+        required = {other for requires in self._requires for other, _ in requires}
+        free = [at for at in np.flatnonzero(self._active(self._largest)) if at not in required]
+        return prod(int(self._sizes[at]) for at in free)
 
     def genomes(self) -> Iterator[np.ndarray]:
         """Every canonical genome, in lexicographic order. For small spaces."""
-        for indices in product(*(range(size) for size in self._sizes)):
-            genome = np.array(indices, dtype=np.int64)
-            if self.is_canonical(genome):
-                yield genome
+        genome = np.zeros(len(self), dtype=np.int64)
+        while True:
+            yield genome.copy()
+            movable = np.flatnonzero(self._active(genome) & (genome < self._sizes - 1))
+            if not len(movable):
+                return
+            last = movable[-1]
+            genome[last] += 1
+            genome[last + 1 :] = 0
 
     def count(self) -> int:
-        """Number of canonical genomes, exact."""
+        """Number of canonical genomes, exact. Quick for hundreds of genes, unless dozens hang on each other."""
         return self._count
 
     @cached_property
     def _count(self) -> int:
-        """Genes fall into independent components of who requires whom; each is counted by its required genes."""
-        linked: dict[int, set[int]] = {at: {at} for at in range(len(self))}
-        for at, requires in enumerate(self._requires):
-            for other, _ in requires:
-                merged = linked[at] | linked[other]
-                for member in merged:
-                    linked[member] = merged
-        total, done = 1, set()
-        for at in range(len(self)):
-            if at not in done:
-                done |= linked[at]
-                total *= self._count_component(sorted(linked[at]), {})
-        return total
+        return self._count_among(range(len(self)), {})
 
-    def _count_component(self, members: Sequence[int], fixed: dict[int, int]) -> int:
-        """Counts the assignments of `members`, given choices of earlier genes that they require.
+    def _count_among(self, members: Iterable[int], fixed: Mapping[int, int]) -> int:
+        """Counts the assignments of `members`, in order, given the choices of the genes before them.
 
-        The first gene that others require is fixed to each of its choices in turn; what then no longer hangs
-        together is counted apart. Choices that are alike to all who require it are counted once.
+        Genes that cannot matter any more have one; those that hang together by what they require are counted apart
+        from the others.
         """
-        required = {other for at in members for other, _ in self._requires[at] if other in members}
-        branching = next((at for at in members if at in required), None)
-        if branching is None:
-            total = 1
-            for at in members:
-                total *= int(self._sizes[at]) if self._allowed(at, fixed) else 1
-            return total
-        if not self._allowed(branching, fixed):
-            return self._split(members, branching, {**fixed, branching: -1})
-        effects: dict[tuple, list[int]] = {}
-        for choice in range(int(self._sizes[branching])):
-            effect = tuple(
-                bool(allowed[choice]) for at in members for other, allowed in self._requires[at] if other == branching
-            )
-            effects.setdefault(effect, []).append(choice)
-        return sum(
-            len(alike) * self._split(members, branching, {**fixed, branching: alike[0]}) for alike in effects.values()
-        )
-
-    def _split(self, members: Sequence[int], without: int, fixed: dict[int, int]) -> int:
-        rest = [at for at in members if at != without]
-        linked = {at: {at} for at in rest}
-        for at in rest:
-            for other, _ in self._requires[at]:
-                if other in linked:
-                    merged = linked[at] | linked[other]
-                    for member in merged:
-                        linked[member] = merged
-        total, done = 1, set()
-        for at in rest:
-            if at not in done:
-                done |= linked[at]
-                total *= self._count_component(sorted(linked[at]), fixed)
+        fixed = dict(fixed)
+        linked: dict[int, list[int]] = {}
+        for at in members:
+            if not self._allowed(at, fixed):
+                fixed[at] = -1
+                continue
+            together = [at]
+            for group in {id(linked[o]): linked[o] for o, _ in self._requires[at] if o in linked}.values():
+                together = group + together
+            linked.update(dict.fromkeys(together, together))
+        total = 1
+        for group in {id(group): group for group in linked.values()}.values():
+            total *= self._count_linked(sorted(group), fixed)
         return total
+
+    def _count_linked(self, members: Sequence[int], fixed: Mapping[int, int]) -> int:
+        """Of genes that hang together, the first is fixed to each of its choices in turn; choices that are alike to
+        all who require it are counted once."""
+        first, *rest = members
+        if not rest:
+            return int(self._sizes[first])
+        conditions = [allowed for at in rest for other, allowed in self._requires[at] if other == first]
+        effects: dict[tuple[bool, ...], list[int]] = {}
+        for choice in range(int(self._sizes[first])):
+            effects.setdefault(tuple(bool(allowed[choice]) for allowed in conditions), []).append(choice)
+        return sum(len(alike) * self._count_among(rest, {**fixed, first: alike[0]}) for alike in effects.values())
 
     def _allowed(self, at: int, fixed: Mapping[int, int]) -> bool:
         """Whether the gene matters under `fixed`, in which -1 stands for a gene that does not."""

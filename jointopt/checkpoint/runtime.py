@@ -210,7 +210,8 @@ def dynamic_scale(x, form, global_scale, low, high):
     largest = x.abs().amax(dims, keepdim=True)
     if form["scale"] == "e8m0":
         power = (largest.float().contiguous().view(torch.int32) + (1 << 21)) & 0x7F800000
-        return torch.exp2(((power >> 23) - 2).clamp(0, 254).float() - 127).to(x.dtype), None
+        scale = torch.exp2(((power >> 23) - 2).clamp(0, 254).float() - 127).to(x.dtype)
+        return torch.where(scale == 0, 1, scale), None
     scale = largest / ((high - low) / 2)
     if global_scale is not None:
         scale = (global_scale * scale).clamp(max=448).to(torch.float8_e4m3fn).to(torch.float32)
