@@ -278,7 +278,7 @@ def _verify(options: argparse.Namespace) -> int:
     config: Config | None = load_config(path) if options.config or path.is_file() else None
     if config is not None:
         stay_offline(config)
-    verification = verify_export(folder, None if config is None else prepare(config).quality)
+    verification = verify_export(folder, None if config is None else prepare(config))
     scored = [f"{name} {value:.6g}" for name, value in verification.metrics.items()]
     told = ", ".join([*scored, f"{verification.size / 1e6:.6g} MB"])
     if verification.ok:

@@ -270,7 +270,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
         note_choice(study, supernet, genome, wanted)
         write_report(study, output / REPORT)
         export_genome(supernet, study, genome, output / EXPORT, prepared, overwrite)
-        verification = verify_export(output / EXPORT, prepared.quality)
+        verification = verify_export(output / EXPORT, prepared)
         study.note("verified", "verified" if verification.ok else "differs")
         write_report(study, output / REPORT)
         console.print(f"report: {output / REPORT}", f"export: {output / EXPORT}", sep="\n", highlight=False)
@@ -322,11 +322,13 @@ def export_genome(
     )
 
 
-def verify_export(folder: Path, quality: Quality | None) -> Verification:
-    """`jointopt.verify`: reloaded in a process without jointopt, scored as in the search, weighed."""
+def verify_export(folder: Path, prepared: Prepared | None) -> Verification:
+    """`jointopt.verify`: reloaded in a process without jointopt on the search's device, scored as there, weighed."""
     from .checkpoint.verification import verify
 
-    return verify(folder, quality)
+    if prepared is None:
+        return verify(folder)
+    return verify(folder, prepared.quality, device=str(next(prepared.loaded.model.parameters()).device))
 
 
 def verdict(verification: Verification, study: Study, folder: Path) -> str:

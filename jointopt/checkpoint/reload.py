@@ -62,7 +62,7 @@ def flattened(output):
     import torch
 
     if torch.is_tensor(output):
-        return [None], {"0": output.contiguous()}
+        return [None], {"0": output.cpu().contiguous()}
     entries = output.items() if hasattr(output, "items") else enumerate(output)
     found = [(key, value) for key, value in entries if torch.is_tensor(value)]
     return [key for key, _ in found], {
@@ -71,14 +71,14 @@ def flattened(output):
 
 
 def main():
-    folder, threads = sys.argv[1], int(sys.argv[2])
+    folder, threads, device = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     answers, requests = os.fdopen(os.dup(1), "wb"), sys.stdin.buffer
     os.dup2(2, 1)
     import torch
 
     torch.set_num_threads(threads)
     try:
-        model = load_model(folder)
+        model = load_model(folder).to(device)
         loaded = sorted(name for name in ("jointopt", "search_spaces", "quant") if name in sys.modules)
         send(answers, {"dtype": str(next(model.parameters()).dtype)[6:], "imported": loaded}, {})
     except Exception as error:
@@ -86,6 +86,7 @@ def main():
         return
     while True:
         head, tensors = receive(requests)
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         inputs = {name: tensors[name] for name in head["names"]}
         arguments = [tensors[f"argument{at}"] for at in range(head["arguments"])]
         try:

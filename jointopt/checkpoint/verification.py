@@ -45,7 +45,9 @@ class Verification:
         return not self.differences
 
 
-def verify(folder: str | Path, quality: Quality | None = None, tolerance: float = TOLERANCE) -> Verification:
+def verify(
+    folder: str | Path, quality: Quality | None = None, tolerance: float = TOLERANCE, device: str = "cpu"
+) -> Verification:
     """Reloads an exported folder in a fresh process, by transformers or timm alone, and compares it with its record.
 
     Compared are the outputs for the record's probe, the metrics of `quality` with those that the search measured for
@@ -54,6 +56,7 @@ def verify(folder: str | Path, quality: Quality | None = None, tolerance: float 
     Args:
         quality: the function that the search used; its model's forward passes run in the other process.
         tolerance: how far metrics may be apart, times the larger of 1 and the recorded value.
+        device: where the other process runs the model.
 
     Raises:
         JointoptError: no such folder or no record in it, or a quality function that fails.
@@ -66,7 +69,7 @@ def verify(folder: str | Path, quality: Quality | None = None, tolerance: float 
         differences.append(f"size: {size} bytes on disk, {record['costs']['size']} recorded")
     metrics: dict[str, float] = {}
     try:
-        with reloaded(folder) as model:
+        with reloaded(folder, device) as model:
             differences += _probe_differences(model, record)
             if quality is not None:
                 metrics = measured(quality, model)
@@ -189,10 +192,10 @@ class RemoteOutput(dict):
 
 
 @contextmanager
-def reloaded(folder: str | Path) -> Iterator[RemoteModel]:
-    """The exported model in a fresh process, which ends with the block."""
+def reloaded(folder: str | Path, device: str = "cpu") -> Iterator[RemoteModel]:
+    """The exported model in a fresh process, which ends with the block; its outputs come back on the CPU."""
     script = Path(__file__).with_name("reload.py")
-    command = [sys.executable, "-I", str(script), str(Path(folder).resolve()), str(torch.get_num_threads())]
+    command = [sys.executable, "-I", str(script), str(Path(folder).resolve()), str(torch.get_num_threads()), device]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         yield RemoteModel(Path(folder), process).eval()

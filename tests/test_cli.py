@@ -1,0 +1,325 @@
+"""The command as people use it: from a config to a verified export, and one line for whatever does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from saved import save_bert, save_timm, save_vit, write_images, write_reviews
+
+from jointopt import Study
+from jointopt.cli import main
+from jointopt.config import load_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
+    """python -m jointopt in a process of its own, on one thread."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    words = [sys.executable, "-m", "jointopt", *map(str, arguments)]
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, **options)
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    content: dict = {
+        "model": "vit",
+        "task": "image-classification",
+        "data": {"calibrate": "images", "evaluate": "images", "batch_size": 12},
+        "space": {"depth": [1, 2], "mlp": [64, 128], "schemes": ["none", "W8A8", "W4A16"]},
+        "objectives": ["accuracy", "size"],
+        "search": {"evaluations": 12},
+        "device": "cpu",
+        "output": "runs/vit",
+        **changes,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model and its data, as a user has them."""
+    folder = tmp_path_factory.mktemp("place")
+    save_vit(folder / "vit")
+    write_images(folder / "images")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(place) -> Path:
+    """The output of a run, its last line checked."""
+    write_config(place)
+    done = command("run", "config.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].startswith("verified: runs/vit/export: accuracy ")
+    return place / "runs/vit"
+
+
+def test_a_run_leaves_a_study_a_report_and_an_export(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "study.db", "report.html", "export"} <= names
+    study = Study.open(finished / "study.db")
+    assert len(study) == 12
+    assert study.fact("verified") == "verified"
+    assert not [name for name in names if name.startswith(".") and name.endswith("export")]
+
+
+def test_nothing_of_the_libraries_inside_reaches_the_terminal(finished):
+    done = command("report", "runs/vit", cwd=finished.parents[1])
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_a_second_run_does_nothing_again_and_more_evaluations_go_on(finished):
+    place = finished.parents[1]
+    export, study = finished / "export/model.safetensors", Study.open(finished / "study.db")
+    before = export.stat().st_mtime_ns, study.evaluations()
+    again = command("run", "config.yaml", cwd=place)
+    assert again.returncode == 0, again.stderr
+    assert export.stat().st_mtime_ns == before[0]
+    assert study.evaluations().equals(before[1])
+    more = command("run", "config.yaml", "--evaluations", 14, "--overwrite", cwd=place)
+    assert more.returncode == 0, more.stderr
+    assert len(study) == 14
+    assert study.evaluations()[:12].equals(before[1])
+
+
+def test_another_point_of_the_front_is_exported_and_verified(finished, tmp_path):
+    place = finished.parents[1]
+    number = int(Study.open(finished / "study.db").front()["number"].iloc[-1])
+    done = command("export", "runs/vit", "--pick", number, "--to", tmp_path / "picked", cwd=place)
+    assert done.returncode == 0, done.stderr
+    verified = command("verify", tmp_path / "picked", "--config", "runs/vit/config.yaml", cwd=place)
+    assert verified.returncode == 0, verified.stdout
+    assert verified.stdout.startswith(f"verified: {tmp_path / 'picked'}: accuracy ")
+
+
+def test_verify_exits_with_1_and_names_the_difference_where_a_weight_was_changed(finished, tmp_path):
+    place = finished.parents[1]
+    assert command("export", "runs/vit", "--pick", "knee", "--to", tmp_path / "bent", cwd=place).returncode == 0
+    tensors = load_file(tmp_path / "bent/model.safetensors")
+    tensors["classifier.bias"] += 5 * torch.arange(3)
+    save_file(tensors, tmp_path / "bent/model.safetensors", metadata={"format": "pt"})
+    done = command("verify", tmp_path / "bent", "--config", "runs/vit/config.yaml", cwd=place)
+    assert done.returncode == 1
+    assert done.stdout.startswith("not verified: ")
+    assert "outputs: " in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(place):
+    write_config(place, output="runs/stopped", search={"evaluations": 400, "strategy": "random"}, choose="knee")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "jointopt", "run", "config.yaml"]
+    process = subprocess.Popen(words, cwd=place, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    database = place / "runs/stopped/study.db"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (database.is_file() and _count(database) > 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.decode().strip().endswith("interrupted; the same command goes on from here")
+    done = _count(database)
+    assert 2 < done < 400
+    resumed = command("run", "config.yaml", "--evaluations", done + 5, cwd=place)
+    assert resumed.returncode == 0, resumed.stderr
+    assert _count(database) == done + 5
+
+
+def _count(database: Path) -> int:
+    try:
+        return len(Study.open(database))
+    except ValueError:
+        return 0
+
+
+def test_a_trained_super_network_is_not_trained_again(place):
+    data = {"train": "images", "evaluate": "images", "batch_size": 12}
+    write_config(place, output="runs/trained", data=data, train={"steps": 3, "batch_size": 4}, search={"evaluations": 3})
+    first = command("run", "config.yaml", cwd=place)
+    assert first.returncode == 0, first.stderr
+    weights = place / "runs/trained/supernet.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert command("run", "config.yaml", "--evaluations", 5, "--overwrite", cwd=place).returncode == 0
+    assert weights.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kind", ["bert", "timm"])
+def test_other_libraries_and_tasks_run_through(kind, tmp_path):
+    if kind == "bert":
+        save_bert(tmp_path / "bert")
+        write_reviews(tmp_path / "reviews.csv")
+        data = {"calibrate": "reviews.csv", "evaluate": "reviews.csv"}
+        changes = {"model": "bert", "task": "text-classification", "data": data}
+    else:
+        save_timm(tmp_path / "timm")
+        write_images(tmp_path / "images")
+        changes = {"model": "timm"}
+    write_config(tmp_path, **changes, search={"evaluations": 6}, output="out", space={"schemes": ["W8A8", "NVFP4"]})
+    done = command("run", "config.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].startswith("verified: ")
+
+
+def test_a_function_of_ones_own_scores_the_model(place):
+    (place / "mine.py").write_text(
+        "import torch\n\n"
+        "def spread(model):\n"
+        "    return float(model(pixel_values=torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)).logits.std())\n\n"
+        "def sometimes(model):\n"
+        "    if len(model.vit.layers) == 1:\n"
+        "        raise RuntimeError('no thanks')\n"
+        "    return spread(model)\n\n"
+        "def never(model):\n"
+        "    return float('nan') if hasattr(model, 'vit') and len(model.vit.layers) else 0.0\n"
+    )
+    own = {"task": None, "objectives": ["quality", "size"], "data": {"calibrate": "images"}}
+    write_config(place, output="runs/own", quality="mine.spread", **own)
+    done = command("run", "config.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    write_config(place, output="runs/sometimes", quality="mine.sometimes", **own)
+    done = command("run", "config.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    failed = Study.open(place / "runs/sometimes/study.db").evaluations()["failed"].dropna()
+    assert len(failed)
+    assert all("no thanks" in reason for reason in failed)
+
+
+def refused(capsys, place: Path, monkeypatch, *words: str) -> str:
+    """The one line on stderr of a command that must end with exit code 2."""
+    monkeypatch.chdir(place)
+    assert main(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("jointopt: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objektives": ["accuracy"]}, "did you mean 'objectives'"),
+        ({"search": {"evaluations": "many"}}, "search.evaluations"),
+        ({"model": "gone"}, "model: "),
+        ({"data": {"calibrate": "images", "evaluate": "gone.csv"}}, "data.evaluate: no file or folder 'gone.csv'"),
+        ({"space": {"heads": [3], "schemes": ["none"]}}, "space.heads (block0.heads): found 3; allowed: 1 to 2"),
+        ({"space": {"mlp": [129]}}, "space.mlp (block0.mlp): found 129; allowed: 1 to 128"),
+        ({"space": {"schemes": ["W3A3"]}}, "scheme 'W3A3': unknown"),
+        ({"space": {"preset": "fixed", "schemes": ["none"]}}, "space: nothing is elastic"),
+        ({"space": {"depth": [1], "schemes": ["none"]}}, "space: holds one genome"),
+        ({"objectives": ["perplexity", "size"]}, "objectives: found perplexity; allowed: "),
+        ({"quality": "mine.nothing", "task": None}, "quality: "),
+        ({"device": "cuda:9"}, "device: cuda:9 is not available here"),
+        ({"output": "images"}, "output: 'images' exists and is no run"),
+        ({"choose": {"size_mb": 1, "drop": 1}}, "allowed: one of size_mb, drop, knee"),
+    ],
+)
+def test_a_bad_config_is_one_line_and_exit_code_2(changes, said, place, capsys, monkeypatch):
+    write_config(place, **{"output": "runs/bad", **changes})
+    assert said in refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert not (place / "runs/bad/study.db").exists()
+
+
+def test_a_model_of_an_unknown_family_is_named(place, capsys, monkeypatch):
+    from transformers import ViTImageProcessor, ViTMAEConfig
+
+    (place / "other").mkdir()
+    ViTMAEConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(place / "other")
+    ViTImageProcessor().save_pretrained(place / "other")
+    write_config(place, model="other", output="runs/bad")
+    assert "model: 'other'" in refused(capsys, place, monkeypatch, "run", "config.yaml")
+
+
+def test_labels_that_the_model_lacks_are_named(place, capsys, monkeypatch):
+    write_images(place / "birds", classes=("crow", "jay", "owl", "tit"))
+    write_config(place, data={"calibrate": "images", "evaluate": "birds"}, output="runs/bad")
+    assert "data.evaluate.label: found label " in refused(capsys, place, monkeypatch, "run", "config.yaml")
+
+
+def test_a_function_that_always_fails_stops_the_run_after_the_first_batch(place, capsys, monkeypatch):
+    (place / "broken.py").write_text(
+        "calls = []\n\ndef quality(model):\n    calls.append(1)\n    return 1.0 if len(calls) == 1 else float('nan')\n"
+    )
+    own = {"task": None, "objectives": ["quality", "size"], "data": {"calibrate": "images"}}
+    write_config(place, output="runs/nan", quality="broken.quality", **own)
+    monkeypatch.syspath_prepend(str(place))
+    assert "all 10 evaluations failed" in refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert len(Study.open(place / "runs/nan/study.db")) == 10
+
+
+def test_another_config_in_the_same_output_is_refused_and_harms_nothing(finished, capsys, monkeypatch):
+    place = finished.parents[1]
+    study, export = (finished / "study.db").read_bytes(), (finished / "export/model.safetensors").read_bytes()
+    write_config(place, space={"depth": [1, 2], "schemes": ["none", "W8A8"]})
+    assert "was made with another config: space." in refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert (finished / "study.db").read_bytes() == study
+    assert (finished / "export/model.safetensors").read_bytes() == export
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("export", "runs/vit", "--pick", "best"), "--pick: found 'best'; allowed: "),
+        (("export", "runs/vit", "--pick", "999"), "--pick: found evaluation 999; the study has 1 to "),
+        (("export", "runs/vit", "--pick", "size_mb=0.0001"), "size_mb: found 0.0001; the smallest evaluated has "),
+        (("export", "runs/vit", "--pick", "knee"), "exists; choose another with --to"),
+        (("verify", "nowhere"), "verify: no folder 'nowhere'"),
+        (("verify", "vit"), "'vit' is no export"),
+        (("report", "nowhere"), "study: 'nowhere' does not exist"),
+        (("run", "nowhere.yaml"), "nowhere.yaml: No such file"),
+        (("init", "nowhere/at/all"), "model: no folder 'nowhere/at/all'"),
+        (("space", "nowhere.yaml"), "nowhere.yaml: No such file"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_exit_code_2(words, said, finished, capsys, monkeypatch):
+    assert said in refused(capsys, finished.parents[1], monkeypatch, *words)
+
+
+def test_init_writes_a_config_that_can_be_run(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    assert main(["init", "vit", "-o", "started.yaml"]) == 0
+    assert load_config("started.yaml").model == "vit"
+    assert "exists; choose another file" in refused(capsys, place, monkeypatch, "init", "vit", "-o", "started.yaml")
+
+
+def test_space_shows_genes_and_both_ends(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    write_config(place)
+    assert main(["space", "config.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "block0.mlp" in shown
+    assert "genomes" in shown.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place):
+    """A limit on the size of files stands for the full disk: what writes beyond it fails in the middle."""
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
+        "sys.path.insert(0, {root!r}); from jointopt.cli import main; sys.exit(main(sys.argv[1:]))"
+    ).format(root=str(ROOT))
+    write_config(place, output="runs/full")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for limit in (20_000, 60_000, 120_000):
+        words = [sys.executable, "-c", limited, str(limit), "run", "config.yaml"]
+        done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2, done.stdout
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert not (place / "runs/full/export").exists()
+    done = command("run", "config.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((place / "runs/full/export/jointopt.json").read_text())["metrics"]
