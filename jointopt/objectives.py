@@ -80,11 +80,14 @@ def non_dominated(costs: np.ndarray) -> np.ndarray:
     Rows with a NaN are not. Of equal rows the first counts.
     """
     kept = np.zeros(len(costs), dtype=bool)
-    finite = np.isfinite(costs).all(axis=1)
-    for at in np.lexsort(costs.T[::-1]):
-        if finite[at]:
-            front = costs[kept]
-            kept[at] = not (front <= costs[at]).all(axis=1).any()
+    rows = np.flatnonzero(np.isfinite(costs).all(axis=1))
+    rows = rows[np.lexsort(costs[rows].T[::-1])]
+    if costs.shape[1] == 2 and len(rows):
+        second = costs[rows, 1]
+        kept[rows[second < np.concatenate([[np.inf], np.minimum.accumulate(second)[:-1]])]] = True
+        return kept
+    for at in rows:
+        kept[at] = not (costs[kept] <= costs[at]).all(axis=1).any()
     return kept
 
 

@@ -108,7 +108,10 @@ class Choices:
 
     @cached_property
     def level(self) -> np.ndarray:
-        """Each slot's place between its gene's small end, -1, and its large end, 1: [slots]."""
+        """Each slot's place among its gene's choices, above 0 at the small end to 1 at the large one: [slots].
+
+        A gene that cannot matter counts 0: there is less of its layer than in the smallest.
+        """
         level = np.zeros(len(self.gene))
         for gene, (start, size) in enumerate(zip(self.offsets, self.space.sizes, strict=True)):
             slots = slice(start, start + size)
@@ -157,15 +160,12 @@ def _computed(objective: Objective, genomes: np.ndarray) -> np.ndarray:
 
 
 def _levels(gene: Gene, costs: np.ndarray | None) -> np.ndarray:
-    """Places of a gene's choices between -1 and 1: by number where all are numbers, else by what they cost."""
-    if len(gene.choices) == 1:
-        return np.zeros(1)
+    """Places of a gene's choices up to 1: by number where all are numbers, else by what they cost."""
     numbers = all(isinstance(choice, int | float) for choice in gene.choices)
     keys = np.array(gene.choices, dtype=float) if numbers else costs
     if keys is None:
-        return np.zeros(len(gene.choices))
-    rank = np.argsort(np.argsort(keys, kind="stable"), kind="stable")
-    return 2 * rank / (len(gene.choices) - 1) - 1
+        return np.ones(len(gene.choices))
+    return (np.argsort(np.argsort(keys, kind="stable"), kind="stable") + 1) / len(gene.choices)
 
 
 def _block(name: str) -> str:

@@ -32,15 +32,43 @@ def select(costs: np.ndarray, k: int) -> np.ndarray:
 
 
 def order(costs: np.ndarray) -> np.ndarray:
-    """Each row's place, 0 the best: by front, then by crowding distance."""
+    """Each row's place, 0 the best: by front, then by crowding distance. What `select` keeps, but by arrays."""
     place = np.empty(len(costs), dtype=np.int64)
-    at = 0
-    for front in tools.sortLogNondominated(_ranked(costs), len(costs)):
-        tools.emo.assignCrowdingDist(front)
-        for each in sorted(front, key=lambda one: -one.fitness.crowding_dist):
-            place[each.index] = at
-            at += 1
+    beaten = np.ones((len(costs), len(costs)), dtype=bool)
+    better = np.zeros_like(beaten)
+    for column in costs.T:
+        beaten &= column[:, None] <= column
+        better |= column[:, None] < column
+    beaten &= better
+    left, at = np.arange(len(costs)), 0
+    while len(left):
+        first = ~beaten[np.ix_(left, left)].any(axis=0)
+        front = left[first]
+        front = front[np.argsort(-_crowding(costs[front]), kind="stable")]
+        place[front] = np.arange(at, at + len(front))
+        left, at = left[~first], at + len(front)
     return place
+
+
+def _crowding(front: np.ndarray) -> np.ndarray:
+    """Crowding distance of each row (Deb et al. 2002, section III-B)."""
+    distance = np.zeros(len(front))
+    for column in front.T:
+        sorting = np.argsort(column, kind="stable")
+        ordered = column[sorting]
+        distance[sorting[[0, -1]]] = np.inf
+        span = ordered[-1] - ordered[0]
+        if span > 0:
+            distance[sorting[1:-1]] += (ordered[2:] - ordered[:-2]) / span
+    return distance
+
+
+def distinct(genomes: np.ndarray) -> np.ndarray:
+    """Indices of the first of each set of equal rows, in order."""
+    found: dict[bytes, int] = {}
+    for at, genome in enumerate(genomes):
+        found.setdefault(genome.tobytes(), at)
+    return np.fromiter(found.values(), dtype=np.int64, count=len(found))
 
 
 def offspring(
@@ -68,15 +96,15 @@ def evolve(
     generations: int,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """NSGA-II on a function that costs nothing to call; returns the last population and its costs."""
+    """NSGA-II on a function that costs nothing to call; returns the last population, the best first, and its costs."""
     size = len(population)
     costs = cost_of(population)
+    place = order(costs)
     for _ in range(generations):
-        children = offspring(space, population, order(costs), size, random)
+        children = offspring(space, population, place, size, random)
         merged = np.vstack([population, children])
-        _, distinct = np.unique(merged, axis=0, return_index=True)
-        merged = merged[np.sort(distinct)]
-        merged_costs = np.vstack([costs, cost_of(children)])[np.sort(distinct)]
-        kept = select(merged_costs, size)
-        population, costs = merged[kept], merged_costs[kept]
+        merged_costs = np.vstack([costs, cost_of(children)])
+        unique = distinct(merged)
+        kept = unique[np.argsort(order(merged_costs[unique]))[:size]]
+        population, costs, place = merged[kept], merged_costs[kept], np.arange(len(kept))
     return population, costs

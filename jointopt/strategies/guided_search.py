@@ -14,13 +14,14 @@ import numpy as np
 
 from jointopt.objectives import Objective, non_dominated
 from jointopt.predictors import Choices, Predictor
-from jointopt.strategies.genetic import evolve
+from jointopt.strategies.genetic import distinct, evolve
 from jointopt.strategies.strategy import Strategy
 from search_spaces.space import SearchSpace
 
 FEWEST = 5
 """Evaluations without which nothing is learned."""
 GOLDEN = 0.6180339887
+WEIGHTINGS = 20
 POINTS = 2000
 BOLDNESS = 0.3
 """How far the drawn functions go from the mean, as a share of the posterior's width. At 1 a search in hundreds of
@@ -86,41 +87,37 @@ class GuidedSearch(Strategy):
     def _strewn(self, level: float) -> np.ndarray:
         kinds = self.choices.kinds
         kind_level = np.clip(level + self.random.normal(0, 0.25, kinds.max() + 1), 0.02, 0.98)
-        place = np.clip(kind_level[kinds] + self.random.normal(0, 0.25, len(self.space)), 0, 1 - 1e-9)
+        place = np.clip(kind_level[kinds] + self.random.normal(0, 0.4, len(self.space)), 0, 1 - 1e-9)
         genome = [path[int(at * len(path))] for path, at in zip(self._paths, place, strict=True)]
         return self.space.canonical(np.array(genome))
 
     def _candidates(self, beliefs: Beliefs) -> np.ndarray:
         """Distinct genomes: the best of the mean and of each draw, what was told, and what an inner search finds."""
-        found = [beliefs.told, self._best_of_sums(beliefs.mean_tables(), 60)]
-        found += [self._best_of_sums(tables, 20) for tables in beliefs.drawn_tables()]
-        pool = np.unique(np.vstack(found), axis=0)
+        tables = [beliefs.mean_tables()] * 3 + list(beliefs.drawn_tables())
+        pool = np.vstack([beliefs.told, self._best_of_sums(np.stack(tables))])
+        pool = pool[distinct(pool)]
         front = non_dominated(beliefs.foreseen(pool))
         others = self.random.permutation(np.flatnonzero(~front))
         start = pool[np.concatenate([np.flatnonzero(front), others])[: self.population]]
         evolved, _ = evolve(self.space, start, beliefs.foreseen, self.generations, self.random)
-        return np.unique(np.vstack([pool, evolved]), axis=0)
+        pool = np.vstack([pool, evolved])
+        return pool[distinct(pool)]
 
-    def _best_of_sums(self, tables: np.ndarray, n: int) -> np.ndarray:
-        """For n weightings of the objectives, the genome with the least weighted sum of its choices' effects.
+    def _best_of_sums(self, tables: np.ndarray) -> np.ndarray:
+        """For each of `tables` [k, objectives, slots] and WEIGHTINGS weightings of the objectives, the genome with the
+        least weighted sum of its choices' effects.
 
         A gene on which others hang counts what the best of those would add where its choice lets them matter; one
         that hangs on several counts for the last.
         """
-        spans = np.maximum.reduceat(tables, self.choices.offsets, axis=1) - np.minimum.reduceat(
-            tables, self.choices.offsets, axis=1
-        )
-        scale = np.maximum(spans.sum(1), 1e-12)
-        if len(tables) == 2:
-            t = np.linspace(-5, 5, n)
-            weights = np.stack([1 / (1 + np.exp(-t)), 1 / (1 + np.exp(t))], axis=1)
-        else:
-            weights = np.exp(self.random.normal(0, 2, (n, len(tables))))
-            weights /= weights.sum(1, keepdims=True)
-        worth = (weights / scale) @ tables
+        starts = self.choices.offsets
+        spans = np.maximum.reduceat(tables, starts, axis=2) - np.minimum.reduceat(tables, starts, axis=2)
+        scale = np.maximum(spans.sum(2), 1e-12)[:, None]
+        worth = (self._weightings(len(tables)) / scale) @ tables
+        worth = worth.reshape(-1, worth.shape[2])
         space, offsets = self.space, self.choices.offsets
         names = {name: at for at, name in enumerate(space.names)}
-        genomes = np.zeros((n, len(space)), dtype=np.int64)
+        genomes = np.zeros((len(worth), len(space)), dtype=np.int64)
         for at in range(len(space) - 1, -1, -1):
             slots = worth[:, offsets[at] : offsets[at] + space.sizes[at]]
             genomes[:, at] = slots.argmin(1)
@@ -131,6 +128,17 @@ class GuidedSearch(Strategy):
                 lets = np.array([choice in allowed for choice in space.genes[last].choices])
                 worth[:, offsets[last] : offsets[last] + space.sizes[last]] += slots.min(1)[:, None] * lets
         return space.canonical(genomes)
+
+    def _weightings(self, k: int) -> np.ndarray:
+        """Weights of the objectives, adding up to 1: [k, WEIGHTINGS, objectives]."""
+        count = len(self.objectives)
+        if count == 2:
+            ratio = np.linspace(-5, 5, WEIGHTINGS) + self.random.uniform(-0.3, 0.3, (k, 1))
+            logits = np.stack([ratio, -ratio], axis=2) / 2
+        else:
+            logits = self.random.normal(0, 2, (k, WEIGHTINGS, count))
+        weights = np.exp(logits)
+        return weights / weights.sum(2, keepdims=True)
 
 
 class Beliefs:
@@ -178,8 +186,8 @@ class Beliefs:
 
     def drawn_tables(self) -> Iterable[np.ndarray]:
         """The same under each draw."""
-        tables = self.mean_tables()
         for draw in range(self.search.draws if self.drawn else 0):
+            tables = self.mean_tables()
             for at, (drawn, _) in self.drawn.items():
                 tables[at] = drawn[:, draw]
             yield tables
@@ -243,8 +251,9 @@ def _path(first: int, last: int, size: int) -> list[int]:
 
 
 def _joined(front: np.ndarray, row: np.ndarray) -> np.ndarray:
-    both = np.vstack([front, row])
-    return both[non_dominated(both)]
+    if (front <= row).all(axis=1).any():
+        return front
+    return np.vstack([front[~(row <= front).all(axis=1)], row])
 
 
 def _gains(front: np.ndarray, candidates: np.ndarray, reference: np.ndarray) -> np.ndarray:

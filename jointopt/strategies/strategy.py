@@ -78,8 +78,10 @@ class Strategy:
         found: dict[bytes, np.ndarray] = {}
         for genome in proposed:
             key = genome.tobytes()
-            if key not in self._seen and len(found) < n:
+            if key not in self._seen:
                 found.setdefault(key, genome)
+            if len(found) == n:
+                break
         return list(found.values())
 
     def _fill(self, n: int, besides: set[bytes]) -> list[np.ndarray]:

@@ -1,0 +1,135 @@
+"""What the predictors learn from few evaluations, and what they must not make up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+from jointopt import Gene, Objective, SearchSpace
+from jointopt.predictors import Choices, Predictor, scales
+
+FORMATS = ("W4A16", "W8A8", "none")
+
+
+def layered_space(blocks: int) -> SearchSpace:
+    genes = []
+    for block in range(blocks):
+        needs = {f"block{block}.keep": (True,)}
+        genes.append(Gene(f"block{block}.keep", (False, True)))
+        genes += [Gene(f"block{block}.{layer}", FORMATS, needs) for layer in ("attention", "mlp")]
+    return SearchSpace(genes)
+
+
+SPACE = layered_space(8)
+LARGE = layered_space(30)
+
+
+def size_in(space: SearchSpace):
+    return lambda genomes: ((genomes + 1.0) * space.active(genomes)).sum(1)
+
+
+def additive(space: SearchSpace, seed: int = 0):
+    """A loss by choice, the same for a format in every block but for a factor."""
+    random = np.random.default_rng(seed)
+    factor = random.lognormal(0, 0.3, len(space))
+    by_choice = np.array([0.0, -1.0, -1.2])
+    return lambda genomes: (factor * by_choice[genomes] * space.active(genomes)).sum(1)
+
+
+def choices_of(space: SearchSpace) -> Choices:
+    return Choices(space, (Objective("loss", "min"), Objective("size", "min", compute=size_in(space))))
+
+
+def test_a_sum_over_genes_is_learned():
+    known, unseen = SPACE.sample(150, 0), SPACE.sample(300, 1)
+    predictor = Predictor(choices_of(SPACE), known, additive(SPACE)(known))
+    np.testing.assert_allclose(predictor(unseen), additive(SPACE)(unseen), atol=0.1)
+
+
+def test_thirty_evaluations_rank_genomes_of_ninety_genes():
+    known, unseen = LARGE.sample(30, 0), LARGE.sample(300, 1)
+    predictor = Predictor(choices_of(LARGE), known, additive(LARGE)(known))
+    assert spearmanr(predictor(unseen), additive(LARGE)(unseen)).statistic > 0.85
+
+
+def test_what_explodes_is_learned_on_a_logarithmic_scale():
+    def explosive(genomes: np.ndarray) -> np.ndarray:
+        return 5 * np.exp(0.7 * (additive(SPACE)(genomes) + 20))
+
+    known, unseen = SPACE.sample(100, 0), SPACE.sample(200, 1)
+    predictor = Predictor(choices_of(SPACE), known, explosive(known))
+    assert predictor.scale.name.startswith("log")
+    assert spearmanr(predictor(unseen), explosive(unseen)).statistic > 0.99
+
+
+def test_a_constant_is_predicted_as_itself():
+    predictor = Predictor(choices_of(SPACE), SPACE.sample(20, 0), np.full(20, 3.5))
+    np.testing.assert_allclose(predictor(SPACE.sample(50, 1)), 3.5, rtol=1e-3)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_genes_that_cannot_matter_change_no_prediction(seed):
+    genomes = np.random.default_rng(seed).integers(0, SPACE.sizes, (20, len(SPACE)))
+    found, expected = PREDICTOR(genomes), PREDICTOR(SPACE.canonical(genomes))
+    np.testing.assert_array_equal(found, expected)
+
+
+PREDICTOR = Predictor(choices_of(SPACE), SPACE.sample(40, 0), additive(SPACE)(SPACE.sample(40, 0)))
+
+
+def test_sums_of_a_table_are_the_encoded_genomes_times_it():
+    choices, genomes = choices_of(SPACE), SPACE.sample(50, 3)
+    table = np.random.default_rng(0).normal(size=(len(choices.gene), 4))
+    np.testing.assert_allclose(choices.sums(genomes, table), choices.encoded(genomes) @ table, atol=1e-12)
+
+
+def test_the_costs_of_choices_add_up_to_an_additive_objective():
+    choices, genomes = choices_of(SPACE), SPACE.sample(200, 4)
+    summed, exact = choices.sums(genomes, choices.costs[:, 0]), size_in(SPACE)(genomes)
+    assert np.corrcoef(summed, exact)[0, 1] == pytest.approx(1, abs=1e-4)
+
+
+def test_draws_spread_as_the_posterior_does():
+    """Against the Gaussian process in its dual form: mean and covariance of unseen genomes' values."""
+    unseen = SPACE.sample(6, 9)
+    tables, constants = PREDICTOR.draw(6000, 1.0, np.random.default_rng(0))
+    drawn = PREDICTOR.choices.sums(unseen, tables) + constants
+
+    known = SPACE.sample(40, 0)
+    features = [PREDICTOR.choices.encoded(np.vstack([known, unseen])) @ m for m in PREDICTOR.choices.groups.values()]
+    covariance = np.zeros((46, 46))
+    for each, weight in zip(features, PREDICTOR.weights.values(), strict=True):
+        centered = (each - each[:40].mean(0)) / np.sqrt(each[:40].var(0).sum())
+        covariance += weight * centered @ centered.T
+    among, across = covariance[:40, :40] + (PREDICTOR.noise + 1e-8) * np.eye(40), covariance[40:, :40]
+    targets = PREDICTOR.scale.forward(additive(SPACE)(known))
+    standard = (targets - targets.mean()) / targets.std()
+    np.testing.assert_allclose(drawn.mean(1), across @ np.linalg.solve(among, standard), atol=0.02)
+    expected = covariance[40:, 40:] - across @ np.linalg.solve(among, across.T)
+    np.testing.assert_allclose(np.cov(drawn), expected, atol=0.1 * np.abs(expected).max())
+
+
+def test_boldness_none_draws_the_mean():
+    tables, constants = PREDICTOR.draw(3, 0.0, np.random.default_rng(0))
+    np.testing.assert_allclose(tables, np.repeat(PREDICTOR.table[:, None], 3, axis=1))
+    assert np.ptp(constants) == 0
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=30))
+def test_scales_give_back_the_values_they_took(values):
+    costs = np.array(values)
+    for scale in scales(costs):
+        span = np.abs(costs).max() + 1
+        np.testing.assert_allclose(scale.inverse(scale.forward(costs)), costs, rtol=1e-6, atol=1e-9 * span)
+
+
+def test_a_space_without_exact_objectives_and_one_with_a_constant_one():
+    known = SPACE.sample(60, 0)
+    for objectives in ((), (Objective("size", "min", compute=lambda genomes: np.ones(len(genomes))),)):
+        predictor = Predictor(Choices(SPACE, objectives), known, additive(SPACE)(known))
+        unseen = SPACE.sample(100, 1)
+        assert spearmanr(predictor(unseen), additive(SPACE)(unseen)).statistic > 0.95
