@@ -28,6 +28,8 @@ EXPECTED = {"choice": 0.1, "order": 0.1, "kind": 0.3, "alike": 0.3, "block": 0.1
 EXPECTED_NOISE = 0.03
 EXPECTATION_WIDTH = 1.5
 """Standard deviation of the logarithms of those shares."""
+LATEST = 200
+"""Evaluations, the last ones, by which scale and shares are chosen; all are learned from."""
 LIMIT = 1e100
 """Values beyond are taken as this, so that their squares are finite."""
 
@@ -247,8 +249,11 @@ class Predictor:
             self._offsets[name] = features.mean(0) / norm
             self._features[name] = features / norm - self._offsets[name]
         grams = np.stack([features @ features.T for features in self._features.values()])
-        fits = [self._fit(scale, costs, grams) for scale in scales(costs)[: None if transforms else 1]]
-        _, self.scale, variances, self._mean, self._spread, self._standard = min(fits, key=lambda fit: fit[0])
+        late = slice(-LATEST, None)
+        tried = scales(costs)[: None if transforms else 1]
+        fits = [self._fit(scale, costs[late], grams[:, late, late]) for scale in tried]
+        _, self.scale, variances, self._mean, self._spread = min(fits, key=lambda fit: fit[0])
+        self._standard = (self.scale.forward(costs) - self._mean) / self._spread
         self.weights = dict(zip(choices.groups, variances[:-1].tolist(), strict=True))
         self.noise = float(variances[-1])
         self._factor = _factored(variances, grams)
@@ -256,7 +261,8 @@ class Predictor:
         high, low = self._standard.max(), self._standard.min()
         self._bounds = low - 1.5 * (high - low) - 0.1, high + 1.5 * (high - low) + 0.1
 
-    def _fit(self, scale: Scale, costs: np.ndarray, grams: np.ndarray):
+    def _fit(self, scale: Scale, costs: np.ndarray, grams: np.ndarray) -> tuple:
+        """How unlikely the costs are on a scale; the scale; the variances that make them least so; mean and spread."""
         targets = scale.forward(costs)
         mean, spread = targets.mean(), targets.std() or 1.0
         standard = (targets - mean) / spread
@@ -279,17 +285,19 @@ class Predictor:
         found = minimize(
             unlikely, centers, jac=True, method="L-BFGS-B", bounds=[(-12, 4)] * len(centers), options={"maxiter": 25}
         )
-        return found.fun - jacobian, scale, np.exp(found.x), mean, spread, standard
+        return found.fun - jacobian, scale, np.exp(found.x), mean, spread
 
-    def _explained(self, standard: np.ndarray) -> tuple[np.ndarray, float]:
-        """Each slot's effect, and the constant, that explain standardized targets."""
+    def _explained(self, standard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tables and constants that explain standardized targets [n, ...]."""
         solved = cho_solve((self._factor, True), standard)
-        table, constant = np.zeros(len(self.choices.gene)), 0.0
-        for name, x in self._features.items():
-            effect = self.weights[name] * (x.T @ solved)
-            table = table + self._maps[name] @ effect
-            constant -= float(self._offsets[name] @ effect)
-        return table, constant
+        effects = {name: self.weights[name] * (x.T @ solved) for name, x in self._features.items()}
+        return self._summed(effects)
+
+    def _summed(self, effects: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Tables [slots, ...] and constants [...] of the effects of features [features, ...]."""
+        table = sum(self._maps[name] @ effect for name, effect in effects.items())
+        constant = sum(-self._offsets[name] @ effect for name, effect in effects.items())
+        return np.asarray(table), np.asarray(constant)
 
     def draw(self, n: int, boldness: float, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Tables [slots, n] and constants [n] drawn from the posterior (Matheron's rule), drawn towards its mean.
@@ -297,17 +305,15 @@ class Predictor:
         Args:
             boldness: 1 for the posterior itself, 0 for its mean alone.
         """
-        tables, constants = np.empty((len(self.choices.gene), n)), np.empty(n)
-        for at in range(n):
-            table, constant, at_known = 0.0, 0.0, 0.0
-            for name, x in self._features.items():
-                effect = np.sqrt(self.weights[name]) * random.normal(size=x.shape[1])
-                table = table + self._maps[name] @ effect
-                constant -= float(self._offsets[name] @ effect)
-                at_known = at_known + x @ effect
-            noise = np.sqrt(self.noise) * random.normal(size=len(self._standard))
-            correction, shift = self._explained(self._standard - at_known - noise)
-            tables[:, at], constants[at] = table + correction, constant + shift
+        effects = {
+            name: np.sqrt(self.weights[name]) * random.normal(size=(x.shape[1], n))
+            for name, x in self._features.items()
+        }
+        tables, constants = self._summed(effects)
+        at_known = np.sum([x @ effects[name] for name, x in self._features.items()], axis=0)
+        noise = np.sqrt(self.noise) * random.normal(size=at_known.shape)
+        corrections, shifts = self._explained(self._standard[:, None] - at_known - noise)
+        tables, constants = tables + corrections, constants + shifts
         mean = self.table[:, None]
         return mean + boldness * (tables - mean), self._constant + boldness * (constants - self._constant)
 

@@ -31,9 +31,15 @@ from jointopt.strategies.guided_search import Beliefs, GuidedSearch
 MARKS = (25, 50, 100, 200, 400)
 BATCH = 10
 STEP = 5
-EVALUATIONS = {"pymoo_nsga2": 500, "optuna_nsga2": 500, "evolutionary": 500, "linas": 400, "optuna_tpe": 100}
-"""How far a search is followed, where it is not to the last mark: slow ones less, those compared at 500 more."""
-SLOW = 50
+EVALUATIONS = {
+    "pymoo_nsga2": 500,
+    "optuna_nsga2": 500,
+    "evolutionary": 500,
+    "linas": 300,
+    "optuna_tpe": 100,
+    "optuna_gp": 50,
+}
+"""How far a search is followed where it is not as far as guided: slow ones less, those compared at 500 more."""
 DEFAULT_PROBLEMS = ("add60", "pairs60", "accuracy60", "scrambled60", "pairs150", "pairs400", "three60")
 DEFAULT_SEARCHES = ("guided", "evolutionary", "random", "pymoo_nsga2", "linas", "optuna_tpe")
 
@@ -86,7 +92,10 @@ def after(curves: np.ndarray, evaluations: int) -> np.ndarray:
     return curves[..., evaluations // STEP - 1]
 
 
-def compared(name: str, problem: Problem, searches: list[str], seeds: int, console: Console) -> list[dict]:
+def compared(
+    name: str, problem: Problem, searches: list[str], seeds: int, evaluations_of: dict[str, int], console: Console
+) -> list[dict]:
+    """Runs the searches on one problem, prints their table and returns its rows."""
     rows, medians = [], {}
     table = Table(
         title=f"{name}: {len(problem.space)} genes, {len(problem.objectives)} objectives; hypervolume, quartiles"
@@ -94,7 +103,7 @@ def compared(name: str, problem: Problem, searches: list[str], seeds: int, conso
     for column in ("search", *map(str, MARKS), "500", "ms each"):
         table.add_column(column, justify="left" if column == "search" else "right")
     for search in searches:
-        evaluations = SLOW if search == "optuna_gp" else EVALUATIONS.get(search, MARKS[-1])
+        evaluations = evaluations_of[search]
         curves, seconds = volumes(problem, makers()[search], seeds, evaluations)
         medians[search] = np.median(curves, axis=0)
         cells = []
@@ -123,7 +132,7 @@ def derived(name: str, medians: dict[str, np.ndarray]) -> list[dict]:
             rows.append(row(name, f"evaluations for {peer}'s {count}", value, aim, "lower"))
     for peer in ("optuna_tpe", "optuna_gp"):
         if peer in medians:
-            marks = [mark for mark in MARKS if mark <= STEP * len(medians[peer])]
+            marks = [mark for mark in MARKS if mark <= STEP * min(len(guided), len(medians[peer]))]
             lead = float(min(after(guided, mark) - after(medians[peer], mark) for mark in marks))
             rows.append(row(name, f"smallest lead over {peer}", lead, 0.0, "higher"))
     return rows
@@ -160,15 +169,17 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=[*known, "all"], default=DEFAULT_PROBLEMS)
     parser.add_argument("--searches", nargs="+", choices=[*makers(), "all"], default=DEFAULT_SEARCHES)
     parser.add_argument("--seeds", type=int, default=3, help="of each search (default 3)")
+    parser.add_argument("--evaluations", type=int, default=MARKS[-1], help="of guided and random (default 400)")
     parser.add_argument("--problem-seed", type=int, default=0, help="draws other problems of the same kinds")
     parser.add_argument("--no-speed", action="store_true", help="leave out the run that measures guided's own time")
     parser.add_argument("--json", type=Path, help="where the rows go: case, measure, value, aim, better")
     given = parser.parse_args()
     names = list(known) if "all" in given.problems else given.problems
     searches = list(makers()) if "all" in given.searches else given.searches
+    evaluations_of = {search: EVALUATIONS.get(search, given.evaluations) for search in searches}
     console, rows = Console(width=140), []
     for name in names:
-        rows += compared(name, families(given.problem_seed)[name](), searches, given.seeds, console)
+        rows += compared(name, families(given.problem_seed)[name](), searches, given.seeds, evaluations_of, console)
         if given.json:
             given.json.write_text(json.dumps(rows, indent=1))
     if not given.no_speed:
