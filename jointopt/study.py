@@ -36,6 +36,10 @@ VERSION = 1
 class Study:
     """One search and all its evaluations. Made by `jointopt.search`, opened again by `Study.open`.
 
+        study = Study.open("study.db")
+        study.front()                  # a data frame, one row a point
+        study.best(size_mb=20)         # a genome
+
     Attributes:
         path: the file, None for a study in memory.
         space, objectives: what is searched, for what.

@@ -90,7 +90,14 @@ class SearchSpace:
 
     @classmethod
     def for_model(cls, model: Any, schemes: Iterable[str] | None = None, **options: Any) -> SearchSpace:
-        """The search space of a model of a known family; see `search_spaces.defaults.space_for_model`."""
+        """The search space of a model of a known family, or of the one that `family` declares.
+
+            SearchSpace.for_model(model)                                   # its family's default
+            SearchSpace.for_model(model, ["none", "W8A8"], preset="bert")
+            SearchSpace.for_model(model, depth=[8, 10, 12], mlp=[0.5, 1.0], precision_per="block")
+
+        All options, and what is raised: `search_spaces.defaults.space_for_model`.
+        """
         from search_spaces.defaults import space_for_model
 
         return space_for_model(model, schemes=schemes, **options)

@@ -227,7 +227,10 @@ def timm_recipe(model: nn.Module) -> dict[str, Any]:
     recipes = {"VisionTransformer": _vision_transformer, "ResNet": _resnet}
     name = type(model).__name__
     if name not in recipes:
-        raise JointoptError(f"export: timm's {name} is not known; known: {', '.join(recipes)}")
+        raise JointoptError(
+            f"export: no library loads a {name} again; allowed: models of transformers, timm's {', '.join(recipes)}; "
+            "supernet.extract(genome) gives the model itself"
+        )
     return {"class": name, "module": type(model).__module__, "arguments": recipes[name](model)}
 
 

@@ -1,0 +1,128 @@
+"""A user's own model, declared as the README shows; and a transformers model of a family that nobody declared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+import jointopt
+from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
+from jointopt.checkpoint.structure import tensors_of
+from tests.readme import code
+
+PIXELS = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def own() -> SimpleNamespace:
+    """The names that the README's section leaves behind: mixer, declare, space, supernet."""
+    torch.manual_seed(0)
+    names: dict[str, object] = {"__name__": "own"}
+    exec(compile(code("A model of your own"), "README.md", "exec"), names)
+    return SimpleNamespace(**names)
+
+
+def test_the_declaration_takes_a_few_dozen_lines():
+    text = code("A model of your own")
+    declaration = text[text.index("def declare") : text.index("mixer = Mixer()")]
+    assert len(declaration.splitlines()) < 36
+
+
+def test_depth_width_and_formats_of_every_block_are_genes(own):
+    names = own.space.names
+    assert {"depth", "block0.mlp", "block3.mlp.keep", "block2.up.precision", "patches.precision"} <= set(names)
+    assert own.space.genes[names.index("block0.mlp")].choices == (32, 64, 128)
+
+
+def test_a_block_whose_branch_left_hands_its_input_on(own):
+    chosen = own.space.decode(own.space.largest)
+    genome = own.space.encode({**chosen, **{f"block{index}.mlp.keep": False for index in range(4)}})
+    with own.supernet.active(genome) as view, torch.no_grad():
+        hidden = torch.randn(2, 16, 64)
+        block = view.blocks[0]
+        mixed = hidden + block.mix(block.mix_norm(hidden).transpose(1, 2)).transpose(1, 2)
+        assert torch.equal(block(hidden), mixed)
+
+
+def test_the_largest_sub_network_computes_what_the_model_does(own):
+    with own.supernet.active(own.space.largest) as view, torch.no_grad():
+        torch.testing.assert_close(view(PIXELS), own.mixer(PIXELS))
+
+
+def test_the_view_is_the_extracted_model_and_weighs_what_was_reported(own):
+    for genome in own.space.sample(12, seed=0):
+        extracted = own.supernet.extract(genome)
+        with own.supernet.active(genome) as view, torch.no_grad():
+            assert torch.equal(view(PIXELS), extracted(PIXELS))
+        stored = sum(tensor.nbytes for tensor in tensors_of(extracted).values())
+        assert own.supernet.costs(genome)["size"] == stored
+
+
+def test_it_is_searched_like_any_other(own):
+    with torch.no_grad():
+        wanted = own.mixer(PIXELS)
+
+    def closeness(model: nn.Module) -> float:
+        return -float((model(PIXELS) - wanted).square().mean())
+
+    before = {name: tensor.clone() for name, tensor in own.mixer.state_dict().items()}
+    study = jointopt.search(own.supernet, closeness, evaluations=20, strategy="evolutionary")
+    front = study.front()
+    assert len(study) == 20 and len(front) > 1 and not study.evaluations()["failed"].notna().any()
+    assert study.baselines["original"]["quality"] == 0.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in own.mixer.state_dict().items())
+
+
+def test_its_export_is_refused_in_one_line_that_says_why(own, tmp_path):
+    with pytest.raises(JointoptError, match=r"export: no library loads a Mixer.*extract") as caught:
+        jointopt.export(own.supernet, own.space.smallest, tmp_path / "small")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def keep_count(model: nn.Module, kept: Sequence[Block]) -> None:
+    """GPT-NeoX reads from its config how many blocks there are."""
+    model.config = copy.deepcopy(model.config)
+    model.config.num_hidden_layers = len(kept)
+
+
+def declare_neox(model: nn.Module) -> Family:
+    blocks, widths, layers = [], [], [Layer("embedding", "gpt_neox.embed_in", "embedding")]
+    for index, block in enumerate(model.gpt_neox.layers):
+        name, path = f"block{index}", f"gpt_neox.layers.{index}"
+        up, down = f"{path}.mlp.dense_h_to_4h", f"{path}.mlp.dense_4h_to_h"
+        hidden = block.mlp.dense_h_to_4h.out_features
+        blocks.append(Block(name, path))
+        widths.append(Width(f"{name}.mlp", "mlp", hidden, (Part(up),), (Part(down),), block=name))
+        inside = {"qkv": f"{path}.attention.query_key_value", "out": f"{path}.attention.dense", "up": up, "down": down}
+        layers.extend(Layer(f"{name}.{short}", member, f"{name}.{short}", name) for short, member in inside.items())
+    layers.append(Layer("head", "lm_head", "head"))
+    return Family("gpt_neox", tuple(blocks), tuple(widths), tuple(layers), keep_count)
+
+
+def test_a_declared_model_of_transformers_is_exported_and_verified(tmp_path: Path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=96, max_position_embeddings=64, **sizes)).eval()
+    schemes = ["none", "W8A8", "W4A16", "NVFP4"]
+    space = SearchSpace.for_model(model, schemes, family=declare_neox, depth=[1, 2, 3], mlp=[32, 64, 128])
+    supernet = Supernet(model, space, family=declare_neox)
+    batch = {"input_ids": torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(0))}
+    supernet.calibrate([batch])
+
+    def quality(each: nn.Module) -> float:
+        return float(each(**batch).logits.square().mean())
+
+    genome = space.sample(1, seed=0)[0]
+    with supernet.active(genome) as view, torch.no_grad():
+        expected = quality(view)
+    result = jointopt.verify(jointopt.export(supernet, genome, tmp_path / "small"), quality)
+    assert result.ok, result.differences
+    assert result.metrics["quality"] == pytest.approx(expected, rel=1e-4)

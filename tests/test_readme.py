@@ -1,0 +1,161 @@
+"""What the README shows is run: its Python for real, its config read, its commands parsed, its tables compared."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import jointopt
+from jointopt import SearchSpace, load_config
+from jointopt.cli import _parser
+from jointopt.models import empty_model, find_source
+from quant.formats import SCHEMES
+from search_spaces.families import _TIMM, _TRANSFORMERS
+from tests.readme import ROOT, Block, blocks, table
+from tests.zoo import batches, logits, make
+
+CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
+
+
+def by_section(found: list[Block]) -> dict[str, list[Block]]:
+    sections: dict[str, list[Block]] = {}
+    for block in found:
+        sections.setdefault(block.section, []).append(block)
+    return sections
+
+
+def reader() -> dict[str, Any]:
+    """What the README takes for granted: a model, batches of its inputs, the same with labels, a function."""
+    given = batches("bert")
+    labelled = [{**batch, "labels": torch.arange(6) % 3} for batch in given]
+
+    def accuracy(model: nn.Module) -> float:
+        return float((logits(model, given[0]).argmax(-1) == labelled[0]["labels"]).float().mean())
+
+    return {"model": make("bert"), "batches": given, "labelled": labelled, "accuracy": accuracy}
+
+
+def shortened(text: str) -> str:
+    """The same program with fewer repetitions: what 200 evaluations do, 32 do as well."""
+    return text.replace("evaluations=200", "evaluations=32").replace("steps=200", "steps=2")
+
+
+SECTIONS = [
+    pytest.param(section, marks=pytest.mark.slow if section == "From Python" else ())
+    for section in by_section(blocks("python"))
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_python_of_a_section_runs(section, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = reader()
+    for block in by_section(blocks("python"))[section]:
+        padded = "\n" * (block.line - 1) + shortened(block.text)
+        exec(compile(padded, ROOT / "README.md", "exec"), names)
+
+
+def test_the_config_is_read_and_shows_every_key(tmp_path):
+    (shown,) = blocks("yaml")
+    file = tmp_path / "shown.yaml"
+    file.write_text(shown.text)
+    config = load_config(file)
+    for section in (config, config.data, config.data.evaluate, config.space, config.train, config.search):
+        for key in type(section).model_fields:
+            # Commented lines show what excludes something else.
+            assert re.search(rf"\b{key}\b", shown.text), f"{key} is not in the README's config"
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.text.splitlines()])
+def test_a_command_is_one_that_there_is(line):
+    words = shlex.split(line, comments=True)
+    if words[:3] == ["python", "-m", "jointopt"]:
+        assert callable(_parser().parse_args(words[3:]).command)
+        return
+    script = ROOT / words[1]
+    assert words[0] in ("bash", "python") and script.is_file()
+    for flag in (word for word in words[2:] if word.startswith("--")):
+        assert f'"{flag}"' in script.read_text()
+
+
+def test_links_and_pictures_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+    assert (ROOT / "scripts/figures/front.png").stat().st_size < 150_000
+
+
+def test_the_table_of_schemes_is_that_of_the_code():
+    rows = table("scheme", "weights")
+    assert [name.strip("`") for name, *_ in rows] == list(SCHEMES)
+    for name, weights, activations, bits, stored in rows[1:]:
+        scheme = SCHEMES[name.strip("`")]
+        element = {"int8": "INT8", "int4": "INT4", "fp8_e4m3": "E4M3", "fp8_e5m2": "E5M2", "fp4_e2m1": "E2M1"}
+        assert weights.startswith(element[scheme.weights.element])
+        assert bool(activations) == (scheme.activations is not None)
+        assert bits == f"{scheme.bits:.4g}"
+        by_library = scheme.compressed is not None and scheme.weights.symmetric
+        assert stored.startswith("compressed-tensors" if by_library else "own file")
+
+
+def test_the_table_of_known_models_is_that_of_the_code():
+    transformers, timm = (" ".join(row[at] for row in table("known models")) for at in (1, 2))
+    assert set(re.findall(r"`([^`]+)`", transformers)) == set(_TRANSFORMERS)
+    assert set(re.findall(r"`([^`]+)`", timm)) == set(_TIMM)
+
+
+def test_every_public_name_has_a_docstring():
+    for name in jointopt.__all__:
+        assert len((getattr(jointopt, name).__doc__ or "").split()) > 8, name
+
+
+def named_by(config: Path) -> nn.Module:
+    """The architecture that an example config names, without weights."""
+    with torch.device("meta"):
+        if config.stem == "bert":
+            sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+            return BertForSequenceClassification(BertConfig(**sizes))
+        if config.stem == "llama":
+            sizes = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+            return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=1536, tie_word_embeddings=True))
+        if config.stem == "resnet":
+            return ResNetForImageClassification(ResNetConfig(num_labels=3))
+        if config.stem == "quickstart":
+            sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
+            return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_labels=10, **sizes))
+    return empty_model(find_source(load_config(config).model), "image-classification")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_an_example_config_is_read_and_its_space_fits_its_model(path):
+    config = load_config(path)
+    space = SearchSpace.for_model(named_by(path), **config.space.options())
+    assert space.count() > config.search.evaluations
+    assert config.output.startswith("runs/")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_an_example_config_that_runs_on_assets_names_the_command(path):
+    text = path.read_text()
+    needed = set(re.findall(r"runs/assets/(\w+)", text)) - {"vit"}
+    if path.stem == "quickstart":
+        assert "scripts/assets.py runs/assets digits" in (ROOT / "scripts/quickstart.sh").read_text()
+    elif needed:
+        (names,) = re.findall(r"scripts/assets.py runs/assets (.*)", text)
+        assert set(names.split()) == needed
