@@ -79,10 +79,30 @@ class GuidedSearch(Strategy):
         return Predictor(self.choices, self.told, failed.astype(float), transforms=False)(genomes) < 0.5
 
     def _design(self, n: int) -> Iterable[np.ndarray]:
-        """The two ends, then genomes in between: levels spread evenly, each kind of gene around its own."""
+        """The two ends; the largest with one group of genes changed together, which shows what a uniform choice costs
+        where all else is well; then genomes in between: levels spread evenly, each kind of gene around its own."""
         yield from (self.space.largest, self.space.smallest)
+        yield from self._grouped()[: 3 * (self.initial - 2) // 4]
         for at in range(len(self._seen), len(self._seen) + 20 * n):
             yield self._strewn((0.5 + at * GOLDEN) % 1)
+
+    def _grouped(self) -> list[np.ndarray]:
+        """The largest genome with all genes of the same choices at one of these: of each group the middle one, then
+        the smallest, then the others, what most of the costs hang on first."""
+        groups: dict[tuple, list[int]] = {}
+        for at, gene in enumerate(self.space.genes):
+            if len(gene.choices) > 1:
+                groups.setdefault(gene.choices, []).append(at)
+        ordered = sorted(groups.values(), key=lambda members: -self.choices.share[members].sum())
+        found = []
+        for members in ordered:
+            path = self._paths[members[0]][:-1]
+            middle = path[(len(path)) // 2]
+            for turn, choice in enumerate(dict.fromkeys([middle, *path])):
+                genome = self.space.largest.copy()
+                genome[members] = choice
+                found.append((turn, self.space.canonical(genome)))
+        return [genome for _, genome in sorted(found, key=lambda each: each[0])]
 
     def _strewn(self, level: float) -> np.ndarray:
         kinds = self.choices.kinds
