@@ -9,12 +9,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+SAMPLES = 128
+"""How many samples statistics are estimated from. On a ResNet of scikit-learn's digits, accuracies from different
+drawings of 32, 64, 128, 256 and 512 samples had a standard deviation of 1.0, 0.5, 0.3, 0.3 and 0.2 points."""
 
 
 def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def first_samples(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A copy of the batch, cut to its first `count` samples where it holds more."""
+    return {k: v[:count].clone() if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
 
 
 def keep_statistics(model: nn.Module) -> list[_BatchNorm]:
@@ -28,7 +37,10 @@ def keep_statistics(model: nn.Module) -> list[_BatchNorm]:
 
 @torch.no_grad()
 def reestimate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
-    """Replaces the running statistics by the averages over `batches`, in buffers of the model's own."""
+    """Replaces the running statistics by the averages over `batches`, in buffers of the model's own.
+
+    The model is in eval mode and stays so: only its normalizations see the batches as training would show them.
+    """
     norms = keep_statistics(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

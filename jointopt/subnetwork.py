@@ -6,7 +6,7 @@ tensors copied, an export writes the codes that the view's values stand for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,13 +71,15 @@ def build(
     With `training`, slices keep their link to the whole parameters, so that gradients reach them.
     """
     shell = structural_clone(model)
+    modules = dict(shell.named_modules())
     rows, columns = _cuts(family, plan)
+    gone = _gone(family, plan)
     layers = {layer.path: layer for layer in family.layers}
     tied = {path for layer in family.layers for path in layer.tied}
-    for path in {**dict.fromkeys(rows), **dict.fromkeys(columns), **dict.fromkeys(plan.schemes)}:
-        if path in tied or not _stays(path, family, plan):
+    for path in {**rows, **columns, **plan.schemes}:
+        if path in tied or _is_in(path, gone):
             continue
-        module = shell.get_submodule(path)
+        module = modules[path]
         scheme = plan.schemes.get(path)
         if scheme is None:
             _cut(module, rows.get(path), columns.get(path), training)
@@ -87,11 +89,12 @@ def build(
                 module, scheme, banked, rows.get(path), columns.get(path), statistics.get((path, scheme.name), {})
             )
             for other in layers[path].tied:
-                _quantize(
-                    shell.get_submodule(other), scheme, banked, None, None, statistics.get((other, scheme.name), {})
-                )
-                shell.get_submodule(other)._parameters["weight"] = module._parameters["weight"]
-    _set_attributes(shell, family, plan)
+                _quantize(modules[other], scheme, banked, None, None, statistics.get((other, scheme.name), {}))
+                modules[other]._parameters["weight"] = module._parameters["weight"]
+    for width in family.widths:
+        for path, name, per_unit in width.attributes:
+            if width.gene in plan.units and not _is_in(path, gone):
+                setattr(modules[path], name, plan.units[width.gene] * per_unit)
     _drop(shell, family, plan)
     if training and not plan.whole(family):
         keep_statistics(shell)
@@ -129,11 +132,15 @@ def _cuts(family: Family, plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
     return rows, columns
 
 
-def _stays(path: str, family: Family, plan: Plan) -> bool:
-    kept = {block.path for block in plan.blocks}
-    if any(within(path, block.path) and block.path not in kept for block in family.blocks):
-        return False
-    return not any(within(path, gone) for branch in plan.dropped for gone in branch.replacements)
+def _gone(family: Family, plan: Plan) -> tuple[str, ...]:
+    """Paths of the modules that leave with all that is in them."""
+    kept = {block.name for block in plan.blocks}
+    blocks = [block.path for block in family.blocks if block.name not in kept]
+    return (*blocks, *(path for branch in plan.dropped for path in branch.replacements))
+
+
+def _is_in(path: str, parents: Iterable[str]) -> bool:
+    return any(within(path, parent) for parent in parents)
 
 
 def within(path: str, parent: str) -> bool:
@@ -195,13 +202,6 @@ def _quantize(
     module.__dict__.update(scheme=scheme, quantized=quantized, **constants)
 
 
-def _set_attributes(shell: nn.Module, family: Family, plan: Plan) -> None:
-    for width in family.widths:
-        for path, name, per_unit in width.attributes:
-            if width.gene in plan.units and _stays(path, family, plan):
-                setattr(shell.get_submodule(path), name, plan.units[width.gene] * per_unit)
-
-
 def _drop(shell: nn.Module, family: Family, plan: Plan) -> None:
     """Takes out branches and blocks, and counts what stays anew: list indices, and the indices of KV caches."""
     for branch in plan.dropped:
@@ -232,4 +232,5 @@ def renamed(path: str, family: Family, blocks: Sequence[Block]) -> str:
 
 def staying_layers(family: Family, plan: Plan) -> list[Layer]:
     """The layers of the sub-network, in the family's order."""
-    return [layer for layer in family.layers if _stays(layer.path, family, plan)]
+    gone = _gone(family, plan)
+    return [layer for layer in family.layers if not _is_in(layer.path, gone)]

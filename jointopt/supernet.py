@@ -34,14 +34,12 @@ from search_spaces.family import Layer, structural_clone
 from search_spaces.precision import gene_names
 from search_spaces.space import Gene, SearchSpace
 
-from .batch_norm import has_batch_norm, reestimate
+from .batch_norm import SAMPLES, first_samples, has_batch_norm, reestimate
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
 from .subnetwork import Plan, build, detach, renamed, staying_layers
 from .weight_bank import BankedWeight, WeightBank
-
-BATCH_NORM_BATCHES = 4
 
 
 class Supernet:
@@ -52,10 +50,11 @@ class Supernet:
         space: its search space; genes are matched to the model by their names (`SearchSpace.for_model`).
         family: a declaration of one's own (model -> Family).
         weight_calibration: how the clipping range of quantized weights is chosen: "minmax", "percentile" or "mse".
-        bank_bytes: memory for fake-quantized weights; beyond it the least recently used are made again.
+        bank_bytes: memory for fake-quantized weights, codes and scales included; what was longest unused makes room.
 
     Attributes:
-        scores: canonical genome (its bytes) -> metrics that searches have measured; emptied when the weights change.
+        scores: canonical genome (its bytes) -> metrics that searches have measured; emptied when the weights or the
+            calibration change.
 
     Raises:
         JointoptError: a model of an unknown family or dtype, a gene or choice that the model does not have.
@@ -119,19 +118,24 @@ class Supernet:
         self._statistics = {
             (path, observer.scheme): observer.constants() for path, many in observers.items() for observer in many
         }
-        self._bank.clear()
-        self.__dict__.pop("_costs", None)
+        self._forget()
         self.calibrated = True
 
     def _checked(self, batches: Iterable[Any], kept: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """The batches on the model's device; the first samples of them are kept as well."""
+        wanted = SAMPLES
         for batch in batches:
             if not isinstance(batch, Mapping):
                 raise JointoptError(
                     f"calibrate: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
                 )
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            if len(kept) < BATCH_NORM_BATCHES:
-                kept.append(moved)
+            sizes = [len(v) for v in moved.values() if isinstance(v, Tensor) and v.dim()]
+            if not sizes:
+                raise JointoptError("calibrate: found a batch without tensors; allowed: dicts of the model's inputs")
+            if wanted > 0:
+                kept.append(first_samples(moved, wanted))
+                wanted -= sizes[0]
             yield moved
 
     def _observers(self) -> dict[str, list[Any]]:
@@ -290,15 +294,23 @@ class Supernet:
     def finish_training(self) -> None:
         """To be called when the weights have changed: what was measured on the old ones no longer holds."""
         self.trained, self.calibrated = True, False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what was made from weights, order or calibration that are no longer there."""
         self.scores.clear()
         self._bank.clear()
+        self.__dict__.pop("_costs", None)
 
     def fingerprint(self) -> str:
-        """SHA-256 over weights, order, space and calibration: equal for equal super-networks."""
-        digest = hashlib.sha256(json.dumps([self.space.to_dict(), self._leaving], sort_keys=True, default=str).encode())
+        """SHA-256 over weights, order, space and calibration: equal for super-networks with equal sub-networks."""
+        choices = [self.space.to_dict(), self._leaving, self.weight_calibration]
+        digest = hashlib.sha256(json.dumps(choices, sort_keys=True, default=str).encode())
         tensors = dict(self.model.state_dict())
         for (path, name), constants in self._statistics.items():
             tensors.update({f"{path}:{name}:{key}": value for key, value in constants.items()})
+        for number, batch in enumerate(self._batch_norm_batches):
+            tensors.update({f"{number}:{key}": value for key, value in batch.items() if isinstance(value, Tensor)})
         for name, tensor in sorted(tensors.items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -323,10 +335,9 @@ class Supernet:
                     found, wanted = tuple(tensor.shape), tuple(own[name].shape)
                     raise JointoptError(f"{path}: {name} has shape {found}; this model's has {wanted}")
                 own[name].data.copy_(tensor)
-        self._leaving, self.trained = record["leaving"], record["trained"]
+        self._leaving, self.trained, self.calibrated = record["leaving"], record["trained"], False
         self._condition_space()
-        self._bank.clear()
-        self.__dict__.pop("_costs", None)
+        self._forget()
 
 
 class SchemeObserver:

@@ -21,18 +21,25 @@ class BankedWeight:
     quantized: QuantizedTensor
     values: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        stored = (getattr(self.quantized, name) for name in ("codes", "scale", "zero_point", "global_scale"))
+        return self.values.nbytes + sum(tensor.nbytes for tensor in stored if tensor is not None)
+
 
 class WeightBank:
-    """Least recently used first out, once `limit` bytes of values are held.
+    """Least recently used first out, once more than `limit` bytes are held; the last one asked for stays.
 
-    Slices of a banked weight are exact: rows always; columns where scales belong to groups or to the whole tensor.
-    Where a scale belongs to a row it depends on the columns, so that each width has an entry of its own.
+    A sub-network takes leading slices of what is held. Where scales belong to groups, a slice of the quantized weight
+    is the quantized slice. Where they belong to rows they depend on the columns, so that each width has an entry of
+    its own. A scale of the whole tensor (FP8, the global one of NVFP4) stays the whole weight's in every slice, and
+    is exported so. Views hold what they use: what leaves the bank stays theirs.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
+        self.nbytes = 0
         self._held: OrderedDict[Key, BankedWeight] = OrderedDict()
-        self._bytes = 0
 
     def get(self, path: str, scheme: Scheme, columns: int, make: Callable[[], BankedWeight]) -> BankedWeight:
         key = (path, scheme.name, columns)
@@ -41,12 +48,12 @@ class WeightBank:
             return self._held[key]
         made = make()
         self._held[key] = made
-        self._bytes += made.values.nbytes
-        while self._bytes > self.limit and len(self._held) > 1:
+        self.nbytes += made.nbytes
+        while self.nbytes > self.limit and len(self._held) > 1:
             _, oldest = self._held.popitem(last=False)
-            self._bytes -= oldest.values.nbytes
+            self.nbytes -= oldest.nbytes
         return made
 
     def clear(self) -> None:
         self._held.clear()
-        self._bytes = 0
+        self.nbytes = 0

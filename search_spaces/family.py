@@ -7,6 +7,7 @@ cut, drop and quantize any model that someone has described with the five nouns 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -171,12 +172,18 @@ class SkipPostNormOutput(nn.Module):
 def structural_clone(module: nn.Module) -> nn.Module:
     """A module tree of its own that shares every tensor with `module`: what is set on the clone is not set on it."""
     clone = object.__new__(type(module))
-    containers = dict | set
-    clone.__dict__.update({k: copy.copy(v) if isinstance(v, containers) else v for k, v in module.__dict__.items()})
+    clone.__dict__.update({name: _own_container(value) for name, value in module.__dict__.items()})
     for name, child in module._modules.items():
         if child is not None:
             clone._modules[name] = structural_clone(child)
     return clone
+
+
+def _own_container(value: Any) -> Any:
+    """Dicts and sets (of tensors, modules, hooks) copied, all else as it is."""
+    if type(value) in (dict, OrderedDict, set):
+        return value.copy()  # 5x as fast as copy.copy, and a model has thousands of them
+    return copy.copy(value) if isinstance(value, dict | set) else value
 
 
 def parent_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -94,47 +94,43 @@ class ShapeCosts:
         self._seen: set[int] = set()
         self.tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
         self.tables += [self._attention(width) for width in family.widths if width.attention]
+        branches = [path for block in family.blocks for branch in block.branches for path in branch.replacements]
+        parents = [*(block.path for block in family.blocks), *branches]
+        self._parents = {t.path: [p for p in parents if within(t.path, p)] for t in self.tables}
 
     def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """Measure -> one value a genome, int64 (bops: float64, since they can pass 2^63)."""
         genomes = np.atleast_2d(genomes)
         totals = {m: np.zeros(len(genomes), dtype=np.float64 if m == "bops" else np.int64) for m in MEASURES}
-        present = self._presence(genomes)
+        gone = self._gone(genomes)
         for table in self.tables:
-            mask = present(table.path)
+            present = np.ones(len(genomes), dtype=bool)
+            for parent in self._parents[table.path]:
+                if parent in gone:
+                    present &= ~gone[parent]
             at = tuple(
                 0 if g is None else genomes[:, g] for g in (table.rows.gene, table.columns.gene, table.precision)
             )
             for measure, values in table.values.items():
-                totals[measure] += np.where(mask, values[at], 0).astype(totals[measure].dtype)
+                totals[measure] += np.where(present, values[at], 0).astype(totals[measure].dtype)
         return totals
 
-    def _presence(self, genomes: np.ndarray) -> Callable[[str], np.ndarray]:
-        """Path -> for each genome, whether the module at that path is in the sub-network."""
-        gone: list[tuple[str, np.ndarray]] = []
+    def _gone(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
+        """Path of a block or branch -> for each genome, whether it is left out; where no genome leaves it, nothing."""
+        gone: dict[str, np.ndarray] = {}
+        stages = self.family.stages()
         for block in self.family.blocks:
-            dropped = np.zeros(len(genomes), dtype=bool)
+            dropped = self._left_out(f"{block.name}.keep", genomes)
             if block.removable and block.stage in self._index:
                 counts = np.asarray(self.space.genes[self._index[block.stage]].choices)
                 leaves = self.leaving[block.stage].index(block.name)
-                total = len(self.family.stages()[block.stage])
-                dropped |= leaves < total - counts[genomes[:, self._index[block.stage]]]
-            dropped |= self._left_out(f"{block.name}.keep", genomes)
-            gone.append((block.path, dropped))
+                total = len(stages[block.stage])
+                dropped = dropped | (leaves < total - counts[genomes[:, self._index[block.stage]]])
+            gone[block.path] = dropped
             for branch in block.branches:
                 left = self._left_out(f"{block.name}.{branch.kind}.keep", genomes)
-                gone.extend((path, left) for path in branch.replacements)
-
-        everywhere = np.ones(len(genomes), dtype=bool)
-
-        def present(path: str) -> np.ndarray:
-            mask = everywhere
-            for parent, dropped in gone:
-                if within(path, parent):
-                    mask = mask & ~dropped
-            return mask
-
-        return present
+                gone.update(dict.fromkeys(branch.replacements, left))
+        return {path: mask for path, mask in gone.items() if mask.any()}
 
     def _left_out(self, gene: str, genomes: np.ndarray) -> np.ndarray:
         if gene not in self._index:

@@ -1,0 +1,218 @@
+"""What an evaluation costs beyond its forward passes, for each family.
+
+    python scripts/bench/evaluation.py --json evaluation.json
+    python scripts/bench/evaluation.py --case bert --case resnet
+
+`evaluate(supernet, genome, quality)`, as a search calls it, is timed against the same quality function on the model
+that was extracted before. The two take turns, so that a slow minute of the machine falls on both; a genome's figure
+is the median of its pairs' ratios, a case's the median of its genomes'. Quality is read from one batch only, the
+hardest case: what an evaluation does once is shared by few samples. By then every weight has been quantized once, as
+in the steady state of a search; the first evaluation of a genome, which quantizes, has a row of its own.
+
+A model with BatchNorm has its statistics estimated anew for each sub-network, which is more forward passes, over the
+calibration batches. There the extracted model reads these batches too, as it is, before its quality is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from jointopt import SearchSpace, Supernet
+from jointopt.batch_norm import has_batch_norm, reestimate
+from jointopt.evaluation import evaluate, measured
+from jointopt.tasks.metrics import every, next_tokens, quality_function
+
+SCHEMES = ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4"]
+AIM = 1.05
+SEARCH = 100
+
+Row = tuple[str, float, float | None]
+"""(measure, value, aim)"""
+
+_TINY = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+_MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+_LLAMA = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+
+
+def images(key: str) -> dict[str, Tensor]:
+    return {key: torch.randn(8, 3, 224, 224), "labels": torch.randint(1000, (8,))}
+
+
+def texts() -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(30522, (8, 128)), "labels": torch.randint(2, (8,))}
+
+
+def tokens() -> dict[str, Tensor]:
+    ids = torch.randint(49152, (1, 256))
+    return {"input_ids": ids, "labels": ids}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of a size that people search, randomly initialized, and a batch of what it reads."""
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[], dict[str, Tensor]]
+
+
+CASES = {
+    "vit": Case(lambda: ViTForImageClassification(ViTConfig(**_TINY, num_labels=1000)), lambda: images("pixel_values")),
+    "timm_vit": Case(lambda: timm.create_model("vit_tiny_patch16_224"), lambda: images("x")),
+    "bert": Case(lambda: BertForSequenceClassification(BertConfig(**_MINILM)), texts),
+    "llama_tied": Case(lambda: LlamaForCausalLM(LlamaConfig(**_LLAMA, tie_word_embeddings=True)), tokens),
+    "llama_untied": Case(lambda: LlamaForCausalLM(LlamaConfig(**_LLAMA, tie_word_embeddings=False)), tokens),
+    "resnet": Case(lambda: ResNetForImageClassification(ResNetConfig(num_labels=1000)), lambda: images("pixel_values")),
+    "timm_resnet": Case(lambda: timm.create_model("resnet18"), lambda: images("x")),
+}
+
+
+def seconds(run: Callable[..., object], *arguments: object) -> float:
+    started = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - started
+
+
+def median(values: Iterable[float]) -> float:
+    return float(np.median(list(values)))
+
+
+class Bench:
+    """One case: its super-network, a quality function, and the batches that BatchNorm is estimated from."""
+
+    def __init__(self, case: Case, genomes: int, repeats: int):
+        torch.manual_seed(0)
+        model = case.model().eval()
+        self.repeats = repeats
+        self.supernet = Supernet(model, SearchSpace.for_model(model, schemes=SCHEMES))
+        batches = [{k: v for k, v in case.batch().items() if k != "labels"} for _ in range(2)]
+        self.supernet.calibrate(batches)
+        self.extra = batches if has_batch_norm(model) else []
+        counted = next_tokens if isinstance(model, LlamaForCausalLM) else every
+        self.quality = quality_function([case.batch()], counted, ("accuracy", "loss"))
+        self.genomes = self.supernet.space.sample(genomes, seed=0)
+
+    def rows(self) -> list[Row]:
+        first = seconds(self.evaluate, self.genomes[0])
+        mixed = [self.ratio(genome) for genome in self.genomes]
+        plain = [self.ratio(self.unquantized(genome)) for genome in self.genomes]
+        forward = median(seconds for _, seconds in mixed)
+        shell = median(seconds(self.shell, genome) for genome in self.genomes for _ in range(self.repeats))
+        found = [
+            ("evaluation / forward, formats mixed", median(ratio for ratio, _ in mixed), AIM),
+            ("evaluation / forward, unquantized", median(ratio for ratio, _ in plain), AIM),
+            ("view and costs (ms)", 1000 * shell, None),
+            ("forward (ms)", 1000 * forward, None),
+            ("first evaluation / forward", first / mixed[0][1], None),
+            (f"quantizing in {SEARCH} evaluations / their forwards", self.quantizing() / SEARCH / forward, None),
+        ]
+        if self.extra:
+            found.append(("statistics / forward, same samples", median(map(self.statistics, self.genomes)), None))
+        return [(measure, float(value), aim) for measure, value, aim in found]
+
+    def evaluate(self, genome: np.ndarray) -> None:
+        failed = evaluate(self.supernet, genome, self.quality).failed
+        if failed:
+            raise RuntimeError(failed)
+
+    def unquantized(self, genome: np.ndarray) -> np.ndarray:
+        """The same architecture with no layer quantized."""
+        space = self.supernet.space
+        return space.encode({k: "none" if k.endswith(".precision") else v for k, v in space.decode(genome).items()})
+
+    def forward(self, model: nn.Module) -> None:
+        """The forward passes of one evaluation."""
+        self.read(model)
+        measured(self.quality, model)
+
+    @torch.no_grad()
+    def read(self, model: nn.Module) -> None:
+        for batch in self.extra:
+            model(**batch)
+
+    def shell(self, genome: np.ndarray) -> None:
+        """All that an evaluation does but its forward passes."""
+        self.supernet.layout(genome)
+        self.supernet.costs(genome)
+
+    def ratio(self, genome: np.ndarray) -> tuple[float, float]:
+        """(evaluation over forward passes of the extracted model, seconds of the latter): medians over pairs."""
+        extracted = self.supernet.extract(genome)
+        return self.paired(lambda: self.evaluate(genome), lambda: self.forward(extracted))
+
+    def statistics(self, genome: np.ndarray) -> float:
+        """Estimating BatchNorm's statistics over forward passes of the same samples."""
+        extracted, other = self.supernet.extract(genome), self.supernet.extract(genome)
+        return self.paired(lambda: reestimate(other, self.extra), lambda: self.read(extracted))[0]
+
+    def paired(self, one: Callable[[], None], other: Callable[[], None]) -> tuple[float, float]:
+        one(), other()
+        taken: list[tuple[float, float]] = []
+        for turn in range(self.repeats):
+            if turn % 2:
+                taken.append((seconds(one), seconds(other)))
+            else:
+                after, before = seconds(other), seconds(one)
+                taken.append((before, after))
+        return median(a / b for a, b in taken), median(b for _, b in taken)
+
+    def quantizing(self) -> float:
+        """Seconds that the weights of a random search take to be quantized, beyond building its views."""
+        genomes = self.supernet.space.sample(SEARCH, seed=1)
+        self.supernet.finish_training()  # nothing is quantized now
+        cold = sum(seconds(self.shell, genome) for genome in genomes)
+        return cold - sum(seconds(self.shell, genome) for genome in genomes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--genomes", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of timings for each genome")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    table = Table(title=f"{torch.get_num_threads()} threads, medians of {arguments.genomes} genomes")
+    for column in ("case", "measure", "value", "aim"):
+        table.add_column(column)
+    rows = []
+    for name in arguments.case or CASES:
+        for measure, value, aim in Bench(CASES[name], arguments.genomes, arguments.repeats).rows():
+            rows.append({"case": name, "measure": measure, "value": value, "aim": aim, "better": "lower"})
+            table.add_row(name, measure, f"{value:.4g}", "" if aim is None else str(aim))
+            print(f"{name}: {measure}: {value:.4g}", flush=True)
+        table.add_section()
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
