@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Format
-from quant.reference import Clip, global_scale_of, grouped_view, quantize, weight_groups
+from quant.reference import Clip, global_scale_of, grouped_view, quantize, stored_scale, weight_groups
 
 METHODS = ("minmax", "percentile", "mse")
 PERCENTILE = 0.999
@@ -81,14 +81,8 @@ class ActivationObserver:
         if not (self.low.isfinite() and self.high.isfinite()):
             found = "no input" if self.low > self.high else "inputs that are not finite"
             raise JointoptError(f"calibration: a layer with static activations saw {found}")
-        low, high = self.low.clamp(max=0), self.high.clamp(min=0)
+        low, high = self.low, self.high
         if self.format.scale == "e4m3":
             return {"input_global_scale": global_scale_of(torch.maximum(-low, high))}
-        kind = self.format.kind
-        span = 2 * torch.maximum(-low, high) if self.format.symmetric else high - low
-        scale = (span / (kind.max - kind.min)).to(torch.bfloat16).reshape(1)
-        scale = torch.where(scale == 0, torch.finfo(torch.bfloat16).eps, scale).to(torch.bfloat16)
-        if self.format.symmetric:
-            return {"input_scale": scale}
-        zero_point = (kind.min - low / scale.float()).clamp(kind.min, kind.max).round().to(torch.int8)
-        return {"input_scale": scale, "input_zero_point": zero_point}
+        scale, zero_point = stored_scale(low.reshape(1), high.reshape(1), self.format, None)
+        return {"input_scale": scale} if zero_point is None else {"input_scale": scale, "input_zero_point": zero_point}

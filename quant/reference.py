@@ -33,7 +33,7 @@ def round_to_format(tensor: Tensor, element: str) -> Tensor:
     Raises:
         JointoptError: another element, or a tensor that is not floating point.
     """
-    if element not in ELEMENTS:
+    if not isinstance(element, str) or element not in ELEMENTS:
         hint = did_you_mean(element, ELEMENTS)
         raise JointoptError(f"element: found {element!r}{hint}; allowed: {', '.join(ELEMENTS)}")
     return _round(_floating(tensor, "tensor"), ELEMENTS[element])
@@ -214,7 +214,7 @@ def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Quanti
     groups = weight_groups(weight, format)
     low, high = clip if clip is not None else (groups.amin(-1), groups.amax(-1))
     global_scale = global_scale_of(groups.abs().amax()) if format.scale == "e4m3" else None
-    scale, zero_point = _stored_scale(low, high, format, global_scale)
+    scale, zero_point = stored_scale(low, high, format, global_scale)
     if format.granularity == "tensor":
         scale = scale.reshape(1)
         zero_point = None if zero_point is None else zero_point.reshape(1)
@@ -235,10 +235,10 @@ def global_scale_of(largest: Tensor) -> Tensor:
     return torch.nan_to_num(found, nan=1.0, posinf=1.0, neginf=1.0).reshape(1)
 
 
-def _stored_scale(
+def stored_scale(
     low: Tensor, high: Tensor, format: Format, global_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The scale as it is stored, and the zero point."""
+    """The scale of a range as it is stored, and the zero point (int8, None where symmetric), in the range's shape."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     kind = format.kind
     largest = torch.maximum(-low, high)
@@ -250,9 +250,9 @@ def _stored_scale(
     if format.symmetric:
         scale = (largest / ((kind.max - kind.min) / 2)).to(torch.bfloat16)
         return _never_zero(scale), None
-    scale = _never_zero(((high - low) / (kind.max - kind.min)).to(torch.bfloat16))
-    zero_point = (kind.min - low / scale.float()).clamp(kind.min, kind.max).round().to(torch.int8)
-    return scale, zero_point
+    scale = ((high - low) / (kind.max - kind.min)).to(torch.bfloat16)
+    zero_point = (kind.min - low / scale.float()).clamp(kind.min, kind.max).nan_to_num(0.0).round()
+    return _never_zero(scale), zero_point.to(torch.int8)
 
 
 def _never_zero(scale: Tensor) -> Tensor:

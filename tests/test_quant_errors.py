@@ -1,0 +1,142 @@
+"""What quant cannot do it refuses in one line that says what was found and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant import SCHEMES, Format, JointoptError, fake_quantize_activation, quantize, round_to_format, scheme
+from quant.calibration import choose_clip
+from quant.packing import storage_bytes, unpacked_tensors
+
+INT8 = Format("int8", "channel")
+GROUPS = Format("int4", "group", 32)
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(JointoptError) as caught:
+        call(*arguments)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("found", "near"),
+    [
+        ("fp8_e4m4", "fp8_e4m3"),
+        ("FP8_E5M2", "fp8_e5m2"),
+        ("fp4_e2m3", "fp4_e2m1"),
+        ("int-8", "int8"),
+        (["int4"], "int4"),
+    ],
+)
+def test_an_unknown_element_is_answered_with_the_nearest(found, near):
+    message = refusal(round_to_format, torch.ones(2), found)
+    assert repr(found) in message and f"did you mean {near!r}?; allowed: int8, int4, fp8_e4m3" in message
+
+
+@pytest.mark.parametrize(
+    ("found", "near"),
+    [
+        ("w8a8", "W8A8"),
+        ("W4A61", "W4A16"),
+        ("FP8DYNAMIC", "FP8_DYNAMIC"),
+        ("nvfp-4", "NVFP4"),
+        (None, "none"),
+        (["W8A8"], "W8A8"),
+    ],
+)
+def test_an_unknown_scheme_is_answered_with_the_nearest(found, near):
+    message = refusal(scheme, found)
+    assert repr(found) in message and f"did you mean {near!r}?; allowed: none, W8A8" in message
+
+
+@pytest.mark.parametrize("found", [8, "", (), "something else entirely"])
+def test_what_is_like_no_name_is_refused_without_a_guess(found):
+    message = refusal(scheme, found)
+    assert "did you mean" not in message and "unknown; allowed: none" in message
+
+
+def test_group_sizes_in_a_schemes_name():
+    assert scheme("W4A16_G64").weights.group_size == 64
+    assert scheme("W4A16_ASYM_G32").name == "W4A16_ASYM_G32"
+    assert "groups of 48; allowed: 128, 64, 32" in refusal(scheme, "W4A16_G48")
+    for fixed in ("W8A8_G64", "NVFP4_G32", "none_G32"):
+        assert "unknown" in refusal(scheme, fixed)
+
+
+def test_a_group_that_does_not_divide():
+    assert "100 columns in groups of 32" in refusal(quantize, torch.ones(2, 100), GROUPS)
+    assert "100 columns in groups of 32" in refusal(choose_clip, torch.ones(2, 100), GROUPS)
+    assert "27 columns in groups of 32" in refusal(quantize, torch.ones(2, 3, 3, 3), GROUPS)
+    assert "20 columns in groups of 16" in refusal(storage_bytes, SCHEMES["NVFP4"], (4, 20), 4)
+    assert "20 columns in groups of 32" in refusal(
+        fake_quantize_activation, torch.ones(2, 20), SCHEMES["MXFP4"].activations
+    )
+
+
+def test_a_group_size_that_is_still_open():
+    assert "groups of None" in refusal(quantize, torch.ones(2, 128), SCHEMES["W4A16"].weights)
+    assert "groups of None" in refusal(storage_bytes, SCHEMES["W4A16"], (2, 128), 4)
+
+
+def test_the_group_size_is_the_largest_that_divides_every_width():
+    assert scheme("W4A16").fitted([256, 512]).weights.group_size == 128
+    assert scheme("W4A16").fitted([256, 576]).name == "W4A16_G64"
+    assert scheme("W4A16").fitted([96]).weights.group_size == 32
+    assert scheme("NVFP4").fitted([48]).weights.group_size == 16
+    assert scheme("W8A8").fitted([7]) == SCHEMES["W8A8"]
+    assert "multiples of 128 or 64 or 32; found 48, 256" in refusal(scheme("W4A16").fitted, [256, 48])
+    assert "multiples of 32; found 48" in refusal(scheme("MXFP4").fitted, [48])
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (3, 0), (2, 0, 3, 3), (32,), ()], ids=str)
+def test_weights_without_elements_or_rows(shape):
+    assert f"found shape {shape}" in refusal(quantize, torch.ones(shape), INT8)
+    assert f"found shape {shape}" in refusal(choose_clip, torch.ones(shape), INT8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64], ids=str)
+def test_numbers_that_are_not_floating_point(dtype):
+    numbers = torch.ones(2, 32).to(dtype)
+    for message in (
+        refusal(round_to_format, numbers, "int8"),
+        refusal(quantize, numbers, INT8),
+        refusal(fake_quantize_activation, numbers, SCHEMES["W8A8"].activations),
+    ):
+        assert str(dtype)[6:] in message and "allowed: floating point" in message
+
+
+@pytest.mark.parametrize("name", [n for n, each in SCHEMES.items() if each.weights])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite(name, bad):
+    weight = torch.ones(3, 128)
+    weight[1] = bad
+    format = scheme(name).fitted([128]).weights
+    assert "found NaN or infinity" in refusal(quantize, weight, format)
+    assert "found NaN or infinity" in refusal(choose_clip, weight, format, "mse")
+
+
+def test_constants_that_calibration_has_not_found():
+    x = torch.ones(2, 32)
+    assert "found no scale; calibrate first" in refusal(fake_quantize_activation, x, SCHEMES["FP8"].activations)
+    assert "found no global scale" in refusal(fake_quantize_activation, x, SCHEMES["NVFP4"].activations)
+
+
+def test_an_unknown_calibration():
+    message = refusal(choose_clip, torch.ones(2, 32), INT8, "percentil")
+    assert "did you mean 'percentile'?; allowed: minmax, percentile, mse" in message
+
+
+def test_formats_that_make_no_sense():
+    unknown_scale = ("int8", "channel", None, True, "float32")
+    assert "found 'int9'; did you mean 'int8'?" in refusal(Format, "int9", "channel")
+    assert "found 'row'; allowed: tensor, channel, token, group" in refusal(Format, "int8", "row")
+    assert "fp8_e4m3 with a zero point" in refusal(Format, "fp8_e4m3", "channel", None, False)
+    assert "a group size with granularity 'channel'" in refusal(Format, "int8", "channel", 32)
+    assert "format scale: found 'float32'; did you mean 'bfloat16'" in refusal(Format, *unknown_scale)
+
+
+def test_there_is_nothing_to_unpack_without_a_format():
+    assert "scheme none" in refusal(unpacked_tensors, {}, SCHEMES["none"], (2, 2))
