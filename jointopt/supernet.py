@@ -217,20 +217,21 @@ class Supernet:
         return shell
 
     def _banked(self, path: str, wanted: Scheme, channels: int | None) -> BankedWeight:
-        weight = self.model.get_submodule(path).get_parameter("weight").detach()
         form = wanted.weights
         assert form is not None
-        sliced = channels if form.granularity == "channel" and channels else weight.shape[1]
+        sliced = channels if form.granularity == "channel" else None
 
         def make() -> BankedWeight:
+            module = self.model.get_submodule(path)
+            static = wanted.needs_statistics and not isinstance(module, nn.Embedding)
+            if static and (path, wanted.name) not in self._statistics:
+                raise JointoptError(f"{path}: {wanted.name} needs ranges of activations; call calibrate(batches) first")
+            weight = module.get_parameter("weight").detach()
             part = weight[:, :sliced].contiguous()
             clip = choose_clip(part, form, self.weight_calibration)
             quantized = quantize(part, form, clip)
             return BankedWeight(quantized, quantized.dequantize(weight.dtype))
 
-        embedding = isinstance(self.model.get_submodule(path), nn.Embedding)
-        if wanted.needs_statistics and not embedding and (path, wanted.name) not in self._statistics:
-            raise JointoptError(f"{path}: {wanted.name} needs ranges of activations; call calibrate(batches) first")
         return self._bank.get(path, wanted, sliced, make)
 
     @cached_property

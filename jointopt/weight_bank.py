@@ -11,7 +11,7 @@ from torch import Tensor
 from quant.formats import Scheme
 from quant.reference import QuantizedTensor
 
-Key = tuple[str, str, int]
+Key = tuple[str, str, int | None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class WeightBank:
         self.nbytes = 0
         self._held: OrderedDict[Key, BankedWeight] = OrderedDict()
 
-    def get(self, path: str, scheme: Scheme, columns: int, make: Callable[[], BankedWeight]) -> BankedWeight:
+    def get(self, path: str, scheme: Scheme, columns: int | None, make: Callable[[], BankedWeight]) -> BankedWeight:
         key = (path, scheme.name, columns)
         if key in self._held:
             self._held.move_to_end(key)

@@ -92,28 +92,36 @@ class ShapeCosts:
         self._producer = {part.module: (w, part.channels) for w in family.widths for part in w.producers}
         self._consumer = {part.module: (w, part.channels) for w in family.widths for part in w.consumers}
         self._seen: set[int] = set()
-        self.tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
-        self.tables += [self._attention(width) for width in family.widths if width.attention]
-        branches = [path for block in family.blocks for branch in block.branches for path in branch.replacements]
-        parents = [*(block.path for block in family.blocks), *branches]
-        self._parents = {t.path: [p for p in parents if within(t.path, p)] for t in self.tables}
+        tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
+        tables += [self._attention(width) for width in family.widths if width.attention]
+        self._join(tables)
 
     def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """Measure -> one value a genome, int64 (bops: float64, since they can pass 2^63)."""
         genomes = np.atleast_2d(genomes)
-        totals = {m: np.zeros(len(genomes), dtype=np.float64 if m == "bops" else np.int64) for m in MEASURES}
-        gone = self._gone(genomes)
-        for table in self.tables:
-            present = np.ones(len(genomes), dtype=bool)
-            for parent in self._parents[table.path]:
-                if parent in gone:
-                    present &= ~gone[parent]
-            at = tuple(
-                0 if g is None else genomes[:, g] for g in (table.rows.gene, table.columns.gene, table.precision)
-            )
-            for measure, values in table.values.items():
-                totals[measure] += np.where(present, values[at], 0).astype(totals[measure].dtype)
-        return totals
+        padded = np.pad(genomes, ((0, 0), (0, 1)))
+        index = self._first + (padded[:, self._genes] * self._strides).sum(-1)
+        present = np.ones(index.shape, dtype=bool)
+        for path, mask in self._gone(genomes).items():
+            present[:, self._inside[path]] &= ~mask[:, None]
+        return {measure: np.where(present, values[index], 0).sum(1) for measure, values in self._values.items()}
+
+    def _join(self, tables: Sequence[Table]) -> None:
+        """All tables as one column of values a measure, in which a genome's value is one entry of each table.
+
+        The entry is at `_first` + indices of the table's three genes x `_strides`; a gene that a table does not
+        depend on is the one past the last.
+        """
+        none = len(self.space)
+        genes = [(table.rows.gene, table.columns.gene, table.precision) for table in tables]
+        shapes = np.array([table.values["macs"].shape for table in tables])
+        self._genes = np.array([[none if gene is None else gene for gene in three] for three in genes])
+        self._strides = np.stack([shapes[:, 1] * shapes[:, 2], shapes[:, 2], np.ones(len(tables), dtype=int)], axis=1)
+        self._first = np.cumsum(shapes.prod(1)) - shapes.prod(1)
+        self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in MEASURES}
+        branches = [path for block in self.family.blocks for branch in block.branches for path in branch.replacements]
+        parents = [*(block.path for block in self.family.blocks), *branches]
+        self._inside = {p: np.array([within(table.path, p) for table in tables]) for p in parents}
 
     def _gone(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """Path of a block or branch -> for each genome, whether it is left out; where no genome leaves it, nothing."""
@@ -212,7 +220,9 @@ class ShapeCosts:
         weight = self._model.get_submodule(part.module).get_parameter("weight")
         bits = weight.element_size() * 8
         macs = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1) * 2 * tokens * tokens
+        nothing = np.zeros(macs.shape, dtype=np.int64)
         values = {"macs": np.round(macs).astype(np.int64), "bops": macs * bits * bits}
+        values |= {"parameters": nothing, "size": nothing}
         return Table(part.module, rows, Axis(None, (0,)), None, values)
 
 
