@@ -85,6 +85,7 @@ class Supernet:
         check_space(self.model, self.family, space)
         self._bank = WeightBank(bank_bytes)
         self._statistics: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self._has_batch_norm = has_batch_norm(self.model)
         self._batch_norm_batches: list[Mapping[str, Any]] = []
         self._positions: dict[str, float] | None = None
         self.scores: dict[bytes, dict[str, float]] = {}
@@ -112,7 +113,7 @@ class Supernet:
         if not count:
             raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
         self._positions = measure_positions(self.model, kept[0])
-        self._batch_norm_batches = kept if has_batch_norm(self.model) else []
+        self._batch_norm_batches = kept if self._has_batch_norm else []
         if not self.trained:
             self._sort(calibration)
         self._statistics = {
@@ -146,7 +147,7 @@ class Supernet:
             if static and wanted.name not in known:
                 for each in (path, *self._layers[path].tied):
                     if isinstance(self.model.get_submodule(each), nn.Linear | nn.Conv2d):
-                        found.setdefault(each, []).append(SchemeObserver(wanted))
+                        found.setdefault(each, []).append(SchemeObserver(each, wanted))
         return found
 
     def _sort(self, calibration: CalibrationPass) -> None:
@@ -212,7 +213,11 @@ class Supernet:
 
     def _view(self, plan: Plan) -> nn.Module:
         shell = build(self.model, self.family, plan, self._banked, self._statistics)
-        if self._batch_norm_batches and not plan.whole(self.family):
+        if self._has_batch_norm and not plan.whole(self.family):
+            if not self._batch_norm_batches:
+                raise JointoptError(
+                    "BatchNorm's statistics are estimated for each sub-network; call calibrate(batches) first"
+                )
             reestimate(shell, self._batch_norm_batches)
         return shell
 
@@ -228,8 +233,10 @@ class Supernet:
                 raise JointoptError(f"{path}: {wanted.name} needs ranges of activations; call calibrate(batches) first")
             weight = module.get_parameter("weight").detach()
             part = weight[:, :sliced].contiguous()
-            clip = choose_clip(part, form, self.weight_calibration)
-            quantized = quantize(part, form, clip)
+            try:
+                quantized = quantize(part, form, choose_clip(part, form, self.weight_calibration))
+            except JointoptError as error:
+                raise JointoptError(f"{path}: {error}") from None
             return BankedWeight(quantized, quantized.dequantize(weight.dtype))
 
         return self._bank.get(path, wanted, sliced, make)
@@ -344,16 +351,20 @@ class Supernet:
 class SchemeObserver:
     """Ranges of one layer's inputs, for one scheme's static activation format."""
 
-    def __init__(self, wanted: Scheme):
+    def __init__(self, path: str, wanted: Scheme):
         assert wanted.activations is not None
         self.scheme = wanted.name
+        self._path = path
         self._observer = ActivationObserver(wanted.activations)
 
     def observe(self, hidden: Tensor) -> None:
         self._observer.observe(hidden)
 
     def constants(self) -> dict[str, Tensor]:
-        return self._observer.constants()
+        try:
+            return self._observer.constants()
+        except JointoptError as error:
+            raise JointoptError(f"{self._path}: {error}") from None
 
 
 def _own_copy(model: nn.Module) -> nn.Module:

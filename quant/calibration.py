@@ -80,7 +80,7 @@ class ActivationObserver:
         """
         if not (self.low.isfinite() and self.high.isfinite()):
             found = "no input" if self.low > self.high else "inputs that are not finite"
-            raise JointoptError(f"calibration: a layer with static activations saw {found}")
+            raise JointoptError(f"calibration saw {found}; allowed: finite numbers, in one batch or more")
         low, high = self.low, self.high
         if self.format.scale == "e4m3":
             return {"input_global_scale": global_scale_of(torch.maximum(-low, high))}

@@ -199,7 +199,7 @@ def test_inputs_that_are_not_finite_are_refused(name, bad):
 @pytest.mark.parametrize("name", STATIC)
 def test_no_input_at_all_is_refused(name):
     for batches in ([], [torch.empty(0, 4)]):
-        with pytest.raises(JointoptError, match="saw no input"):
+        with pytest.raises(JointoptError, match="calibration saw no input"):
             observed(STATIC[name], *batches)
 
 

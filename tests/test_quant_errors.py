@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jointopt import SearchSpace, Supernet
 from quant import SCHEMES, Format, JointoptError, fake_quantize_activation, quantize, round_to_format, scheme
 from quant.calibration import choose_clip
 from quant.packing import storage_bytes, unpacked_tensors
+from tests.zoo import batches, make
 
 INT8 = Format("int8", "channel")
 GROUPS = Format("int4", "group", 32)
@@ -140,3 +142,16 @@ def test_formats_that_make_no_sense():
 
 def test_there_is_nothing_to_unpack_without_a_format():
     assert "scheme none" in refusal(unpacked_tensors, {}, SCHEMES["none"], (2, 2))
+
+
+def test_a_super_network_names_the_layer():
+    model = make("bert")
+    path = "bert.encoder.layer.1.output.dense"
+    with torch.no_grad():
+        model.get_submodule(path).weight[0, 0] = torch.nan
+    space = SearchSpace.for_model(model, preset="fixed", schemes=["W8A8"])
+    supernet = Supernet(model, space)
+    assert refusal(supernet.extract, space.largest) == f"{path}: weight: found NaN or infinity; allowed: finite numbers"
+    space = SearchSpace.for_model(model, preset="fixed", schemes=["W8A8_STATIC"])
+    message = refusal(Supernet(model, space).calibrate, batches("bert"))
+    assert message.startswith("bert.") and "calibration saw inputs that are not finite" in message
