@@ -6,9 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jointopt import Gene, JointoptError, Objective, SearchSpace, strategies
-from jointopt.objectives import hypervolume, minimized
+from jointopt.objectives import hypervolume, minimized, non_dominated
+from jointopt.strategies.genetic import order, select
 
 STRATEGIES = list(strategies.STRATEGIES)
 WEIGHTS = np.array([0.2, 3.0, 1.0, 0.5, 0.1, 2.0, 0.4, 1.5, 0.7, 0.3, 1.1, 0.9])
@@ -188,3 +191,42 @@ def test_an_exact_objective_of_the_wrong_shape_is_named():
 def test_asking_for_none_is_refused():
     with pytest.raises(JointoptError, match="ask: found 0; allowed: 1 or more"):
         strategies.create("random", SPACE, TWO).ask(0)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 4))
+@settings(deadline=None, max_examples=40)
+def test_ranking_by_arrays_keeps_what_deap_selects(seed, n, objectives):
+    """But for the ends of a front, which are all equally far from the crowd."""
+    costs = np.random.default_rng(seed).random((n, objectives))
+    place = order(costs)
+    fronts, left = np.empty(n, dtype=int), np.arange(n)
+    for number in range(n):
+        first = non_dominated(costs[left])
+        fronts[left[first]] = number
+        left = left[~first]
+    assert (np.diff(fronts[np.argsort(place)]) >= 0).all()
+    for k in {1, n // 3, n // 2, n - 1} - {0}:
+        found, expected = np.argsort(place)[:k], select(costs, k)
+        inner = [set(kept) - ends(costs, fronts) for kept in (found, expected)]
+        assert sorted(fronts[found]) == sorted(fronts[expected])
+        assert inner[0] == inner[1] or ends(costs, fronts) & (set(found) ^ set(expected))
+
+
+def ends(costs: np.ndarray, fronts: np.ndarray) -> set[int]:
+    """Rows that are the least or the greatest of their front in some objective."""
+    found: set[int] = set()
+    for number in np.unique(fronts):
+        members = np.flatnonzero(fronts == number)
+        for column in costs[members].T:
+            found |= {int(members[column.argmin()]), int(members[column.argmax()])}
+    return found
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 4)] * 2), min_size=1, max_size=40))
+def test_non_dominated_rows_are_those_that_no_other_beats(rows):
+    costs = np.array(rows, dtype=float)
+    kept = non_dominated(costs)
+    for at, row in enumerate(costs):
+        beaten = ((costs <= row).all(1) & (costs < row).any(1)).any()
+        repeated = (costs[:at] == row).all(1).any()
+        assert kept[at] == (not beaten and not repeated)

@@ -1,4 +1,7 @@
-"""The genetic operators, on integer genomes; ranking and selection are DEAP's NSGA-II (Deb et al., 2002)."""
+"""The genetic operators, on integer genomes, with the selection of NSGA-II (Deb et al., 2002).
+
+`select` is DEAP's; `order` is the same ranking by arrays, for the inner searches, which rank thousands of times.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jointopt.objectives import Objective, non_dominated
-from jointopt.predictors import Choices, Predictor
+from jointopt.predictors import LIMIT, Choices, Predictor
 from jointopt.strategies.genetic import distinct, evolve
 from jointopt.strategies.strategy import Strategy
 from search_spaces.space import SearchSpace
@@ -173,6 +173,7 @@ class Beliefs:
         self.search, self.told, self.costs = search, told, costs
         self.predictors = {at: Predictor(search.choices, told, costs[:, at]) for at in search.measured}
         self.drawn = {at: p.draw(search.draws, BOLDNESS, search.random) for at, p in self.predictors.items()}
+        self._exploding = [at for at in self.predictors if _explodes(costs[:, at])]
 
     def foreseen(self, genomes: np.ndarray) -> np.ndarray:
         """Costs [n, objectives] under the mean."""
@@ -212,10 +213,20 @@ class Beliefs:
                 tables[at] = drawn[:, draw]
             yield tables
 
+    def _compressed(self, values: np.ndarray) -> np.ndarray:
+        """Values [..., objectives] with those that explode on their predictor's scale: in their own unit a few
+        hopeless genomes would make all the others look alike."""
+        compressed = values.copy()
+        for at in self._exploding:
+            compressed[..., at] = self.predictors[at].scale.forward(np.clip(values[..., at], -LIMIT, LIMIT))
+        return compressed
+
     def picked(self, found: np.ndarray, n: int) -> list[int]:
         """Indices of up to n genomes, each the one expected to add most hypervolume to what is there by then."""
-        low, high = self.costs.min(0), self.costs.max(0)
-        values = (self.imagined(np.vstack([self.told, found])) - low) / np.where(high > low, high - low, 1.0)
+        costs = self._compressed(self.costs)
+        low, high = costs.min(0), costs.max(0)
+        imagined = self._compressed(self.imagined(np.vstack([self.told, found])))
+        values = (imagined - low) / np.where(high > low, high - low, 1.0)
         reference = np.full(values.shape[2], 1.05)
         told, candidates = values[:, : len(self.told)], values[:, len(self.told) :]
         fronts = [each[non_dominated(each)] for each in told]
@@ -262,6 +273,11 @@ def _dominated_by_each(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def _dominated(points: np.ndarray, front: np.ndarray) -> np.ndarray:
     return np.any(_dominated_by_each(points, front), axis=0)
+
+
+def _explodes(costs: np.ndarray) -> bool:
+    """Whether the worst is more than ten times as far from the best as the median is."""
+    return bool(np.ptp(costs) > 10 * (np.median(costs) - costs.min()) > 0)
 
 
 def _path(first: int, last: int, size: int) -> list[int]:
