@@ -34,7 +34,7 @@ from search_spaces.family import Layer, structural_clone
 from search_spaces.precision import gene_names
 from search_spaces.space import Gene, SearchSpace
 
-from .batch_norm import SAMPLES, first_samples, has_batch_norm, reestimate
+from .batch_norm import SAMPLES, first_samples, has_batch_norm, reestimate, sample_count
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
@@ -131,12 +131,11 @@ class Supernet:
                     f"calibrate: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
                 )
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            sizes = [len(v) for v in moved.values() if isinstance(v, Tensor) and v.dim()]
-            if not sizes:
-                raise JointoptError("calibrate: found a batch without tensors; allowed: dicts of the model's inputs")
+            if not sample_count(moved):
+                raise JointoptError("calibrate: found a batch without samples; allowed: dicts of the model's inputs")
             if wanted > 0:
-                kept.append(first_samples(moved, wanted))
-                wanted -= sizes[0]
+                kept.append(first_samples(moved, SAMPLES))
+                wanted -= sample_count(moved)
             yield moved
 
     def _observers(self) -> dict[str, list[Any]]:

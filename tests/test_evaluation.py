@@ -1,0 +1,200 @@
+"""What an evaluation computes: forward passes on weights that were quantized once, and nothing that outlives it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.batch_norm import SAMPLES
+from jointopt.evaluation import evaluate
+from quant.calibration import METHODS, choose_clip
+from quant.formats import SCHEMES
+from quant.reference import quantize
+from tests.zoo import batches, logits, make
+
+ALL_SCHEMES = tuple(SCHEMES)
+
+
+def supernet_of(name: str, calibrated: bool = True, supernet: dict | None = None, **options) -> Supernet:
+    model = make(name)
+    options.setdefault("schemes", ALL_SCHEMES)
+    found = Supernet(model, SearchSpace.for_model(model, **options), **(supernet or {}))
+    if calibrated:
+        found.calibrate(batches(name))
+    return found
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if "quantized" in module.__dict__}
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_tied", "timm_resnet"])
+def test_the_values_that_are_scored_are_those_of_the_codes_that_are_exported(name):
+    supernet = supernet_of(name)
+    for genome in supernet.space.sample(8, seed=0):
+        with supernet.active(genome) as view:
+            extracted = supernet.extract(genome)
+            for path, layer in quantized_layers(view).items():
+                assert torch.equal(layer.quantized.dequantize(layer.weight.dtype), layer.weight)
+                assert torch.equal(layer.weight, extracted.get_submodule(path).weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_slice_of_a_banked_weight_is_the_quantized_slice(method):
+    options = {"schemes": ["W8A16_CHANNEL", "W4A16", "W4A16_ASYM", "MXFP4A16"], "heads": [2, 4], "mlp": [128, 256]}
+    supernet = supernet_of("llama_untied", supernet={"weight_calibration": method}, **options)
+    seen = set()
+    for genome in supernet.space.sample(3, seed=1):
+        with supernet.active(genome) as view:
+            for path, layer in quantized_layers(view).items():
+                whole = supernet.model.get_submodule(path).weight
+                weight = whole[: layer.weight.shape[0], : layer.weight.shape[1]].contiguous()
+                form = layer.scheme.weights
+                fresh = quantize(weight, form, choose_clip(weight, form, method))
+                assert torch.equal(layer.quantized.codes, fresh.codes)
+                assert torch.equal(layer.quantized.scale.view(torch.uint8), fresh.scale.view(torch.uint8))
+                assert torch.equal(layer.weight, fresh.dequantize())
+                seen.add((form.granularity, weight.shape[1] < whole.shape[1]))
+    assert seen == {("channel", False), ("channel", True), ("group", False), ("group", True)}
+
+
+def test_a_scale_of_the_whole_tensor_stays_that_in_its_slices():
+    supernet = supernet_of("llama_untied", schemes=["NVFP4", "FP8"], heads=[2, 4], mlp=[128, 256])
+    for genome in supernet.space.sample(6, seed=0):
+        with supernet.active(genome) as view:
+            for path, layer in quantized_layers(view).items():
+                whole = quantize(supernet.model.get_submodule(path).weight, layer.scheme.weights)
+                rows, columns = layer.weight.shape
+                assert torch.equal(layer.weight, whole.dequantize()[:rows, :columns])
+
+
+def test_a_second_evaluation_computes_with_the_very_tensors_of_the_first():
+    supernet = supernet_of("bert")
+
+    def places(model: nn.Module) -> float:
+        seen.append([layer.weight.data_ptr() for layer in quantized_layers(model).values()])
+        return 0.0
+
+    seen: list[list[int]] = []
+    for _ in range(2):
+        assert evaluate(supernet, supernet.space.smallest, places).failed is None
+    assert seen[0] == seen[1] and seen[0]
+
+
+@pytest.mark.parametrize("limit", [1, 300_000, 10**9])
+def test_a_small_bank_changes_what_is_held_but_no_output(limit):
+    roomy, small = supernet_of("bert"), supernet_of("bert", supernet={"bank_bytes": limit})
+    batch = batches("bert", seed=1)[0]
+    for genome in roomy.space.sample(5, seed=0):
+        with roomy.active(genome) as expected, small.active(genome) as view:
+            assert torch.equal(logits(view, batch), logits(expected, batch))
+        assert small._bank.nbytes <= limit or len(small._bank._held) == 1
+
+
+def test_a_view_in_use_keeps_its_weights_when_the_bank_lets_them_go():
+    supernet = supernet_of("bert", supernet={"bank_bytes": 1})
+    first, *others = supernet.space.sample(4, seed=2)
+    batch = batches("bert", seed=1)[0]
+    with supernet.active(first) as view:
+        before = logits(view, batch)
+        for genome in others:
+            with supernet.active(genome) as other:
+                logits(other, batch)
+        assert torch.equal(logits(view, batch), before)
+
+
+def test_the_bank_counts_values_codes_and_scales():
+    supernet = supernet_of("llama_untied")
+    for genome in supernet.space.sample(5, seed=0):
+        with supernet.active(genome):
+            pass
+    storages = {}
+    for banked in supernet._bank._held.values():
+        parts = [banked.quantized.codes, banked.quantized.scale, banked.quantized.zero_point]
+        for tensor in [banked.values, *parts, banked.quantized.global_scale]:
+            if tensor is not None:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    assert supernet._bank.nbytes == sum(storages.values())
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama_tied", "timm_resnet"])
+def test_a_model_given_in_training_mode_is_evaluated_without_dropout(name):
+    model = make(name).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    supernet = Supernet(model, SearchSpace.for_model(model))
+    supernet.calibrate(batches(name))
+    batch = batches(name, seed=1)[0]
+
+    def quality(view: nn.Module) -> float:
+        assert not torch.is_grad_enabled() and not any(module.training for module in view.modules())
+        return logits(view, batch).double().sum()
+
+    genome = supernet.space.sample(1, seed=0)[0]
+    first, second = (evaluate(supernet, genome, quality) for _ in range(2))
+    assert first.failed is None and first.metrics == second.metrics
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_resnet"])
+def test_an_evaluation_leaves_the_super_network_as_it_was(name):
+    supernet = supernet_of(name)
+    before = supernet.fingerprint()
+    for genome in supernet.space.sample(3, seed=0):
+        assert evaluate(supernet, genome, lambda model: logits(model, batches(name)[0]).mean()).failed is None
+    assert supernet.fingerprint() == before
+
+
+@pytest.mark.parametrize(("size", "samples"), [(300, SAMPLES), (50, 150), (96, 192), (140, SAMPLES)])
+def test_batch_norm_is_estimated_from_the_first_batches_each_sample_alike(size, samples):
+    images = torch.randn(300, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    supernet = supernet_of("timm_resnet", calibrated=False, schemes=["none"])
+    supernet.calibrate([{"x": part} for part in images.split(size)])
+    with supernet.active(supernet.space.smallest) as view, torch.no_grad():
+        expected = view.conv1(images[:samples]).mean((0, 2, 3))
+    torch.testing.assert_close(view.bn1.running_mean, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_short_last_batch_counts_by_its_samples():
+    images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    supernet = supernet_of("timm_resnet", calibrated=False, schemes=["none"])
+    supernet.calibrate([{"x": part} for part in images.split(18)])
+    with supernet.active(supernet.space.smallest) as view, torch.no_grad():
+        expected = view.conv1(images).mean((0, 2, 3))
+    torch.testing.assert_close(view.bn1.running_mean, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_batch_norm_is_estimated_from_copies_of_the_batches():
+    supernet = supernet_of("timm_resnet", calibrated=False, schemes=["none"])
+    given = batches("timm_resnet")
+    supernet.calibrate(given)
+    before = supernet.extract(supernet.space.smallest).state_dict()
+    for batch in given:
+        batch["x"].zero_()
+    after = supernet.extract(supernet.space.smallest).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_batch_norm_without_calibration_is_refused():
+    supernet = supernet_of("timm_resnet", calibrated=False, schemes=["none"])
+    with pytest.raises(JointoptError, match="BatchNorm.*calibrate"):
+        supernet.extract(supernet.space.smallest)
+
+
+def test_super_networks_with_other_sub_networks_have_another_fingerprint():
+    same = [supernet_of("timm_resnet", schemes=["none"]) for _ in range(2)]
+    assert same[0].fingerprint() == same[1].fingerprint()
+    same[1].calibrate([{"x": batch["x"] * 1.5} for batch in batches("timm_resnet")])
+    assert same[0].fingerprint() != same[1].fingerprint()
+    clipped = supernet_of("bert", supernet={"weight_calibration": "mse"})
+    assert supernet_of("bert").fingerprint() != clipped.fingerprint()
+
+
+def test_scores_are_forgotten_when_calibration_changes_what_they_were_measured_on():
+    supernet = supernet_of("bert")
+    supernet.scores[supernet.space.smallest.tobytes()] = {"quality": 1.0}
+    supernet.calibrate(batches("bert", seed=5))
+    assert not supernet.scores
