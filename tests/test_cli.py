@@ -147,7 +147,8 @@ def _count(database: Path) -> int:
 
 def test_a_trained_super_network_is_not_trained_again(place):
     data = {"train": "images", "evaluate": "images", "batch_size": 12}
-    write_config(place, output="runs/trained", data=data, train={"steps": 3, "batch_size": 4}, search={"evaluations": 3})
+    train = {"steps": 3, "batch_size": 4}
+    write_config(place, output="runs/trained", data=data, train=train, search={"evaluations": 3})
     first = command("run", "config.yaml", cwd=place)
     assert first.returncode == 0, first.stderr
     weights = place / "runs/trained/supernet.safetensors"
@@ -309,8 +310,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place):
     limited = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
-        "sys.path.insert(0, {root!r}); from jointopt.cli import main; sys.exit(main(sys.argv[1:]))"
-    ).format(root=str(ROOT))
+        f"sys.path.insert(0, {str(ROOT)!r}); from jointopt.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     write_config(place, output="runs/full")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for limit in (20_000, 60_000, 120_000):
