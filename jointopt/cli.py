@@ -55,8 +55,9 @@ def _quiet() -> None:
     for kind in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)
     warnings.formatwarning = lambda message, *_: f"jointopt: note: {message}\n"
-    # transformers sets its own level when it is imported, from this variable.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # These two set their own level when they are imported.
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     for name in ("transformers", "datasets", "timm", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -164,18 +165,20 @@ def _space(options: argparse.Namespace) -> int:
     stay_offline(config)
     from search_spaces.defaults import space_for_model
 
-    from .models import load_model
+    from .models import empty_model, find_source, model_task
+    from .report.quantities import counted
     from .report.terminal import extremes_table, space_table
     from .supernet import Supernet
 
-    model = load_model(config.model, config.task, config.device, config.dtype).model
+    source = find_source(config.model)
+    model = empty_model(source, config.task or model_task(source), config.dtype)
     space = space_for_model(model, **config.space.options())
     supernet = Supernet(model, space)
     console = Console()
     console.print(space_table(space))
     ends = {"largest": supernet.costs(space.largest), "smallest": supernet.costs(space.smallest)}
     console.print(extremes_table({"the original": supernet.original_costs(), **ends}))
-    console.print(f"{len(space)} genes, {space.count():,} genomes", highlight=False, soft_wrap=True)
+    console.print(f"{len(space)} genes, {counted(space.count())} genomes", highlight=False, soft_wrap=True)
     return 0
 
 

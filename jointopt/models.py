@@ -150,16 +150,17 @@ def model_config(source: ModelSource) -> Any:
         return AutoConfig.from_pretrained(source.location, **source.options())
 
 
-def empty_model(source: ModelSource, task: str) -> nn.Module:
-    """The model's architecture on the meta device, without any weight: for a space to be read off."""
+def empty_model(source: ModelSource, task: str, dtype: str = "auto") -> nn.Module:
+    """The model's architecture on the meta device, without any weight: for a space and its costs to be read off."""
     if source.timm:
         import timm
 
         with _explained(source), torch.device("meta"):
-            return timm.create_model(_timm_location(source), pretrained=False)
+            return timm.create_model(_timm_location(source), pretrained=False).to(_dtype(dtype, None))
     config = model_config(source)
+    stored = torch.float32 if source.kind == "gguf" else getattr(config, "dtype", None)
     with _explained(source), torch.device("meta"):
-        return _auto_class(task).from_config(config)
+        return _auto_class(task).from_config(config, dtype=_dtype(dtype, stored))
 
 
 def load_model(name: str, task: str | None, device: str = "auto", dtype: str = "auto") -> LoadedModel:

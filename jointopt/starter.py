@@ -41,6 +41,7 @@ def starter_config(name: str) -> str:
         JointoptError: no such model, a model of an unknown family, or of an unknown task.
     """
     from .models import empty_model, find_source, model_task
+    from .report.quantities import counted
 
     if Path(name).exists():
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -59,7 +60,7 @@ def starter_config(name: str) -> str:
     own = family.name.removeprefix("timm_")
     preset = f"{own}  # or fixed, which" if own in presets() else "fixed  # which"
     lines = [
-        f"# A search over {name}: family {family.name}, {len(space)} genes, {space.count():.3g} genomes.",
+        f"# A search over {name}: family {family.name}, {len(space)} genes, {counted(space.count())} genomes.",
         "# Paths are relative to the directory that the command is started in.",
         f"model: {_quoted(name)}  # a local folder, a hub id, or timm/NAME",
         f"task: {task}  # text-classification, image-classification, causal-lm; or quality: my_package.my_function",

@@ -217,7 +217,8 @@ def check_output(config: Config) -> None:
             told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in different[:6])
             more = f" and {len(different) - 6} more" if len(different) > 6 else ""
             raise JointoptError(
-                f"output: {config.output!r} was made with another config: {told}{more}; allowed: that, or another"
+                f"output: {config.output!r} was made with another config: {told}{more}; "
+                "allowed: that config, or another output"
             )
 
 
@@ -238,6 +239,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     """
     from .loop import search
     from .report.page import write_report
+    from .report.quantities import counted
     from .report.terminal import front_table
 
     check_output(config)
@@ -249,7 +251,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     supernet = make_supernet(config, prepared, console)
     space = supernet.space
     console.print(
-        f"{supernet.family.name}: {len(space)} genes, {space.count():.3g} genomes; searching in {output / STUDY}",
+        f"{supernet.family.name}: {len(space)} genes, {counted(space.count())} genomes; searching in {output / STUDY}",
         highlight=False,
     )
     study = search(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, write_report
 from jointopt.report.figures import front_figure, hypervolume_figure, layers_figure, predictions_figure
-from jointopt.report.quantities import axes, written
+from jointopt.report.quantities import axes, counted, written
 from jointopt.report.template import SCRIPT
 from jointopt.report.terminal import ROWS, extremes_table, front_table, space_table
 
@@ -202,6 +202,10 @@ def test_sizes_are_in_millions_of_bytes():
     assert written("size", 20_312_345.0) == "20.31 MB"
     assert written("accuracy", 0.91234) == "0.9123"
     assert written("loss", float("nan")) == "-"
+
+
+def test_counts_beyond_any_float_are_written():
+    assert (counted(1234567), counted(19 * 10**15), counted(10**400)) == ("1,234,567", "1.9e+16", "1.0e+400")
 
 
 def printed(table: object) -> str:

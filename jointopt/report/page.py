@@ -17,7 +17,7 @@ from jointopt.study import Study
 from quant.errors import JointoptError
 
 from .figures import Layers, front_figure, hypervolume_figure, layers_figure, predictions_figure
-from .quantities import axes, label, scale, written
+from .quantities import axes, counted, label, scale, written
 from .template import PAGE, SCRIPT, STYLE
 
 
@@ -120,7 +120,7 @@ def _plot(figure: Any, name: str) -> str:
 def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
     failed = int(frame["failed"].notna().sum()) if len(frame) else 0
     cards = [(str(len(frame)), "evaluations" + (f", {failed} of them failed" if failed else ""))]
-    cards += [(str(len(study.front())), "on the front"), (_count(study.space.count()), "genomes in the space")]
+    cards += [(str(len(study.front())), "on the front"), (counted(study.space.count()), "genomes in the space")]
     original = study.baselines.get("original", {})
     rows = frame[frame["genome"] == picked] if picked is not None and len(frame) else frame.iloc[:0]
     for objective in study.objectives:
@@ -138,16 +138,6 @@ def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
         '<div class="cards">'
         + "".join(f"<div class=card><b>{b}</b><span>{s}</span></div>" for b, s in cards)
         + "</div>"
-    )
-
-
-def _count(number: int) -> str:
-    return (
-        f"{number:,}"
-        if number < 10**7
-        else f"{float(number):.2g}"
-        if number < 10**300
-        else f"10^{len(str(number)) - 1}"
     )
 
 

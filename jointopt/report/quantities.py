@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 
 from jointopt.objectives import COSTS, Objective
 
@@ -33,6 +34,11 @@ def written(name: str, value: float) -> str:
         return "-"
     shown = f"{value / scale(name):,.4g}"
     return f"{shown} MB" if name == "size" else shown
+
+
+def counted(genomes: int) -> str:
+    """How many genomes: all digits below ten million, else two of them ("1.9e+16"); a float cannot hold every count."""
+    return f"{genomes:,}" if genomes < 10**7 else f"{Decimal(genomes):.1e}"
 
 
 def axes(objectives: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
