@@ -36,7 +36,7 @@ def round_to_format(tensor: Tensor, element: str) -> Tensor:
     if not isinstance(element, str) or element not in ELEMENTS:
         hint = did_you_mean(element, ELEMENTS)
         raise JointoptError(f"element: found {element!r}{hint}; allowed: {', '.join(ELEMENTS)}")
-    return _round(_floating(tensor, "tensor"), ELEMENTS[element])
+    return _round_in_place(_floating(tensor, "tensor").clone(), ELEMENTS[element])
 
 
 def _floating(tensor: Tensor, what: str) -> Tensor:
@@ -45,15 +45,16 @@ def _floating(tensor: Tensor, what: str) -> Tensor:
     return tensor
 
 
-def _round(tensor: Tensor, kind: Element) -> Tensor:
-    clamped = tensor.clamp(kind.min, kind.max)
+def _round_in_place(values: Tensor, kind: Element) -> Tensor:
+    """In place, since memory for the result of each step takes longer than the steps."""
+    values.clamp_(kind.min, kind.max)
     if not kind.is_float:
-        return clamped.round()
+        return values.round_()
     if kind.dtype is None:
-        return _round_to_fp4(clamped)
-    if tensor.dtype == torch.float64:
-        return _round_to_steps(clamped, kind)
-    return clamped.to(kind.dtype).to(tensor.dtype)
+        return _round_to_fp4(values)
+    if values.dtype == torch.float64:
+        return _round_to_steps(values, kind)
+    return values.copy_(values.to(kind.dtype))
 
 
 def _round_to_steps(clamped: Tensor, kind: Element) -> Tensor:
@@ -65,13 +66,10 @@ def _round_to_steps(clamped: Tensor, kind: Element) -> Tensor:
 
 
 def _round_to_fp4(clamped: Tensor) -> Tensor:
-    """E2M1: steps of 1/2 below 2, of 1 from 2 to 4, of 2 from 4 to 6; ties go to the even mantissa."""
+    """E2M1, in place: steps of 1/2 below 2, of 1 from 2 to 4, of 2 from 4 to 6; ties go to the even mantissa."""
     magnitude = clamped.abs()
-    below_two = (magnitude * 2).round() / 2
-    rounded = torch.where(
-        magnitude < 2, below_two, torch.where(magnitude < 4, magnitude.round(), (magnitude / 2).round() * 2)
-    )
-    return rounded.copysign(clamped)
+    step = torch.full_like(clamped, 0.5).masked_fill_(magnitude >= 2, 1).masked_fill_(magnitude >= 4, 2)
+    return clamped.div_(step).round_().mul_(step)
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Quanti
     scaled = groups / (step[..., None] if step.dim() == 2 else step)
     if zero_point is not None:
         scaled = scaled + (zero_point.float()[..., None] if zero_point.dim() == 2 else zero_point.float())
-    codes = value_codes(_round(scaled, format.kind), format.kind).reshape(len(weight), -1)
+    codes = value_codes(_round_in_place(scaled, format.kind), format.kind).reshape(len(weight), -1)
     return replace(bare, codes=codes)
 
 
@@ -335,11 +333,12 @@ def _fake_quantized(
     scale = scale.to(x.dtype) if format.granularity != "group" or global_scale is None else scale
     scaled = grouped / scale
     if zero_point is not None:
-        scaled = scaled + zero_point.to(x.dtype)
-    rounded = _round(scaled, format.kind).to(scale.dtype)
+        scaled += zero_point.to(x.dtype)
+    rounded = _round_in_place(scaled, format.kind).to(scale.dtype)
     if zero_point is not None:
-        rounded = rounded - zero_point.to(scale.dtype)
-    return (rounded * scale).reshape(x.shape).to(x.dtype)
+        rounded -= zero_point.to(scale.dtype)
+    rounded *= scale
+    return rounded.reshape(x.shape).to(x.dtype)
 
 
 def _shared_dims(x: Tensor, format: Format) -> tuple[int, ...]:
