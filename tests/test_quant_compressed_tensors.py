@@ -122,6 +122,14 @@ def test_dynamic_activations_have_their_values(name, dtype):
     assert torch.equal(held, dynamically(x, theirs(name, "input_activations"), whole).to(dtype))
 
 
+def test_nvfp4_activations_beyond_what_calibration_saw_saturate():
+    x = numbers(3, 7, 256)
+    whole = generate_gparam(*(x / 8).aminmax())
+    held = fake_quantize_activation(x, SCHEMES["NVFP4"].activations, global_scale=whole)
+    assert held.abs().max() == pytest.approx(x.abs().max().item() / 8)
+    assert torch.equal(held, dynamically(x, theirs("NVFP4", "input_activations"), whole))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("element", "bits"), [("int8", 8), ("int4", 4)])
