@@ -180,11 +180,9 @@ def test_a_function_of_ones_own_scores_the_model(place):
         "def spread(model):\n"
         "    return float(model(pixel_values=torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)).logits.std())\n\n"
         "def sometimes(model):\n"
-        "    if len(model.vit.layers) == 1:\n"
+        "    if model.config.num_hidden_layers == 1:\n"
         "        raise RuntimeError('no thanks')\n"
-        "    return spread(model)\n\n"
-        "def never(model):\n"
-        "    return float('nan') if hasattr(model, 'vit') and len(model.vit.layers) else 0.0\n"
+        "    return spread(model)\n"
     )
     own = {"task": None, "objectives": ["quality", "size"], "data": {"calibrate": "images"}}
     write_config(place, output="runs/own", quality="mine.spread", **own)
