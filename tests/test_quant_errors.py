@@ -144,6 +144,7 @@ def test_there_is_nothing_to_unpack_without_a_format():
     assert "scheme none" in refusal(unpacked_tensors, {}, SCHEMES["none"], (2, 2))
 
 
+@pytest.mark.filterwarnings("ignore:none of W8A8")
 def test_a_super_network_names_the_layer():
     model = make("bert")
     path = "bert.encoder.layer.1.output.dense"
