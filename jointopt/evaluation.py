@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jointopt.objectives import COSTS
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -38,13 +39,15 @@ def measured(quality: Quality, model: nn.Module) -> dict[str, float]:
     """The user's function as metrics by name, without gradients.
 
     Raises:
-        JointoptError: it returned something else than finite numbers.
+        JointoptError: it returned something else than finite numbers, or one by the name of a cost.
     """
     with torch.no_grad():
         found = quality(model)
     metrics = dict(found) if isinstance(found, Mapping) else {"quality": found}
     for name, value in metrics.items():
-        if isinstance(value, torch.Tensor | np.ndarray) and value.size in (1, ()) or hasattr(value, "item"):
+        if name in COSTS:
+            raise JointoptError(f"quality returned {name!r}, which is a cost; allowed: metrics of any other name")
+        if isinstance(value, Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise JointoptError(f"quality returned {type(value).__name__} for {name!r}; allowed: a number")

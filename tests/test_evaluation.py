@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -146,6 +147,28 @@ def test_an_evaluation_leaves_the_super_network_as_it_was(name):
     for genome in supernet.space.sample(3, seed=0):
         assert evaluate(supernet, genome, lambda model: logits(model, batches(name)[0]).mean()).failed is None
     assert supernet.fingerprint() == before
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.array([0.5]), torch.tensor(0.5), torch.tensor([[0.5]])])
+def test_quality_is_a_number_of_any_make(value):
+    supernet = supernet_of("bert")
+    assert evaluate(supernet, supernet.space.smallest, lambda _: value).metrics["quality"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (torch.zeros(2), "returned Tensor for 'quality'; allowed: a number"),
+        (np.bool_(True), "returned bool for 'quality'; allowed: a number"),
+        ("0.5", "returned str for 'quality'; allowed: a number"),
+        ({"accuracy": float("nan")}, "returned nan for 'accuracy'; allowed: a finite number"),
+        ({"size": 3.0}, "returned 'size', which is a cost"),
+    ],
+)
+def test_what_is_no_metric_is_a_failure_with_its_reason(returned, said):
+    supernet = supernet_of("bert")
+    found = evaluate(supernet, supernet.space.smallest, lambda _: returned)
+    assert found.metrics is None and said in found.failed
 
 
 @pytest.mark.parametrize(("size", "samples"), [(300, SAMPLES), (50, 150), (96, 192), (140, SAMPLES)])

@@ -129,6 +129,7 @@ class Bench:
         found = [
             ("evaluation / forward, formats mixed", median(ratio for ratio, _ in mixed), AIM),
             ("evaluation / forward, unquantized", median(ratio for ratio, _ in plain), AIM),
+            ("forward / forward of a second copy (the noise)", self.noise(), None),
             ("view and costs (ms)", 1000 * shell, None),
             ("forward (ms)", 1000 * forward, None),
             ("first evaluation / forward", first / mixed[0][1], None),
@@ -167,6 +168,10 @@ class Bench:
         """(evaluation over forward passes of the extracted model, seconds of the latter): medians over pairs."""
         extracted = self.supernet.extract(genome)
         return self.paired(lambda: self.evaluate(genome), lambda: self.forward(extracted))
+
+    def noise(self) -> float:
+        one, other = self.supernet.extract(self.genomes[0]), self.supernet.extract(self.genomes[0])
+        return self.paired(lambda: self.forward(one), lambda: self.forward(other))[0]
 
     def statistics(self, genome: np.ndarray) -> float:
         """Estimating BatchNorm's statistics over forward passes of the same samples."""
