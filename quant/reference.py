@@ -97,10 +97,10 @@ class QuantizedTensor:
         values = code_values(self.codes, self.format.kind)
         grouped = values.unflatten(1, (self.scale.shape[-1], -1)) if self.scale.dim() == 2 else values[:, None]
         if self.zero_point is not None:
-            grouped -= self.zero_point.float()[..., None]
+            grouped = grouped - self.zero_point.float()[..., None]
         scale = self.effective_scale()
-        grouped *= scale[..., None] if scale.dim() == 2 else scale
-        return grouped.reshape(self.shape).to(dtype)
+        scaled = grouped * (scale[..., None] if scale.dim() == 2 else scale)
+        return scaled.reshape(self.shape).to(dtype)
 
     def effective_scale(self) -> Tensor:
         """What a code's value is multiplied with, float32, in the shape of `scale`."""
@@ -158,9 +158,8 @@ def value_codes(values: Tensor, kind: Element) -> Tensor:
         return values.to(torch.int8)
     if kind.dtype is not None:
         return values.to(kind.dtype).view(torch.uint8)
-    magnitude = values.abs()
-    # The code of a magnitude rises by 2 a unit up to 2, by 1 up to 4, then by 1/2: the least of three lines.
-    index = torch.minimum(magnitude * 2, torch.minimum(magnitude + 2, magnitude / 2 + 4)).to(torch.uint8)
+    magnitudes = torch.tensor(FP4_VALUES, device=values.device)
+    index = torch.searchsorted(magnitudes, values.abs().contiguous()).to(torch.uint8)
     return index | (torch.signbit(values).to(torch.uint8) << 3)
 
 
@@ -222,7 +221,7 @@ def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Quanti
     step = bare.effective_scale()
     scaled = groups / (step[..., None] if step.dim() == 2 else step)
     if zero_point is not None:
-        scaled += zero_point.float()[..., None] if zero_point.dim() == 2 else zero_point.float()
+        scaled = scaled + (zero_point.float()[..., None] if zero_point.dim() == 2 else zero_point.float())
     codes = value_codes(_round_in_place(scaled, format.kind), format.kind).reshape(len(weight), -1)
     return replace(bare, codes=codes)
 
