@@ -9,7 +9,7 @@ from torch import nn
 from quant.errors import JointoptError
 from quant.formats import Scheme
 from search_spaces.family import Family
-from search_spaces.precision import fitted_scheme, gene_names, possible_columns
+from search_spaces.precision import check_whole_model, fitted_scheme, gene_names, possible_columns
 from search_spaces.space import Gene, SearchSpace
 
 
@@ -25,6 +25,7 @@ def fitted_schemes(
 ) -> dict[tuple[str, str], Scheme]:
     """(layer path, choice) -> the scheme as that layer stores it, at every width that the space gives it."""
     choices = {gene.name: gene.choices for gene in space.genes}
+    check_whole_model({gene: [str(choice) for choice in choices[gene]] for gene in genes.values()})
     found = {}
     for layer in family.layers:
         if layer.path not in genes:

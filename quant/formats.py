@@ -24,6 +24,7 @@ class Element:
         max, min: the ends of its range; conversions saturate there.
         mantissa, exponent_min: for floating point, mantissa bits and the exponent of the smallest normal number.
         dtype: torch's own type, where it has one.
+        values: of a codebook, what each code stands for; rounding is to the nearest, at halfway points to the lower.
     """
 
     name: str
@@ -33,11 +34,21 @@ class Element:
     mantissa: int | None = None
     exponent_min: int = 0
     dtype: torch.dtype | None = None
+    values: tuple[float, ...] | None = None
 
     @property
     def is_float(self) -> bool:
-        return self.mantissa is not None
+        return self.mantissa is not None or self.values is not None
 
+
+# Dettmers et al., arXiv 2305.14314, appendix E: quantiles of the normal distribution.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# bitsandbytes' own FP4, in the order of its codes: not E2M1, whose smallest value would be 1 and not 1/16.
+_FP4_BNB = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 
 ELEMENTS = {
     element.name: element
@@ -47,11 +58,13 @@ ELEMENTS = {
         Element("fp8_e4m3", 8, -448, 448, 3, -6, torch.float8_e4m3fn),
         Element("fp8_e5m2", 8, -57344, 57344, 2, -14, torch.float8_e5m2),
         Element("fp4_e2m1", 4, -6, 6, 1, 0),
+        Element("nf4", 4, -1, 1, values=_NF4),
+        Element("fp4_bnb", 4, -1, 1, values=_FP4_BNB),
     )
 }
 
 GRANULARITIES = ("tensor", "channel", "token", "group")
-SCALES = {"bfloat16": 16, "e4m3": 8, "e8m0": 8}
+SCALES = {"bfloat16": 16, "e4m3": 8, "e8m0": 8, "absmax": 32}
 GROUP_SIZES = (128, 64, 32)
 
 
@@ -65,9 +78,10 @@ class Format:
             vector of an activation (of a convolution's input, one sample); or a "group" of `group_size` neighbours.
         group_size: for "group": a number; None where the largest of 128, 64, 32 that divides is to be taken.
         symmetric: False adds a zero point (integers only).
-        scale: how a weight's scale is stored: "bfloat16", "e8m0" (a power of two, MX) or "e4m3" (NVFP4, with one
-            float32 scale for the whole tensor). Computed scales are rounded to this before anything is rounded by
-            them, so that what is scored is what is stored.
+        scale: how a weight's scale is stored: "bfloat16", "e8m0" (a power of two, MX), "e4m3" (NVFP4, with one
+            float32 scale for the whole tensor) or "absmax" (bitsandbytes: the largest magnitude itself, float32; of
+            an activation's int8, with outlier columns left as they are). Computed scales are rounded to this before
+            anything is rounded by them, so that what is scored is what is stored.
         dynamic: for activations, whether scales come from each input rather than from calibration. NVFP4's
             activations have dynamic group scales and a calibrated global one.
     """
@@ -116,12 +130,14 @@ class Scheme:
 
     Attributes:
         compressed: the format by which compressed-tensors stores it, None where it has none.
+        bitsandbytes: bitsandbytes' name of it. A whole-model format: beside it a model has unquantized layers only.
     """
 
     name: str
     weights: Format | None = None
     activations: Format | None = None
     compressed: str | None = None
+    bitsandbytes: str | None = None
 
     @property
     def bits(self) -> float:
@@ -190,6 +206,14 @@ SCHEMES = {
         Scheme("NVFP4A16", _NVFP4, None, "nvfp4-pack-quantized"),
         Scheme("MXFP4", _MXFP4, replace(_MXFP4, dynamic=True), "mxfp4-pack-quantized"),
         Scheme("MXFP4A16", _MXFP4, None, "mxfp4-pack-quantized"),
+        Scheme(
+            "BNB_INT8",
+            Format("int8", "channel", scale="absmax"),
+            Format("int8", "token", dynamic=True, scale="absmax"),
+            bitsandbytes="llm_int8",
+        ),
+        Scheme("BNB_NF4", Format("nf4", "group", 64, scale="absmax"), bitsandbytes="nf4"),
+        Scheme("BNB_FP4", Format("fp4_bnb", "group", 64, scale="absmax"), bitsandbytes="fp4"),
     )
 }
 

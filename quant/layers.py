@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from quant.formats import Scheme
-from quant.reference import QuantizedTensor, fake_quantize_activation
+from quant.reference import QuantizedTensor, fake_quantize_activation, llm_int8_codes
 
 
 class _Quantized:
@@ -35,7 +35,33 @@ class QuantizedLinear(_Quantized, nn.Linear):
     """A linear layer with its input and its weight as the scheme holds them."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.scheme.activations is not None and self.scheme.activations.scale == "absmax":
+            return llm_int8_linear(input, self.quantized.to(input.device), self.bias)
         return super().forward(self._held(input))
+
+
+def llm_int8_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """A linear layer by LLM.int8 (Dettmers et al., arXiv 2208.07339), with bitsandbytes' arithmetic bit for bit.
+
+    Products of codes are scaled once, and outlier columns are multiplied unquantized (equation 8). Its rounding of the
+    input would turn a difference in the last bit into one of a whole step, so its operations are followed one by one,
+    with the constants as its kernels have them.
+
+    Args:
+        x: [..., features].
+        weight: codes and largest magnitudes of rows, as `quantize` makes them.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    codes, largest, outliers = llm_int8_codes(tokens)
+    products = codes @ weight.codes.float().T
+    output = products * (largest * weight.scale.T) * 6.200124e-05
+    if bias is not None:
+        output += bias
+    output = output.to(x.dtype)
+    if outliers.any():
+        columns = weight.codes[:, outliers] * weight.scale * 7.874015718698502e-3
+        output = output.addmm(tokens[:, outliers], columns.to(x.dtype).T)
+    return output.reshape(*x.shape[:-1], -1)
 
 
 class QuantizedConv2d(_Quantized, nn.Conv2d):

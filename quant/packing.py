@@ -1,15 +1,17 @@
-"""Codes as they are stored: bit-exact, in the layouts and under the tensor names of compressed-tensors."""
+"""Codes as they are stored: bit-exact, in the layouts and under the names of compressed-tensors and bitsandbytes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from math import ceil, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant.errors import JointoptError
-from quant.formats import Scheme
+from quant.formats import Format, Scheme
 from quant.reference import QuantizedTensor
 
 
@@ -48,13 +50,20 @@ def layout(scheme: Scheme) -> str:
 
 
 def packed_tensors(
-    quantized: QuantizedTensor, scheme: Scheme, statistics: Mapping[str, Tensor | None] | None = None
+    quantized: QuantizedTensor,
+    scheme: Scheme,
+    statistics: Mapping[str, Tensor | None] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds for one layer, bias apart, by compressed-tensors' names.
+    """The tensors that a checkpoint holds for one layer, bias apart, by compressed-tensors' names or bitsandbytes'.
 
     Args:
         statistics: `input_scale`, `input_zero_point`, `input_global_scale` of a static activation format.
+        dtype: of the unquantized weight, which bitsandbytes notes.
     """
+    if scheme.bitsandbytes:
+        packed = _packed_for_bitsandbytes(quantized, scheme.bitsandbytes, dtype)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in packed.items()}
     bits = quantized.format.bits
     tensors: dict[str, Tensor] = {}
     how = layout(scheme)
@@ -82,11 +91,53 @@ def packed_tensors(
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def _packed_for_bitsandbytes(quantized: QuantizedTensor, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the state dict of its Linear8bitLt or Linear4bit holds for the weight."""
+    if kind == "llm_int8":
+        row_major = torch.tensor(0, dtype=torch.uint8)
+        return {"weight": quantized.codes, "SCB": quantized.scale.flatten(), "weight_format": row_major}
+    codes = quantized.codes.flatten()
+    state = json.dumps(_four_bit_state(quantized.format, kind, quantized.shape, str(dtype)[6:]))
+    return {
+        "weight": ((codes[0::2] << 4) | codes[1::2])[:, None],
+        "weight.absmax": quantized.scale.flatten(),
+        "weight.quant_map": torch.tensor(quantized.format.kind.values),
+        f"weight.quant_state.bitsandbytes__{kind}": torch.tensor(list(state.encode()), dtype=torch.uint8),
+    }
+
+
+def _four_bit_state(format: Format, kind: str, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
+    return {"quant_type": kind, "blocksize": format.group_size, "dtype": dtype, "shape": list(shape)}
+
+
+def _unpacked_from_bitsandbytes(
+    tensors: Mapping[str, Tensor], format: Format, shape: tuple[int, ...]
+) -> QuantizedTensor:
+    if "SCB" in tensors:
+        codes, scale = tensors["weight"], tensors["SCB"]
+    else:
+        packed = tensors["weight"].flatten()
+        codes, scale = torch.stack((packed >> 4, packed & 0xF), -1).reshape(shape), tensors["weight.absmax"]
+    return QuantizedTensor(codes, scale.reshape(shape[0], -1), None, None, format, tuple(shape))
+
+
+def _bytes_for_bitsandbytes(scheme: Scheme, shape: tuple[int, ...], itemsize: int) -> int:
+    rows, columns = shape[0], prod(shape[1:])
+    assert scheme.weights is not None and scheme.bitsandbytes is not None
+    if scheme.bitsandbytes == "llm_int8":
+        return rows * columns + 4 * rows + 1
+    dtype = {2: "bfloat16", 4: "float32"}[itemsize]
+    state = json.dumps(_four_bit_state(scheme.weights, scheme.bitsandbytes, shape, dtype))
+    return rows * columns // 2 + 4 * rows * scheme.weights.groups_in(columns) + 4 * 16 + len(state)
+
+
 def unpacked_tensors(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, ...]) -> QuantizedTensor:
     """What `packed_tensors` packed; `shape` is the weight's."""
     if scheme.weights is None:
         raise JointoptError(f"scheme {scheme.name}: has no quantized weight to unpack")
     format, columns = scheme.weights, prod(shape[1:])
+    if scheme.bitsandbytes:
+        return _unpacked_from_bitsandbytes(tensors, format, shape)
     scale = tensors["weight_scale"]
     how = layout(scheme)
     zero_point = None
@@ -116,6 +167,8 @@ def storage_bytes(scheme: Scheme, shape: tuple[int, ...], itemsize: int, embeddi
     format = scheme.weights
     if format is None:
         return rows * columns * itemsize
+    if scheme.bitsandbytes:
+        return _bytes_for_bitsandbytes(scheme, shape, itemsize)
     how = layout(scheme)
     scales = {"tensor": 1, "channel": rows}.get(format.granularity) or rows * format.groups_in(columns)
     total = scales * (2 if format.scale == "bfloat16" else 1)

@@ -18,6 +18,8 @@ from quant.formats import ELEMENTS, Element, Format
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NVFP4_GLOBAL_RANGE = 448.0 * 6.0
 """What the largest magnitude of a tensor is mapped to: the largest e4m3 scale times the largest e2m1 value."""
+LLM_INT8_OUTLIER = 6.0
+"""From which magnitude on LLM.int8 leaves an input's column out (bitsandbytes' default)."""
 
 
 def round_to_format(tensor: Tensor, element: str) -> Tensor:
@@ -48,6 +50,8 @@ def _floating(tensor: Tensor, what: str) -> Tensor:
 def _round_in_place(values: Tensor, kind: Element) -> Tensor:
     """In place, since memory for the result of each step takes longer than the steps."""
     values.clamp_(kind.min, kind.max)
+    if kind.values is not None:
+        return values.copy_(code_values(_codebook_codes(values, kind), kind))
     if not kind.is_float:
         return values.round_()
     if kind.dtype is None:
@@ -55,6 +59,15 @@ def _round_in_place(values: Tensor, kind: Element) -> Tensor:
     if values.dtype == torch.float64:
         return _round_to_steps(values, kind)
     return values.copy_(values.to(kind.dtype))
+
+
+def _codebook_codes(points: Tensor, kind: Element) -> Tensor:
+    """The codes of the nearest values, uint8; halfway points go to the lower one."""
+    assert kind.values is not None
+    order = sorted(range(len(kind.values)), key=kind.values.__getitem__)
+    ascending = torch.tensor(kind.values, device=points.device)[order]
+    index = torch.bucketize(points.float(), (ascending[:-1] + ascending[1:]) / 2)
+    return torch.tensor(order, dtype=torch.uint8, device=points.device)[index]
 
 
 def _round_to_steps(clamped: Tensor, kind: Element) -> Tensor:
@@ -78,7 +91,8 @@ class QuantizedTensor:
 
     Attributes:
         codes: integers as int8 [rows, columns]; floating point as uint8 bit patterns (fp4: 0 to 15).
-        scale: [1], [rows, 1] or [rows, groups]: bfloat16, float8_e4m3fn or, for e8m0, uint8 exponents + 127.
+        scale: [1], [rows, 1] or [rows, groups]: bfloat16, float8_e4m3fn, for e8m0 uint8 exponents + 127, for absmax
+            float32.
         zero_point: int8 in the shape of `scale`, None where symmetric.
         global_scale: float32 [1], None without one; a group's scale is `scale / global_scale`.
         format: the format they are in.
@@ -107,6 +121,8 @@ class QuantizedTensor:
         if self.format.scale == "e8m0":
             return torch.exp2(self.scale.float() - 127)
         scale = self.scale.float()
+        if self.format.scale == "absmax":
+            return scale / self.format.kind.max
         return scale if self.global_scale is None else scale / self.global_scale
 
     def sliced(self, rows: int, columns: int) -> QuantizedTensor:
@@ -148,16 +164,20 @@ def code_values(codes: Tensor, kind: Element) -> Tensor:
         return codes.float()
     if kind.dtype is not None:
         return codes.view(kind.dtype).float()
+    if kind.values is not None:
+        return torch.tensor(kind.values, device=codes.device)[codes.long()]
     table = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)], device=codes.device)
     return table[codes.long()]
 
 
 def value_codes(values: Tensor, kind: Element) -> Tensor:
-    """The codes of values that `kind` can hold exactly."""
+    """The codes of values that `kind` can hold exactly; of a codebook, of the nearest that it holds."""
     if not kind.is_float:
         return values.to(torch.int8)
     if kind.dtype is not None:
         return values.to(kind.dtype).view(torch.uint8)
+    if kind.values is not None:
+        return _codebook_codes(values, kind)
     magnitudes = torch.tensor(FP4_VALUES, device=values.device)
     index = torch.searchsorted(magnitudes, values.abs().contiguous()).to(torch.uint8)
     return index | (torch.signbit(values).to(torch.uint8) << 3)
@@ -181,7 +201,10 @@ def weight_groups(weight: Tensor, format: Format) -> Tensor:
     _floating(weight, "weight")
     if weight.dim() < 2 or not weight.numel():
         raise JointoptError(f"weight: found shape {tuple(weight.shape)}; allowed: two dimensions or more, none of 0")
-    groups = grouped_view(weight.detach().float().flatten(1), format)
+    held = weight.detach().float()
+    if format.scale == "absmax" and not format.kind.is_float:
+        held = held.half().float()  # what LLM.int8 starts from, whatever the model's dtype
+    groups = grouped_view(held.flatten(1), format)
     if not groups.isfinite().all():
         raise JointoptError("weight: found NaN or infinity; allowed: finite numbers")
     return groups
@@ -218,11 +241,17 @@ def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Quanti
         zero_point = None if zero_point is None else zero_point.reshape(1)
     empty = torch.empty(0, dtype=torch.uint8)
     bare = QuantizedTensor(empty, scale, zero_point, global_scale, format, tuple(weight.shape))
-    step = bare.effective_scale()
-    scaled = groups / (step[..., None] if step.dim() == 2 else step)
+    if format.scale == "absmax":  # by the reciprocal, as bitsandbytes' kernels do
+        factor = (format.kind.max / scale.clamp(min=1e-38)).clamp(max=torch.finfo(torch.float32).max)
+        scaled = groups * factor[..., None]
+    else:
+        step = bare.effective_scale()
+        scaled = groups / (step[..., None] if step.dim() == 2 else step)
     if zero_point is not None:
         scaled = scaled + (zero_point.float()[..., None] if zero_point.dim() == 2 else zero_point.float())
-    codes = value_codes(_round_in_place(scaled, format.kind), format.kind).reshape(len(weight), -1)
+    if format.kind.values is None:
+        scaled = _round_in_place(scaled, format.kind)
+    codes = value_codes(scaled, format.kind).reshape(len(weight), -1)
     return replace(bare, codes=codes)
 
 
@@ -242,6 +271,8 @@ def stored_scale(
     largest = torch.maximum(-low, high)
     if format.scale == "e8m0":
         return e8m0_exponent(largest), None
+    if format.scale == "absmax":
+        return largest.float(), None
     if global_scale is not None:
         scale = (global_scale * (largest / ((kind.max - kind.min) / 2))).clamp(max=448).to(torch.float8_e4m3fn)
         return torch.where(scale.float() == 0, 0.125, scale.float()).to(torch.float8_e4m3fn), None
@@ -320,6 +351,8 @@ def fake_quantize_activation(
 def _fake_quantized(
     x: Tensor, format: Format, scale: Tensor | None, zero_point: Tensor | None, global_scale: Tensor | None
 ) -> Tensor:
+    if format.scale == "absmax":
+        return _held_but_outliers(x)
     if format.scale == "e4m3" and global_scale is None:
         raise JointoptError(f"{format.element} activations with e4m3 scales: found no global scale; calibrate first")
     grouped = x.unflatten(-1, (format.groups_in(x.shape[-1]), -1)) if format.granularity == "group" else x
@@ -339,6 +372,33 @@ def _fake_quantized(
         rounded -= zero_point.to(scale.dtype)
     rounded *= scale
     return rounded.reshape(x.shape).to(x.dtype)
+
+
+def llm_int8_codes(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's input as LLM.int8 quantizes it (Dettmers et al., arXiv 2208.07339, section 3).
+
+    A column in which any token reaches `LLM_INT8_OUTLIER` stays out, so that the other tokens of a batch matter.
+
+    Args:
+        tokens: floating point [tokens, features].
+
+    Returns:
+        Codes as float32 [tokens, features], 0 in outlier columns; each token's largest magnitude without its outliers,
+        float32 [tokens, 1]; which columns are outliers, bool [features].
+    """
+    held = tokens.detach().half()
+    outliers = held.abs() >= LLM_INT8_OUTLIER
+    held = held.masked_fill(outliers, 0)
+    largest = held.abs().amax(-1, keepdim=True).float()
+    codes = (held * (127 / torch.where(largest == 0, 1, largest))).round_()
+    columns = outliers.any(0)
+    return codes.masked_fill_(columns, 0), largest, columns
+
+
+def _held_but_outliers(x: Tensor) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1])
+    codes, largest, outliers = llm_int8_codes(tokens)
+    return torch.where(outliers, tokens, codes * (largest / 127)).reshape(x.shape).to(x.dtype)
 
 
 def _shared_dims(x: Tensor, format: Format) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from search_spaces.families import Declare, declare
 from search_spaces.family import Block, Family, Layer, Width, extent
 from search_spaces.precision import (
     PRECISION_PER,
+    check_whole_model,
     columns_per_input,
     fitted_scheme,
     full_columns,
@@ -234,8 +235,7 @@ def _fits(name: str, layer: Layer, module: nn.Module, columns: Collection[int]) 
 def _precision_genes(
     model: nn.Module, family: Family, widths: list[Gene], schemes: tuple[str, ...], precision_per: str
 ) -> list[Gene]:
-    for name in schemes:
-        scheme(name)
+    check_whole_model({"space.schemes": schemes})
     choices = {gene.name: gene.choices for gene in widths}
     at = PRECISION_PER.index(precision_per)
     groups: dict[str, list[Layer]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -33,6 +33,9 @@ def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Collectio
     wanted = scheme(name)
     if wanted.weights is None and wanted.activations is None:
         return wanted
+    if wanted.bitsandbytes and not isinstance(module, nn.Linear):
+        kind = type(module).__name__
+        raise JointoptError(f"{layer.path}: {name} is bitsandbytes', which has it for Linear layers; found a {kind}")
     if wanted.activations is not None and not isinstance(module, nn.Embedding):
         if not layer.tokens:
             raise JointoptError(
@@ -49,6 +52,25 @@ def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Collectio
         return wanted.fitted(columns)
     except JointoptError as error:
         raise JointoptError(f"{layer.path}: {error}") from None
+
+
+def check_whole_model(offered: Mapping[str, Iterable[str]]) -> None:
+    """Refuses bitsandbytes' formats beside others, since it takes a model whole: in one format, or not at all.
+
+    Args:
+        offered: where schemes are chosen (a key, or names of genes) -> the names that are offered there.
+
+    Raises:
+        JointoptError: two schemes are offered of which one is bitsandbytes' and none is "none".
+    """
+    pairs = [(name, where) for where, names in offered.items() for name in names if scheme(name).weights]
+    whole = next((pair for pair in pairs if scheme(pair[0]).bitsandbytes), None)
+    other = next((pair for pair in pairs if whole and pair[0] != whole[0]), None)
+    if whole and other:
+        raise JointoptError(
+            f"{other[1]}: found {other[0]}, and {whole[0]} in {whole[1]}, which bitsandbytes has for whole models; "
+            f"allowed beside {whole[0]}: none"
+        )
 
 
 def full_columns(module: nn.Module) -> int:

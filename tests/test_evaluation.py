@@ -15,7 +15,7 @@ from quant.formats import SCHEMES
 from quant.reference import quantize
 from tests.zoo import batches, logits, make
 
-ALL_SCHEMES = tuple(SCHEMES)
+ALL_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if not scheme.bitsandbytes)
 
 
 def supernet_of(name: str, calibrated: bool = True, supernet: dict | None = None, **options) -> Supernet:

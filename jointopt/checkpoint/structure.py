@@ -12,6 +12,7 @@ from torch import nn
 from quant.errors import JointoptError
 from quant.formats import Format
 from quant.packing import layout, packed_tensors
+from quant.reference import LLM_INT8_OUTLIER
 
 STAND_INS = ("Identity", "SkipBranch", "SkipAttention", "SkipPostNormAttention", "SkipPostNormOutput", "SplitQKV")
 
@@ -40,6 +41,42 @@ def by_compressed_tensors(model: nn.Module) -> bool:
     return True
 
 
+def by_bitsandbytes(model: nn.Module) -> str | None:
+    """The name of the one bitsandbytes format that all quantized layers are in, None where none is.
+
+    Raises:
+        JointoptError: beside such a layer there is one in another format, or the model is none of transformers.
+    """
+    found = {path: module.scheme for path, module in quantized_layers(model).items()}  # type: ignore[attr-defined]
+    first = next((path for path, scheme in found.items() if scheme.bitsandbytes), None)
+    if first is None:
+        return None
+    wanted = found[first]
+    if not hasattr(model, "config"):
+        raise JointoptError(f"export: {first} is {wanted.name}, which loads by transformers; the model is not of it")
+    for path, scheme in found.items():
+        if scheme != wanted:
+            raise JointoptError(
+                f"export: {path} is {scheme.name} and {first} {wanted.name}, which is for the whole model; "
+                f"allowed beside it: none"
+            )
+    return wanted.bitsandbytes
+
+
+def bitsandbytes_config(model: nn.Module, kind: str) -> dict[str, Any]:
+    """The `quantization_config` by which transformers loads the layers into bitsandbytes' own."""
+    from transformers import BitsAndBytesConfig
+
+    layers = quantized_layers(model)
+    plain = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in layers]
+    if kind == "llm_int8":
+        options: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": LLM_INT8_OUTLIER}
+    else:
+        dtype = next(model.parameters()).dtype
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(**options, llm_int8_skip_modules=plain).to_dict()
+
+
 def _tied(model: nn.Module) -> dict[str, str]:
     """Path of a layer -> path of the earlier one whose weight it shares."""
     first: dict[int, str] = {}
@@ -62,7 +99,8 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     code around it takes it for, a tensor of floating point.
     """
     layers, tied = quantized_layers(model), _tied(model)
-    renamed = {} if by_compressed_tensors(model) else {"weight": "weight_codes"}
+    by_library = by_bitsandbytes(model) or by_compressed_tensors(model)
+    renamed = {} if by_library else {"weight": "weight_codes"}
     found: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         path, _, last = name.rpartition(".")
@@ -72,7 +110,7 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     for path, module in layers.items():
         each: Any = module
         statistics = {} if isinstance(module, nn.Embedding) else each.statistics()
-        packed = packed_tensors(each.quantized, each.scheme, statistics)
+        packed = packed_tensors(each.quantized, each.scheme, statistics, each.weight.dtype)
         if path in tied:
             packed = {name: tensor for name, tensor in packed.items() if name.startswith("input_")}
         found.update({f"{path}.{renamed.get(name, name)}": tensor for name, tensor in packed.items()})

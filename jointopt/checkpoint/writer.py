@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from jointopt.checkpoint import card
 from jointopt.checkpoint.structure import (
+    bitsandbytes_config,
+    by_bitsandbytes,
     by_compressed_tensors,
     compressed_config,
     from_recipe,
@@ -183,10 +185,12 @@ def _write_transformers(place: Path, model: Any) -> str:
     auto = _auto_class(transformers, stock, config)
     config.architectures = [stock.__name__]
     config.dtype = next(model.parameters()).dtype
-    compressed = by_compressed_tensors(model)
+    compressed, whole = by_compressed_tensors(model), by_bitsandbytes(model)
     _settle_sizes(model, config)
-    spec = rebuild_spec(model, on_meta(stock, config), pack=not compressed)
-    if compressed and quantized_layers(model):
+    spec = rebuild_spec(model, on_meta(stock, config), pack=not (compressed or whole))
+    if whole:
+        config.quantization_config = bitsandbytes_config(model, whole)
+    elif compressed and quantized_layers(model):
         config.quantization_config = compressed_config(model)
     if spec:
         name = f"Jointopt{stock.__name__}"
