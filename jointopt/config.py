@@ -93,12 +93,13 @@ class Space(_Section):
     mlp_keep: bool | None = None
     schemes: list[str] | None = None
     precision_per: Literal["layer", "projection", "block"] | None = None
+    caches: list[str] | None = None
 
     def options(self) -> dict[str, Any]:
         """What is set, as keywords of `SearchSpace.for_model`."""
         return self.model_dump(exclude_none=True)
 
-    @field_validator("depth", "heads", "mlp", "bottleneck", "stage", "schemes")
+    @field_validator("depth", "heads", "mlp", "bottleneck", "stage", "schemes", "caches")
     @classmethod
     def _not_empty(cls, value: list | None) -> list | None:
         if value is not None and not value:

@@ -6,6 +6,7 @@ import difflib
 
 from torch import nn
 
+from quant.cache import CACHE_FORMATS
 from quant.errors import JointoptError
 from quant.formats import Scheme
 from search_spaces.family import Family
@@ -44,7 +45,8 @@ def check_space(model: nn.Module, family: Family, space: SearchSpace) -> None:
     keeps = {f"{b.name}.keep" for b in family.blocks if b.removable}
     keeps |= {f"{b.name}.{branch.kind}.keep" for b in family.blocks for branch in b.branches}
     precisions = {name for layer in family.layers for name in gene_names(layer)}
-    known = {*widths, *depths, *keeps, *precisions}
+    caches = {cache.name for cache in family.caches}
+    known = {*widths, *depths, *keeps, *precisions, *caches}
     for gene in space.genes:
         if gene.name not in known:
             near = difflib.get_close_matches(gene.name, sorted(known), 1)
@@ -63,6 +65,8 @@ def check_space(model: nn.Module, family: Family, space: SearchSpace) -> None:
             _check(gene, range(least, len(blocks) + 1), f"{least} to {len(blocks)} blocks")
         elif gene.name in keeps:
             _check(gene, (False, True), "False, True")
+        elif gene.name in caches:
+            _check(gene, tuple(CACHE_FORMATS), ", ".join(CACHE_FORMATS))
 
 
 def _check(gene: Gene, allowed: range | tuple, said: str) -> None:

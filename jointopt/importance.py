@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quant.cache import KeyObserver
 from quant.calibration import ActivationObserver
 from search_spaces.family import Family, Width, structural_clone
+
+from .checkpoint.held_cache import cache_name
 
 
 class CalibrationPass:
@@ -21,10 +25,16 @@ class CalibrationPass:
     the inputs of the layers that they were given for. Padding, where the batch has an attention mask, is left out.
     """
 
-    def __init__(self, model: nn.Module, family: Family, observers: Mapping[str, Sequence[ActivationObserver]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        observers: Mapping[str, Sequence[ActivationObserver]],
+        keys: Mapping[str, KeyObserver],
+    ):
         self.model = structural_clone(model).eval()
         self.family = family
-        self.observers = observers
+        self.observers, self.keys = observers, keys
         self.channel_energy: dict[str, Tensor] = {}
         self.influence: dict[str, float] = {}
         self._cosines: dict[str, list[Tensor]] = {}
@@ -36,6 +46,10 @@ class CalibrationPass:
         with ExitStack() as hooks, torch.no_grad():
             for path, hook in self._hooks():
                 handle = self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+                hooks.callback(handle.remove)
+            for path, keys in self.keys.items():
+                hook = partial(self._give_cache, keys)
+                handle = self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
                 hooks.callback(handle.remove)
             for batch in batches:
                 self._mask = batch.get("attention_mask")
@@ -54,6 +68,10 @@ class CalibrationPass:
         for path, observers in self.observers.items():
             hooks.append((path, self._range_hook(observers)))
         return hooks
+
+    def _give_cache(self, keys: KeyObserver, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Hands the attention layer a cache that shows its keys and keeps nothing."""
+        return args, {**kwargs, cache_name(kwargs): _SeenKeys(self, keys)}
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         """[rows, channels], padding left out."""
@@ -88,6 +106,18 @@ class CalibrationPass:
                 observer.observe(seen)
 
         return hook
+
+
+class _SeenKeys:
+    """A cache for one attention layer and one forward pass."""
+
+    def __init__(self, calibration: CalibrationPass, keys: KeyObserver):
+        self._calibration, self._keys = calibration, keys
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        seen = keys.transpose(1, 2).flatten(2)
+        self._keys.observe(self._calibration._tokens(seen).unflatten(-1, (keys.shape[1], -1)))
+        return keys, values
 
 
 def _hidden(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:

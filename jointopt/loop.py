@@ -97,7 +97,11 @@ def _objectives(supernet: Supernet, objectives: Sequence[Any]) -> list[Objective
         raise JointoptError(f"objectives: found one twice in {', '.join(o.name for o in found)}")
 
     def column(name: str):
+        if name not in known:
+            raise JointoptError(f"objective {name!r}: found no cache in this model; allowed costs: {', '.join(known)}")
         return lambda genomes: supernet.cost_columns(genomes)[name]
+
+    known = supernet.original_costs()
 
     return [replace(o, compute=column(o.name)) if o.name in COSTS and o.compute is None else o for o in found]
 

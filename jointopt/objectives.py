@@ -21,8 +21,10 @@ DIRECTIONS = {
     "macs": "min",
     "bops": "min",
     "parameters": "min",
+    "cache": "min",
+    "decode_macs": "min",
 }
-COSTS = ("size", "macs", "bops", "parameters")
+COSTS = ("size", "macs", "bops", "parameters", "cache", "decode_macs")
 
 
 @dataclass(frozen=True)

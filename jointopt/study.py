@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jointopt.objectives import Objective, hypervolume, minimized, non_dominated
+from jointopt.objectives import COSTS, Objective, hypervolume, minimized, non_dominated
 from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
 
@@ -257,7 +257,7 @@ class Study:
         frame = frame[frame["failed"].isna()] if len(frame) else frame
         if frame.empty:
             raise JointoptError("study: no evaluation to choose from")
-        quality = next((o for o in self.objectives if o.name not in ("size", "macs", "bops", "parameters")), None)
+        quality = next((o for o in self.objectives if o.name not in COSTS), None)
         first = quality or self.objectives[0]
         cost = frame[first.name].to_numpy(dtype=float) * first.sign
         if knee:

@@ -7,16 +7,19 @@ tensors copied, an export writes the codes that the view's values stand for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from quant.cache import CacheFormat, input_group
+from quant.errors import JointoptError
 from quant.formats import Scheme
 from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
-from search_spaces.family import Block, Branch, Family, Layer, structural_clone
+from search_spaces.family import Block, Branch, Cache, Family, Layer, structural_clone
 
 from .batch_norm import keep_statistics
+from .checkpoint.held_cache import hold_cache
 from .weight_bank import BankedWeight
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
@@ -39,23 +42,27 @@ class Plan:
         dropped: the branches that leave from blocks that stay.
         units: width gene -> number of units that stay; widths that are whole are not listed.
         schemes: path -> scheme of every layer that stays and is quantized.
+        caches: path of an attention layer -> the format of its cache, where it is quantized.
     """
 
     blocks: tuple[Block, ...]
     dropped: tuple[Branch, ...]
     units: Mapping[str, int]
     schemes: Mapping[str, Scheme]
+    caches: Mapping[str, CacheFormat] = field(default_factory=dict)
 
     def whole(self, family: Family) -> bool:
         """Whether this is the full, unquantized model."""
-        return not (self.units or self.schemes or self.dropped) and len(self.blocks) == len(family.blocks)
+        changed = self.units or self.schemes or self.caches or self.dropped
+        return not changed and len(self.blocks) == len(family.blocks)
 
 
 Weights = Callable[[str, Scheme, int | None], BankedWeight]
 """(layer path, scheme, number of input channels or None for all) -> the fake-quantized weight, with all its rows."""
 
 ActivationStatistics = Mapping[tuple[str, str], Mapping[str, Tensor]]
-"""(layer path, scheme name) -> the constants of a static activation format, as attributes of the layer."""
+"""(layer path, scheme name) -> the constants of a static activation format, as attributes of the layer; likewise of an
+attention layer and its cache's format, as buffers."""
 
 
 def build(
@@ -91,6 +98,10 @@ def build(
             for other in layers[path].tied:
                 _quantize(modules[other], scheme, banked, None, None, statistics.get((other, scheme.name), {}))
                 modules[other]._parameters["weight"] = module._parameters["weight"]
+    for path, form in plan.caches.items():
+        if not form.inputs and (path, form.name) not in statistics:
+            raise JointoptError(f"{path}: {form.name} caches need ranges of keys; call calibrate(batches) first")
+        _hold_cache(modules[path], form, statistics.get((path, form.name), {}))
     for width in family.widths:
         for path, name, per_unit in width.attributes:
             if width.gene in plan.units and not _is_in(path, gone):
@@ -202,6 +213,15 @@ def _quantize(
     module.__dict__.update(scheme=scheme, quantized=quantized, **constants)
 
 
+def _hold_cache(attention: nn.Module, form: CacheFormat, constants: Mapping[str, Tensor]) -> None:
+    """The attention layer on a cache in this format, with the constants of the heads that stay."""
+    weight = attention.get_submodule("k_proj").get_parameter("weight")
+    for name, tensor in constants.items():
+        attention.register_buffer(name, tensor[: weight.shape[0] // tensor.shape[1]])
+    group = input_group(weight.shape[1]) if form.inputs else None
+    hold_cache(attention, {"element": form.element, "inputs": form.inputs, "group": group})
+
+
 def _drop(shell: nn.Module, family: Family, plan: Plan) -> None:
     """Takes out branches and blocks, and counts what stays anew: list indices, and the indices of KV caches."""
     for branch in plan.dropped:
@@ -228,6 +248,13 @@ def renamed(path: str, family: Family, blocks: Sequence[Block]) -> str:
             if within(path, block.path):
                 return f"{block.path.rpartition('.')[0]}.{index}{path[len(block.path) :]}"
     return path
+
+
+def present_caches(caches: Iterable[Cache], plan: Plan) -> list[Cache]:
+    """Those whose attention layer stays."""
+    gone = {path for branch in plan.dropped for path in branch.replacements}
+    kept = {block.name for block in plan.blocks}
+    return [cache for cache in caches if cache.block in kept and cache.attention not in gone]
 
 
 def staying_layers(family: Family, plan: Plan) -> list[Layer]:

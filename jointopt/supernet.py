@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quant.cache import CACHE_FORMATS, KeyObserver
 from quant.calibration import ActivationObserver, choose_clip
 from quant.errors import JointoptError
 from quant.formats import Scheme, scheme
@@ -38,7 +39,7 @@ from .batch_norm import SAMPLES, first_samples, has_batch_norm, reestimate, samp
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
-from .subnetwork import Plan, build, detach, renamed, staying_layers
+from .subnetwork import Plan, build, detach, present_caches, renamed, staying_layers
 from .weight_bank import BankedWeight, WeightBank
 
 
@@ -107,7 +108,8 @@ class Supernet:
             JointoptError: there is no batch, or one is not a dict.
         """
         observers = self._observers()
-        calibration = CalibrationPass(self.model, self.family, observers)
+        keys = self._key_observers()
+        calibration = CalibrationPass(self.model, self.family, observers, keys)
         kept: list[Mapping[str, Any]] = []
         count = calibration.run(self._checked(batches, kept))
         if not count:
@@ -119,6 +121,7 @@ class Supernet:
         self._statistics = {
             (path, observer.scheme): observer.constants() for path, many in observers.items() for observer in many
         }
+        self._statistics |= self._key_constants(keys)
         self._forget()
         self.calibrated = True
 
@@ -149,10 +152,30 @@ class Supernet:
                         found.setdefault(each, []).append(SchemeObserver(each, wanted))
         return found
 
+    def _key_observers(self) -> dict[str, KeyObserver]:
+        choices = {gene.name: gene.choices for gene in self.space.genes}
+        return {c.attention: KeyObserver() for c in self.family.caches if set(choices.get(c.name, ())) - {"none"}}
+
+    def _key_constants(self, keys: Mapping[str, KeyObserver]) -> dict[tuple[str, str], dict[str, Tensor]]:
+        found = {}
+        choices = {gene.name: gene.choices for gene in self.space.genes}
+        for cache in self.family.caches:
+            for form in (CACHE_FORMATS[str(choice)] for choice in choices.get(cache.name, ())):
+                if form.element is not None and not form.inputs:
+                    try:
+                        found[cache.attention, form.name] = keys[cache.attention].constants(form)
+                    except JointoptError as error:
+                        raise JointoptError(f"{cache.attention}: {error}") from None
+        return found
+
     def _sort(self, calibration: CalibrationPass) -> None:
         for width in self.family.widths:
             importance = unit_importance(self.model, width, calibration.channel_energy)
-            sort_width(self.model, width, torch.argsort(importance, descending=True, stable=True))
+            order = torch.argsort(importance, descending=True, stable=True)
+            sort_width(self.model, width, order)
+            for cache in self.family.caches:
+                if cache.heads == width.gene and cache.attention in calibration.keys:
+                    calibration.keys[cache.attention].reorder(order)
         influence = calibration.influence
         self._leaving = {
             stage: sorted(names, key=lambda name: influence.get(name, 0.0)) for stage, names in self._leaving.items()
@@ -188,7 +211,10 @@ class Supernet:
             gene = self._precision_gene.get(layer.path)
             if gene is not None and (wanted := self._schemes[layer.path, chosen[gene]]).weights is not None:
                 schemes[layer.path] = wanted
-        return Plan(bare.blocks, dropped, units, schemes)
+        staying = [cache for cache in self.family.caches if cache.name in chosen]
+        caches = {cache.attention: CACHE_FORMATS[chosen[cache.name]] for cache in present_caches(staying, bare)}
+        caches = {path: form for path, form in caches.items() if form.element is not None}
+        return Plan(bare.blocks, dropped, units, schemes, caches)
 
     @contextmanager
     def active(self, genome: Any) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from quant.cache import by_bytes, cache_format, input_group
 from quant.errors import JointoptError
 from quant.formats import scheme
 from search_spaces.families import Declare, declare
@@ -44,6 +45,7 @@ def space_for_model(
     schemes: Iterable[str] | None = None,
     precision_per: str | None = None,
     preset: str | None = None,
+    caches: Iterable[str] | None = None,
     family: Declare | None = None,
     **architecture: Any,
 ) -> SearchSpace:
@@ -55,6 +57,8 @@ def space_for_model(
             (default: none, W8A8, W4A16, FP8_DYNAMIC).
         precision_per: "layer", "projection" (q, k, v share a gene; gate, up share one; the default) or "block".
         preset: name of a file in search_spaces/presets; "fixed" leaves the architecture as it is.
+        caches: names of the formats that the cache of each attention layer may choose from: none, INT8, INT4, FP8, FP4
+            (of keys and values), X_INT8, X_INT4 (of the layer's input in their place). Left out, they stay as they are.
         family: a declaration of one's own (model -> Family).
         **architecture: choices written out, which then are all that is elastic: depth, heads, mlp, bottleneck, stage
             (widths): lists of counts, or of fractions of the full one (floats), depth also of blocks less than
@@ -62,7 +66,8 @@ def space_for_model(
             With neither these nor a preset the space is the family's default.
 
     Returns:
-        A space whose genes list their choices from small to large; precision choices come in the order of `schemes`.
+        A space whose genes list their choices from small to large; precision choices come in the order of `schemes`,
+        those of caches in the order of `caches`.
 
     Raises:
         JointoptError: an unknown key, preset or scheme; a width that does not divide; a scheme that fits no layer.
@@ -79,6 +84,7 @@ def space_for_model(
     genes = _depth_genes(declared, chosen) + _keep_genes(declared, chosen)
     widths = _width_genes(clone, declared, chosen, schemes, explicit=bool(options))
     genes += widths + _precision_genes(clone, declared, widths, schemes, precision_per)
+    genes += _cache_genes(clone, declared, caches)
     if not genes:
         raise JointoptError("space: nothing is elastic and no scheme is offered; give schemes, depth, heads, mlp, ...")
     requires = requirements(declared, {gene.name: gene.choices for gene in genes}, default_order(declared))
@@ -87,11 +93,15 @@ def space_for_model(
 
 def with_extremes(space: SearchSpace) -> SearchSpace:
     """The space with its smallest and largest genomes by meaning: fewest and most channels, fewest and most bits."""
-    smallest = [_by_bits(gene)[0] if gene.name.endswith(".precision") else 0 for gene in space.genes]
-    largest = [
-        _by_bits(gene)[-1] if gene.name.endswith(".precision") else len(gene.choices) - 1 for gene in space.genes
-    ]
-    return SearchSpace(space.genes, smallest=smallest, largest=largest)
+    ordered = [_by_size(gene) for gene in space.genes]
+    return SearchSpace(space.genes, smallest=[each[0] for each in ordered], largest=[each[-1] for each in ordered])
+
+
+def _by_size(gene: Gene) -> list[int]:
+    """Choice indices from the smallest to the largest."""
+    if gene.name.endswith(".precision"):
+        return _by_bits(gene)
+    return by_bytes(gene.choices) if gene.name.endswith(".cache") else list(range(len(gene.choices)))
 
 
 def _by_bits(gene: Gene) -> list[int]:
@@ -260,6 +270,24 @@ def _precision_genes(
     return genes
 
 
+def _cache_genes(model: nn.Module, family: Family, caches: Iterable[str] | None) -> list[Gene]:
+    if caches is None:
+        return []
+    names = tuple(dict.fromkeys(caches))
+    if not names:
+        raise JointoptError("space.caches: found an empty list; allowed: one format or more")
+    forms = [cache_format(name) for name in names]
+    if not family.caches:
+        raise JointoptError(f"space.caches: the {family.name} family has no cache; allowed: models that generate text")
+    for cache in family.caches:
+        if any(form.inputs for form in forms):
+            try:
+                input_group(model.get_submodule(f"{cache.attention}.k_proj").get_parameter("weight").shape[1])
+            except JointoptError as error:
+                raise JointoptError(f"space.caches: {cache.attention}: {error}") from None
+    return [Gene(cache.name, names) for cache in family.caches if names != ("none",)]
+
+
 def _offered(name: str, model: nn.Module, family: Family, layer: Layer, choices: dict[str, tuple]) -> bool:
     module = model.get_submodule(layer.path)
     columns = possible_columns(family, layer, module, choices)
@@ -295,6 +323,8 @@ def requirements(
         own = {**present[layer.block], **_kept(f"{layer.block}.{layer.branch}.keep", choices)}
         for gene in gene_names(layer):
             found[gene] = own if found.get(gene, own) == own else present[layer.block]
+    for cache in family.caches:
+        found[cache.name] = {**present[cache.block], **_kept(f"{cache.block}.attention.keep", choices)}
     return {gene: requires for gene, requires in found.items() if gene in choices}
 
 

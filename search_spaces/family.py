@@ -1,7 +1,7 @@
 """What a family declares: where a model's blocks are, which layers carry each elastic width, which can be quantized.
 
 A declaration is data. It names modules by their paths in the model, so that one mechanism (`jointopt.Supernet`) can
-cut, drop and quantize any model that someone has described with the five nouns of this file.
+cut, drop and quantize any model that someone has described with the nouns of this file.
 """
 
 from __future__ import annotations
@@ -111,6 +111,23 @@ class Layer:
     tokens: bool = True
 
 
+@dataclass(frozen=True)
+class Cache:
+    """The cache of one attention layer, which can be quantized: keys and values of earlier tokens, or its input.
+
+    Attributes:
+        name: short name, and its gene's name.
+        attention: the module's path; it is handed the cache, and has `k_proj` and `v_proj`.
+        heads: gene of the width that its heads leave with.
+        block: the block it lives in.
+    """
+
+    name: str
+    attention: str
+    heads: str
+    block: str
+
+
 def unchanged(model: nn.Module, kept: Sequence[Block]) -> None:
     """The default `Family.configure`: a model whose forward pass reads no count of blocks."""
 
@@ -123,6 +140,7 @@ class Family:
         name: "vit", "bert", "llama", "resnet", "timm_vit", "timm_resnet", or the name of a user's own.
         configure: called with a sub-network and the blocks it kept; sets what the forward pass reads (a new config).
         example: model -> keyword inputs of one sample, to measure shapes before any data is there.
+        caches: of models that generate text.
     """
 
     name: str
@@ -131,6 +149,7 @@ class Family:
     layers: tuple[Layer, ...]
     configure: Callable[[nn.Module, Sequence[Block]], None] = unchanged
     example: Callable[[nn.Module], dict[str, Tensor]] | None = None
+    caches: tuple[Cache, ...] = ()
 
     def block(self, name: str) -> Block:
         return next(block for block in self.blocks if block.name == name)
@@ -216,7 +235,8 @@ def check(family: Family, model: nn.Module) -> None:
                     f"{family.name}: {part.module} has {found} {side}; width {width.gene!r} declares "
                     f"{width.units} units of {part.channels}"
                 )
-    for path in [block.path for block in family.blocks] + [layer.path for layer in family.layers]:
+    paths = [block.path for block in family.blocks] + [layer.path for layer in family.layers]
+    for path in paths + [cache.attention for cache in family.caches]:
         if not has_module(model, path):
             raise JointoptError(f"{family.name}: the declaration names {path!r}, which the model lacks")
     for layer in family.layers:

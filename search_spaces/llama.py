@@ -11,6 +11,7 @@ from torch import nn
 from search_spaces.family import (
     Block,
     Branch,
+    Cache,
     Family,
     Layer,
     Model,
@@ -39,7 +40,7 @@ def declare(model: Model) -> Family:
         model.get_submodule(root.rstrip("."))._modules["rotary_emb"] = replacement
     groups, head_dim = config.num_key_value_heads, model.get_submodule(f"{root}layers.0.self_attn").head_dim
     heads_per_group = config.num_attention_heads // groups
-    blocks, widths, layers = [], [], [_embedding(model, root)]
+    blocks, widths, layers, caches = [], [], [_embedding(model, root)], []
     for index in range(len(model.get_submodule(f"{root}layers"))):
         name, path = f"block{index}", f"{root}layers.{index}"
         attention, mlp = f"{path}.self_attn", f"{path}.mlp"
@@ -81,6 +82,7 @@ def declare(model: Model) -> Family:
                 block=name,
             )
         )
+        caches.append(Cache(f"{name}.cache", attention, f"{name}.heads", name))
         for projection, members in {"qkv": "qkv", "out": "o"}.items():
             for member in members:
                 layers.append(
@@ -93,7 +95,7 @@ def declare(model: Model) -> Family:
     for head in ("score", "classifier"):
         if has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear):
             layers.append(Layer("head", head, "head"))
-    return Family("llama", tuple(blocks), tuple(widths), tuple(layers), configure, example_text)
+    return Family("llama", tuple(blocks), tuple(widths), tuple(layers), configure, example_text, tuple(caches))
 
 
 def _embedding(model: Model, root: str) -> Layer:

@@ -16,7 +16,7 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
         front.append(f"base_model: {base}")
     front.append("---")
     rows = [("size (MB, 10^6 bytes)", costs["size"] / 1e6, original.get("size", 0) / 1e6)]
-    rows += [(name, costs[name], original.get(name)) for name in ("parameters", "macs", "bops")]
+    rows += [(name, value, original.get(name)) for name, value in costs.items() if name != "size"]
     rows += [(name, value, original.get(name)) for name, value in record["metrics"].items()]
     table = [f"| {name} | {_number(value)} | {_number(before)} |" for name, value, before in rows]
     schemes = Counter(layer["scheme"] for layer in record["layers"])

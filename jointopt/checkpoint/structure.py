@@ -143,7 +143,18 @@ def rebuild_spec(model: nn.Module, built: nn.Module, pack: bool) -> dict[str, An
         _compare(path, module, there[path], spec)
     if pack:
         _add_quantized(model, spec)
+    spec["caches"] = _caches(model)
     return {key: value for key, value in spec.items() if value}
+
+
+def _caches(model: nn.Module) -> dict[str, Any]:
+    """Path of each attention layer whose cache is quantized -> how, and the constants of its keys."""
+    found = {}
+    for path, module in model.named_modules():
+        if "cache_record" in module.__dict__ and "k_proj" in module._modules:
+            tensors = {k: [str(t.dtype)[6:], list(t.shape)] for k, t in module._buffers.items() if k.startswith("key_")}
+            found[path] = {**module.__dict__["cache_record"], "tensors": tensors}
+    return found
 
 
 def _made(module: nn.Module, replaced: nn.Module | None) -> nn.Module:

@@ -197,7 +197,8 @@ def _write_transformers(place: Path, model: Any) -> str:
         config.jointopt = spec
         config.architectures = [name]
         config.auto_map = {auto: f"{MODELING.removesuffix('.py')}.{name}"}
-        (place / MODELING).write_text(_modeling_file(stock, name, "lm_head" in str(spec.get("tied"))))
+        text = _modeling_file(stock, name, "lm_head" in str(spec.get("tied")), "caches" in spec)
+        (place / MODELING).write_text(text)
     config.save_pretrained(place)
     if hasattr(model, "generation_config") and model.generation_config is not None:
         model.generation_config.save_pretrained(place)
@@ -268,8 +269,12 @@ def _sizes_of(block: nn.Module, config: Any) -> dict[str, int]:
     return sizes
 
 
-def _modeling_file(stock: type, name: str, packed_head: bool) -> str:
+def _modeling_file(stock: type, name: str, packed_head: bool, caches: bool) -> str:
     runtime = (Path(__file__).parent / "runtime.py").read_text()
+    if caches:
+        text = (Path(__file__).parent / "held_cache.py").read_text()
+        runtime += "\n\n" + text[text.index("def hold_caches") :]
+    held = '        hold_caches(self, config.jointopt["caches"])\n' if caches else ""
     untied = "    _tied_weights_keys = {}\n\n" if packed_head else ""
     built = f'''
 
@@ -282,7 +287,7 @@ class {name}({stock.__name__}):
 {untied}    def __init__(self, config):
         super().__init__(config)
         rebuild(self, config.jointopt)
-'''
+{held}'''
     return runtime + built
 
 

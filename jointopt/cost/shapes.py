@@ -13,14 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quant.cache import cache_format
 from quant.formats import Scheme
 from quant.packing import statistics_bytes, storage_bytes
-from search_spaces.family import Family, Layer, Width, structural_clone
+from search_spaces.family import Cache, Family, Layer, Width, structural_clone
 from search_spaces.space import SearchSpace
 
 from ..subnetwork import within
 
 MEASURES = ("parameters", "size", "macs", "bops")
+CACHE_MEASURES = ("cache", "decode_macs")
+"""Of models that generate text: bytes that a token takes in the cache of all layers, and MACs of one more token after
+a context of as many tokens as a sample of `positions` has."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,11 @@ class ShapeCosts:
         self._tied = {path: layer for layer in family.layers for path in layer.tied}
         self._producer = {part.module: (w, part.channels) for w in family.widths for part in w.producers}
         self._consumer = {part.module: (w, part.channels) for w in family.widths for part in w.consumers}
+        self.measures = MEASURES + (CACHE_MEASURES if family.caches else ())
         self._seen: set[int] = set()
         tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
         tables += [self._attention(width) for width in family.widths if width.attention]
+        tables += [self._cache(cache) for cache in family.caches]
         self._join(tables)
 
     def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
@@ -118,7 +124,7 @@ class ShapeCosts:
         self._genes = np.array([[none if gene is None else gene for gene in three] for three in genes])
         self._strides = np.stack([shapes[:, 1] * shapes[:, 2], shapes[:, 2], np.ones(len(tables), dtype=int)], axis=1)
         self._first = np.cumsum(shapes.prod(1)) - shapes.prod(1)
-        self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in MEASURES}
+        self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in self.measures}
         branches = [path for block in self.family.blocks for branch in block.branches for path in branch.replacements]
         parents = [*(block.path for block in self.family.blocks), *branches]
         self._inside = {p: np.array([within(table.path, p) for table in tables]) for p in parents}
@@ -167,7 +173,7 @@ class ShapeCosts:
         choices = self.space.genes[self._index[gene]].choices if gene else ("none",)
         schemes = [self._scheme_of(layer, str(choice)) if layer else None for choice in choices]
         shape = (len(rows.sizes), len(columns.sizes), len(schemes))
-        values = {m: np.zeros(shape, dtype=np.float64 if m == "bops" else np.int64) for m in MEASURES}
+        values = self._zeros(shape)
         for r, row in enumerate(rows.sizes):
             for c, column in enumerate(columns.sizes):
                 for s, scheme in enumerate(schemes):
@@ -175,6 +181,9 @@ class ShapeCosts:
                     for measure, value in cost.items():
                         values[measure][r, c, s] = value
         return Table(path, rows, columns, self._index[gene] if gene else None, values)
+
+    def _zeros(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        return {m: np.zeros(shape, dtype=np.float64 if m == "bops" else np.int64) for m in self.measures}
 
     def _owned(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors that a checkpoint stores for this module; what another module stored already is left out."""
@@ -210,7 +219,10 @@ class ShapeCosts:
             macs = self.positions[path] * rows * columns * weight[0, 0].numel()
         weight_bits = scheme.weights.bits if scheme and scheme.weights else bits
         input_bits = scheme.activations.bits if scheme and scheme.activations else bits
-        return {"parameters": parameters, "size": size, "macs": round(macs), "bops": macs * weight_bits * input_bits}
+        cost = {"parameters": parameters, "size": size, "macs": round(macs), "bops": macs * weight_bits * input_bits}
+        if self.family.caches:
+            cost["decode_macs"] = rows * columns if macs else 0
+        return cost
 
     def _attention(self, width: Width) -> Table:
         """The two products of attention: queries with keys, and what they weigh of the values, each T x T x width."""
@@ -220,10 +232,28 @@ class ShapeCosts:
         weight = self._model.get_submodule(part.module).get_parameter("weight")
         bits = weight.element_size() * 8
         macs = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1) * 2 * tokens * tokens
-        nothing = np.zeros(macs.shape, dtype=np.int64)
-        values = {"macs": np.round(macs).astype(np.int64), "bops": macs * bits * bits}
-        values |= {"parameters": nothing, "size": nothing}
+        values = self._zeros(macs.shape) | {"macs": np.round(macs).astype(np.int64), "bops": macs * bits * bits}
+        if self.family.caches:
+            values["decode_macs"] = np.round(macs / max(tokens, 1)).astype(np.int64)
         return Table(part.module, rows, Axis(None, (0,)), None, values)
+
+    def _cache(self, cache: Cache) -> Table:
+        """What the cache of one attention layer takes, and what computing keys and values from cached inputs does."""
+        keys = f"{cache.attention}.k_proj"
+        weight = self._model.get_submodule(keys).get_parameter("weight")
+        rows, hidden = self._axis(self._producer.get(keys), weight.shape[0]), weight.shape[1]
+        head_dim = self._producer[keys][1]
+        gene = self._index.get(cache.name)
+        choices = self.space.genes[gene].choices if gene is not None else ("none",)
+        values = self._zeros((len(rows.sizes), 1, len(choices)))
+        for r, row in enumerate(rows.sizes):
+            for c, choice in enumerate(choices):
+                form = cache_format(str(choice))
+                values["size"][r, 0, c] = form.constant_bytes(row // head_dim, head_dim)
+                values["cache"][r, 0, c] = form.token_bytes(row // head_dim, head_dim, hidden, weight.element_size())
+                if form.inputs:
+                    values["decode_macs"][r, 0, c] = round(self.positions.get(keys, 0.0)) * 2 * row * hidden
+        return Table(keys, rows, Axis(None, (0,)), gene, values)
 
 
 def _stores(module: nn.Module) -> bool:

@@ -11,6 +11,8 @@ UNITS: dict[str, tuple[float, str]] = {
     "size": (1e6, "size (MB)"),
     "macs": (1e6, "MACs a sample (millions)"),
     "bops": (1e9, "BOPs a sample (billions)"),
+    "cache": (1e3, "cache a token (kB)"),
+    "decode_macs": (1e6, "MACs of one more token (millions)"),
     "parameters": (1e6, "parameters (millions)"),
     "loss": (1.0, "loss (nats)"),
     "kl": (1.0, "KL divergence from the original (nats)"),
