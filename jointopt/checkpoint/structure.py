@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quant.errors import JointoptError
-from quant.formats import Format
+from quant.formats import Format, Scheme
 from quant.packing import layout, packed_tensors
 from quant.reference import LLM_INT8_OUTLIER
 
@@ -47,7 +47,8 @@ def by_bitsandbytes(model: nn.Module) -> str | None:
     Raises:
         JointoptError: beside such a layer there is one in another format, or the model is none of transformers.
     """
-    found = {path: module.scheme for path, module in quantized_layers(model).items()}  # type: ignore[attr-defined]
+    layers: dict[str, Any] = quantized_layers(model)
+    found: dict[str, Scheme] = {path: layer.scheme for path, layer in layers.items()}
     first = next((path for path, scheme in found.items() if scheme.bitsandbytes), None)
     if first is None:
         return None
