@@ -1,0 +1,129 @@
+"""The super-networks that benches record and measure on: real models, fine-tuned once and kept in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import jointopt
+from jointopt import SearchSpace, Supernet
+from jointopt.evaluation import Batch, Quality
+from jointopt.models import load_model
+from jointopt.rows import DataSource
+from jointopt.tasks import TASKS
+
+SCHEMES = ("none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model of the assets, how it becomes a super-network, and what it is scored on.
+
+    Attributes:
+        steps: of the sandwich rule, `batch_size` samples each.
+        space: what is elastic, as `SearchSpace.for_model` takes it.
+    """
+
+    model: str
+    task: str
+    train: DataSource
+    calibrate: DataSource
+    evaluate: DataSource
+    space: Mapping[str, Any]
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+def networks(assets: Path) -> dict[str, Network]:
+    """The digits ViT is the quickstart's, one precision gene a layer; texts are cut short, so that thousands of
+    evaluations can be afforded."""
+    digits, movies, text = assets / "digits", assets / "movies", assets / "text"
+    return {
+        "digits_vit": Network(
+            "vit-digits",
+            "image-classification",
+            DataSource(str(digits / "train")),
+            DataSource(str(digits / "train"), samples=128),
+            DataSource(str(digits / "evaluate")),
+            {"depth": [2, 3, 4], "heads": [2, 3, 4], "mlp": [64, 128, 192, 256], "precision_per": "layer"},
+            steps=120,
+            batch_size=32,
+            learning_rate=5e-4,
+        ),
+        "minilm": Network(
+            "minilm",
+            "text-classification",
+            DataSource(str(movies / "train.csv"), length=24),
+            DataSource(str(movies / "train.csv"), samples=128, length=24),
+            DataSource(str(movies / "valid.csv"), samples=256, length=16),
+            {"depth": [2, 3, 4, 5, 6], "heads": [3, 6, 9, 12], "mlp": [384, 768, 1152, 1536]},
+            steps=300,
+            batch_size=16,
+            learning_rate=1e-4,
+        ),
+        "smollm2": Network(
+            "smollm2",
+            "causal-lm",
+            DataSource(str(text / "calibrate.txt"), length=64),
+            DataSource(str(text / "calibrate.txt"), samples=8, length=64),
+            DataSource(str(text / "evaluate.txt"), samples=4, length=64),
+            {"depth": [26, 27, 28, 29, 30], "mlp": [768, 1024, 1280, 1536]},
+            steps=0,
+            batch_size=2,
+            learning_rate=1e-4,
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A calibrated super-network with what it is scored by.
+
+    Attributes:
+        inputs: what it was calibrated with.
+        batches: what `quality` is measured on, labels among them.
+        quality: sub-network -> metrics; "kl" is the divergence from the whole, fine-tuned, unquantized model.
+    """
+
+    supernet: Supernet
+    inputs: Sequence[Batch]
+    batches: Sequence[Batch]
+    quality: Quality
+
+
+def prepare(name: str, assets: Path, work: Path) -> Ready:
+    """The super-network, fine-tuned now or by an earlier call with the same `work`, and calibrated."""
+    network = networks(assets)[name]
+    torch.manual_seed(0)
+    loaded = load_model(str(assets / network.model), network.task, device="cpu", dtype="float32")
+    task = TASKS[network.task]
+
+    def batches(source: DataSource, size: int = 100) -> list[Batch]:
+        return task.batches(source, loaded.processor, loaded.model, size)
+
+    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches(network.calibrate)]
+    supernet = Supernet(loaded.model, SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space))
+    tuned = work / f"{name}.safetensors"
+    if network.steps and not tuned.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        supernet.calibrate(inputs)
+        train = task.samples(network.train, loaded.processor, loaded.model)
+        jointopt.train_sandwich(
+            supernet,
+            lambda epoch: train.epoch(epoch, network.batch_size, 0),
+            network.steps,
+            learning_rate=network.learning_rate,
+        )
+        supernet.save(tuned)
+    if network.steps:
+        supernet.load(tuned)
+    supernet.calibrate(inputs)
+    scored = batches(network.evaluate)
+    with supernet.active(supernet.space.largest) as whole:
+        quality = task.quality(scored, whole)
+    return Ready(supernet, inputs, scored, quality)
