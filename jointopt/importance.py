@@ -83,7 +83,7 @@ class CalibrationPass:
 
     def _energy_hook(self, path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            energy = self._tokens(_hidden(args, kwargs)).float().square().sum(0)
+            energy = self._tokens(hidden_input(args, kwargs)).float().square().sum(0)
             self.channel_energy[path] = self.channel_energy.get(path, torch.zeros_like(energy)) + energy
 
         return hook
@@ -91,7 +91,7 @@ class CalibrationPass:
     def _influence_hook(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             after = output[0] if isinstance(output, tuple) else output
-            before = _hidden(args, kwargs)
+            before = hidden_input(args, kwargs)
             if before.shape == after.shape:
                 cosine = nn.functional.cosine_similarity(self._tokens(before).float(), self._tokens(after).float())
                 self._cosines.setdefault(name, []).append(cosine)
@@ -100,7 +100,7 @@ class CalibrationPass:
 
     def _range_hook(self, observers: Sequence[ActivationObserver]) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            hidden = _hidden(args, kwargs)
+            hidden = hidden_input(args, kwargs)
             seen = hidden if hidden.dim() == 4 else self._tokens(hidden)
             for observer in observers:
                 observer.observe(seen)
@@ -120,7 +120,8 @@ class _SeenKeys:
         return keys, values
 
 
-def _hidden(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+def hidden_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """What a module was called with: the first tensor."""
     return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 

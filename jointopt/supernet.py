@@ -236,6 +236,11 @@ class Supernet:
         plan = Plan(plan.blocks, plan.dropped, plan.units, {})
         return build(self.model, self.family, plan, self._banked, self._statistics, training=True)
 
+    def quantized(self, schemes: Mapping[str, Scheme]) -> nn.Module:
+        """The whole architecture as a view, in eval mode, with the layers at these paths in these schemes."""
+        plan = Plan(self.family.blocks, (), {}, schemes)
+        return build(self.model, self.family, plan, self._banked, self._statistics)
+
     def _view(self, plan: Plan) -> nn.Module:
         shell = build(self.model, self.family, plan, self._banked, self._statistics)
         if self._has_batch_norm and not plan.whole(self.family):

@@ -1,0 +1,256 @@
+"""What each choice of each gene would cost in quality, from one pass of gradients over the calibration data.
+
+To second order, the divergence of a changed network's answers from the whole one's is half the change of its logits,
+squared in the metric of the Fisher matrix: KL = 1/2 d'Fd (Kunstner et al., arXiv 1905.12558, section 2). A choice
+changes the outputs of some layers or blocks. Each change is computed alone, on the inputs that the layer has in the
+whole network, with quantized weights and inputs as an evaluation has them; one backward pass says what it does to the
+logits. No labels are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from jointopt.batch_norm import first_samples, sample_count
+from jointopt.elastic import precision_genes
+from jointopt.evaluation import logits_of
+from jointopt.importance import hidden_input
+from quant.errors import JointoptError
+from quant.formats import Scheme
+from search_spaces.family import Branch, structural_clone
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+SAMPLES = 64
+"""As many samples are looked at, where there are so many."""
+
+Change = tuple[str, str, Any]
+"""A module's change: what kind of change, the module's path, what it becomes (a scheme's name, a number of channels)."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a module in the whole network: its inputs, its output, and how the answers hang on the output.
+
+    Attributes:
+        normalized: whether a BatchNorm comes next.
+    """
+
+    args: tuple
+    kwargs: Mapping[str, Any]
+    output: Tensor
+    gradient: Tensor
+    normalized: bool
+
+    def effect(self, changed: Tensor) -> Tensor:
+        """What the output's change to `changed` does to each sample's answer, to first order: [samples].
+
+        BatchNorm's statistics are estimated anew for each sub-network: what it sees keeps its mean and its variance.
+        """
+        if self.normalized:
+            dims = [dim for dim in range(changed.dim()) if dim != 1]
+            spread = self.output.std(dims, keepdim=True) / changed.std(dims, keepdim=True).clamp(min=1e-12)
+            shift, center = (each.mean(dims, keepdim=True) for each in (changed, self.output))
+            changed = (changed - shift) * spread + center
+        return (self.gradient.float() * (changed - self.output).float()).flatten(1).sum(1)
+
+
+def sensitivity(
+    supernet: Supernet, batches: Iterable[Mapping[str, Any]], *, samples: int = SAMPLES, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """The estimated loss of each choice of each gene against the whole, unquantized model.
+
+    Args:
+        supernet: calibrated. It is left as it is.
+        batches: dicts of what the model's forward takes, as for `Supernet.calibrate`.
+        samples: the first so many of them are looked at.
+        seed: of the random directions in which the answers are pushed.
+
+    Returns:
+        Gene -> array [choices]: the divergence (KL, nats a label) that the choice alone would cause.
+
+    Raises:
+        JointoptError: the super-network is not calibrated, there is no batch, or the model has a single output.
+    """
+    if not supernet.calibrated:
+        raise JointoptError("sensitivity: the super-network is not calibrated; call supernet.calibrate(batches) first")
+    generator = torch.Generator().manual_seed(seed)
+    changes = _changes(supernet)
+    become = _becoming(supernet, {change for each in changes.values() for change in each})
+    totals, labels = dict.fromkeys(changes, 0.0), 0
+    for batch in _first(supernet, batches, samples):
+        seen, count = _observed(supernet, batch, dict.fromkeys(path for _, path, _ in become), generator)
+        labels += count
+        with torch.no_grad():
+            effects = {change: seen[change[1]].effect(new(seen[change[1]])) for change, new in become.items()}
+        for slot, each in changes.items():
+            if each:
+                totals[slot] += float(torch.stack([effects[change] for change in each]).sum(0).square().sum()) / 2
+    if not labels:
+        raise JointoptError("sensitivity: found no batch; allowed: one or more dicts of the model's inputs")
+    genes = supernet.space.genes
+    return {g.name: np.array([totals[g.name, at] / labels for at in range(len(g.choices))]) for g in genes}
+
+
+def _first(supernet: Supernet, batches: Iterable[Mapping[str, Any]], wanted: int) -> Iterator[dict[str, Any]]:
+    """The first samples of the batches, without labels, on the model's device."""
+    for batch in batches:
+        if wanted <= 0:
+            return
+        cut = first_samples({k: v for k, v in batch.items() if k != "labels"}, wanted)
+        wanted -= sample_count(cut)
+        yield {k: v.to(supernet.device) if isinstance(v, Tensor) else v for k, v in cut.items()}
+
+
+def _changes(supernet: Supernet) -> dict[tuple[str, int], list[Change]]:
+    """(gene, choice index) -> what that choice changes in the whole model, all other genes at their largest."""
+    space, family = supernet.space, supernet.family
+    precision = precision_genes(family, space)
+    found: dict[tuple[str, int], list[Change]] = {}
+    for at, gene in enumerate(space.genes):
+        for choice in range(len(gene.choices)):
+            genome = space.largest
+            genome[at] = choice
+            plan = supernet.plan(genome)
+            gone = [b for b in family.blocks if b not in plan.blocks and gene.name in (b.stage, f"{b.name}.keep")]
+            each: list[Change] = [("block", block.path, None) for block in gone]
+            for block in plan.blocks:
+                left = [b for b in plan.dropped if b in block.branches and f"{block.name}.{b.kind}.keep" == gene.name]
+                each += [("branch", path, None) for branch in left for path in _ends(branch)]
+            for width in family.widths:
+                if width.gene == gene.name and gene.name in plan.units:
+                    units = plan.units[gene.name]
+                    each += [("width", part.module, units * part.channels) for part in width.consumers]
+            for layer in family.layers:
+                if precision.get(layer.path) == gene.name and layer.path in plan.schemes:
+                    name = plan.schemes[layer.path].name
+                    each += [("scheme", path, name) for path in (layer.path, *layer.tied)]
+            found[gene.name, choice] = each
+    return found
+
+
+def _ends(branch: Branch) -> list[str]:
+    """Where a branch joins the residual stream: what stands in for it there adds nothing, or hands the stream on."""
+    return [path for path, replacement in branch.replacements.items() if replacement is not nn.Identity]
+
+
+def _becoming(supernet: Supernet, changes: Iterable[Change]) -> dict[Change, Callable[[Seen], Tensor]]:
+    """Change -> the function that gives the module's output under it."""
+    branches = [branch for block in supernet.family.blocks for branch in block.branches]
+    replacements = {path: new for branch in branches for path, new in branch.replacements.items()}
+    quantized = _quantized_modules(supernet)
+    found: dict[Change, Callable[[Seen], Tensor]] = {}
+    for kind, path, to in sorted(changes, key=str):
+        if kind == "block":
+            found[kind, path, to] = _skipped
+        elif kind == "branch":
+            found[kind, path, to] = partial(_replaced, replacements[path]())
+        elif kind == "width":
+            found[kind, path, to] = partial(_narrowed, supernet.model.get_submodule(path), to)
+        else:
+            found[kind, path, to] = partial(_called, quantized[path, to])
+    return found
+
+
+def _quantized_modules(supernet: Supernet) -> dict[tuple[str, str], nn.Module]:
+    """(path, scheme) -> the layer in that scheme, from as few views as there are choices."""
+    space, found = supernet.space, {}
+    for turn in range(int(space.sizes.max())):
+        genome = np.where(
+            [g.name.endswith(".precision") for g in space.genes], np.minimum(turn, space.sizes - 1), space.largest
+        )
+        schemes: dict[str, Scheme] = dict(supernet.plan(genome).schemes)
+        view = supernet.quantized(schemes)
+        for layer in supernet.family.layers:
+            if layer.path in schemes:
+                for path in (layer.path, *layer.tied):
+                    found[path, schemes[layer.path].name] = view.get_submodule(path)
+    return found
+
+
+def _skipped(seen: Seen) -> Tensor:
+    return hidden_input(seen.args, seen.kwargs)
+
+
+def _replaced(module: nn.Module, seen: Seen) -> Tensor:
+    return _tensor(module(*seen.args, **seen.kwargs)).expand_as(seen.output)
+
+
+def _called(module: nn.Module, seen: Seen) -> Tensor:
+    return module(*seen.args, **seen.kwargs)
+
+
+def _narrowed(module: nn.Module, channels: int, seen: Seen) -> Tensor:
+    """The module's output where only the first channels of its input are there."""
+    whole = hidden_input(seen.args, seen.kwargs)
+    first = torch.zeros_like(whole)
+    at = (slice(None), slice(channels)) if isinstance(module, nn.Conv2d) else (..., slice(channels))
+    first[at] = whole[at]
+    return module(first)
+
+
+def _tensor(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _observed(
+    supernet: Supernet, batch: Mapping[str, Any], paths: Iterable[str], generator: torch.Generator
+) -> tuple[dict[str, Seen], int]:
+    """Path -> what the module there saw, and how the answers hang on it; and the number of labels of the batch."""
+    model = structural_clone(supernet.model).eval()
+    calls: dict[str, tuple[tuple, dict, Tensor, Tensor]] = {}
+    normalized: set[int] = set()
+
+    def keep(path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            tensor = _tensor(output)
+            if not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+            handed = tensor.clone()  # what comes next may work in place
+            calls[path] = args, kwargs, tensor, handed
+            return (handed, *output[1:]) if isinstance(output, tuple) else handed
+
+        return hook
+
+    with torch.enable_grad():
+        for path in paths:
+            model.get_submodule(path).register_forward_hook(keep(path), with_kwargs=True)
+        for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
+            norm.register_forward_pre_hook(lambda _, args: normalized.add(id(args[0])))
+        score, count = _pushed(logits_of(model, batch), batch, generator)
+        outputs = [tensor for _, _, tensor, _ in calls.values()]
+        gradients = torch.autograd.grad(score, outputs, materialize_grads=True)
+    seen = {
+        path: Seen(args, kwargs, tensor.detach(), gradient, id(handed) in normalized)
+        for (path, (args, kwargs, tensor, handed)), gradient in zip(calls.items(), gradients, strict=True)
+    }
+    return seen, count
+
+
+def _pushed(logits: Tensor, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, int]:
+    """A number whose gradient by the logits is random, with their Fisher matrix as its covariance; and how many labels
+    it is of, padding left out.
+
+    That is the square root of diag(p) - pp' times random signs. Labels sampled from the answers have that covariance
+    too, but where a model is sure of its answers hardly a sample of them tells anything.
+    """
+    if logits.shape[-1] < 2:
+        raise JointoptError("sensitivity: the model has a single output; allowed: two classes or more")
+    with torch.no_grad():
+        chances = logits.float().softmax(-1)
+        signs = torch.randint(0, 2, chances.shape, generator=generator).to(chances) * 2 - 1
+        push = chances.sqrt() * signs
+        push -= chances * push.sum(-1, keepdim=True)
+        mask = batch.get("attention_mask")
+        if mask is None or mask.shape != push.shape[:-1]:
+            mask = torch.ones_like(push[..., 0])
+    return (logits.float() * push * mask[..., None]).sum(), int(mask.sum())
