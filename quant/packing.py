@@ -117,7 +117,7 @@ def _unpacked_from_bitsandbytes(
         codes, scale = tensors["weight"], tensors["SCB"]
     else:
         packed = tensors["weight"].flatten()
-        codes, scale = torch.stack((packed >> 4, packed & 0xF), -1).reshape(shape), tensors["weight.absmax"]
+        codes, scale = torch.stack((packed >> 4, packed & 0xF), -1).reshape(shape[0], -1), tensors["weight.absmax"]
     return QuantizedTensor(codes, scale.reshape(shape[0], -1), None, None, format, tuple(shape))
 
 

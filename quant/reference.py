@@ -66,7 +66,7 @@ def _codebook_codes(points: Tensor, kind: Element) -> Tensor:
     assert kind.values is not None
     order = sorted(range(len(kind.values)), key=kind.values.__getitem__)
     ascending = torch.tensor(kind.values, device=points.device)[order]
-    index = torch.bucketize(points.float(), (ascending[:-1] + ascending[1:]) / 2)
+    index = torch.bucketize(points.float().contiguous(), (ascending[:-1] + ascending[1:]) / 2)
     return torch.tensor(order, dtype=torch.uint8, device=points.device)[index]
 
 

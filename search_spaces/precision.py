@@ -35,7 +35,7 @@ def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Collectio
         return wanted
     if wanted.bitsandbytes and not isinstance(module, nn.Linear):
         kind = type(module).__name__
-        raise JointoptError(f"{layer.path}: {name} is bitsandbytes', which has it for Linear layers; found a {kind}")
+        raise JointoptError(f"{layer.path}: {name} is bitsandbytes', which has it for Linear layers; found {kind}")
     if wanted.activations is not None and not isinstance(module, nn.Embedding):
         if not layer.tokens:
             raise JointoptError(

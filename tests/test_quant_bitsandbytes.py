@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import jointopt
-from jointopt import SearchSpace, Supernet
+from jointopt import Gene, JointoptError, SearchSpace, Supernet
+from jointopt.checkpoint import verification
+from jointopt.checkpoint.structure import by_bitsandbytes
 from quant import SCHEMES, fake_quantize_activation, quantize
 from quant.layers import llm_int8_linear
 from quant.packing import packed_tensors, storage_bytes, unpacked_tensors
@@ -154,3 +157,57 @@ def test_view_extracted_and_reloaded_by_bitsandbytes_are_one(model, tmp_path):
     subprocess.run([sys.executable, "-I", "-c", RELOAD, *paths], check=True, capture_output=True, cwd=tmp_path)
     for folder, output in load_file(tmp_path / "outputs").items():
         torch.testing.assert_close(output, expected[folder], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_blocks_of_unequal_size_load_too_and_are_verified(tmp_path):
+    space = SearchSpace.for_model(make("llama_untied"), schemes=["none", "BNB_NF4"], mlp=[128, 256])
+    supernet = Supernet(make("llama_untied"), space)
+    supernet.calibrate(batches("llama_untied"))
+    chosen = {**space.decode(space.smallest), "block1.mlp": 256}
+    genome = supernet.space.encode(chosen)
+    folder = jointopt.export(supernet, genome, tmp_path / "small")
+    assert (folder / "modeling_jointopt.py").exists()
+    result = jointopt.verify(folder)
+    assert result.ok, result.differences
+    assert result.size == supernet.costs(genome)["size"]
+
+
+def test_a_space_that_mixes_bitsandbytes_with_other_formats_is_refused():
+    for schemes in (["W8A8", "BNB_NF4"], ["none", "BNB_NF4", "BNB_FP4"]):
+        with pytest.raises(JointoptError, match="space.schemes: found .*whole models; allowed beside BNB_.*: none"):
+            SearchSpace.for_model(make("bert"), schemes=schemes)
+    genes = [Gene("block0.up.precision", ("none", "BNB_NF4")), Gene("block1.up.precision", ("none", "W8A8"))]
+    with pytest.raises(JointoptError, match="block1.up.precision: found W8A8, and BNB_NF4 in block0.up.precision"):
+        Supernet(make("bert"), SearchSpace(genes))
+
+
+def test_a_sub_network_that_mixes_them_is_refused_with_the_layers_name(tmp_path):
+    supernet = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=["none", "BNB_NF4"], preset="fixed"))
+    model = supernet.extract(supernet.space.smallest)
+    odd = next(m for path, m in model.named_modules() if path.endswith("layer.1.intermediate.dense"))
+    odd.scheme = SCHEMES["W8A8"]
+    with pytest.raises(JointoptError, match=r"export: bert.encoder.layer.1.intermediate.dense is W8A8 and .* BNB_NF4"):
+        by_bitsandbytes(model)
+
+
+def test_what_bitsandbytes_cannot_hold_is_refused_by_layer():
+    with pytest.raises(JointoptError, match="no layer of the model can take BNB_INT8"):
+        SearchSpace.for_model(make("resnet"), schemes=["BNB_INT8"])
+    space = SearchSpace.for_model(make("llama_tied"), schemes=["none", "BNB_NF4"])
+    assert not [name for name in space.names if "embed" in name and name.endswith("precision")]
+    embedding = SearchSpace([Gene("embedding.precision", ("none", "BNB_NF4"))])
+    with pytest.raises(JointoptError, match="model.embed_tokens: BNB_NF4 is bitsandbytes', .* found Embedding"):
+        Supernet(make("llama_tied"), embedding)
+    supernet = Supernet(make("timm_vit"), SearchSpace.for_model(make("timm_vit"), schemes=["none", "BNB_NF4"]))
+    supernet.calibrate(batches("timm_vit"))
+    with pytest.raises(JointoptError, match="export: .* is BNB_NF4, which loads by transformers"):
+        jointopt.export(supernet, supernet.space.smallest, Path("nowhere"))
+
+
+def test_without_bitsandbytes_verifying_says_what_to_install(tmp_path, monkeypatch):
+    supernet = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=["none", "BNB_NF4"], preset="fixed"))
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
+    monkeypatch.setattr(verification, "find_spec", lambda name: None)
+    with pytest.raises(JointoptError, match=r"holds BNB_NF4, .* not installed; pip install 'jointopt\[bitsandbytes\]'"):
+        jointopt.verify(folder)

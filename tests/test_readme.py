@@ -107,11 +107,12 @@ def test_the_table_of_schemes_is_that_of_the_code():
     for name, weights, activations, bits, stored in rows[1:]:
         scheme = SCHEMES[name.strip("`")]
         element = {"int8": "INT8", "int4": "INT4", "fp8_e4m3": "E4M3", "fp8_e5m2": "E5M2", "fp4_e2m1": "E2M1"}
+        element |= {"nf4": "NF4", "fp4_bnb": "FP4"}
         assert weights.startswith(element[scheme.weights.element])
         assert bool(activations) == (scheme.activations is not None)
         assert bits == f"{scheme.bits:.4g}"
-        by_library = scheme.compressed is not None and scheme.weights.symmetric
-        assert stored.startswith("compressed-tensors" if by_library else "own file")
+        by_library = "compressed-tensors" if scheme.compressed is not None and scheme.weights.symmetric else "own file"
+        assert stored.startswith("bitsandbytes" if scheme.bitsandbytes else by_library)
 
 
 def test_the_table_of_known_models_is_that_of_the_code():

@@ -38,8 +38,11 @@ def send(stream, head, tensors):
     stream.flush()
 
 
-def load_model(folder):
-    """The model of the folder, in eval mode: by its `load` function for timm, else by its auto class."""
+def load_model(folder, device="cpu"):
+    """The model of the folder, in eval mode: by its `load` function for timm, else by its auto class.
+
+    bitsandbytes puts its layers on a GPU where there is one, unless it is told where they go.
+    """
     with open(os.path.join(folder, "config.json")) as file:
         config = json.load(file)
     if "timm" in config:
@@ -54,7 +57,10 @@ def load_model(folder):
     transformers.utils.logging.disable_progress_bar()
     named = config.get("auto_map") or config["architectures"]
     kind = getattr(transformers, next(iter(named)))
-    return kind.from_pretrained(folder, trust_remote_code=True, local_files_only=True, dtype=config["dtype"]).eval()
+    options = {"trust_remote_code": True, "local_files_only": True, "dtype": config["dtype"]}
+    if config.get("quantization_config", {}).get("quant_method") == "bitsandbytes":
+        options["device_map"] = {"": device}
+    return kind.from_pretrained(folder, **options).eval()
 
 
 def flattened(output):
@@ -78,7 +84,7 @@ def main():
 
     torch.set_num_threads(threads)
     try:
-        model = load_model(folder).to(device)
+        model = load_model(folder, device).to(device)
         loaded = sorted(name for name in ("jointopt", "search_spaces", "quant") if name in sys.modules)
         send(answers, {"dtype": str(next(model.parameters()).dtype)[6:], "imported": loaded}, {})
     except Exception as error:
