@@ -197,6 +197,7 @@ SCHEMES = {
         Scheme("W4A16_ASYM", Format("int4", "group", symmetric=False), None, "pack-quantized"),
         Scheme("W4A16_CHANNEL", Format("int4", "channel"), None, "pack-quantized"),
         Scheme("W4A8", Format("int4", "group"), _INT8_TOKEN, "pack-quantized"),
+        Scheme("W4A4", Format("int4", "group"), Format("int4", "token", dynamic=True), "pack-quantized"),
         Scheme("FP8", Format("fp8_e4m3", "tensor"), Format("fp8_e4m3", "tensor"), "float-quantized"),
         Scheme("FP8_DYNAMIC", Format("fp8_e4m3", "channel"), _FP8_TOKEN, "float-quantized"),
         Scheme("FP8_E5M2", Format("fp8_e5m2", "channel"), Format("fp8_e5m2", "token", dynamic=True)),

@@ -53,7 +53,7 @@ print(json.dumps([type(model).__name__, model.dtype == torch.bfloat16, logits.fl
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_uniform_sub_network_loads_as_the_stock_class_through_compressed_tensors(tmp_path, dtype):
-    schemes = ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "FP8", "W8A8_STATIC", "W4A8", "W8A16", "W8A8_ASYM"]
+    schemes = ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "FP8", "W8A8_STATIC", "W4A8", "W4A4", "W8A16", "W8A8_ASYM"]
     if dtype == torch.bfloat16:
         schemes += ["NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16"]
     supernet = supernet_of("llama_tied", make("llama_tied").to(dtype), schemes=schemes, depth=[2, 3], mlp=[128, 256])
