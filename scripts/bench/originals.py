@@ -105,12 +105,14 @@ class Original:
         folder: of the model, as transformers saves it.
         calibrate: batches of inputs, labels left out.
         quality: model -> its metrics, "kl" to this model among them.
+        calibration_quality: the same on the calibration batches.
     """
 
     folder: Path
     model: nn.Module
     calibrate: list[dict[str, Tensor]]
     quality: Quality
+    calibration_quality: Quality
 
 
 def original(name: str, case: Case, assets: Path, work: Path) -> Original:
@@ -135,7 +137,7 @@ def original(name: str, case: Case, assets: Path, work: Path) -> Original:
     calibrate = [{key: value for key, value in batch.items() if key != "labels"} for batch in given]
     size = 4 if case.task == "causal-lm" else 100
     quality = task.quality(task.batches(case.evaluate, loaded.processor, loaded.model, size), loaded.model)
-    return Original(folder, loaded.model, calibrate, quality)
+    return Original(folder, loaded.model, calibrate, quality, task.quality(given, loaded.model))
 
 
 def train(model: nn.Module, epochs: Callable, steps: int, learning_rate: float) -> None:
