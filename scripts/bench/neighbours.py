@@ -110,7 +110,7 @@ def autoround(job, batches):
         tokenizer=tokenizer,
         scheme=QuantizationScheme.from_dict(usual),
         layer_config=config,
-        dataset=batches,
+        dataset=[{k: v[at : at + 8] for k, v in batch.items()} for batch in batches for at in range(0, 16, 8)],
         nsamples=sum(len(next(iter(batch.values()))) for batch in batches),
         seqlen=min(batch["input_ids"].shape[1] for batch in batches) if texts else 1,
         batch_size=8,

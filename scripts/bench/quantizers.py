@@ -20,6 +20,7 @@ that was stopped goes on.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import site
 import subprocess
@@ -108,6 +109,8 @@ def subject(given: Original, name: str) -> Subject:
             continue
         if layer.block is not None:
             genes.append(Gene(f"{layer.name}.precision", (wanted,)))
+    if not genes:
+        raise JointoptError(f"no layer of the model can be in {name}")
     supernet = Supernet(given.model, SearchSpace(genes))
     supernet.finish_training()
     supernet.calibrate(given.calibrate)
@@ -215,6 +218,7 @@ class Results:
     def measured(self, case: str, run: Callable[[], Metrics]) -> Any:
         if case not in self.found:
             print(f"{case} ...", flush=True)
+            gc.collect()
             try:
                 self.found[case] = run()
             except (RuntimeError, JointoptError) as error:
