@@ -105,14 +105,15 @@ def autoround(job, batches):
     }
     texts = "input_ids" in batches[0]
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["folder"]) if texts else None
+    samples = [{k: v[at : at + 8] for k, v in batch.items()} for batch in padded(batches) for at in range(0, 16, 8)]
     tuned = AutoRound(
         model,
         tokenizer=tokenizer,
         scheme=QuantizationScheme.from_dict(usual),
         layer_config=config,
-        dataset=[{k: v[at : at + 8] for k, v in batch.items()} for batch in batches for at in range(0, 16, 8)],
-        nsamples=sum(len(next(iter(batch.values()))) for batch in batches),
-        seqlen=min(batch["input_ids"].shape[1] for batch in batches) if texts else 1,
+        dataset=samples,
+        nsamples=8 * len(samples),
+        seqlen=samples[0]["input_ids"].shape[1] if texts else 1,
         batch_size=8,
         iters=job["iterations"],
         device_map="cpu",
@@ -120,6 +121,13 @@ def autoround(job, batches):
     started = time.perf_counter()
     model, _ = tuned.quantize()
     return model, time.perf_counter() - started
+
+
+def padded(batches):
+    """All of one length, as auto-round wants them, the masks 0 where nothing was."""
+    longest = max(next(iter(batch.values())).shape[-1] for batch in batches)
+    pad = torch.nn.functional.pad
+    return [{k: pad(v, (0, longest - v.shape[-1])) for k, v in batch.items()} for batch in batches]
 
 
 def autoround_scheme(weights, activations):

@@ -172,7 +172,7 @@ def theirs(tool: str, name: str, given: Original, arguments: argparse.Namespace)
         raise RuntimeError(f"stopped after {arguments.limit} s") from None
     (out / "log.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        lines = [line for line in done.stderr.splitlines() if "Error" in line.partition(":")[0] or "ERROR" in line]
         raise RuntimeError(lines[-1][:300] if lines else f"ended with exit code {done.returncode}")
     result = json.loads((out / "result.json").read_text())
     layers = len(wanted.supernet.space)
