@@ -92,11 +92,11 @@ def build(
             _cut(module, rows.get(path), columns.get(path), training)
         else:
             banked = weights(path, scheme, columns.get(path))
-            _quantize(
+            quantize_layer(
                 module, scheme, banked, rows.get(path), columns.get(path), statistics.get((path, scheme.name), {})
             )
             for other in layers[path].tied:
-                _quantize(modules[other], scheme, banked, None, None, statistics.get((other, scheme.name), {}))
+                quantize_layer(modules[other], scheme, banked, None, None, statistics.get((other, scheme.name), {}))
                 modules[other]._parameters["weight"] = module._parameters["weight"]
     for path, form in plan.caches.items():
         if not form.inputs and (path, form.name) not in statistics:
@@ -188,7 +188,7 @@ def _set_sizes(module: nn.Module, rows: int | None, columns: int | None) -> None
         module.__dict__["normalized_shape"] = (rows,)
 
 
-def _quantize(
+def quantize_layer(
     module: nn.Module,
     scheme: Scheme,
     banked: BankedWeight,

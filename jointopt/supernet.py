@@ -219,7 +219,7 @@ class Supernet:
     @contextmanager
     def active(self, genome: Any) -> Iterator[nn.Module]:
         """The sub-network as a view, in eval mode: no weight is copied, none is quantized that was before."""
-        yield self._view(self.plan(genome))
+        yield self.view(self.plan(genome))
 
     @contextmanager
     def original(self) -> Iterator[nn.Module]:
@@ -228,7 +228,7 @@ class Supernet:
 
     def extract(self, genome: Any) -> nn.Module:
         """The sub-network as a model of its own, which shares no tensor with the super-network."""
-        return detach(self._view(self.plan(genome)))
+        return detach(self.view(self.plan(genome)))
 
     def training_view(self, genome: Any) -> nn.Module:
         """The sub-network's architecture, unquantized, in training mode: gradients reach the super-network."""
@@ -238,11 +238,18 @@ class Supernet:
 
     def quantized(self, schemes: Mapping[str, Scheme]) -> nn.Module:
         """The whole architecture as a view, in eval mode, with the layers at these paths in these schemes."""
-        plan = Plan(self.family.blocks, (), {}, schemes)
+        return self.built(Plan(self.family.blocks, (), {}, schemes))
+
+    def view(self, plan: Plan) -> nn.Module:
+        """What a plan describes, as a view, in eval mode."""
+        return self.renormalized(self.built(plan), plan)
+
+    def built(self, plan: Plan) -> nn.Module:
+        """`view` with BatchNorm statistics that are slices of the whole model's."""
         return build(self.model, self.family, plan, self._banked, self._statistics)
 
-    def _view(self, plan: Plan) -> nn.Module:
-        shell = build(self.model, self.family, plan, self._banked, self._statistics)
+    def renormalized(self, shell: nn.Module, plan: Plan) -> nn.Module:
+        """The view of a plan, its BatchNorm statistics (where it has some) estimated on calibration's first batches."""
         if self._has_batch_norm and not plan.whole(self.family):
             if not self._batch_norm_batches:
                 raise JointoptError(
@@ -251,17 +258,25 @@ class Supernet:
             reestimate(shell, self._batch_norm_batches)
         return shell
 
+    def statistics(self, path: str, wanted: Scheme) -> Mapping[str, Tensor]:
+        """The constants of a layer's static activation format, by the layer's attributes; {} where it has none.
+
+        Raises:
+            JointoptError: they were not calibrated.
+        """
+        static = wanted.needs_statistics and not isinstance(self.model.get_submodule(path), nn.Embedding)
+        if static and (path, wanted.name) not in self._statistics:
+            raise JointoptError(f"{path}: {wanted.name} needs ranges of activations; call calibrate(batches) first")
+        return self._statistics.get((path, wanted.name), {})
+
     def _banked(self, path: str, wanted: Scheme, channels: int | None) -> BankedWeight:
         form = wanted.weights
         assert form is not None
         sliced = channels if form.granularity == "channel" else None
 
         def make() -> BankedWeight:
-            module = self.model.get_submodule(path)
-            static = wanted.needs_statistics and not isinstance(module, nn.Embedding)
-            if static and (path, wanted.name) not in self._statistics:
-                raise JointoptError(f"{path}: {wanted.name} needs ranges of activations; call calibrate(batches) first")
-            weight = module.get_parameter("weight").detach()
+            self.statistics(path, wanted)
+            weight = self.model.get_submodule(path).get_parameter("weight").detach()
             part = weight[:, :sliced].contiguous()
             try:
                 quantized = quantize(part, form, choose_clip(part, form, self.weight_calibration))
@@ -308,7 +323,7 @@ class Supernet:
         """One record a layer that stays: block, layer (path here), name (path in the extracted model), kind, rows,
         columns, scheme. For pictures and records."""
         plan = self.plan(genome)
-        shell = build(self.model, self.family, plan, self._banked, self._statistics)
+        shell = self.built(plan)
         records = []
         for layer in staying_layers(self.family, plan):
             name = renamed(layer.path, self.family, plan.blocks)

@@ -15,12 +15,14 @@ _SHRINK = torch.linspace(1.0, 0.5, 26).tolist()
 
 
 @torch.no_grad()
-def choose_clip(weight: Tensor, format: Format, method: str = "minmax") -> Clip:
+def choose_clip(weight: Tensor, format: Format, method: str = "minmax", importance: Tensor | None = None) -> Clip:
     """The range of a weight that its format is to hold, for each of its scales.
 
     Args:
         method: "minmax", all of it; "percentile", from the 0.1st to the 99.9th of each scale's values; "mse", the
             fraction of all of it, 0.5 to 1 in steps of 0.02, whose rounding has the least squared error.
+        importance: for "mse", what an error in each element counts: the mean square of the inputs that meet it,
+            [rows or 1, columns] of the weight as a matrix (default: all alike).
 
     Returns:
         (lowest, highest), each [rows, scales a row].
@@ -37,12 +39,13 @@ def choose_clip(weight: Tensor, format: Format, method: str = "minmax") -> Clip:
         return low, high
     if method == "percentile":
         return _quantile(groups, 1 - PERCENTILE), _quantile(groups, PERCENTILE)
+    counts = grouped_view(importance.expand(len(weight), -1), format) if importance is not None else 1.0
     best = torch.full_like(low, torch.inf)
     chosen = (low.clone(), high.clone())
     for fraction in _SHRINK:
         tried = (low * fraction, high * fraction)
         held = grouped_view(quantize(weight, format, tried).dequantize().flatten(1), format)
-        error = (held - groups).square().sum(-1)
+        error = ((held - groups).square() * counts).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         chosen = tuple(torch.where(better, new, old) for new, old in zip(tried, chosen, strict=True))  # type: ignore[assignment]

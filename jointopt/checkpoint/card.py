@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+ROUNDINGS = {"nearest": "the nearest value", "gptq": "GPTQ (arXiv 2210.17323), layer after layer"}
+
 
 def model_card(record: Mapping[str, Any], loading: str) -> str:
     """README.md of the folder."""
@@ -37,6 +39,7 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
             "MACs are those of one sample.",
             "",
             "Layers by number format: " + ", ".join(f"{count} {name}" for name, count in schemes.most_common()) + ".",
+            f"Weights were rounded by {ROUNDINGS.get(record['rounding'], record['rounding'])}.",
             "",
             "## Loading",
             "",

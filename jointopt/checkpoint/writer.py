@@ -30,6 +30,7 @@ from jointopt.checkpoint.structure import (
     tensors_of,
     timm_recipe,
 )
+from jointopt.finishing import Finished
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def export(
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes the sub-network of a genome as a checkpoint folder.
+    """Writes the sub-network of a genome, or a finished one, as a checkpoint folder.
 
     Weights are written as the very codes and scales that the sub-network was scored with. A sub-network that its
     stock class and compressed-tensors can hold loads by `from_pretrained` as it is; others bring a modelling file and
@@ -67,6 +68,7 @@ def export(
 
     Args:
         supernet: calibrated.
+        genome: a genome of its space, or what `finish` made of one, with the metrics that it measured.
         folder: to be made; its parent must exist.
         study: where the genome was scored (default: what this super-network's searches found); recorded for `verify`.
         processor: tokenizer, image processor, or None; saved along.
@@ -81,9 +83,13 @@ def export(
         raise JointoptError(f"export: {str(folder)!r} exists; choose another folder, or overwrite it explicitly")
     if not folder.parent.is_dir():
         raise JointoptError(f"export: the folder {str(folder.parent)!r} does not exist")
-    genome = supernet.space.canonical(genome)
-    model = supernet.extract(genome).eval()
+    finished = genome if isinstance(genome, Finished) else None
+    genome = supernet.space.canonical(genome if finished is None else finished.genome)
+    model = (supernet.extract(genome) if finished is None else finished.model).eval()
     record = _record(supernet, genome, model, study, base_model)
+    if finished is not None:
+        metrics = {k: v for k, v in (finished.metrics or {}).items() if k not in record["costs"]}
+        record |= {"metrics": metrics, "rounding": finished.rounding}
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
             whole = Path(place) / folder.name
@@ -119,6 +125,7 @@ def _record(
         "metrics": {k: v for k, v in (metrics or {}).items() if k not in costs},
         "original": study.baselines.get("original", {}) if study is not None else supernet.original_costs(),
         "layers": supernet.layout(genome),
+        "rounding": "nearest",
         "probe": _probe(supernet, model),
         "software": {name: version(name) for name in ("torch", "transformers", "timm", "compressed-tensors")},
     }

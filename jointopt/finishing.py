@@ -1,0 +1,184 @@
+"""Finishing: the chosen sub-network rounded anew with what it is fed, layer after layer, before it is exported.
+
+While searching, weights are rounded to nearest. A finished sub-network has the same plan, the same formats and the
+same size; only codes and biases are others. Each layer is rounded on the inputs that it gets from the layers finished
+before it.
+
+    finished = jointopt.finish(supernet, genome, batches)
+    jointopt.export(supernet, finished, "bert-small")
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from quant.calibration import choose_clip
+from quant.errors import JointoptError, did_you_mean
+from quant.formats import Scheme
+from quant.reference import fake_quantize_activation
+from quant.rounding.gptq import gptq
+from quant.rounding.moments import NEVER_REACHED, InputMoments
+
+from .evaluation import Quality, measured
+from .lockstep import Arrived, in_step
+from .subnetwork import detach, quantize_layer, renamed
+from .weight_bank import BankedWeight
+
+if TYPE_CHECKING:
+    from .supernet import Supernet
+
+ROUNDINGS = ("gptq",)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A sub-network with its last weights.
+
+    Attributes:
+        genome: canonical.
+        rounding: how its weights were rounded.
+        model: the sub-network, which shares no tensor with the super-network.
+        metrics: what `quality` measured of it, and costs; None where no quality was given.
+        seconds: taken by the rounding.
+    """
+
+    genome: np.ndarray
+    rounding: str
+    model: nn.Module
+    metrics: dict[str, float] | None
+    seconds: float
+
+
+def finish(
+    supernet: Supernet,
+    genome: Any,
+    batches: Iterable[Mapping[str, Any]],
+    rounding: str = "gptq",
+    quality: Quality | None = None,
+) -> Finished:
+    """Rounds the weights of one sub-network with the expensive method.
+
+    Every batch's forward pass runs once; memory is that of the sub-network, one block's activations for all batches,
+    and one layer's Hessian. Layers that are not quantized, and embeddings, stay as the search scored them. Where a
+    layer has a bias, it takes up the mean of the layer's error.
+
+    Args:
+        supernet: calibrated. It stays as it is.
+        batches: dicts of what the model's forward takes, such as those it was calibrated with; padding (where the
+            attention mask is 0) does not count.
+        rounding: "gptq".
+        quality: scores the finished sub-network: `Finished.metrics`.
+
+    Raises:
+        JointoptError: an unknown rounding, no batch, a layer that no batch reaches, a Hessian that cannot be used;
+            with the layer's name.
+    """
+    if rounding not in ROUNDINGS:
+        raise JointoptError(
+            f"rounding: found {rounding!r}{did_you_mean(rounding, ROUNDINGS)}; allowed: {', '.join(ROUNDINGS)}"
+        )
+    started = time.perf_counter()
+    genome = supernet.space.canonical(genome)
+    moved = [{k: v.to(supernet.device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+    if not moved:
+        raise JointoptError("finish: found no batch; allowed: one or more dicts of the model's inputs")
+    plan = supernet.plan(genome)
+    modules = dict(supernet.model.named_modules())
+    rounded = {p: s for p, s in plan.schemes.items() if not isinstance(modules[p], nn.Embedding)}
+    bare = replace(plan, schemes={p: s for p, s in plan.schemes.items() if p not in rounded})
+    shell = supernet.renormalized(supernet.built(bare), plan)
+    names = {renamed(path, supernet.family, plan.blocks): path for path in rounded}
+    left = dict(names)
+    shared = _SharedMoments()
+
+    def change(name: str, module: nn.Module, arrived: Arrived) -> None:
+        path = left.pop(name)
+        scheme, constants = rounded[path], supernet.statistics(path, rounded[path])
+        try:
+            moments = shared.of(module, scheme, constants, arrived)
+            weight, shift = _rounded(module, scheme, moments)
+        except JointoptError as error:
+            raise JointoptError(f"finish: {path}: {error}") from None
+        quantize_layer(module, scheme, weight, None, None, constants)
+        if shift is not None:
+            module._parameters["bias"] = nn.Parameter(module.get_parameter("bias") + shift, requires_grad=False)
+
+    with _without_cache(shell):
+        in_step(shell, moved, names, change)
+    if left:
+        raise JointoptError(f"finish: {next(iter(left.values()))}: {NEVER_REACHED}")
+    model = detach(supernet.renormalized(shell, plan))
+    seconds = time.perf_counter() - started
+    metrics = None
+    if quality is not None:
+        costs = {name: float(value) for name, value in supernet.costs(genome).items()}
+        metrics = {**costs, **measured(quality, model)}
+    return Finished(genome, rounding, model, metrics, seconds)
+
+
+def _rounded(module: nn.Module, scheme: Scheme, moments: InputMoments) -> tuple[BankedWeight, Tensor | None]:
+    """A layer's weight rounded for its inputs, and what is to be added to its bias, if it has one."""
+    weight = module.get_parameter("weight").detach()
+    assert scheme.weights is not None
+    has_bias = module._parameters.get("bias") is not None
+    hessian = moments.hessian(centred=has_bias)
+    energy = hessian.diagonal(dim1=-2, dim2=-1).repeat_interleave(len(weight) // len(hessian), 0)
+    quantized = gptq(weight, hessian, scheme.weights, choose_clip(weight, scheme.weights, "mse", energy))
+    values = quantized.dequantize(weight.dtype)
+    shift = None
+    if has_bias:
+        lost = (weight.float() - values.float()).flatten(1).unflatten(0, (len(hessian), -1))
+        shift = (lost @ moments.mean()[..., None]).flatten().to(weight.dtype)
+    return BankedWeight(quantized, values), shift
+
+
+class _SharedMoments:
+    """The moments of the layer before, which are also this one's where the same tensors come in (q, k, v)."""
+
+    def __init__(self) -> None:
+        self._inputs: list[weakref.ref[Tensor]] = []
+        self._constants: tuple[Any, ...] = ()
+        self._moments: InputMoments | None = None
+
+    def of(self, module: nn.Module, scheme: Scheme, constants: Mapping[str, Tensor], arrived: Arrived) -> InputMoments:
+        form = scheme.activations
+        inputs = [x for x, _ in arrived]
+        values = (form, *(constant.tolist() for constant in constants.values()))
+        same = len(inputs) == len(self._inputs) and all(x is ref() for x, ref in zip(inputs, self._inputs, strict=True))
+        if same and values == self._constants and isinstance(module, nn.Linear) and self._moments is not None:
+            return self._moments
+        self._moments = None
+        moments = InputMoments(module)
+        for x, mask in arrived:
+            held = x if form is None else fake_quantize_activation(x, form, **_arguments(constants))
+            if mask is not None and held.dim() == 3 and mask.shape == held.shape[:2]:
+                held = held[mask.bool()]
+            moments.add(held)
+        self._inputs, self._constants, self._moments = [weakref.ref(x) for x in inputs], values, moments
+        return moments
+
+
+def _arguments(constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("input_"): constant for name, constant in constants.items()}
+
+
+@contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    """Keys and values of layers that are done would only fill the memory."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before:
+            config.use_cache = before

@@ -1,0 +1,1 @@
+"""Rounding of weights that looks at what the layer computes: error-compensating and learned."""

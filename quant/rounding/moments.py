@@ -1,0 +1,71 @@
+"""What a layer's inputs say about rounding its weight: their first and second moments, streamed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import JointoptError
+
+NEVER_REACHED = "calibration never reached it; allowed: batches that use every layer"
+
+
+class InputMoments:
+    """Sums over the inputs of one layer, as its weight's columns meet them.
+
+    A convolution's inputs are its patches (im2col), one set a group of channels. Memory is that of the sums, whatever
+    the number of inputs.
+
+    Attributes:
+        gram: sum of x x^T, float32 [groups, columns, columns].
+        total: sum of x, float32 [groups, columns].
+        count: number of inputs.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        columns, groups = layer.get_parameter("weight")[0].numel(), getattr(layer, "groups", 1)
+        device = layer.get_parameter("weight").device
+        self.gram = torch.zeros(groups, columns, columns, device=device)
+        self.total = torch.zeros(groups, columns, device=device)
+        self.count = 0
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Adds inputs: [..., features] of a linear layer, [N, C, H, W] of a convolution (a sample at a time)."""
+        for part in x if isinstance(self.layer, nn.Conv2d) else (x,):
+            columns = input_columns(part, self.layer).float()
+            self.gram.baddbmm_(columns.mT, columns)
+            self.total += columns.sum(1)
+            self.count += columns.shape[1]
+
+    def hessian(self, centred: bool = False) -> Tensor:
+        """Mean of x x^T, [groups, columns, columns]; `centred`, of (x - mean)(x - mean)^T.
+
+        That of the layer's squared output error, up to a factor (GPTQ, arXiv 2210.17323, eq. 3). Centred it belongs to
+        a layer whose bias takes up the mean of the error.
+
+        Raises:
+            JointoptError: there were no inputs, or some that are not finite.
+        """
+        if not self.count:
+            raise JointoptError(NEVER_REACHED)
+        if not self.gram.isfinite().all():
+            raise JointoptError("calibration saw inputs that are not finite; allowed: finite numbers")
+        mean = self.gram / self.count
+        return mean.baddbmm_(self.mean()[:, :, None], self.mean()[:, None], alpha=-1) if centred else mean
+
+    def mean(self) -> Tensor:
+        """[groups, columns]."""
+        return self.total / self.count
+
+
+def input_columns(x: Tensor, layer: nn.Module) -> Tensor:
+    """Inputs as the weight's columns meet them, [groups, positions, columns]; of a convolution x is [C, H, W]."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(1, -1, x.shape[-1])
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = nn.functional.pad(x[None], layer._reversed_padding_repeated_twice, mode=mode)
+    size: tuple[int, int] = tuple(layer.kernel_size)  # type: ignore[assignment]
+    patches = nn.functional.unfold(padded, size, dilation=layer.dilation, stride=layer.stride)[0]
+    return patches.unflatten(0, (layer.groups, -1)).mT

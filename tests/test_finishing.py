@@ -1,0 +1,176 @@
+"""Finishing: other weights for the same plan, each layer's from the inputs that it really gets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import jointopt
+from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.lockstep import in_step
+from tests.zoo import MODELS, RELATIVES, batches, logits, make
+
+SCHEMES = ["W4A16", "NVFP4A16", "MXFP4A16", "W4A16_ASYM", "FP4A16", "W8A16_CHANNEL", "FP8A16"]
+
+
+def supernet_of(name: str, schemes=SCHEMES, **options) -> Supernet:
+    model = make(name)
+    found = Supernet(model, SearchSpace.for_model(model, schemes=schemes, **options))
+    found.calibrate(batches(name))
+    return found
+
+
+def quality(model: nn.Module) -> float:
+    return float(logits(model, batches("bert", seed=3)[0]).square().mean())
+
+
+@pytest.mark.parametrize("name", [name for name in (*MODELS, *RELATIVES) if "resnet" not in name])
+def test_a_finished_sub_network_is_nearer_to_its_unquantized_self_than_one_rounded_to_nearest(name):
+    supernet = supernet_of(name)
+    plain, nearest, finished = [], [], []
+    for genome in supernet.space.sample(2, seed=1):
+        batch = batches(name, count=1, seed=1)[0]
+        plan = supernet.plan(genome)
+        plain.append(logits(supernet.view(replace(plan, schemes={})), batch))
+        nearest.append(logits(supernet.extract(genome), batch))
+        finished.append(logits(jointopt.finish(supernet, genome, batches(name, count=4)).model, batch))
+    target = torch.stack(plain)
+    assert (torch.stack(finished) - target).norm() < (torch.stack(nearest) - target).norm()
+
+
+def test_what_was_finished_exports_verifies_and_weighs_the_same(tmp_path):
+    supernet = supernet_of("bert", [*SCHEMES, "W8A8", "W8A8_STATIC", "FP8_DYNAMIC"], depth=[2, 3], mlp=[128, 256])
+    genome = supernet.space.sample(1, seed=3)[0]
+    finished = jointopt.finish(supernet, genome, batches("bert", count=4), quality=quality)
+    assert finished.metrics is not None and finished.metrics["size"] == supernet.costs(genome)["size"]
+    with supernet.active(genome) as view:
+        assert quality(view) != finished.metrics["quality"]
+    folder = jointopt.export(supernet, finished, tmp_path / "finished")
+    verification = jointopt.verify(folder, quality=quality)
+    assert verification.ok, verification.differences
+    assert verification.metrics["quality"] == pytest.approx(finished.metrics["quality"], rel=1e-4)
+    assert "GPTQ" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "timm_resnet"])
+def test_finished_sub_networks_of_other_families_export_too(name, tmp_path):
+    supernet = supernet_of(name, [*SCHEMES, "W8A8_STATIC"])
+    finished = jointopt.finish(supernet, supernet.space.sample(1, seed=5)[0], batches(name, count=2))
+    verification = jointopt.verify(jointopt.export(supernet, finished, tmp_path / "finished"))
+    assert verification.ok, verification.differences
+
+
+def test_finishing_leaves_the_super_network_as_it_was_and_gives_the_same_again():
+    supernet = supernet_of("llama_tied")
+    genome, batch = supernet.space.sample(1, seed=0)[0], batches("llama_tied", seed=1)[0]
+    before, seen = supernet.fingerprint(), logits(supernet.extract(genome), batch)
+    first = jointopt.finish(supernet, genome, batches("llama_tied"))
+    second = jointopt.finish(supernet, genome, batches("llama_tied"))
+    assert supernet.fingerprint() == before
+    assert torch.equal(logits(supernet.extract(genome), batch), seen)
+    for mine, theirs in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_batches_are_summed_whatever_way_they_are_cut():
+    supernet = supernet_of("vit", ["W4A16"])
+    whole = batches("vit", count=1, size=12)
+    halves = [{"pixel_values": half} for half in whole[0]["pixel_values"].split(6)]
+    one = jointopt.finish(supernet, supernet.space.largest, whole).model
+    two = jointopt.finish(supernet, supernet.space.largest, halves).model
+    batch = batches("vit", seed=1)[0]
+    torch.testing.assert_close(logits(one, batch), logits(two, batch), atol=0.05, rtol=0.05)
+
+
+def test_padding_does_not_count():
+    supernet = supernet_of("bert", ["W4A16"])
+    padded = batches("bert", count=2)
+    other = [
+        {**b, "input_ids": torch.where(b["attention_mask"].bool(), b["input_ids"], b["input_ids"].flip(0))}
+        for b in padded
+    ]
+    assert any(not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(padded, other, strict=True))
+    one = jointopt.finish(supernet, supernet.space.largest, padded).model
+    two = jointopt.finish(supernet, supernet.space.largest, other).model
+    batch = batches("bert", seed=1)[0]
+    torch.testing.assert_close(logits(one, batch), logits(two, batch), atol=1e-4, rtol=1e-4)
+
+
+def test_an_unquantized_sub_network_is_finished_as_it_is():
+    supernet = supernet_of("llama_tied", ["none", "W4A16"])
+    chosen = supernet.space.decode(supernet.space.largest)
+    genome = supernet.space.encode({k: "none" if k.endswith(".precision") else v for k, v in chosen.items()})
+    batch = batches("llama_tied", seed=1)[0]
+    finished = jointopt.finish(supernet, genome, batches("llama_tied"))
+    assert torch.equal(logits(finished.model, batch), logits(supernet.extract(genome), batch))
+
+
+def test_what_cannot_be_done_names_the_layer_or_what_is_allowed():
+    supernet = supernet_of("vit")
+    genome = supernet.space.largest
+    with pytest.raises(JointoptError, match="'gptqq'; did you mean 'gptq'"):
+        jointopt.finish(supernet, genome, batches("vit"), rounding="gptqq")
+    with pytest.raises(JointoptError, match="found no batch"):
+        jointopt.finish(supernet, genome, [])
+    broken = [{"pixel_values": torch.full((2, 3, 16, 16), torch.nan)}]
+    with pytest.raises(JointoptError, match="vit.embeddings.patch_embeddings.projection: .* not finite"):
+        jointopt.finish(supernet, genome, broken)
+
+
+class TwoWays(nn.Module):
+    """Two layers in the order that the input says, and one that nothing reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.never = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x, turned):
+        return self.first(self.second(x)) if turned else self.second(self.first(x))
+
+
+def test_passes_that_reach_the_layers_in_another_order_do_not_wait_for_each_other():
+    model = TwoWays()
+    seen = []
+    passes = [{"x": torch.ones(1, 2), "turned": turned} for turned in (False, True, False)]
+    in_step(model, passes, ["first", "second", "never"], lambda path, _, arrived: seen.append((path, len(arrived))))
+    assert seen == [("first", 2), ("second", 3)]
+    assert "forward" not in vars(model.first)
+
+
+@pytest.mark.parametrize("where", ["change", "forward"])
+def test_an_error_in_the_middle_ends_every_pass(where):
+    model = TwoWays()
+
+    def change(path, module, arrived):
+        if where == "change":
+            raise JointoptError("stop")
+
+    passes = [
+        {"x": torch.ones(1, 2), "turned": False},
+        {"x": torch.ones(1, 3 if where == "forward" else 2), "turned": 0},
+    ]
+    with pytest.raises((JointoptError, RuntimeError)):
+        in_step(model, passes, ["first", "second"], change)
+    assert "forward" not in vars(model.second)
+
+
+def test_a_layer_that_changes_its_class_computes_as_the_new_one_at_once():
+    model = TwoWays()
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    outputs = []
+    model.second.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    expected = model.second(2 * model.first(torch.ones(1, 2)))
+
+    def change(path, module, arrived):
+        if path == "first":
+            module.__class__ = Doubled
+
+    in_step(model, [{"x": torch.ones(1, 2), "turned": False}], ["first"], change)
+    assert torch.equal(outputs[-1], expected)
