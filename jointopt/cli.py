@@ -205,7 +205,17 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from .config import load_config
     from .study import Study
-    from .workflow import CONFIG, EXPORT, STUDY, export_genome, make_supernet, note_choice, prepare, stay_offline
+    from .workflow import (
+        CONFIG,
+        EXPORT,
+        STUDY,
+        export_genome,
+        finished_genome,
+        make_supernet,
+        note_choice,
+        prepare,
+        stay_offline,
+    )
 
     pick = parse_pick(options.pick)
     output = Path(options.output)
@@ -221,9 +231,10 @@ def _export(options: argparse.Namespace) -> int:
         supernet = make_supernet(config, prepared)
         if supernet.fingerprint() != study.config.get("supernet"):
             raise JointoptError(f"export: the model or its data are no longer what {str(output / STUDY)!r} searched")
+        finished = finished_genome(config, supernet, study, genome, prepared)
         if folder == output / EXPORT:
-            note_choice(study, supernet, genome, pick)
-        export_genome(supernet, study, genome, folder, prepared, options.overwrite)
+            note_choice(study, supernet, genome, pick, finished)
+        export_genome(supernet, study, genome, finished, folder, prepared, options.overwrite)
     finally:
         study.close()
     print(f"exported: {folder}; check it: python -m jointopt verify {folder}" + _config_option(folder, output))
@@ -256,7 +267,7 @@ def picked(study: Study, pick: dict[str, Any]) -> np.ndarray:
     import numpy as np
 
     if "evaluation" not in pick:
-        return study.best(**pick)
+        return study.best(**pick, finished=True)
     frame = study.evaluations()
     rows = frame[frame["number"] == pick["evaluation"]]
     if not len(rows):

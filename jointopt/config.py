@@ -202,6 +202,18 @@ class Choose(_Section):
         return self
 
 
+class Finish(_Section):
+    """The expensive rounding of weights, for the end of a search: of the chosen point and its neighbours on the front.
+
+    Attributes:
+        rounding: "gptq".
+        top: how many points are finished and scored again; what is best then is exported.
+    """
+
+    rounding: Literal["gptq"] = "gptq"
+    top: Positive = 3
+
+
 class Config(_Section):
     """A whole run; the README shows one by example.
 
@@ -221,6 +233,7 @@ class Config(_Section):
     objectives: Annotated[list[NameOrEntry], Field(min_length=1)] | None = None
     search: Search = Search()
     choose: Annotated[Choose, BeforeValidator(_choice)] = Choose(knee=True)
+    finish: Finish | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     output: str
@@ -260,7 +273,7 @@ class Config(_Section):
 
     def record(self) -> dict[str, Any]:
         """What determines a study's values, as JSON can hold it: what must not change when it is resumed."""
-        content = self.model_dump(exclude_none=True, exclude={"choose", "output", "device"})
+        content = self.model_dump(exclude_none=True, exclude={"choose", "finish", "output", "device"})
         content["search"].pop("evaluations")
         return content
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,12 @@ from quant.rounding.moments import NEVER_REACHED, InputMoments
 
 from .evaluation import Quality, measured
 from .lockstep import Arrived, in_step
+from .objectives import COSTS
 from .subnetwork import detach, quantize_layer, renamed
 from .weight_bank import BankedWeight
 
 if TYPE_CHECKING:
+    from .study import Study
     from .supernet import Supernet
 
 ROUNDINGS = ("gptq",)
@@ -122,6 +124,98 @@ def finish(
         costs = {name: float(value) for name, value in supernet.costs(genome).items()}
         metrics = {**costs, **measured(quality, model)}
     return Finished(genome, rounding, model, metrics, seconds)
+
+
+def finish_top(
+    supernet: Supernet,
+    study: Study,
+    batches: Sequence[Mapping[str, Any]],
+    quality: Quality,
+    wanted: Mapping[str, Any],
+    rounding: str = "gptq",
+    top: int = 3,
+    tell: Callable[[str], None] = lambda line: None,
+) -> tuple[np.ndarray, Finished | None]:
+    """Finishes the point of the front that `wanted` chooses and its nearest neighbours, and chooses again.
+
+    What the study has of an earlier call is not scored again.
+
+    Args:
+        wanted: keywords of `Study.best`.
+        tell: called with a line for each sub-network that was finished.
+
+    Returns:
+        The chosen genome, and what finishing made of it; None where it is no better than rounding to nearest.
+    """
+    kept: Finished | None = None
+    for genome in _nearest_on_front(study, study.best(**wanted), top):
+        made = finish_recorded(supernet, study, genome, batches, quality, rounding)
+        if made is not None:
+            kept = made
+            tell(_told(study, made))
+    genome = study.best(**wanted, finished=True)
+    return genome, better_finished(supernet, study, genome, batches, rounding, kept)
+
+
+def finish_recorded(
+    supernet: Supernet,
+    study: Study,
+    genome: np.ndarray,
+    batches: Sequence[Mapping[str, Any]],
+    quality: Quality,
+    rounding: str,
+) -> Finished | None:
+    """Finishes and scores a genome, and records it; None where the study has it already."""
+    if _recorded(study, genome, rounding) is not None:
+        return None
+    made = finish(supernet, genome, batches, rounding, quality)
+    assert made.metrics is not None
+    study.add_finished(genome, rounding, made.metrics, made.seconds)
+    return made
+
+
+def better_finished(
+    supernet: Supernet,
+    study: Study,
+    genome: np.ndarray,
+    batches: Sequence[Mapping[str, Any]],
+    rounding: str,
+    kept: Finished | None = None,
+) -> Finished | None:
+    """What finishing makes of a genome, with the metrics that the study has of it; None where its quality is no better
+    than that of its evaluation, or the study has none. `kept` is one that need not be made again."""
+    record, evaluated = _recorded(study, genome, rounding), study.results(genome[None])[0]
+    first = study.quality
+    if record is None or not evaluated or record[first.name] * first.sign >= evaluated[first.name] * first.sign:
+        return None
+    if kept is not None and np.array_equal(kept.genome, genome):
+        return kept
+    return replace(finish(supernet, genome, batches, rounding), metrics=record)
+
+
+def _recorded(study: Study, genome: np.ndarray, rounding: str) -> dict[str, float] | None:
+    """Metrics that the study has of a finished genome."""
+    key = (genome.tolist(), rounding)
+    return next((r["metrics"] for r in study.finished() if (r["genome"], r["rounding"]) == key), None)
+
+
+def _told(study: Study, made: Finished) -> str:
+    name = study.quality.name
+    before = (study.results(made.genome[None])[0] or {}).get(name, float("nan"))
+    after = (made.metrics or {}).get(name, float("nan"))
+    return f"finished ({made.rounding}, {made.seconds:.0f} s): {name} {before:.4g} -> {after:.4g}"
+
+
+def _nearest_on_front(study: Study, genome: np.ndarray, top: int) -> list[np.ndarray]:
+    """The genome and `top` - 1 neighbours on the front, from small to large; of two as near, the smaller first."""
+    front = study.front()
+    costs = [o.name for o in study.objectives if o.name in COSTS]
+    front = front.sort_values(costs[0] if costs else study.quality.name, kind="stable")
+    ordered = [np.array(each, dtype=np.int64) for each in front["genome"]]
+    at = next((index for index, each in enumerate(ordered) if np.array_equal(each, genome)), None)
+    if at is None:
+        return [genome]
+    return [ordered[index] for index in sorted(range(len(ordered)), key=lambda index: abs(index - at))[:top]]
 
 
 def _rounded(module: nn.Module, scheme: Scheme, moments: InputMoments) -> tuple[BankedWeight, Tensor | None]:

@@ -210,7 +210,9 @@ class Study:
 
     def front(self) -> pd.DataFrame:
         """The non-dominated evaluations, in the order of the last objective, best first."""
-        frame = self.evaluations()
+        return self._front_of(self.evaluations())
+
+    def _front_of(self, frame: pd.DataFrame) -> pd.DataFrame:
         if frame.empty:
             return frame
         costs = self._costs(frame)
@@ -240,13 +242,44 @@ class Study:
         turned = minimized(np.array([reference]), self.objectives)[0]
         return np.array([hypervolume(costs[: n + 1], turned) for n in range(len(costs))])
 
-    def best(self, size_mb: float | None = None, drop: float | None = None, knee: bool = False) -> np.ndarray:
+    @property
+    def quality(self) -> Objective:
+        """The first objective that is measured, or else the first."""
+        return next((o for o in self.objectives if o.name not in COSTS), self.objectives[0])
+
+    def finished(self) -> list[dict[str, Any]]:
+        """What finishing made of genomes: "genome", "rounding", "metrics" (costs among them), "seconds"."""
+        return self.fact("finished", [])
+
+    def add_finished(self, genome: np.ndarray, rounding: str, metrics: Mapping[str, float], seconds: float) -> None:
+        """Records a finished sub-network, beside the evaluation of its genome."""
+        record = {"genome": genome.tolist(), "rounding": rounding, "metrics": dict(metrics), "seconds": seconds}
+        self.note("finished", [*self.finished(), record])
+
+    def _with_finished(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Evaluations, with the finished metrics in place of a genome's own where its quality is better."""
+        frame, first = frame.copy(), self.quality
+        for record in self.finished():
+            at = frame["genome"] == tuple(record["genome"])
+            better = at & (frame[first.name] * first.sign > record["metrics"][first.name] * first.sign)
+            for name, value in record["metrics"].items():
+                frame.loc[better, name] = value
+        return frame
+
+    def best(
+        self,
+        size_mb: float | None = None,
+        drop: float | None = None,
+        knee: bool = False,
+        finished: bool = False,
+    ) -> np.ndarray:
         """The genome of the front that fits.
 
         Args:
             size_mb: the best quality at or under this many 10^6 bytes.
             drop: the smallest whose quality is at most this much worse than the original's, in quality's own unit.
             knee: the point of the front farthest from the line between its ends. With no argument: the best quality.
+            finished: whether genomes that were finished count with their finished quality, where it is better.
 
         Raises:
             JointoptError: more than one argument, no evaluation, or none that fits; the nearest value is named.
@@ -257,8 +290,9 @@ class Study:
         frame = frame[frame["failed"].isna()] if len(frame) else frame
         if frame.empty:
             raise JointoptError("study: no evaluation to choose from")
-        quality = next((o for o in self.objectives if o.name not in COSTS), None)
-        first = quality or self.objectives[0]
+        if finished:
+            frame = self._with_finished(frame)
+        first = self.quality
         cost = frame[first.name].to_numpy(dtype=float) * first.sign
         if knee:
             return self._knee(frame)
@@ -291,7 +325,7 @@ class Study:
     def _knee(self, frame: pd.DataFrame) -> np.ndarray:
         if len(self.objectives) < 2:
             raise JointoptError("knee: needs two objectives")
-        front = self.front()
+        front = self._front_of(frame)
         costs = self._costs(front)
         span = np.where(np.ptp(costs, axis=0) > 0, np.ptp(costs, axis=0), 1.0)
         scaled = (costs - costs.min(0)) / span

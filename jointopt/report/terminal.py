@@ -48,6 +48,23 @@ def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) 
     return table
 
 
+def finished_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) -> Table:
+    """Sub-networks that were finished: what they measured before and after. Sizes stay what they were."""
+    names = [objective.name for objective in study.objectives if objective.name not in COSTS]
+    picked = None if chosen is None else tuple(map(int, chosen))
+    numbers = {row["genome"]: row for row in study.evaluations().to_dict("records")}
+    table = Table(title="finished")
+    for text in ("evaluation", "rounding", label("size"), *(label(name) for name in names)):
+        table.add_column(Text(text), justify="right")
+    for record in study.finished():
+        before = numbers[tuple(record["genome"])]
+        mark = " *" if before["genome"] == picked else ""
+        values = (f"{_shown(before, name)} -> {_shown(record['metrics'], name)}" for name in names)
+        size = _shown(record["metrics"], "size")
+        table.add_row(f"{before['number']}{mark}", record["rounding"], size, *values, style="bold" if mark else None)
+    return table
+
+
 def _shown(values: Mapping[str, float], name: str) -> str:
     return f"{values[name] / scale(name):,.5g}" if name in values else ""
 
