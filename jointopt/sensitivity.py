@@ -34,7 +34,7 @@ SAMPLES = 64
 """As many samples are looked at, where there are so many."""
 
 Change = tuple[str, str, Any]
-"""A module's change: what kind of change, the module's path, what it becomes (a scheme's name, a number of channels)."""
+"""A module's change: its kind, the module's path, what it becomes (a scheme's name, a number of channels)."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -38,11 +37,14 @@ def main() -> None:
         return task.batches(source, loaded.processor, loaded.model, 2)
 
     quality = task.quality(batches("evaluate.txt", arguments.pieces), loaded.model)
-    supernet = Supernet(loaded.model, SearchSpace.for_model(loaded.model, schemes=["none"], caches=list(CACHE_FORMATS)))
+    supernet = Supernet(
+        loaded.model, SearchSpace.for_model(loaded.model, preset="fixed", schemes=["none"], caches=list(CACHE_FORMATS))
+    )
     supernet.calibrate([{"input_ids": batch["input_ids"]} for batch in batches("calibrate.txt", 8)])
     rows = []
     for choice, form in enumerate(CACHE_FORMATS.values()):
-        genome = supernet.space.canonical(torch.full((len(supernet.space),), choice).numpy())
+        genome = supernet.space.largest
+        genome[[name.endswith(".cache") for name in supernet.space.names]] = choice
         with supernet.active(genome) as model:
             found = {**measured(quality, model), **supernet.costs(genome)}
         for measure in ("perplexity", "kl", "cache", "decode_macs"):
