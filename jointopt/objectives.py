@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -69,6 +71,48 @@ def named(objective: str | Objective | dict[str, str]) -> Objective:
             "for a metric of your own: {name: min} or {name: max}"
         )
     return Objective(objective, DIRECTIONS[objective])
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A limit that a genome must keep to, so that evaluations go where the user will choose.
+
+    Attributes:
+        name: of an objective, or of a number that `compute` gives.
+        limit: in the objective's own unit.
+        relation: "<=" or ">=".
+        compute: genomes [n, genes] -> exact values [n], where it is no objective's name.
+    """
+
+    name: str
+    limit: float
+    relation: str
+    compute: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        if self.relation not in ("<=", ">="):
+            raise JointoptError(f"constraint {self.name!r}: relation {self.relation!r}; allowed: <=, >=")
+        if not isinstance(self.limit, int | float) or not math.isfinite(self.limit):
+            raise JointoptError(f"constraint {self.name!r}: limit {self.limit!r}; allowed: a finite number")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.relation} {self.limit:g}"
+
+    def excess(self, values: np.ndarray) -> np.ndarray:
+        """How far values are beyond the limit, 0 where they keep to it; in the shape of `values`."""
+        return np.maximum((values - self.limit) * (1.0 if self.relation == "<=" else -1.0), 0.0)
+
+
+def constraint(name: str, text: str, compute: Callable[[np.ndarray], np.ndarray] | None = None) -> Constraint:
+    """A constraint as a config writes it: `constraint("accuracy", ">= 0.9")`."""
+    found = re.fullmatch(r"\s*(<=|>=)\s*(\S+)\s*", text) if isinstance(text, str) else None
+    try:
+        limit = float(found.group(2)) if found else math.nan
+    except ValueError:
+        limit = math.nan
+    if not found or not math.isfinite(limit):
+        raise JointoptError(f"constraint {name!r}: found {text!r}; allowed: '<= number' or '>= number'")
+    return Constraint(name, limit, found.group(1), compute)
 
 
 def minimized(values: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:

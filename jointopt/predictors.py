@@ -23,7 +23,16 @@ from search_spaces.space import Gene, SearchSpace
 
 KNOTS = 5
 """Hat functions along the position of a gene among those of its kind."""
-EXPECTED = {"choice": 0.1, "order": 0.1, "kind": 0.3, "alike": 0.3, "block": 0.1, "place": 0.1, "cost": 0.5}
+EXPECTED = {
+    "choice": 0.1,
+    "order": 0.1,
+    "kind": 0.3,
+    "alike": 0.3,
+    "block": 0.1,
+    "place": 0.1,
+    "cost": 0.5,
+    "prior": 0.5,
+}
 """Share of an objective's variance that each group of features is expected to explain, before any evaluation."""
 EXPECTED_NOISE = 0.03
 EXPECTATION_WIDTH = 1.5
@@ -53,6 +62,10 @@ class Choices:
         self.choice = np.arange(len(self.gene)) - self.offsets[self.gene]
         self._measure_costs()
         self.groups = self._grouped()
+
+    def prior(self, estimate: np.ndarray) -> np.ndarray:
+        """An estimate of each slot's effect [slots] as features [slots, features]: itself, and by kind of gene."""
+        return np.column_stack([estimate, _scattered(self.kinds[self.gene], estimate)])
 
     def slots(self, genomes: np.ndarray) -> np.ndarray:
         """For each gene the slot it is in, `len(self.gene)` where it cannot matter; [n, genes]."""
@@ -189,9 +202,10 @@ def _scattered(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _factored(variances: np.ndarray, grams: np.ndarray) -> np.ndarray:
-    """Cholesky factor of the covariance of the targets; the last of the variances is the noise's."""
-    covariance = np.tensordot(variances[:-1], grams, 1) + (variances[-1] + 1e-8) * np.eye(grams.shape[1])
+def _factored(variances: np.ndarray, grams: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Cholesky factor of the covariance of the targets; the last of the variances is the noise's, beside that `known`
+    of each target [n]."""
+    covariance = np.tensordot(variances[:-1], grams, 1) + np.diag(known + variances[-1] + 1e-8)
     return cholesky(covariance, lower=True)
 
 
@@ -229,20 +243,36 @@ def _logarithm(floor: float) -> Scale:
 class Predictor:
     """Genome -> one measured objective, less is better, with what is not known of it.
 
+    Args:
+        genomes, costs: what was evaluated, [n, genes] and [n].
+        noise: standard errors of the costs [n], 0 where unknown. What is unknown is estimated, the same for all.
+        prior: further features [slots, features], see `Choices.prior`.
+        transforms: whether other scales than the objective's own are tried.
+
     Attributes:
         scale: the scale on which the objective was learned, the likeliest of `scales`.
         weights: group of features -> the share of variance that it explains; `noise`: that which nothing does.
         table: posterior mean of each slot's effect, on that scale.
     """
 
-    def __init__(self, choices: Choices, genomes: np.ndarray, costs: np.ndarray, transforms: bool = True):
+    def __init__(
+        self,
+        choices: Choices,
+        genomes: np.ndarray,
+        costs: np.ndarray,
+        noise: np.ndarray | None = None,
+        prior: np.ndarray | None = None,
+        transforms: bool = True,
+    ):
         costs = np.clip(costs, -LIMIT, LIMIT)
+        noise = np.zeros(len(costs)) if noise is None else np.minimum(noise, LIMIT)
         self.choices = choices
+        groups = choices.groups if prior is None else {**choices.groups, "prior": prior}
         self._maps: dict[str, np.ndarray] = {}
         self._features: dict[str, np.ndarray] = {}
         self._offsets: dict[str, np.ndarray] = {}
         encoded = choices.encoded(genomes)
-        for name, matrix in choices.groups.items():
+        for name, matrix in groups.items():
             features = encoded @ matrix
             norm = float(np.sqrt(features.var(0).sum())) or 1.0
             self._maps[name] = matrix / norm
@@ -251,28 +281,31 @@ class Predictor:
         grams = np.stack([features @ features.T for features in self._features.values()])
         late = slice(-LATEST, None)
         tried = scales(costs)[: None if transforms else 1]
-        fits = [self._fit(scale, costs[late], grams[:, late, late]) for scale in tried]
+        fits = [self._fit(scale, costs[late], noise[late], grams[:, late, late]) for scale in tried]
         _, self.scale, variances, self._mean, self._spread = min(fits, key=lambda fit: fit[0])
         self._standard = (self.scale.forward(costs) - self._mean) / self._spread
-        self.weights = dict(zip(choices.groups, variances[:-1].tolist(), strict=True))
+        self.weights = dict(zip(groups, variances[:-1].tolist(), strict=True))
         self.noise = float(variances[-1])
-        self._factor = _factored(variances, grams)
+        known = (noise * np.exp(self.scale.log_slope(costs)) / self._spread) ** 2
+        self._factor = _factored(variances, grams, known)
         self.table, self._constant = self._explained(self._standard)
         high, low = self._standard.max(), self._standard.min()
         self._bounds = low - 1.5 * (high - low) - 0.1, high + 1.5 * (high - low) + 0.1
 
-    def _fit(self, scale: Scale, costs: np.ndarray, grams: np.ndarray) -> tuple:
+    def _fit(self, scale: Scale, costs: np.ndarray, noise: np.ndarray, grams: np.ndarray) -> tuple:
         """How unlikely the costs are on a scale; the scale; the variances that make them least so; mean and spread."""
         targets = scale.forward(costs)
         mean, spread = targets.mean(), targets.std() or 1.0
         standard = (targets - mean) / spread
-        jacobian = scale.log_slope(costs).sum() - len(costs) * np.log(spread)
-        centers = np.log([*(EXPECTED[name] for name in self.choices.groups), EXPECTED_NOISE])
+        log_slopes = scale.log_slope(costs)
+        jacobian = log_slopes.sum() - len(costs) * np.log(spread)
+        known = (noise * np.exp(log_slopes) / spread) ** 2
+        centers = np.log([*(EXPECTED[name] for name in self._features), EXPECTED_NOISE])
 
         def unlikely(parameters: np.ndarray) -> tuple[float, np.ndarray]:
             """The negative logarithm of the evidence, and its slopes (Rasmussen and Williams 2006, eqs. 5.8, 5.9)."""
             variances = np.exp(parameters)
-            factor = _factored(variances, grams)
+            factor = _factored(variances, grams, known)
             solved = cho_solve((factor, True), standard)
             inverse = cho_solve((factor, True), np.eye(len(costs)))
             value = 0.5 * standard @ solved + np.log(np.diag(factor)).sum()

@@ -12,8 +12,9 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from jointopt.objectives import Objective
+from jointopt.objectives import Constraint, Objective
 from jointopt.strategies.evolutionary_search import EvolutionarySearch
+from jointopt.strategies.feasible import Feasible
 from jointopt.strategies.guided_search import GuidedSearch
 from jointopt.strategies.random_search import RandomSearch
 from jointopt.strategies.strategy import Strategy
@@ -32,10 +33,10 @@ def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed:
 
     Args:
         name: "guided", "evolutionary" or "random".
-        options: the strategy's own, see its class.
+        options: `constraints`, and the strategy's own, see its class.
 
     Raises:
-        JointoptError: an unknown strategy or option, no objective.
+        JointoptError: an unknown strategy or option, no objective, constraints that no genome meets.
     """
     if name not in STRATEGIES:
         near = difflib.get_close_matches(str(name), STRATEGIES, 1)
@@ -51,4 +52,18 @@ def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed:
     return kind(space, objectives, seed, **options)
 
 
-__all__ = ["STRATEGIES", "EvolutionarySearch", "GuidedSearch", "RandomSearch", "Strategy", "create"]
+def check_constraints(space: SearchSpace, objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> None:
+    """Says before any evaluation what cannot be: raises JointoptError with the best value that was reached, where the
+    exact costs alone show that no genome meets the constraints, or a constraint is on nothing known."""
+    Feasible(space, objectives, constraints)
+
+
+__all__ = [
+    "STRATEGIES",
+    "EvolutionarySearch",
+    "GuidedSearch",
+    "RandomSearch",
+    "Strategy",
+    "check_constraints",
+    "create",
+]

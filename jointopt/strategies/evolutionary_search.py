@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jointopt.objectives import Objective
-from jointopt.strategies.genetic import offspring, order, select
+from jointopt.objectives import Constraint, Objective
+from jointopt.strategies.genetic import handicapped, offspring, order, select
 from jointopt.strategies.strategy import Strategy
 from search_spaces.space import SearchSpace
 
@@ -20,8 +20,15 @@ class EvolutionarySearch(Strategy):
         population: its size; the first that many genomes are the smallest, the largest and random ones.
     """
 
-    def __init__(self, space: SearchSpace, objectives: Sequence[Objective], seed: int = 0, population: int = 50):
-        super().__init__(space, objectives, seed)
+    def __init__(
+        self,
+        space: SearchSpace,
+        objectives: Sequence[Objective],
+        seed: int = 0,
+        constraints: Sequence[Constraint] = (),
+        population: int = 50,
+    ):
+        super().__init__(space, objectives, seed, constraints)
         self.size = population
         self._members = np.empty(0, dtype=np.int64)
 
@@ -30,17 +37,20 @@ class EvolutionarySearch(Strategy):
             yield from (self.space.largest, self.space.smallest)
             yield from self.space.sample(2 * n, int(self.random.integers(2**31)))
             return
-        place = order(self.costs()[self._members])
+        place = order(self._handicapped()[self._members])
         for _ in range(20):
-            yield from offspring(self.space, self.told[self._members], place, n, self.random)
+            children = offspring(self.space, self.told[self._members], place, n, self.random)
+            yield from self.feasible.repaired(children, self.random)
 
-    def _learn(self, genomes: np.ndarray, values: np.ndarray) -> None:
-        costs = self.costs()
-        fresh = np.arange(len(costs) - len(genomes), len(costs))
-        pool = np.concatenate([self._members, fresh])
+    def _learn(self, rows: np.ndarray) -> None:
+        costs = self._handicapped()
+        pool = np.union1d(self._members, rows)
         pool = pool[np.isfinite(costs[pool]).all(axis=1)]
         if len(pool):
             self._members = pool[select(costs[pool], self.size)]
+
+    def _handicapped(self) -> np.ndarray:
+        return handicapped(self.costs(), self.feasible.measured_excess(self.values))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "members": self._members.tolist()}

@@ -53,6 +53,13 @@ def order(costs: np.ndarray) -> np.ndarray:
     return place
 
 
+def handicapped(costs: np.ndarray, excess: np.ndarray) -> np.ndarray:
+    """Costs with which every row that exceeds a constraint is worse than all that exceed none, and the more the worse
+    (Deb et al. 2002, section VI)."""
+    worst = np.max(costs, axis=0, initial=-np.inf, where=np.isfinite(costs))
+    return np.where(excess[:, None] > 0, worst + excess[:, None], costs)
+
+
 def _crowding(front: np.ndarray) -> np.ndarray:
     """Crowding distance of each row (Deb et al. 2002, section III-B)."""
     distance = np.zeros(len(front))

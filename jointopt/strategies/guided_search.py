@@ -8,14 +8,15 @@ objectives are never predicted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from jointopt.objectives import Objective, non_dominated
+from jointopt.objectives import Constraint, Objective, non_dominated
 from jointopt.predictors import LIMIT, Choices, Predictor
-from jointopt.strategies.genetic import distinct, evolve
+from jointopt.strategies.genetic import distinct, evolve, handicapped
 from jointopt.strategies.strategy import Strategy
+from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
 
 FEWEST = 5
@@ -36,6 +37,12 @@ class GuidedSearch(Strategy):
         population: of the inner search.
         generations: of the inner search.
         draws: functions drawn from the predictors' posterior.
+        prior: measured objective -> for each gene an array [choices], an estimate of how much each choice worsens that
+            objective (less is better, whichever its direction) in any unit. It shapes the initial design; how far it
+            is believed after that, the evaluations decide.
+
+    Raises:
+        JointoptError: a prior for what is no measured objective, of other shapes or not finite; what `Strategy` raises.
     """
 
     def __init__(
@@ -43,27 +50,53 @@ class GuidedSearch(Strategy):
         space: SearchSpace,
         objectives: Sequence[Objective],
         seed: int = 0,
+        constraints: Sequence[Constraint] = (),
         initial: int = 10,
         population: int = 100,
         generations: int = 20,
         draws: int = 32,
+        prior: Mapping[str, Sequence[np.ndarray]] | None = None,
     ):
-        super().__init__(space, objectives, seed)
+        super().__init__(space, objectives, seed, constraints)
         self.initial, self.population, self.generations, self.draws = initial, population, generations, draws
         self.choices = Choices(space, objectives)
         self.signs = np.array([objective.sign for objective in self.objectives])
         self.measured = [at for at, objective in enumerate(self.objectives) if objective.compute is None]
         self.exact = [at for at, objective in enumerate(self.objectives) if objective.compute is not None]
+        self.priors = self._priors(prior or {})
         self._paths = [
             _path(int(a), int(b), int(k)) for a, b, k in zip(space.smallest, space.largest, space.sizes, strict=True)
         ]
+
+    def _priors(self, prior: Mapping[str, Sequence[np.ndarray]]) -> dict[int, np.ndarray]:
+        """Measured objective's column -> features of its prior, see `Choices.prior`."""
+        names = {self.objectives[at].name: at for at in self.measured}
+        found = {}
+        for name, estimate in prior.items():
+            if name not in names:
+                raise JointoptError(
+                    f"prior: found {name!r}; allowed: measured objectives: {', '.join(names) or 'none'}"
+                )
+            arrays = [np.asarray(each, dtype=float) for each in estimate]
+            for gene, array in zip(self.space.genes, arrays, strict=False):
+                if array.shape != (len(gene.choices),) or not np.isfinite(array).all():
+                    raise JointoptError(
+                        f"prior of {name!r}: gene {gene.name!r} has shape {array.shape}; "
+                        f"allowed: ({len(gene.choices)},), finite"
+                    )
+            if len(arrays) != len(self.space):
+                raise JointoptError(
+                    f"prior of {name!r}: found {len(arrays)} arrays; allowed: one a gene, {len(self.space)}"
+                )
+            found[names[name]] = self.choices.prior(np.concatenate(arrays))
+        return found
 
     def _propose(self, n: int) -> Iterable[np.ndarray]:
         known = np.isfinite(self.values).all(axis=1)
         if len(self._seen) < self.initial or known.sum() < FEWEST:
             yield from self._design(n)
             return
-        beliefs = Beliefs(self, self.told[known], self.costs()[known])
+        beliefs = Beliefs(self, self.told[known], self.costs()[known], self.noise[known])
         found = self._candidates(beliefs)
         found = found[[genome.tobytes() not in self._seen for genome in found]]
         found = found[self._safe(found)]
@@ -82,9 +115,28 @@ class GuidedSearch(Strategy):
         """The two ends; the largest with one group of genes changed together, which shows what a uniform choice costs
         where all else is well; then genomes in between: levels spread evenly, each kind of gene around its own."""
         yield from (self.space.largest, self.space.smallest)
+        yield from self._foretold((self.initial - 2) // 2)
         yield from self._grouped()[: 3 * (self.initial - 2) // 4]
         for at in range(len(self._seen), len(self._seen) + 20 * n):
             yield self._strewn((0.5 + at * GOLDEN) % 1)
+
+    def _foretold(self, n: int) -> np.ndarray:
+        """Genomes spread along the front as the prior has it; none where there is none."""
+        if not self.priors:
+            return np.empty((0, len(self.space)), dtype=np.int64)
+        tables = self._exact_tables()
+        for at, prior in self.priors.items():
+            tables[at] = prior[:, 0]
+        found = self._best_of_sums(tables[None])
+        found = found[distinct(found)]
+        return found[np.linspace(0, len(found) - 1, n + 2).round().astype(int)[1:-1]]
+
+    def _exact_tables(self) -> np.ndarray:
+        """What each slot adds to each objective [objectives, slots], 0 for those that are measured."""
+        tables = np.zeros((len(self.objectives), len(self.choices.gene)))
+        for column, at in enumerate(self.exact):
+            tables[at] = self.choices.costs[:, column] * self.signs[at]
+        return tables
 
     def _grouped(self) -> list[np.ndarray]:
         """The largest genome with all genes of the same choices at one of these: of each group the middle one, then
@@ -116,11 +168,11 @@ class GuidedSearch(Strategy):
         tables = [beliefs.mean_tables()] * 3 + list(beliefs.drawn_tables())
         pool = np.vstack([beliefs.told, self._best_of_sums(np.stack(tables))])
         pool = pool[distinct(pool)]
-        front = non_dominated(beliefs.foreseen(pool))
+        front = non_dominated(beliefs.constrained(pool))
         others = self.random.permutation(np.flatnonzero(~front))
         start = pool[np.concatenate([np.flatnonzero(front), others])[: self.population]]
-        evolved, _ = evolve(self.space, start, beliefs.foreseen, self.generations, self.random)
-        pool = np.vstack([pool, evolved])
+        evolved, _ = evolve(self.space, start, beliefs.constrained, self.generations, self.random)
+        pool = self.feasible.repaired(np.vstack([pool, evolved]), self.random)
         return pool[distinct(pool)]
 
     def _best_of_sums(self, tables: np.ndarray) -> np.ndarray:
@@ -166,12 +218,15 @@ class Beliefs:
 
     Args:
         search: whose objectives they are.
-        told: evaluated genomes, with their `costs` [n, objectives], less is better.
+        told: evaluated genomes, with their `costs` [n, objectives], less is better, and the `noise` of these.
     """
 
-    def __init__(self, search: GuidedSearch, told: np.ndarray, costs: np.ndarray):
+    def __init__(self, search: GuidedSearch, told: np.ndarray, costs: np.ndarray, noise: np.ndarray):
         self.search, self.told, self.costs = search, told, costs
-        self.predictors = {at: Predictor(search.choices, told, costs[:, at]) for at in search.measured}
+        self.predictors = {
+            at: Predictor(search.choices, told, costs[:, at], noise[:, at], search.priors.get(at))
+            for at in search.measured
+        }
         self.drawn = {at: p.draw(search.draws, BOLDNESS, search.random) for at, p in self.predictors.items()}
         self._exploding = [at for at in self.predictors if _explodes(costs[:, at])]
 
@@ -181,6 +236,12 @@ class Beliefs:
         for at, predictor in self.predictors.items():
             values[:, at] = predictor(genomes)
         return values
+
+    def constrained(self, genomes: np.ndarray) -> np.ndarray:
+        """The same, with what exceeds a constraint worse than all that do not."""
+        values = self.foreseen(genomes)
+        feasible = self.search.feasible
+        return handicapped(values, feasible.excess(genomes) + feasible.measured_excess(values * self.search.signs))
 
     def imagined(self, genomes: np.ndarray) -> np.ndarray:
         """Costs [draws, n, objectives] under each draw."""
@@ -198,9 +259,7 @@ class Beliefs:
 
     def mean_tables(self) -> np.ndarray:
         """What each slot adds to each objective: [objectives, slots], each objective in a unit of its own."""
-        tables = np.zeros((len(self.search.objectives), len(self.search.choices.gene)))
-        for column, at in enumerate(self.search.exact):
-            tables[at] = self.search.choices.costs[:, column] * self.search.signs[at]
+        tables = self.search._exact_tables()
         for at, predictor in self.predictors.items():
             tables[at] = predictor.table
         return tables
@@ -222,19 +281,24 @@ class Beliefs:
         return compressed
 
     def picked(self, found: np.ndarray, n: int) -> list[int]:
-        """Indices of up to n genomes, each the one expected to add most hypervolume to what is there by then."""
+        """Indices of up to n genomes, each the one expected to add most hypervolume to what is there by then; what
+        exceeds a constraint adds none, and where nothing adds any, that which exceeds least is next."""
         costs = self._compressed(self.costs)
         low, high = costs.min(0), costs.max(0)
-        imagined = self._compressed(self.imagined(np.vstack([self.told, found])))
-        values = (imagined - low) / np.where(high > low, high - low, 1.0)
+        imagined = self.imagined(np.vstack([self.told, found]))
+        excess = self.search.feasible.measured_excess(imagined * self.search.signs)
+        values = (self._compressed(imagined) - low) / np.where(high > low, high - low, 1.0)
         reference = np.full(values.shape[2], 1.05)
+        values[excess > 0] = reference
+        handicap = 1e-9 * excess[:, len(self.told) :].mean(0) / max(excess.max(), 1e-300)
         told, candidates = values[:, : len(self.told)], values[:, len(self.told) :]
         fronts = [each[non_dominated(each)] for each in told]
         if len(reference) > 2:
-            return _picked_by_points(fronts, candidates, reference, min(n, len(found)), self.search.random)
+            return _picked_by_points(fronts, candidates, reference, handicap, min(n, len(found)), self.search.random)
         picked: list[int] = []
         while len(picked) < min(n, len(found)):
             gains = np.mean([_gains(f, c, reference) for f, c in zip(fronts, candidates, strict=True)], axis=0)
+            gains -= handicap
             gains[picked] = -1
             picked.append(int(gains.argmax()))
             fronts = [_joined(f, c[picked[-1]]) for f, c in zip(fronts, candidates, strict=True)]
@@ -242,7 +306,12 @@ class Beliefs:
 
 
 def _picked_by_points(
-    fronts: list[np.ndarray], candidates: np.ndarray, reference: np.ndarray, n: int, random: np.random.Generator
+    fronts: list[np.ndarray],
+    candidates: np.ndarray,
+    reference: np.ndarray,
+    handicap: np.ndarray,
+    n: int,
+    random: np.random.Generator,
 ) -> list[int]:
     """The same for three objectives and more, where volumes are counted in random points of the box.
 
@@ -257,6 +326,7 @@ def _picked_by_points(
     picked: list[int] = []
     while len(picked) < n:
         gains = np.array([each[:, left].sum(1) for each, left in zip(covers, free, strict=True)]).mean(0)
+        gains -= handicap
         gains[picked] = -1
         picked.append(int(gains.argmax()))
         free &= ~covers[:, picked[-1]]

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jointopt.objectives import Objective, minimized
+from jointopt.objectives import Constraint, Objective, minimized
+from jointopt.strategies.feasible import Feasible
 from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
 
@@ -15,23 +16,36 @@ from search_spaces.space import SearchSpace
 class Strategy:
     """Asks for genomes, is told their values. Subclasses say what to propose (`_propose`).
 
+    Args:
+        constraints: limits to keep to. Exact ones every genome asked for keeps; measured ones steer "guided" alone.
+
     Attributes:
+        told, values, noise: the genomes told, their values [n, objectives] and the standard errors of these, 0 where
+            unknown.
         predicted: for the last genomes asked, the values foreseen for them [n, objectives], NaN where none were.
     """
 
-    def __init__(self, space: SearchSpace, objectives: Sequence[Objective], seed: int):
+    def __init__(
+        self,
+        space: SearchSpace,
+        objectives: Sequence[Objective],
+        seed: int = 0,
+        constraints: Sequence[Constraint] = (),
+    ):
         self.space = space
         self.objectives = tuple(objectives)
+        self.feasible = Feasible(space, self.objectives, constraints)
         self.random = np.random.default_rng(seed)
         self.told = np.empty((0, len(space)), dtype=np.int64)
         self.values = np.empty((0, len(self.objectives)))
+        self.noise = np.empty((0, len(self.objectives)))
         self.predicted = np.empty((0, len(self.objectives)))
         self._seen: set[bytes] = set()
 
     def ask(self, n: int) -> np.ndarray:
         """Canonical genomes, int64 [n, genes], none of them asked or told before.
 
-        Fewer than n, down to none, only where the space has no more.
+        Fewer than n, down to none, only where the space has no more that keep to the exact constraints.
         """
         if n < 1:
             raise JointoptError(f"ask: found {n}; allowed: 1 or more")
@@ -43,32 +57,49 @@ class Strategy:
         self.predicted = self.predicted[: len(found)]
         return np.array(found, dtype=np.int64).reshape(len(found), len(self.space))
 
-    def tell(self, genomes: np.ndarray, values: np.ndarray) -> None:
+    def tell(self, genomes: np.ndarray, values: np.ndarray, noise: np.ndarray | None = None) -> None:
         """Values [n, objectives] in the order of the objectives; a row with a NaN is a failure, to be avoided.
 
-        Genomes need not have been asked for.
+        Genomes need not have been asked for. One that is told again was measured anew: its earlier row is replaced.
+
+        Args:
+            noise: standard errors of the values, [n, objectives]; 0 or None: unknown.
+
+        Raises:
+            JointoptError: other shapes, genomes that are not of the space, noise that is negative or not finite.
         """
         genomes = np.atleast_2d(self.space.canonical(genomes))
-        expected = (len(genomes), len(self.objectives))
+        values = self._shaped("values", values, len(genomes))
+        noise = np.zeros_like(values) if noise is None else self._shaped("noise", noise, len(genomes))
+        if not (np.isfinite(noise) & (noise >= 0)).all():
+            raise JointoptError("tell: found noise that is negative or not finite; allowed: 0 (unknown) or more")
+        rows = {genome.tobytes(): at for at, genome in enumerate(self.told)}
+        told = np.array([rows.setdefault(genome.tobytes(), len(rows)) for genome in genomes], dtype=np.int64)
+        self.told, self.values, self.noise = (
+            _with_rows(known, told, fresh)
+            for known, fresh in ((self.told, genomes), (self.values, values), (self.noise, noise))
+        )
+        self._seen |= rows.keys()
+        self._learn(np.unique(told))
+
+    def _shaped(self, name: str, numbers: np.ndarray, n: int) -> np.ndarray:
+        expected = (n, len(self.objectives))
         try:
-            values = np.asarray(values, dtype=float)
+            found = np.asarray(numbers, dtype=float)
         except (TypeError, ValueError):
-            raise JointoptError(f"tell: found values that are no numbers; allowed: floats {expected}") from None
-        if values.ndim < 2 and values.size == expected[0] * expected[1] and 1 in expected:
-            values = values.reshape(expected)
-        if values.shape != expected:
-            raise JointoptError(f"tell: found values of shape {values.shape}; allowed: {expected}")
-        self.told = np.vstack([self.told, genomes])
-        self.values = np.vstack([self.values, values])
-        self._seen |= {genome.tobytes() for genome in genomes}
-        self._learn(genomes, values)
+            raise JointoptError(f"tell: found {name} that are no numbers; allowed: floats {expected}") from None
+        if found.ndim < 2 and found.size == expected[0] * expected[1] and 1 in expected:
+            found = found.reshape(expected)
+        if found.shape != expected:
+            raise JointoptError(f"tell: found {name} of shape {found.shape}; allowed: {expected}")
+        return found
 
     def _propose(self, n: int) -> Iterable[np.ndarray]:
         """Genomes in order of preference, repetitions and known ones allowed."""
         return ()
 
-    def _learn(self, genomes: np.ndarray, values: np.ndarray) -> None:
-        """What a strategy keeps beside `told` and `values`."""
+    def _learn(self, rows: np.ndarray) -> None:
+        """What a strategy keeps beside `told` and `values`, of which these rows are new or replaced."""
 
     def costs(self) -> np.ndarray:
         """The told values, signs turned so that less is better."""
@@ -78,25 +109,29 @@ class Strategy:
         found: dict[bytes, np.ndarray] = {}
         for genome in proposed:
             key = genome.tobytes()
-            if key not in self._seen:
+            if key not in self._seen and not self.feasible.excess(genome[None])[0]:
                 found.setdefault(key, genome)
             if len(found) == n:
                 break
         return list(found.values())
 
     def _fill(self, n: int, besides: set[bytes]) -> list[np.ndarray]:
-        """Random unseen genomes; the whole space is gone through where drawing finds no more."""
+        """Random unseen genomes, moved to where they keep to the constraints; the whole space is gone through where
+        drawing finds no more."""
         taken = self._seen | besides
         found: dict[bytes, np.ndarray] = {}
         for _ in range(50):
-            for genome in self.space.sample(4 * n, int(self.random.integers(2**31))):
+            drawn = self.space.sample(4 * n, int(self.random.integers(2**31)))
+            for genome in self.feasible.repaired(drawn, self.random):
                 if genome.tobytes() not in taken and len(found) < n:
                     found.setdefault(genome.tobytes(), genome)
             if len(found) == n:
                 return list(found.values())
         if self.space.count() <= 10**6:
             for genome in self.space.genomes():
-                if genome.tobytes() not in taken and len(found) < n:
+                if len(found) == n:
+                    break
+                if genome.tobytes() not in taken and not self.feasible.excess(genome[None])[0]:
                     found.setdefault(genome.tobytes(), genome)
         return list(found.values())
 
@@ -107,6 +142,7 @@ class Strategy:
             "random": self.random.bit_generator.state,
             "told": self.told.tolist(),
             "values": self.values.tolist(),
+            "noise": self.noise.tolist(),
             "asked": asked,
         }
 
@@ -115,4 +151,14 @@ class Strategy:
         self.random.bit_generator.state = state["random"]
         self.told = np.array(state["told"], dtype=np.int64).reshape(-1, len(self.space))
         self.values = np.array(state["values"], dtype=float).reshape(-1, len(self.objectives))
+        self.noise = np.array(state["noise"], dtype=float).reshape(-1, len(self.objectives))
         self._seen = {np.array(genome, dtype=np.int64).tobytes() for genome in state["asked"]}
+
+
+def _with_rows(known: np.ndarray, at: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`known` with rows replaced, or added where `at` is beyond its end."""
+    grown = np.concatenate(
+        [known, np.empty((max(0, int(at.max(initial=-1)) + 1 - len(known)), *known.shape[1:]), known.dtype)]
+    )
+    grown[at] = rows
+    return grown

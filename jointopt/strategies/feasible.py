@@ -1,0 +1,106 @@
+"""Genomes that keep to what can be computed exactly: whether there are any, and the way to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jointopt.objectives import Constraint, Objective
+from quant.errors import JointoptError
+from search_spaces.space import SearchSpace
+
+STARTS = 6
+"""Random genomes, beside the two ends, from which one that keeps to all constraints is sought."""
+
+
+class Feasible:
+    """The genomes of a space that keep to the exact ones of some constraints.
+
+    Attributes:
+        measured: the other constraints, as (column of the objective, constraint).
+        anchor: a genome that keeps to all exact ones.
+
+    Raises:
+        JointoptError: a constraint on what is neither an objective nor computed; exact ones that no genome meets.
+    """
+
+    def __init__(self, space: SearchSpace, objectives: Sequence[Objective], constraints: Sequence[Constraint]):
+        self.space = space
+        self.measured: list[tuple[int, Constraint]] = []
+        self._exact: list[tuple[Constraint, Callable[[np.ndarray], np.ndarray], float]] = []
+        names = [objective.name for objective in objectives]
+        drawn = np.vstack([space.smallest, space.largest, space.sample(100, 0)])
+        for each in constraints:
+            column = names.index(each.name) if each.name in names else None
+            if each.compute is None and column is None:
+                raise JointoptError(f"constraint {each.name!r}: is no objective; allowed: {', '.join(names)}")
+            compute = each.compute or (None if column is None else objectives[column].compute)
+            if compute is None:
+                self.measured.append((column or 0, each))
+            else:
+                self._exact.append((each, compute, float(np.ptp(compute(drawn))) or 1.0))
+        self.anchor = self._anchored()
+
+    def excess(self, genomes: np.ndarray) -> np.ndarray:
+        """How far genomes are beyond the exact constraints, 0 where they keep to all; in spans of the space, [n]."""
+        found = np.zeros(len(genomes))
+        for each, compute, span in self._exact:
+            found += each.excess(np.asarray(compute(genomes), dtype=float)) / span
+        return found
+
+    def measured_excess(self, values: np.ndarray) -> np.ndarray:
+        """The same of values [..., objectives] under the other constraints, in the objectives' units: [...]."""
+        found = np.zeros(values.shape[:-1])
+        for column, each in self.measured:
+            found += each.excess(values[..., column])
+        return found
+
+    def repaired(self, genomes: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """The genomes; of those that keep not to all, as few genes as will do, in random order, are the anchor's."""
+        wrong = np.flatnonzero(self.excess(genomes) > 0)
+        rank = random.permuted(np.tile(np.arange(len(self.space)), (len(wrong), 1)), axis=1)
+        low, high = np.zeros(len(wrong), dtype=int), np.full(len(wrong), len(self.space))
+        while (high - low > 1).any():
+            middle = (low + high) // 2
+            fits = self.excess(self._towards_anchor(genomes[wrong], rank < middle[:, None])) == 0
+            low, high = np.where(fits, low, middle), np.where(fits, middle, high)
+        repaired = genomes.copy()
+        repaired[wrong] = self._towards_anchor(genomes[wrong], rank < high[:, None])
+        return repaired
+
+    def _towards_anchor(self, genomes: np.ndarray, genes: np.ndarray) -> np.ndarray:
+        return self.space.canonical(np.where(genes, self.anchor, genomes))
+
+    def _anchored(self) -> np.ndarray:
+        starts = np.vstack([self.space.largest, self.space.smallest, self.space.sample(STARTS, 0)])
+        starts = starts[np.argsort(self.excess(starts), kind="stable")]
+        found = []
+        for start in starts:
+            found.append(self._descended(start))
+            if not self.excess(found[-1][None])[0]:
+                return found[-1]
+        closest = found[int(np.argmin(self.excess(np.array(found))))][None]
+        if len(self._exact) == 1:
+            (each, compute, _), *_ = self._exact
+            raise JointoptError(f"constraint {each}: no genome meets it; the best has {compute(closest)[0]:g}")
+        for each, compute, _ in self._exact:
+            Feasible(self.space, (), (Constraint(each.name, each.limit, each.relation, compute),))
+        reached = ", ".join(f"{each.name} {compute(closest)[0]:g}" for each, compute, _ in self._exact)
+        limits = ", ".join(str(each) for each, *_ in self._exact)
+        raise JointoptError(f"constraints {limits}: no genome meets them together; the closest has {reached}")
+
+    def _descended(self, genome: np.ndarray) -> np.ndarray:
+        """Each gene in turn at its best choice, until none is improved by one gene alone."""
+        genome, excess = genome.copy(), float(self.excess(genome[None])[0])
+        improved = excess > 0
+        while improved:
+            improved = False
+            for at, size in enumerate(self.space.sizes):
+                tried = np.repeat(genome[None], size, axis=0)
+                tried[:, at] = np.arange(size)
+                tried = self.space.canonical(tried)
+                values = self.excess(tried)
+                if values.min() < excess:
+                    genome, excess, improved = tried[values.argmin()], float(values.min()), True
+        return genome
