@@ -141,6 +141,8 @@ class Family:
         configure: called with a sub-network and the blocks it kept; sets what the forward pass reads (a new config).
         example: model -> keyword inputs of one sample, to measure shapes before any data is there.
         caches: of models that generate text.
+        sequential: True where the blocks run one after the other with nothing in between, and hand on nothing but the
+            hidden state: sub-networks that agree on their first blocks can then share what these compute.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Family:
     configure: Callable[[nn.Module, Sequence[Block]], None] = unchanged
     example: Callable[[nn.Module], dict[str, Tensor]] | None = None
     caches: tuple[Cache, ...] = ()
+    sequential: bool = False
 
     def block(self, name: str) -> Block:
         return next(block for block in self.blocks if block.name == name)

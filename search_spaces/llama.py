@@ -95,7 +95,7 @@ def declare(model: Model) -> Family:
     for head in ("score", "classifier"):
         if has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear):
             layers.append(Layer("head", head, "head"))
-    return Family("llama", tuple(blocks), tuple(widths), tuple(layers), configure, example_text, tuple(caches))
+    return Family("llama", tuple(blocks), tuple(widths), tuple(layers), configure, example_text, tuple(caches), True)
 
 
 def _embedding(model: Model, root: str) -> Layer:

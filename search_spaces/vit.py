@@ -54,7 +54,7 @@ def declare(model: Model) -> Family:
         if has_module(model, path) and isinstance(model.get_submodule(path), nn.Linear):
             name = "head" if path == "classifier" else "head." + path.partition("_")[0]
             layers.append(Layer(name, path, name, tokens=False))
-    return Family("vit", tuple(blocks), tuple(widths), tuple(layers), configure, _example_image)
+    return Family("vit", tuple(blocks), tuple(widths), tuple(layers), configure, _example_image, True)
 
 
 def _heads(block: str, heads: int, head_dim: int, inputs: tuple[str, ...], out: str, attributes: tuple = ()) -> Width:
@@ -163,7 +163,7 @@ def declare_timm(model: Model) -> Family:
         layers.extend(_block_layers(name, inputs, out, up, down))
     if isinstance(model.head, nn.Linear):
         layers.append(Layer("head", "head", "head", tokens=False))
-    return Family("timm_vit", tuple(blocks), tuple(widths), tuple(layers), example=example_timm)
+    return Family("timm_vit", tuple(blocks), tuple(widths), tuple(layers), example=example_timm, sequential=True)
 
 
 def example_timm(model: Model) -> dict[str, Tensor]:
