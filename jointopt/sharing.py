@@ -18,9 +18,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -205,9 +205,10 @@ class _SharedRun:
         self._view, self._prefix, self._held = view, prefix, held
         self._thread = threading.get_ident()
         self._call: _Call | None = None
-        self._forwards = [block.forward for block in blocks]
+        self._blocks = blocks
         for at, block in enumerate(blocks):
-            block.forward = partial(self._block, at)
+            block.__class__ = _shared_class(type(block))  # type: ignore[arg-type]
+            block.__dict__["_shared"] = (self, at)
         view.register_forward_pre_hook(self._begin, with_kwargs=True)
         view.register_forward_hook(self._finish, always_call=True)
         self._state = _state(view)
@@ -242,10 +243,12 @@ class _SharedRun:
         self.lost |= call.at < call.skip
         return _without_the_rest(output, _Absent(self))
 
-    def _block(self, at: int, *args: Any, **kwargs: Any) -> Any:
-        call, run = self._call, self._forwards[at]
+    def block(self, block: nn.Module, at: int, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the block at this place hands on; `run` is its own forward pass."""
+        call = self._call
         hidden: Any = args[0] if args else kwargs.get("hidden_states")
-        if call is None or threading.get_ident() != self._thread or not self._follows(call, at, hidden):
+        here = block is self._blocks[at] and threading.get_ident() == self._thread
+        if call is None or not here or not self._follows(call, at, hidden):
             return run(*args, **kwargs)
         call.at += 1
         if call.at < call.skip:
@@ -282,6 +285,21 @@ class _SharedRun:
         """What was skipped is needed."""
         self.lost = True
         raise JointoptError("a skipped block was needed")
+
+
+class _SharedBlock(nn.Module):
+    """What a block's class is made a subclass of, so that copies of the block run as themselves."""
+
+    _shared: tuple[_SharedRun, int]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        run, at = self._shared
+        return run.block(self, at, super().forward, args, kwargs)
+
+
+@cache
+def _shared_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_SharedBlock, kind), {})
 
 
 class _Absent:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import evaluate
 from jointopt.sharing import HiddenStates, SharedEvaluator, block_signatures, can_share, evaluation_order
+from search_spaces.family import structural_clone
 from tests.zoo import batches, logits, make
 
 SEQUENTIAL = ("vit", "timm_vit", "deit", "bert", "roberta", "llama_tied", "llama_untied", "mistral", "qwen2", "qwen3")
@@ -209,6 +210,20 @@ def with_gradients(model: nn.Module) -> float:
 
 
 def with_a_copy(model: nn.Module) -> float:
+    copied = copy.deepcopy(model)
+    first = bits(logits(copied, BATCH))
+    for block in copied.model.layers:
+        block.input_layernorm.weight = nn.Parameter(block.input_layernorm.weight * 2)
+    return first + bits(logits(copied, BATCH)) + bits(logits(model, BATCH))
+
+
+def with_a_clone_of_its_modules(model: nn.Module) -> float:
+    clone = structural_clone(model)
+    clone.model.layers[0].mlp = nn.Identity()
+    return bits(logits(clone, BATCH)) + bits(logits(model, BATCH))
+
+
+def with_a_copy_in_half_precision(model: nn.Module) -> float:
     return bits(logits(copy.deepcopy(model).to(torch.bfloat16), BATCH)) + bits(logits(model, BATCH))
 
 
@@ -299,4 +314,32 @@ def test_sharing_leaves_the_super_network_as_it_was():
     before = supernet.fingerprint()
     shared(supernet, relatives(supernet), scored("bert"))
     assert supernet.fingerprint() == before
-    assert not any("forward" in module.__dict__ for module in supernet.model.modules())
+    assert not any("_shared" in module.__dict__ for module in supernet.model.modules())
+
+
+def test_genomes_that_differ_before_the_first_block_share_nothing():
+    supernet = supernet_of("bert")
+    space = supernet.space
+    chosen = space.decode(space.largest)
+    genomes = np.array([space.encode({**chosen, "embedding.precision": each}) for each in ("none", "W4A16")])
+    found = shared(supernet, genomes, scored("bert"))
+    assert found == one_by_one(supernet, genomes, scored("bert")) and found[0] != found[1]
+
+
+def test_what_is_held_does_not_change_with_what_is_done_to_the_tensors():
+    held = HiddenStates(100, [("a",), ("a",)])
+    given = torch.ones(2)
+    held.put(b"", ("a",), given)
+    given.zero_()
+    held.get(b"", ("a",)).zero_()
+    assert held.get(b"", ("a",)).tolist() == [1, 1]
+
+
+def test_beyond_the_memory_what_saves_most_is_held():
+    held = HiddenStates(8, [("a", "b"), ("a", "b"), ("a", "c"), ("d",)])
+    held.put(b"", ("d",), torch.ones(2))
+    held.put(b"", ("a",), torch.ones(2))
+    assert held.deepest(b"", ("d",)) == 0 and held.deepest(b"", ("a", "b")) == 1
+    held.put(b"", ("a", "b"), torch.ones(2))
+    held.put(b"", ("a", "c"), torch.ones(2))
+    assert held.deepest(b"", ("a", "b")) == 2 and held.deepest(b"", ("a", "c")) == 0
