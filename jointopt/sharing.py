@@ -48,17 +48,20 @@ def can_share(supernet: Supernet) -> bool:
 
 def block_signatures(family: Family, plan: Plan) -> Prefix:
     """One string for each block that stays: equal for two plans where their blocks compute the same function."""
-    through = sorted((w.gene, plan.units[w.gene]) for w in family.widths if w.block is None and w.gene in plan.units)
-    units: dict[str, list] = {block.name: [] for block in plan.blocks}
-    schemes: dict[str, list] = {block.name: [] for block in plan.blocks}
+    through = [(w.gene, plan.units[w.gene]) for w in family.widths if w.block is None and w.gene in plan.units]
+    found: dict[str | None, list] = {block.name: [block.name, through] for block in plan.blocks}
+    for block in plan.blocks:
+        found[block.name] += [branch.kind for branch in block.branches if branch in plan.dropped]
     for width in family.widths:
-        if width.block in units and width.gene in plan.units:
-            units[width.block].append((width.gene, plan.units[width.gene]))
+        if width.block in found and width.gene in plan.units:
+            found[width.block].append((width.gene, plan.units[width.gene]))
     for layer in family.layers:
-        if layer.block in schemes and layer.path in plan.schemes:
-            schemes[layer.block].append((layer.path, plan.schemes[layer.path].name))
-    dropped = {block.name: [b.kind for b in block.branches if b in plan.dropped] for block in plan.blocks}
-    return tuple(repr((name, through, dropped[name], units[name], schemes[name])) for name in units)
+        if layer.block in found and layer.path in plan.schemes:
+            found[layer.block].append((layer.path, plan.schemes[layer.path].name))
+    for held in family.caches:
+        if held.block in found and held.attention in plan.caches:
+            found[held.block].append((held.attention, plan.caches[held.attention].name))
+    return tuple(map(repr, found.values()))
 
 
 def evaluation_order(supernet: Supernet, genomes: np.ndarray) -> np.ndarray:

@@ -91,7 +91,7 @@ def declare(model: Model) -> Family:
     if has_module(model, f"{root}pooler.dense"):
         layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
     layers.extend(_heads(model))
-    return Family("bert", tuple(blocks), tuple(widths), tuple(layers), configure, example_text, True)
+    return Family("bert", tuple(blocks), tuple(widths), tuple(layers), configure, example_text, sequential=True)
 
 
 def _embedding(model: Model, root: str) -> Layer:

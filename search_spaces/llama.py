@@ -95,7 +95,8 @@ def declare(model: Model) -> Family:
     for head in ("score", "classifier"):
         if has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear):
             layers.append(Layer("head", head, "head"))
-    return Family("llama", tuple(blocks), tuple(widths), tuple(layers), configure, example_text, tuple(caches), True)
+    found = tuple(blocks), tuple(widths), tuple(layers)
+    return Family("llama", *found, configure, example_text, tuple(caches), sequential=True)
 
 
 def _embedding(model: Model, root: str) -> Layer:

@@ -54,7 +54,7 @@ def declare(model: Model) -> Family:
         if has_module(model, path) and isinstance(model.get_submodule(path), nn.Linear):
             name = "head" if path == "classifier" else "head." + path.partition("_")[0]
             layers.append(Layer(name, path, name, tokens=False))
-    return Family("vit", tuple(blocks), tuple(widths), tuple(layers), configure, _example_image, True)
+    return Family("vit", tuple(blocks), tuple(widths), tuple(layers), configure, _example_image, sequential=True)
 
 
 def _heads(block: str, heads: int, head_dim: int, inputs: tuple[str, ...], out: str, attributes: tuple = ()) -> Width:

@@ -26,7 +26,8 @@ SEQUENTIAL = ("vit", "timm_vit", "deit", "bert", "roberta", "llama_tied", "llama
 @cache
 def supernet_of(name: str) -> Supernet:
     model = make(name)
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16", "FP8"]))
+    caches = {"caches": ["none", "INT8", "INT4"]} if name.startswith("llama") else {}
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16", "FP8"], **caches))
     supernet.calibrate(batches(name))
     return supernet
 
