@@ -2,6 +2,7 @@
 
     python scripts/bench/evaluation.py --json evaluation.json
     python scripts/bench/evaluation.py --case bert --case resnet
+    python scripts/bench/evaluation.py --shared digits_vit --assets assets --work work
 
 `evaluate(supernet, genome, quality)`, as a search calls it, is timed against the same quality function on the model
 that was extracted before. The two take turns, so that a slow minute of the machine falls on both; a genome's figure
@@ -12,6 +13,11 @@ in the steady state of a search; the first evaluation of a genome, which quantiz
 A model with BatchNorm has its statistics estimated anew for each sub-network, which is more forward passes, over the
 calibration batches (here two). There the extracted model's statistics are estimated too, before its quality is taken;
 what such passes cost beside plain ones, and what share of an evaluation they are here, are rows of their own.
+
+`--shared` takes the last batch of 16 genomes of a short search on a real super-network (networks.py), and times it with
+shared prefixes (`SharedEvaluator`) against one by one; the results are compared to the bit. How much there was to be
+shared is a row: the blocks that differ by what is before them, over all blocks of the batch. The same for a batch made
+to agree more: the genomes of that generation with the genes of the first half of the blocks from one of them.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from networks import Ready, prepare
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -43,6 +50,8 @@ from transformers import (
 from jointopt import SearchSpace, Supernet
 from jointopt.batch_norm import has_batch_norm, reestimate
 from jointopt.evaluation import evaluate, measured
+from jointopt.loop import search
+from jointopt.sharing import SharedEvaluator, block_signatures
 from jointopt.tasks.metrics import every, next_tokens, quality_function
 
 SCHEMES = ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4"]
@@ -202,19 +211,88 @@ class Bench:
         return cold - sum(seconds(self.shell, genome) for genome in genomes)
 
 
+BATCH = 16
+SHARED_AIM = 0.6
+SCORES = {"digits_vit": "loss", "minilm": "loss", "smollm2": "perplexity"}
+"""The super-networks of networks.py on which sharing is timed, and what their searches go by beside the size."""
+
+
+def sharing_rows(name: str, arguments: argparse.Namespace) -> list[Row]:
+    ready = prepare(name, arguments.assets, arguments.work)
+    study = search(
+        ready.supernet,
+        ready.quality,
+        [SCORES[name], "size"],
+        arguments.evaluations,
+        strategy=arguments.strategy,
+        batch=BATCH,
+    )
+    late = np.array(study.evaluations()["genome"].tolist()[-BATCH:])
+    return [
+        row
+        for kind, genomes, aim in (
+            (f"last of {arguments.evaluations}", late, SHARED_AIM),
+            ("made to agree", agreeing(ready, late), None),
+        )
+        for row in shared_rows(ready, kind, genomes, aim, arguments.repeats)
+    ]
+
+
+def agreeing(ready: Ready, genomes: np.ndarray) -> np.ndarray:
+    """The genomes with the first one's genes of the first half of the blocks, depth and embedding included."""
+    half = len(ready.supernet.family.blocks) // 2
+    later = {f"block{index}" for index in range(half, len(ready.supernet.family.blocks))} | {"head", "pooler"}
+    same = [at for at, name in enumerate(ready.supernet.space.names) if name.partition(".")[0] not in later]
+    changed = genomes.copy()
+    changed[:, same] = genomes[0, same]
+    return ready.supernet.space.canonical(changed)
+
+
+def shared_rows(ready: Ready, kind: str, genomes: np.ndarray, aim: float | None, repeats: int) -> list[Row]:
+    supernet, evaluator = ready.supernet, SharedEvaluator(ready.supernet, ready.quality)
+    prefixes = [block_signatures(supernet.family, supernet.plan(genome)) for genome in genomes]
+    distinct = {prefix[: depth + 1] for prefix in prefixes for depth in range(len(prefix))}
+    ratios, found = [], []
+    for turn in range(repeats + 1):
+        started = time.perf_counter()
+        one = [evaluate(supernet, genome, ready.quality) for genome in genomes]
+        middle = time.perf_counter()
+        shared = dict(evaluator.evaluate(genomes))
+        ended = time.perf_counter()
+        if [each.metrics for each in one] != [shared[index].metrics for index in range(len(genomes))]:
+            raise RuntimeError("shared and one by one differ")
+        if turn:  # the first quantizes
+            ratios.append((ended - middle) / (middle - started))
+            found.append(middle - started)
+    return [
+        (f"16 genomes ({kind}), shared / one by one", median(ratios), aim),
+        (f"16 genomes ({kind}), blocks run / all blocks", len(distinct) / sum(map(len, prefixes)), None),
+        (f"16 genomes ({kind}), one by one (s)", median(found), None),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--genomes", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=7, help="pairs of timings for each genome")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--shared", choices=SCORES, action="append", help="time shared prefixes, and nothing else")
+    parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="where tuned super-networks are kept")
+    parser.add_argument("--evaluations", type=int, default=112, help="of the search")
+    parser.add_argument("--strategy", default="guided")
     arguments = parser.parse_args()
     table = Table(title=f"{torch.get_num_threads()} threads, medians of {arguments.genomes} genomes")
     for column in ("case", "measure", "value", "aim"):
         table.add_column(column)
     rows = []
-    for name in arguments.case or CASES:
-        for measure, value, aim in Bench(CASES[name], arguments.genomes, arguments.repeats).rows():
+    for name in arguments.shared or arguments.case or CASES:
+        if arguments.shared:
+            found = sharing_rows(name, arguments)
+        else:
+            found = Bench(CASES[name], arguments.genomes, arguments.repeats).rows()
+        for measure, value, aim in found:
             rows.append({"case": name, "measure": measure, "value": value, "aim": aim, "better": "lower"})
             table.add_row(name, measure, f"{value:.4g}", "" if aim is None else str(aim))
             print(f"{name}: {measure}: {value:.4g}", flush=True)
