@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quant.cache import KeyObserver
 from quant.calibration import ActivationObserver
+from quant.rounding.moments import InputMoments
 from search_spaces.family import Family, Width, structural_clone
 
 from .checkpoint.held_cache import cache_name
@@ -31,10 +32,11 @@ class CalibrationPass:
         family: Family,
         observers: Mapping[str, Sequence[ActivationObserver]],
         keys: Mapping[str, KeyObserver],
+        moments: Mapping[str, InputMoments],
     ):
         self.model = structural_clone(model).eval()
         self.family = family
-        self.observers, self.keys = observers, keys
+        self.observers, self.keys, self.moments = observers, keys, moments
         self.channel_energy: dict[str, Tensor] = {}
         self.influence: dict[str, float] = {}
         self._cosines: dict[str, list[Tensor]] = {}
@@ -67,6 +69,8 @@ class CalibrationPass:
                 hooks.append((block.path, self._influence_hook(block.name)))
         for path, observers in self.observers.items():
             hooks.append((path, self._range_hook(observers)))
+        for path, moments in self.moments.items():
+            hooks.append((path, self._moments_hook(moments)))
         return hooks
 
     def _give_cache(self, keys: KeyObserver, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -107,6 +111,13 @@ class CalibrationPass:
 
         return hook
 
+    def _moments_hook(self, moments: InputMoments) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            hidden = hidden_input(args, kwargs)
+            moments.add(hidden if hidden.dim() == 4 else self._tokens(hidden))
+
+        return hook
+
 
 class _SeenKeys:
     """A cache for one attention layer and one forward pass."""
@@ -141,7 +152,7 @@ def unit_importance(model: nn.Module, width: Width, channel_energy: Mapping[str,
 def sort_width(model: nn.Module, width: Width, order: Tensor) -> None:
     """Reorders a width's units, most important first, in producers and consumers alike: the function is unchanged."""
     for part in width.producers:
-        rows = _channels(order, part.channels)
+        rows = channel_order(order, part.channels)
         module = model.get_submodule(part.module)
         if isinstance(module, nn.Embedding):
             _reorder(module, "weight", rows, 1)
@@ -150,10 +161,11 @@ def sort_width(model: nn.Module, width: Width, order: Tensor) -> None:
             if tensor.dim():
                 _reorder(module, name, rows, 0)
     for part in width.consumers:
-        _reorder(model.get_submodule(part.module), "weight", _channels(order, part.channels), 1)
+        _reorder(model.get_submodule(part.module), "weight", channel_order(order, part.channels), 1)
 
 
-def _channels(order: Tensor, channels: int) -> Tensor:
+def channel_order(order: Tensor, channels: int) -> Tensor:
+    """The order of channels that follows from that of their units."""
     return (order[:, None] * channels + torch.arange(channels)).flatten()
 
 

@@ -20,6 +20,7 @@ from search_spaces.family import Block, Branch, Cache, Family, Layer, structural
 
 from .batch_norm import keep_statistics
 from .checkpoint.held_cache import hold_cache
+from .repair import Repaired
 from .weight_bank import BankedWeight
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
@@ -71,10 +72,12 @@ def build(
     plan: Plan,
     weights: Weights,
     statistics: ActivationStatistics,
+    repaired: Mapping[tuple[str, int], Repaired],
     training: bool = False,
 ) -> nn.Module:
     """A module tree of its own whose tensors are leading slices of `model`'s, in eval mode unless `training`.
 
+    What `repaired` has for a layer and its number of input channels stands in for the slice of its weight, and bias.
     With `training`, slices keep their link to the whole parameters, so that gradients reach them.
     """
     shell = structural_clone(model)
@@ -88,6 +91,8 @@ def build(
             continue
         module = modules[path]
         scheme = plan.schemes.get(path)
+        if (path, columns.get(path)) in repaired:
+            _give(module, repaired[path, columns[path]])
         if scheme is None:
             _cut(module, rows.get(path), columns.get(path), training)
         else:
@@ -157,6 +162,13 @@ def _is_in(path: str, parents: Iterable[str]) -> bool:
 def within(path: str, parent: str) -> bool:
     """Whether the module at `path` is the one at `parent` or inside it."""
     return path == parent or path.startswith(f"{parent}.")
+
+
+def _give(module: nn.Module, repaired: Repaired) -> None:
+    """A repaired weight and bias in place of the whole ones."""
+    for name, tensor in zip(("weight", "bias"), repaired, strict=True):
+        if tensor is not None:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=module.get_parameter(name).requires_grad)
 
 
 def _cut(module: nn.Module, rows: int | None, columns: int | None, training: bool) -> None:

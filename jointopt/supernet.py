@@ -39,6 +39,7 @@ from .batch_norm import SAMPLES, first_samples, has_batch_norm, reestimate, samp
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
+from .repair import Repaired, Repairs
 from .subnetwork import Plan, build, detach, present_caches, renamed, staying_layers
 from .weight_bank import BankedWeight, WeightBank
 
@@ -51,6 +52,8 @@ class Supernet:
         space: its search space; genes are matched to the model by their names (`SearchSpace.for_model`).
         family: a declaration of one's own (model -> Family).
         weight_calibration: how the clipping range of quantized weights is chosen: "minmax", "percentile" or "mse".
+        repair: whether layers whose inputs are narrowed are fitted to what they computed before, by least squares on
+            the calibration's inputs. Their second moments are held while calibrating, the fitted weights afterwards.
         bank_bytes: memory for fake-quantized weights, codes and scales included; what was longest unused makes room.
 
     Attributes:
@@ -68,6 +71,7 @@ class Supernet:
         *,
         family: Declare | None = None,
         weight_calibration: str = "minmax",
+        repair: bool = False,
         bank_bytes: int = 4 * 10**9,
     ):
         dtypes = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
@@ -77,6 +81,7 @@ class Supernet:
         self.model, self.family = declare(_own_copy(model), family)
         self.space = space
         self.weight_calibration = weight_calibration
+        self.repair = repair
         self.calibrated = False
         self.trained = False
         self._leaving = default_order(self.family)
@@ -88,6 +93,7 @@ class Supernet:
         self._statistics: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._has_batch_norm = has_batch_norm(self.model)
         self._batch_norm_batches: list[Mapping[str, Any]] = []
+        self._repaired: Mapping[tuple[str, int], Repaired] = {}
         self._positions: dict[str, float] | None = None
         self.scores: dict[bytes, dict[str, float]] = {}
 
@@ -109,7 +115,9 @@ class Supernet:
         """
         observers = self._observers()
         keys = self._key_observers()
-        calibration = CalibrationPass(self.model, self.family, observers, keys)
+        repairs = Repairs(self.model, self.family, self.space) if self.repair else None
+        moments = repairs.moments if repairs else {}
+        calibration = CalibrationPass(self.model, self.family, observers, keys, moments)
         kept: list[Mapping[str, Any]] = []
         count = calibration.run(self._checked(batches, kept))
         if not count:
@@ -117,11 +125,12 @@ class Supernet:
         self._positions = measure_positions(self.model, kept[0])
         self._batch_norm_batches = kept if self._has_batch_norm else []
         if not self.trained:
-            self._sort(calibration)
+            self._sort(calibration, repairs)
         self._statistics = {
             (path, observer.scheme): observer.constants() for path, many in observers.items() for observer in many
         }
         self._statistics |= self._key_constants(keys)
+        self._repaired = repairs.solved() if repairs else {}
         self._forget()
         self.calibrated = True
 
@@ -168,11 +177,13 @@ class Supernet:
                         raise JointoptError(f"{cache.attention}: {error}") from None
         return found
 
-    def _sort(self, calibration: CalibrationPass) -> None:
+    def _sort(self, calibration: CalibrationPass, repairs: Repairs | None) -> None:
         for width in self.family.widths:
             importance = unit_importance(self.model, width, calibration.channel_energy)
             order = torch.argsort(importance, descending=True, stable=True)
             sort_width(self.model, width, order)
+            if repairs:
+                repairs.reorder(width, order)
             for cache in self.family.caches:
                 if cache.heads == width.gene and cache.attention in calibration.keys:
                     calibration.keys[cache.attention].reorder(order)
@@ -234,7 +245,7 @@ class Supernet:
         """The sub-network's architecture, unquantized, in training mode: gradients reach the super-network."""
         plan = self.plan(genome)
         plan = Plan(plan.blocks, plan.dropped, plan.units, {})
-        return build(self.model, self.family, plan, self._banked, self._statistics, training=True)
+        return build(self.model, self.family, plan, self._banked, self._statistics, {}, training=True)
 
     def quantized(self, schemes: Mapping[str, Scheme]) -> nn.Module:
         """The whole architecture as a view, in eval mode, with the layers at these paths in these schemes."""
@@ -246,7 +257,7 @@ class Supernet:
 
     def built(self, plan: Plan) -> nn.Module:
         """`view` with BatchNorm statistics that are slices of the whole model's."""
-        return build(self.model, self.family, plan, self._banked, self._statistics)
+        return build(self.model, self.family, plan, self._banked, self._statistics, self._repaired)
 
     def renormalized(self, shell: nn.Module, plan: Plan) -> nn.Module:
         """The view of a plan, its BatchNorm statistics (where it has some) estimated on calibration's first batches."""
@@ -272,11 +283,12 @@ class Supernet:
     def _banked(self, path: str, wanted: Scheme, channels: int | None) -> BankedWeight:
         form = wanted.weights
         assert form is not None
-        sliced = channels if form.granularity == "channel" else None
+        fitted = self._repaired.get((path, channels)) if channels is not None else None
+        sliced = channels if form.granularity == "channel" or fitted else None
 
         def make() -> BankedWeight:
             self.statistics(path, wanted)
-            weight = self.model.get_submodule(path).get_parameter("weight").detach()
+            weight = fitted[0] if fitted else self.model.get_submodule(path).get_parameter("weight").detach()
             part = weight[:, :sliced].contiguous()
             try:
                 quantized = quantize(part, form, choose_clip(part, form, self.weight_calibration))
@@ -362,6 +374,8 @@ class Supernet:
         tensors = dict(self.model.state_dict())
         for (path, name), constants in self._statistics.items():
             tensors.update({f"{path}:{name}:{key}": value for key, value in constants.items()})
+        for (path, channels), fitted in self._repaired.items():
+            tensors.update({f"{path}:{channels}:{at}": each for at, each in enumerate(fitted) if each is not None})
         for number, batch in enumerate(self._batch_norm_batches):
             tensors.update({f"{number}:{key}": value for key, value in batch.items() if isinstance(value, Tensor)})
         for name, tensor in sorted(tensors.items()):

@@ -53,9 +53,9 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(found.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
-def three_are_one(name: str, count: int, place: Path, **options) -> None:
+def three_are_one(name: str, count: int, place: Path, repair: bool = False, **options) -> None:
     model = make(name)
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=SCHEMES, **options))
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=SCHEMES, **options), repair=repair)
     supernet.calibrate(batches(name))
     batch = batches(name, seed=1)[0]
     expected, folders = {}, []

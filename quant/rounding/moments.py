@@ -39,6 +39,11 @@ class InputMoments:
             self.total += columns.sum(1)
             self.count += columns.shape[1]
 
+    def reorder(self, order: Tensor) -> None:
+        """The weight's columns, of one group, in another order."""
+        order = order.to(self.gram.device)
+        self.gram, self.total = self.gram[:, order][:, :, order], self.total[:, order]
+
     def hessian(self, centred: bool = False) -> Tensor:
         """Mean of x x^T, [groups, columns, columns]; `centred`, of (x - mean)(x - mean)^T.
 
