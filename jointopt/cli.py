@@ -173,7 +173,7 @@ def _space(options: argparse.Namespace) -> int:
     source = find_source(config.model)
     model = empty_model(source, config.task or model_task(source), config.dtype)
     space = space_for_model(model, **config.space.options())
-    supernet = Supernet(model, space)
+    supernet = Supernet(model, space, transforms=config.transforms or ())
     console = Console()
     console.print(space_table(space))
     ends = {"largest": supernet.costs(space.largest), "smallest": supernet.costs(space.smallest)}

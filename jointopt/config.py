@@ -220,6 +220,7 @@ class Config(_Section):
     Attributes:
         model: a local folder, a hub id, timm/NAME, or a folder with a GGUF file.
         task: how data becomes batches and quality; with `quality` it is read off the model where not given.
+        transforms: changes of the weights that keep the model's function and make it easier to quantize.
         quality: "package.function", model -> float (or a dict of metrics), instead of the task's own metrics.
         output: the folder of everything that the run writes.
     """
@@ -229,6 +230,7 @@ class Config(_Section):
     quality: str | None = None
     data: Data = Data()
     space: Space = Space()
+    transforms: Annotated[list[Literal["rotate", "rotate_heads", "smooth", "awq"]], Field(min_length=1)] | None = None
     train: Train | None = None
     objectives: Annotated[list[NameOrEntry], Field(min_length=1)] | None = None
     search: Search = Search()

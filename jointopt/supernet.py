@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from quant.cache import CACHE_FORMATS, KeyObserver
 from quant.calibration import ActivationObserver, choose_clip
 from quant.errors import JointoptError
-from quant.formats import Scheme, scheme
+from quant.formats import Format, Scheme, scheme
 from quant.reference import quantize
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
@@ -41,6 +42,7 @@ from .elastic import check_space, fitted_schemes, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
 from .repair import Repaired, Repairs
 from .subnetwork import Plan, build, detach, present_caches, renamed, staying_layers
+from .transforms import checked, reread, rotate_heads, rotate_stream, scale_links
 from .weight_bank import BankedWeight, WeightBank
 
 
@@ -55,13 +57,17 @@ class Supernet:
         repair: whether layers whose inputs are narrowed are fitted to what they computed before, by least squares on
             the calibration's inputs. Their second moments are held while calibrating, the fitted weights afterwards.
         bank_bytes: memory for fake-quantized weights, codes and scales included; what was longest unused makes room.
+        transforms: changes of the weights that keep the model's function and make it easier to quantize: any of
+            "rotate" (the residual stream; a tied head gets a weight of its own, which counts in every size),
+            "rotate_heads", and "smooth" or "awq" (chosen by `calibrate`, which then reads the batches twice).
 
     Attributes:
         scores: canonical genome (its bytes) -> metrics that searches have measured; emptied when the weights or the
             calibration change.
 
     Raises:
-        JointoptError: a model of an unknown family or dtype, a gene or choice that the model does not have.
+        JointoptError: a model of an unknown family or dtype, a gene or choice that the model does not have, a
+            transform that the family does not allow.
     """
 
     def __init__(
@@ -73,12 +79,17 @@ class Supernet:
         weight_calibration: str = "minmax",
         repair: bool = False,
         bank_bytes: int = 4 * 10**9,
+        transforms: Sequence[str] = (),
     ):
         dtypes = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
         if not dtypes <= {torch.float32, torch.bfloat16}:
             raise JointoptError(f"dtype: the model holds {', '.join(map(str, dtypes))}; allowed: float32, bfloat16")
         self._given = model
+        self._declare = family
         self.model, self.family = declare(_own_copy(model), family)
+        self.transforms = checked(transforms, self.family)
+        self._rotate()
+        self._scaled = False
         self.space = space
         self.weight_calibration = weight_calibration
         self.repair = repair
@@ -101,11 +112,26 @@ class Supernet:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def _rotate(self) -> None:
+        if "rotate" in self.transforms:
+            stream, before = self.family.stream, self.family.layers
+            assert stream is not None
+            if stream.untie is not None:
+                stream.untie(self.model)
+                self.model, self.family = declare(self.model, self._declare)
+                owner = {path: layer.projection for layer in before for path in layer.tied}
+                layers = (replace(la, projection=owner.get(la.path, la.projection)) for la in self.family.layers)
+                self.family = replace(self.family, layers=tuple(layers))
+            rotate_stream(self.model, self.family)
+        if "rotate_heads" in self.transforms:
+            rotate_heads(self.model, self.family)
+
     def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Measures importance and ranges in one pass, and sorts channels, heads and blocks by importance.
 
         The function of the whole model is unchanged by the sorting. A super-network that was trained is not sorted
-        again, since its weights have learned their order.
+        again, since its weights have learned their order. The scales of "smooth" and "awq" are chosen in a pass
+        before; once, and again for weights that were trained since.
 
         Args:
             batches: dicts of what the model's forward takes; some 100 samples do. Tensors are moved to its device.
@@ -113,6 +139,7 @@ class Supernet:
         Raises:
             JointoptError: there is no batch, or one is not a dict.
         """
+        self._scale(batches)
         observers = self._observers()
         keys = self._key_observers()
         repairs = Repairs(self.model, self.family, self.space) if self.repair else None
@@ -133,6 +160,18 @@ class Supernet:
         self._repaired = repairs.solved() if repairs else {}
         self._forget()
         self.calibrated = True
+
+    def _scale(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        wanted = [name for name in self.transforms if name in ("smooth", "awq")]
+        if not wanted or self._scaled:
+            return
+        reread(batches, wanted)
+        formats: dict[str, Format] = {}
+        for (path, _), each in sorted(self._schemes.items(), key=lambda item: item[1].bits):
+            if each.weights is not None:
+                formats.setdefault(path, each.weights)
+        scale_links(self.model, self.family, wanted[0], self._checked(batches, []), formats)
+        self._scaled = True
 
     def _checked(self, batches: Iterable[Any], kept: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         """The batches on the model's device; the first samples of them are kept as well."""
@@ -320,10 +359,10 @@ class Supernet:
 
     def original_costs(self) -> dict[str, int | float]:
         """`costs` of the whole, unquantized model."""
-        first = self.family.layers[0]
-        only = SearchSpace([Gene(f"{first.name}.precision", ("none",))])
+        model, family = declare(self._given, self._declare)
+        only = SearchSpace([Gene(f"{family.layers[0].name}.precision", ("none",))])
         positions = self._costs.positions
-        whole = ShapeCosts(self.model, self.family, only, positions, {}, partial(_lookup, {}), self._leaving)
+        whole = ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), self._leaving)
         return {name: values[0].item() for name, values in whole.columns(only.smallest).items()}
 
     def cost_columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
@@ -358,7 +397,7 @@ class Supernet:
 
     def finish_training(self) -> None:
         """To be called when the weights have changed: what was measured on the old ones no longer holds."""
-        self.trained, self.calibrated = True, False
+        self.trained, self.calibrated, self._scaled = True, False, False
         self._forget()
 
     def _forget(self) -> None:
@@ -369,7 +408,7 @@ class Supernet:
 
     def fingerprint(self) -> str:
         """SHA-256 over weights, order, space and calibration: equal for super-networks with equal sub-networks."""
-        choices = [self.space.to_dict(), self._leaving, self.weight_calibration]
+        choices = [self.space.to_dict(), self._leaving, self.weight_calibration, *self.transforms]
         digest = hashlib.sha256(json.dumps(choices, sort_keys=True, default=str).encode())
         tensors = dict(self.model.state_dict())
         for (path, name), constants in self._statistics.items():
@@ -387,6 +426,8 @@ class Supernet:
         """Writes weights and order, to be loaded into a super-network of the same model and space."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _distinct(self.model).items()}
         record = {"leaving": self._leaving, "trained": self.trained}
+        if self.transforms:
+            record |= {"transforms": self.transforms, "scaled": self._scaled}
         save_file(tensors, str(path), metadata={"supernet": json.dumps(record)})
 
     def load(self, path: str | Path) -> None:
@@ -394,6 +435,10 @@ class Supernet:
         with safe_open(str(path), framework="pt") as file:
             record = json.loads((file.metadata() or {}).get("supernet", "null"))
             own = _distinct(self.model)
+            made = tuple(record.get("transforms", ())) if record else self.transforms
+            if made != self.transforms:
+                told = [", ".join(each) or "none" for each in (made, self.transforms)]
+                raise JointoptError(f"{path}: saved with transforms {told[0]}; this super-network has {told[1]}")
             if record is None or set(file.keys()) != set(own):
                 raise JointoptError(f"{path}: not a saved super-network of this model")
             for name in file.keys():  # noqa: SIM118 - safetensors' own
@@ -403,6 +448,7 @@ class Supernet:
                     raise JointoptError(f"{path}: {name} has shape {found}; this model's has {wanted}")
                 own[name].data.copy_(tensor)
         self._leaving, self.trained, self.calibrated = record["leaving"], record["trained"], False
+        self._scaled = record.get("scaled", False)
         self._condition_space()
         self._forget()
 

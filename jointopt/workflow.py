@@ -143,13 +143,15 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     space = space_for_model(model, **config.space.options())
     if space.count() == 1:
         raise JointoptError("space: holds one genome, so there is nothing to search; allowed: two or more")
-    supernet = Supernet(model, space)
+    supernet = Supernet(model, space, transforms=config.transforms or ())
     if config.train is None:
         supernet.calibrate(prepared.inputs)
         return supernet
     output = Path(config.output)
     wanted = {key: config.record().get(key) for key in ("model", "data", "space", "train", "dtype")}
     wanted["seed"] = config.search.seed
+    if config.transforms:
+        wanted["transforms"] = config.transforms
     if _read_json(output / TRAINED) == wanted:
         supernet.load(output / WEIGHTS)
     elif console is None:

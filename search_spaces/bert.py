@@ -10,6 +10,7 @@ from search_spaces.family import (
     Branch,
     Family,
     Layer,
+    Link,
     Model,
     Part,
     SkipPostNormAttention,
@@ -41,6 +42,7 @@ def declare(model: Model) -> Family:
     blocks: list[Block] = []
     widths: list[Width] = []
     layers = [_embedding(model, root)]
+    links: list[Link] = []
     for index in range(len(model.get_submodule(f"{root}encoder.layer"))):
         name, path = f"block{index}", f"{root}encoder.layer.{index}"
         attention = model.get_submodule(f"{path}.attention.self")
@@ -72,6 +74,8 @@ def declare(model: Model) -> Family:
                 attention=True,
             )
         )
+        # The normalizations of a post-norm encoder feed the residual as well, so that their channels are no link.
+        links.append(Link(inputs[2], (out,), head_dim))
         up, down = f"{path}.intermediate.dense", f"{path}.output.dense"
         widths.append(
             Width(
@@ -91,7 +95,16 @@ def declare(model: Model) -> Family:
     if has_module(model, f"{root}pooler.dense"):
         layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
     layers.extend(_heads(model))
-    return Family("bert", tuple(blocks), tuple(widths), tuple(layers), configure, example_text, sequential=True)
+    return Family(
+        "bert",
+        tuple(blocks),
+        tuple(widths),
+        tuple(layers),
+        configure,
+        example_text,
+        sequential=True,
+        links=tuple(links),
+    )
 
 
 def _embedding(model: Model, root: str) -> Layer:

@@ -128,6 +128,47 @@ class Cache:
     block: str
 
 
+@dataclass(frozen=True)
+class Link:
+    """Channels that one module makes and others read, with nothing between them that a positive scale of each channel
+    would not pass through: so that a scale may move from the one into the others.
+
+    Attributes:
+        producer: a normalization, whose weight and bias carry the channels, or a layer, whose output rows do.
+        consumers: all that reads them: layers, as input columns.
+        head_dim: channels in a head, where heads are only ever summed on their way (values, into attention's output):
+            then they may also be rotated among themselves.
+        repeats: how many query heads read each head of the producer (GQA).
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    head_dim: int | None = None
+    repeats: int = 1
+
+    def read(self, channels: int) -> Tensor:
+        """Index of the producer's channel that each input column of a consumer reads, [channels x repeats]."""
+        heads = torch.arange(channels).reshape(-1, 1, self.head_dim or 1)
+        return heads.expand(-1, self.repeats, -1).flatten()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual stream that is read through normalizations alone, so that it may be rotated: one of constant width.
+
+    Attributes:
+        writers: layers whose output rows (an embedding's columns) add to it.
+        readers: each normalization (an RMSNorm, or a LayerNorm) with all that reads it, the last one too.
+        constants: paths of parameters that add to it, channels last: position embeddings, class tokens.
+        untie: gives the last reader a weight of its own where it shares the embedding's; None where none is shared.
+    """
+
+    writers: tuple[str, ...]
+    readers: tuple[Link, ...]
+    constants: tuple[str, ...] = ()
+    untie: Callable[[nn.Module], None] | None = None
+
+
 def unchanged(model: nn.Module, kept: Sequence[Block]) -> None:
     """The default `Family.configure`: a model whose forward pass reads no count of blocks."""
 
@@ -143,6 +184,8 @@ class Family:
         caches: of models that generate text.
         sequential: True where the blocks run one after the other with nothing in between, and hand on nothing but the
             hidden state: sub-networks that agree on their first blocks can then share what these compute.
+        links: where scales of channels may move (SmoothQuant, AWQ), and which heads may be rotated.
+        stream: the residual stream, where it may be rotated.
     """
 
     name: str
@@ -153,6 +196,8 @@ class Family:
     example: Callable[[nn.Module], dict[str, Tensor]] | None = None
     caches: tuple[Cache, ...] = ()
     sequential: bool = False
+    links: tuple[Link, ...] = ()
+    stream: Stream | None = None
 
     def block(self, name: str) -> Block:
         return next(block for block in self.blocks if block.name == name)
@@ -238,6 +283,8 @@ def check(family: Family, model: nn.Module) -> None:
                     f"{family.name}: {part.module} has {found} {side}; width {width.gene!r} declares "
                     f"{width.units} units of {part.channels}"
                 )
+    for link in (*family.links, *(family.stream.readers if family.stream else ())):
+        _check_link(family, model, link)
     paths = [block.path for block in family.blocks] + [layer.path for layer in family.layers]
     for path in paths + [cache.attention for cache in family.caches]:
         if not has_module(model, path):
@@ -247,6 +294,19 @@ def check(family: Family, model: nn.Module) -> None:
         if not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             raise JointoptError(
                 f"{layer.path}: {type(module).__name__} cannot be quantized; allowed: Linear, Conv2d, Embedding"
+            )
+
+
+def _check_link(family: Family, model: nn.Module, link: Link) -> None:
+    for path in (link.producer, *link.consumers):
+        if not has_module(model, path):
+            raise JointoptError(f"{family.name}: a link names {path!r}, which the model lacks")
+    made = extent(model.get_submodule(link.producer), "rows") * link.repeats
+    for path in link.consumers:
+        found = extent(model.get_submodule(path), "columns")
+        if found != made or made % (link.head_dim or 1):
+            raise JointoptError(
+                f"{family.name}: {path} reads {found} channels; the link from {link.producer} has {made}"
             )
 
 

@@ -14,10 +14,12 @@ from search_spaces.family import (
     Cache,
     Family,
     Layer,
+    Link,
     Model,
     Part,
     SkipAttention,
     SkipBranch,
+    Stream,
     Width,
     example_text,
     has_module,
@@ -41,6 +43,7 @@ def declare(model: Model) -> Family:
     groups, head_dim = config.num_key_value_heads, model.get_submodule(f"{root}layers.0.self_attn").head_dim
     heads_per_group = config.num_attention_heads // groups
     blocks, widths, layers, caches = [], [], [_embedding(model, root)], []
+    links, readers, writers = [], [], [layers[0].path]
     for index in range(len(model.get_submodule(f"{root}layers"))):
         name, path = f"block{index}", f"{root}layers.{index}"
         attention, mlp = f"{path}.self_attn", f"{path}.mlp"
@@ -83,6 +86,11 @@ def declare(model: Model) -> Family:
             )
         )
         caches.append(Cache(f"{name}.cache", attention, f"{name}.heads", name))
+        readers.append(Link(f"{path}.input_layernorm", tuple(f"{attention}.{m}_proj" for m in "qkv")))
+        readers.append(Link(f"{path}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")))
+        links.append(Link(f"{attention}.v_proj", (f"{attention}.o_proj",), head_dim, heads_per_group))
+        links.append(Link(f"{mlp}.up_proj", (f"{mlp}.down_proj",)))
+        writers += [f"{attention}.o_proj", f"{mlp}.down_proj"]
         for projection, members in {"qkv": "qkv", "out": "o"}.items():
             for member in members:
                 layers.append(
@@ -95,8 +103,30 @@ def declare(model: Model) -> Family:
     for head in ("score", "classifier"):
         if has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear):
             layers.append(Layer("head", head, "head"))
-    found = tuple(blocks), tuple(widths), tuple(layers)
-    return Family("llama", *found, configure, example_text, tuple(caches), sequential=True)
+    last = next((h for h in ("lm_head", "score", "classifier") if has_module(model, h)), None)
+    stream = None
+    if last is not None and isinstance(model.get_submodule(last), nn.Linear):
+        untie = _untie if layers[0].tied else None
+        stream = Stream(tuple(writers), (*readers, Link(f"{root}norm", (last,))), untie=untie)
+    links += readers
+    return Family(
+        "llama",
+        tuple(blocks),
+        tuple(widths),
+        tuple(layers),
+        configure,
+        example_text,
+        tuple(caches),
+        sequential=True,
+        links=tuple(links),
+        stream=stream,
+    )
+
+
+def _untie(model: Model) -> None:
+    """The embedding feeds the stream, the head reads it through the last normalization: rotated, they differ."""
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
 
 def _embedding(model: Model, root: str) -> Layer:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError
-from search_spaces.family import Block, Family, Layer, Model, Part, Width, has_module, unchanged
+from search_spaces.family import Block, Family, Layer, Link, Model, Part, Width, has_module, unchanged
 from search_spaces.vit import example_timm
 
 MODEL_TYPES = ("resnet",)
@@ -23,10 +23,11 @@ MODEL_TYPES = ("resnet",)
 
 @dataclass(frozen=True)
 class _Names:
-    """Where one library keeps a block's convolutions (each with its normalization) and its shortcut."""
+    """Where one library keeps a block's convolutions (each with its normalization and activation) and its shortcut."""
 
     path: str
     convolutions: tuple[tuple[str, str], ...]
+    activations: tuple[str, ...]
     shortcut: tuple[str, str] | None
 
 
@@ -45,7 +46,8 @@ def _hf_block(model: Model, path: str) -> _Names:
     count = len(model.get_submodule(f"{path}.layer"))
     convolutions = tuple((f"{path}.layer.{i}.convolution", f"{path}.layer.{i}.normalization") for i in range(count))
     shortcut = (f"{path}.shortcut.convolution", f"{path}.shortcut.normalization")
-    return _Names(path, convolutions, shortcut if has_module(model, shortcut[0]) else None)
+    activations = tuple(f"{path}.layer.{i}.activation" for i in range(count))
+    return _Names(path, convolutions, activations, shortcut if has_module(model, shortcut[0]) else None)
 
 
 def _configure(model: Model, kept: Sequence[Block]) -> None:
@@ -80,7 +82,8 @@ def declare_timm(model: Model) -> Family:
                 raise JointoptError(f"model: {path}.{grouped[0]} is a grouped convolution; allowed: groups=1")
             count = 2 if type(block) is BasicBlock else 3
             convolutions = tuple((f"{path}.conv{i}", f"{path}.bn{i}") for i in range(1, count + 1))
-            blocks.append(_Names(path, convolutions, _timm_shortcut(path, block.downsample)))
+            activations = tuple(f"{path}.act{i}" for i in range(1, count + 1))
+            blocks.append(_Names(path, convolutions, activations, _timm_shortcut(path, block.downsample)))
         stages.append(blocks)
     last = next(name for name, m in reversed(list(model.conv1.named_modules())) if isinstance(m, nn.Conv2d))
     stem = ("conv1" + (f".{last}" if last else ""), "bn1")
@@ -106,7 +109,7 @@ def _family(
     attributes: tuple[tuple[str, str, int], ...] = (),
 ) -> Family:
     has_head = has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear)
-    blocks, widths = [], []
+    blocks, widths, links = [], [], []
     layers = [Layer("stem", stem[0], "stem")]
     for number, stage in enumerate(stages, 1):
         following = stages[number] if number < len(stages) else None
@@ -119,6 +122,7 @@ def _family(
             block = f"stage{number}.block{index}"
             blocks.append(Block(block, names.path, f"stage{number}.depth", removable=index > 0))
             widths.extend(_inner_widths(model, block, names))
+            links.extend(_links(model, names))
             for i, (convolution, _) in enumerate(names.convolutions, 1):
                 layers.append(Layer(f"{block}.conv{i}", convolution, f"{block}.conv{i}", block))
             if names.shortcut:
@@ -132,7 +136,18 @@ def _family(
         tuple(layers),
         configure,
         example,
+        links=tuple(links),
     )
+
+
+def _links(model: Model, names: _Names) -> list[Link]:
+    """Between a block's convolutions: a ReLU hands on what its input is scaled by (Nagel et al., arXiv 1906.04721)."""
+    pairs = zip(names.convolutions, names.convolutions[1:], names.activations, strict=False)
+    return [
+        Link(before[1], (after[0],))
+        for before, after, activation in pairs
+        if isinstance(model.get_submodule(activation), nn.ReLU)
+    ]
 
 
 def _stage_width(

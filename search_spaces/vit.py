@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -13,10 +14,12 @@ from search_spaces.family import (
     Branch,
     Family,
     Layer,
+    Link,
     Model,
     Part,
     SkipAttention,
     SkipBranch,
+    Stream,
     Width,
     has_module,
 )
@@ -30,6 +33,7 @@ def declare(model: Model) -> Family:
     root = next((f"{base}." for base in MODEL_TYPES if has_module(model, base)), "")
     patches = f"{root}embeddings.patch_embeddings.projection"
     blocks, widths, layers = [], [], [Layer("embedding", patches, "embedding")]
+    links, readers, writers = [], [], [patches]
     for index in range(len(model.get_submodule(f"{root}layers"))):
         name, path = f"block{index}", f"{root}layers.{index}"
         attention, mlp = f"{path}.attention", f"{path}.mlp"
@@ -48,13 +52,38 @@ def declare(model: Model) -> Family:
         widths.append(_heads(name, module.num_attention_heads, module.head_dim, inputs, f"{attention}.o_proj"))
         widths.append(_mlp(model, name, f"{mlp}.fc1", f"{mlp}.fc2"))
         layers.extend(_block_layers(name, inputs, f"{attention}.o_proj", f"{mlp}.fc1", f"{mlp}.fc2"))
+        readers += [Link(f"{path}.layernorm_before", inputs), Link(f"{path}.layernorm_after", (f"{mlp}.fc1",))]
+        links.append(Link(inputs[2], (f"{attention}.o_proj",), module.head_dim))
+        writers += [f"{attention}.o_proj", f"{mlp}.fc2"]
     if has_module(model, f"{root}pooler.dense"):
         layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
     for path in ("classifier", "cls_classifier", "distillation_classifier"):
         if has_module(model, path) and isinstance(model.get_submodule(path), nn.Linear):
             name = "head" if path == "classifier" else "head." + path.partition("_")[0]
             layers.append(Layer(name, path, name, tokens=False))
-    return Family("vit", tuple(blocks), tuple(widths), tuple(layers), configure, _example_image, sequential=True)
+    heads = tuple(layer.path for layer in layers if layer.block is None and "classifier" in layer.path)
+    stream = None
+    if heads and not has_module(model, f"{root}pooler"):
+        added = ("cls_token", "distillation_token", "mask_token", "position_embeddings")
+        constants = (f"{root}embeddings.{name}" for name in added)
+        stream = _stream(model, writers, (*readers, Link(f"{root}layernorm", heads)), constants)
+    links += readers
+    return Family(
+        "vit",
+        tuple(blocks),
+        tuple(widths),
+        tuple(layers),
+        configure,
+        _example_image,
+        sequential=True,
+        links=tuple(links),
+        stream=stream,
+    )
+
+
+def _stream(model: Model, writers: Iterable[str], readers: tuple[Link, ...], constants: Iterable[str]) -> Stream:
+    there = dict(model.named_parameters())
+    return Stream(tuple(writers), readers, tuple(path for path in constants if path in there))
 
 
 def _heads(block: str, heads: int, head_dim: int, inputs: tuple[str, ...], out: str, attributes: tuple = ()) -> Width:
@@ -126,6 +155,7 @@ def declare_timm(model: Model) -> Family:
     from timm.models.vision_transformer import Block as TimmBlock
 
     blocks, widths, layers = [], [], [Layer("embedding", "patch_embed.proj", "embedding")]
+    links, readers, writers = [], [], ["patch_embed.proj"]
     for index, module in enumerate(model.blocks):
         name, path = f"block{index}", f"blocks.{index}"
         attention = module.attn
@@ -161,9 +191,32 @@ def declare_timm(model: Model) -> Family:
         widths.append(_heads(name, attention.num_heads, attention.head_dim, inputs, out, attributes))
         widths.append(_mlp(model, name, up, down))
         layers.extend(_block_layers(name, inputs, out, up, down))
+        readers += [Link(f"{path}.norm1", inputs), Link(f"{path}.norm2", (up,))]
+        links.append(Link(inputs[2], (out,), attention.head_dim))
+        writers += [out, down]
     if isinstance(model.head, nn.Linear):
         layers.append(Layer("head", "head", "head", tokens=False))
-    return Family("timm_vit", tuple(blocks), tuple(widths), tuple(layers), example=example_timm, sequential=True)
+    links += readers
+    return Family(
+        "timm_vit",
+        tuple(blocks),
+        tuple(widths),
+        tuple(layers),
+        example=example_timm,
+        sequential=True,
+        links=tuple(links),
+        stream=_timm_stream(model, writers, readers),
+    )
+
+
+def _timm_stream(model: Model, writers: list[str], readers: list[Link]) -> Stream | None:
+    """None where something else than normalizations reads the stream, or scales what is written to it."""
+    last = [name for name in ("norm", "fc_norm") if isinstance(model.get_submodule(name), nn.LayerNorm)]
+    between = [model.norm_pre, model.patch_embed.norm, *(getattr(b, n) for b in model.blocks for n in ("ls1", "ls2"))]
+    plain = all(isinstance(module, nn.Identity) for module in between)
+    if len(last) != 1 or not plain or not isinstance(model.head, nn.Linear) or model.global_pool == "map":
+        return None
+    return _stream(model, writers, (*readers, Link(last[0], ("head",))), ("cls_token", "reg_token", "pos_embed"))
 
 
 def example_timm(model: Model) -> dict[str, Tensor]:
