@@ -125,3 +125,147 @@ def test_the_whole_model_computes_what_the_original_does_under_all_that_its_fami
     expected = logits(model, batch)
     with supernet.active(supernet.space.largest) as whole:
         torch.testing.assert_close(logits(whole, batch), expected, atol=5e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+def outliers(model: nn.Module) -> nn.Module:
+    """Channels of the residual stream a hundred times as large as others, and read by so much smaller weights."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, [5, 70]] *= 100
+        for name, module in model.named_modules():
+            if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")):
+                module.weight[:, [5, 70]] /= 100
+    return model
+
+
+def spread(supernet: Supernet, name: str) -> float:
+    """Largest ratio of a token's largest magnitude to its root mean square, over the inputs of the first q layer."""
+    seen: list[torch.Tensor] = []
+    with supernet.active(supernet.space.largest) as view:
+        view.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+        logits(view, batches(name)[0])
+    return float((seen[0].abs().amax(-1) / seen[0].square().mean(-1).sqrt()).max())
+
+
+def divergence(supernet: Supernet, expected: torch.Tensor, scheme: str) -> float:
+    chosen = supernet.space.decode(supernet.space.largest)
+    genome = supernet.space.encode(
+        {k: scheme if k.startswith("block") and k.endswith(".precision") else v for k, v in chosen.items()}
+    )
+    with supernet.active(genome) as view:
+        found = logits(view, batches("llama_untied", seed=1)[0]).log_softmax(-1)
+    return float((expected.log_softmax(-1).exp() * (expected.log_softmax(-1) - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("transform", "scheme"), [("rotate", "W8A8_STATIC"), ("smooth", "W8A8")])
+def test_outliers_in_the_residual_stream_cost_less(transform, scheme):
+    model = outliers(make("llama_untied"))
+    space = SearchSpace.for_model(model, schemes=["none", scheme], preset="fixed")
+    expected = logits(model, batches("llama_untied", seed=1)[0])
+    plain, better = Supernet(model, space), Supernet(model, space, transforms=[transform])
+    for supernet in (plain, better):
+        supernet.calibrate(batches("llama_untied"))
+    assert spread(better, "llama_untied") < 0.7 * spread(plain, "llama_untied")
+    assert divergence(better, expected, scheme) < 0.7 * divergence(plain, expected, scheme)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama_tied", "bert", "vit", "timm_vit", "resnet"])
+def test_an_export_is_the_sub_network_it_was_scored_as(name, tmp_path):
+    model = model_of(name)
+    allowed = [each for each in ALLOWED[name] if each != "smooth"]
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16", "FP8"])
+    supernet = Supernet(model, space, transforms=allowed)
+    supernet.calibrate(batches(name))
+    genome = space.sample(1, seed=3)[0]
+    batch = batches(name, seed=1)[0]
+
+    def quality(each: nn.Module) -> float:
+        return float(logits(each, batch).square().mean())
+
+    with supernet.active(genome) as view:
+        expected = quality(view)
+    verification = jointopt.verify(jointopt.export(supernet, genome, tmp_path / name), quality)
+    assert verification.ok, verification.differences
+    assert verification.metrics["quality"] == pytest.approx(expected, rel=1e-3)
+    assert verification.size == supernet.costs(genome)["size"]
+
+
+def test_a_rotated_tied_head_gets_a_weight_of_its_own_in_the_embeddings_format():
+    model = make("llama_tied")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed")
+    supernet = Supernet(model, space, transforms=["rotate"])
+    table = model.lm_head.weight
+    largest = supernet.costs(space.largest)
+    assert largest["size"] - supernet.original_costs()["size"] == table.numel() * 4
+    assert supernet.original_costs() == Supernet(model, space).original_costs()
+    chosen = space.decode(space.largest) | {"embedding.precision": "W8A8"}
+    extracted = supernet.extract(space.encode(chosen))
+    assert {extracted.lm_head.scheme.name, extracted.model.embed_tokens.scheme.name} == {"W8A8"}
+    assert not extracted.config.tie_word_embeddings and model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.slow
+def test_a_uniform_rotated_sub_network_loads_as_the_stock_class(tmp_path):
+    model = make("llama_untied")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed")
+    supernet = Supernet(model, space, transforms=["rotate", "rotate_heads", "smooth"])
+    supernet.calibrate(batches("llama_untied"))
+    chosen = {g.name: "W8A8" if g.name.startswith("block") else "none" for g in space.genes}
+    folder = jointopt.export(supernet, space.encode(chosen), tmp_path / "small")
+    assert not (folder / "modeling_jointopt.py").exists()
+    assert jointopt.verify(folder).ok
+
+
+def test_scales_are_chosen_once_and_again_after_training(tmp_path):
+    model = model_of("llama_untied")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed")
+    supernet = Supernet(model, space, transforms=["rotate", "awq"])
+    supernet.calibrate(batches("llama_untied"))
+    fingerprint = supernet.fingerprint()
+    supernet.save(tmp_path / "supernet.safetensors")
+    again = Supernet(model, space, transforms=["awq", "rotate"])
+    again.load(tmp_path / "supernet.safetensors")
+    again.calibrate(batches("llama_untied"))
+    assert again.fingerprint() == fingerprint
+    again.finish_training()
+    again.calibrate(batches("llama_untied", seed=4))
+    assert again.fingerprint() != fingerprint
+
+
+def test_a_super_network_of_other_transforms_is_another_one(tmp_path):
+    model = make("llama_untied")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed")
+    plain, rotated = Supernet(model, space), Supernet(model, space, transforms=["rotate"])
+    assert plain.fingerprint() != rotated.fingerprint()
+    plain.save(tmp_path / "plain.safetensors")
+    with pytest.raises(JointoptError, match=r"saved with transforms none; this super-network has rotate"):
+        rotated.load(tmp_path / "plain.safetensors")
+
+
+def test_what_a_family_does_not_allow_is_refused_by_name():
+    def refused(name: str, *transforms: str) -> str:
+        model = make(name)
+        with pytest.raises(JointoptError) as caught:
+            Supernet(model, SearchSpace.for_model(model), transforms=transforms)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "rotate: this bert model has no residual stream" in refused("bert", "rotate")
+    assert "allowed here: smooth, awq" in refused("resnet", "rotate_heads")
+    assert "did you mean 'smooth'" in refused("bert", "smoth")
+    assert "smooth and awq" in refused("vit", "smooth", "awq")
+
+
+def test_batches_that_can_be_read_once_are_refused():
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model), transforms=["smooth"])
+    with pytest.raises(JointoptError, match="smooth reads the batches twice; found a generator; allowed: a list"):
+        supernet.calibrate(batch for batch in batches("vit"))
+
+
+def test_a_bias_of_a_layer_norm_needs_a_bias_to_go_into():
+    model = model_of("vit")
+    model.vit.layers[1].mlp.fc1.bias = None
+    with pytest.raises(JointoptError, match=r"rotate: vit\.layers\.1\.mlp\.fc1 has no bias"):
+        Supernet(model, SearchSpace.for_model(model, schemes=["none"], mlp=[128, 256]), transforms=["rotate"])

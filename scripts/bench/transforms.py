@@ -1,0 +1,237 @@
+"""What rotations and scalings of a model's weights do for its quality in low precision.
+
+    python scripts/assets.py assets smollm2 text minilm movies digits
+    python scripts/bench/transforms.py --assets assets --json transforms.json
+    python scripts/bench/transforms.py --assets assets --case smollm2 --tokens 2048
+
+Each case is one model; all layers inside its blocks are in one scheme, rounded to nearest, with ranges by min-max, and
+what is around the blocks is left alone. SmolLM2's perplexity on texts that it was not calibrated on (its weights were
+4 bits once, in groups of 32: formats with such groups look better than they are); the accuracy of MiniLM, fine-tuned
+for a few steps, of a ViT and of a small ResNet; and for all the KL divergence from the original's outputs. `kurtosis`
+is that of the inputs of a block's layers, the mean over layers (3: a normal distribution).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from jointopt import SearchSpace, Supernet
+from jointopt.evaluation import Batch, Quality
+from jointopt.importance import CalibrationPass
+from jointopt.models import load_model
+from jointopt.rows import DataSource
+from jointopt.tasks import TASKS
+from jointopt.tasks.metrics import every, quality_function
+
+LLM = ("none", "W8A8", "W8A8_STATIC", "NVFP4", "MXFP4", "W4A16", "W4A8")
+IMAGES = ("none", "W8A8", "W8A8_STATIC", "FP8", "NVFP4", "MXFP4", "W4A16")
+CONVOLUTIONS = ("none", "W8A8", "W8A8_STATIC", "FP8", "W4A16_CHANNEL")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with what it is calibrated and scored on, the schemes and the sets of transforms that are tried.
+
+    Attributes:
+        metric: beside "kl", which is always shown.
+        fold: whether BatchNorm's scales in the weights before it are tried too.
+    """
+
+    model: nn.Module
+    inputs: list[Batch]
+    quality: Quality
+    metric: str
+    schemes: tuple[str, ...]
+    transforms: tuple[tuple[str, ...], ...]
+    fold: bool = False
+
+
+def smollm2(options: argparse.Namespace) -> Case:
+    text, task = options.assets / "text", TASKS["causal-lm"]
+    loaded = load_model(str(options.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
+    calibrate = DataSource(str(text / "calibrate.txt"), samples=8, length=256)
+    evaluate = DataSource(str(text / "evaluate.txt"), samples=options.tokens // 256, length=256)
+    given, scored = (task.batches(source, loaded.processor, loaded.model, 2) for source in (calibrate, evaluate))
+    both = ("rotate", "rotate_heads")
+    sets = ((), ("smooth",), ("awq",), ("rotate_heads",), ("rotate",), both, (*both, "smooth"), (*both, "awq"))
+    return Case(loaded.model, unlabelled(given), task.quality(scored, loaded.model), "perplexity", LLM, sets)
+
+
+def minilm(options: argparse.Namespace) -> Case:
+    movies, task = options.assets / "movies", TASKS["text-classification"]
+    torch.manual_seed(0)
+    loaded = load_model(str(options.assets / "minilm"), task.name, device="cpu", dtype="float32")
+
+    def batches(name: str, samples: int) -> list[Batch]:
+        source = DataSource(str(movies / f"{name}.csv"), samples=samples, length=48)
+        return task.batches(source, loaded.processor, loaded.model, 32)
+
+    train(loaded.model, batches("train", 32 * options.steps), 1e-4)
+    sets = ((), ("smooth",), ("awq",), ("rotate_heads",), ("rotate_heads", "smooth"), ("rotate_heads", "awq"))
+    quality = task.quality(batches("valid", 400), loaded.model)
+    return Case(loaded.model, unlabelled(batches("train", 128)), quality, "accuracy", LLM, sets)
+
+
+def vit(options: argparse.Namespace) -> Case:
+    task = TASKS["image-classification"]
+    loaded = load_model(str(options.assets / "vit-digits"), task.name, device="cpu", dtype="float32")
+
+    def batches(name: str, samples: int) -> list[Batch]:
+        source = DataSource(str(options.assets / "digits" / name), samples=samples)
+        return task.batches(source, loaded.processor, loaded.model, 64)
+
+    both = ("rotate", "rotate_heads")
+    sets = ((), ("smooth",), ("awq",), ("rotate",), both, (*both, "smooth"))
+    quality = task.quality(batches("evaluate", 300), loaded.model)
+    return Case(loaded.model, unlabelled(batches("train", 256)), quality, "accuracy", IMAGES, sets)
+
+
+def resnet(options: argparse.Namespace) -> Case:
+    digits = load_digits()
+    pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    pixels = nn.functional.interpolate(pixels, size=32, mode="bilinear").expand(-1, 3, -1, -1)
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [2, 2], "num_labels": 10}
+    model = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="bottleneck"))
+
+    def batches(indices: Tensor) -> list[Batch]:
+        return [{"pixel_values": pixels[part], "labels": labels[part]} for part in indices.split(64)]
+
+    parts = batches(order[:1200])
+    train(model, [parts[step % len(parts)] for step in range(5 * len(parts))], 2e-3)
+    quality = quality_function(batches(order[1200:]), every, ("accuracy", "kl"), model)
+    sets = ((), ("smooth",), ("awq",))
+    return Case(model, unlabelled(batches(order[:256])), quality, "accuracy", CONVOLUTIONS, sets, fold=True)
+
+
+def train(model: nn.Module, batches: Iterable[Batch], learning_rate: float) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    model.train()
+    for batch in batches:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+def unlabelled(batches: Iterable[Batch]) -> list[Batch]:
+    return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
+
+
+CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
+    "smollm2": smollm2,
+    "minilm": minilm,
+    "vit": vit,
+    "resnet": resnet,
+}
+
+
+class Moments:
+    """Kurtosis of a layer's inputs, over all tokens and channels."""
+
+    def __init__(self) -> None:
+        self.count, self.second, self.fourth = 0, 0.0, 0.0
+
+    def observe(self, hidden: Tensor) -> None:
+        squares = hidden.double().square()
+        self.count += squares.numel()
+        self.second += float(squares.sum())
+        self.fourth += float(squares.square().sum())
+
+    @property
+    def kurtosis(self) -> float:
+        return self.fourth * self.count / self.second**2
+
+
+def kurtosis(supernet: Supernet, inputs: Iterable[Batch]) -> float:
+    """Mean over the layers of the blocks (about zero, where a quantizer's range is centred)."""
+    moments = {layer.path: [Moments()] for layer in supernet.family.layers if layer.block}
+    CalibrationPass(supernet.model, supernet.family, moments).run(inputs)
+    return sum(each.kurtosis for (each,) in moments.values()) / len(moments)
+
+
+@torch.no_grad()
+def fold_batch_norm(model: nn.Module) -> None:
+    """BatchNorm's scale into the rows of the convolution before it, in place; its statistics follow, the function
+    stays. It is what folding does to the weights that are quantized."""
+    for block in model.modules():
+        convolution, norm = getattr(block, "convolution", None), getattr(block, "normalization", None)
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            convolution.weight.mul_(scale[:, None, None, None])
+            norm.running_mean.mul_(scale)
+            norm.running_var.copy_(norm.weight.square() - norm.eps)
+            norm.weight.abs_()
+
+
+def uniform(supernet: Supernet, scheme: str) -> object:
+    """The whole model, all layers of its blocks in one scheme where they can take it, those around them as they are."""
+    space, inside = supernet.space, {block.name for block in supernet.family.blocks}
+    chosen = space.decode(space.largest)
+    for gene in space.genes:
+        if gene.name.endswith(".precision"):
+            wanted = scheme if any(gene.name.startswith(f"{name}.") for name in inside) else "none"
+            chosen[gene.name] = wanted if wanted in gene.choices else "none"
+    return space.encode(chosen)
+
+
+def rows(name: str, case: Case) -> Iterable[dict[str, object]]:
+    space = SearchSpace.for_model(case.model, schemes=case.schemes, preset="fixed")
+    tried = [(each, False) for each in case.transforms] + ([((), True)] if case.fold else [])
+    for transforms, fold in tried:
+        supernet = Supernet(case.model, space, transforms=transforms, bank_bytes=10**6)
+        if fold:
+            fold_batch_norm(supernet.model)
+        supernet.calibrate(case.inputs)
+        said = "BatchNorm folded" if fold else " ".join(transforms) or "as it is"
+        yield row(name, f"{said}: MB", supernet.costs(space.largest)["size"] / 1e6)
+        yield row(name, f"{said}: kurtosis", kurtosis(supernet, case.inputs))
+        for scheme in case.schemes:
+            with supernet.active(uniform(supernet, scheme)) as view, torch.no_grad():
+                metrics = case.quality(view)
+            better = "higher" if case.metric == "accuracy" else "lower"
+            yield row(name, f"{said}: {scheme}: {case.metric}", metrics[case.metric], better)
+            yield row(name, f"{said}: {scheme}: kl", metrics["kl"])
+
+
+def row(case: str, measure: str, value: float, better: str = "lower") -> dict[str, object]:
+    print(f"{case}: {measure}: {value:.5g}", flush=True)
+    return {"case": case, "measure": measure, "value": float(value), "aim": None, "better": better}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--tokens", type=int, default=1024, help="of SmolLM2's evaluation")
+    parser.add_argument("--steps", type=int, default=60, help="of MiniLM's fine-tuning")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found: list[dict[str, object]] = []
+    for name in options.case or CASES:
+        found += rows(name, CASES[name](options))
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1))
+    table = Table(title="transforms")
+    for column in ("case", "measure", "value"):
+        table.add_column(column)
+    for each in found:
+        table.add_row(str(each["case"]), str(each["measure"]), f"{each['value']:.5g}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
