@@ -159,7 +159,7 @@ class Moments:
 def kurtosis(supernet: Supernet, inputs: Iterable[Batch]) -> float:
     """Mean over the layers of the blocks (about zero, where a quantizer's range is centred)."""
     moments = {layer.path: [Moments()] for layer in supernet.family.layers if layer.block}
-    CalibrationPass(supernet.model, supernet.family, moments).run(inputs)
+    CalibrationPass(supernet.model, supernet.family, moments, {}).run(inputs)
     return sum(each.kurtosis for (each,) in moments.values()) / len(moments)
 
 
