@@ -2,13 +2,14 @@
 
     python scripts/assets.py assets smollm2 text minilm movies digits
     python scripts/bench/transforms.py --assets assets --json transforms.json
-    python scripts/bench/transforms.py --assets assets --case smollm2 --tokens 2048
+    python scripts/bench/transforms.py --assets assets --case smollm2 --tokens 2048 --smollm2 FINE-TUNED
 
 Each case is one model; all layers inside its blocks are in one scheme, rounded to nearest, with ranges by min-max, and
 what is around the blocks is left alone. SmolLM2's perplexity on texts that it was not calibrated on (its weights were
-4 bits once, in groups of 32: formats with such groups look better than they are); the accuracy of MiniLM, fine-tuned
-for a few steps, of a ViT and of a small ResNet; and for all the KL divergence from the original's outputs. `kurtosis`
-is that of the inputs of a block's layers, the mean over layers (3: a normal distribution).
+4 bits once, in groups of 32: formats with such groups look better than they are, and a rotation leaves that grid;
+so the inputs are also quantized alone, the weights as they are); the accuracy of MiniLM, fine-tuned for a few steps,
+of a ViT and of a small ResNet; and for all the KL divergence from the original's outputs. `kurtosis` is that of the
+inputs of a block's layers: the mean over layers, and over those that read a normalization (3: a normal distribution).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,8 +35,11 @@ from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
 from jointopt.tasks.metrics import every, quality_function
+from quant.formats import SCHEMES, Format
+from quant.reference import fake_quantize_activation
 
-LLM = ("none", "W8A8", "W8A8_STATIC", "NVFP4", "MXFP4", "W4A16", "W4A8")
+LLM = ("none", "W8A8", "W8A8_STATIC", "W4A4", "NVFP4", "MXFP4", "W4A16")
+INPUTS = ("W4A4", "MXFP4")
 IMAGES = ("none", "W8A8", "W8A8_STATIC", "FP8", "NVFP4", "MXFP4", "W4A16")
 CONVOLUTIONS = ("none", "W8A8", "W8A8_STATIC", "FP8", "W4A16_CHANNEL")
 
@@ -59,7 +64,7 @@ class Case:
 
 def smollm2(options: argparse.Namespace) -> Case:
     text, task = options.assets / "text", TASKS["causal-lm"]
-    loaded = load_model(str(options.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
+    loaded = load_model(str(options.smollm2 or options.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
     calibrate = DataSource(str(text / "calibrate.txt"), samples=8, length=256)
     evaluate = DataSource(str(text / "evaluate.txt"), samples=options.tokens // 256, length=256)
     given, scored = (task.batches(source, loaded.processor, loaded.model, 2) for source in (calibrate, evaluate))
@@ -71,13 +76,14 @@ def smollm2(options: argparse.Namespace) -> Case:
 def minilm(options: argparse.Namespace) -> Case:
     movies, task = options.assets / "movies", TASKS["text-classification"]
     torch.manual_seed(0)
-    loaded = load_model(str(options.assets / "minilm"), task.name, device="cpu", dtype="float32")
+    loaded = load_model(str(options.minilm or options.assets / "minilm"), task.name, device="cpu", dtype="float32")
 
     def batches(name: str, samples: int) -> list[Batch]:
         source = DataSource(str(movies / f"{name}.csv"), samples=samples, length=48)
         return task.batches(source, loaded.processor, loaded.model, 32)
 
-    train(loaded.model, batches("train", 32 * options.steps), 1e-4)
+    if not options.minilm:
+        train(loaded.model, batches("train", 32 * options.steps), 1e-4)
     sets = ((), ("smooth",), ("awq",), ("rotate_heads",), ("rotate_heads", "smooth"), ("rotate_heads", "awq"))
     quality = task.quality(batches("valid", 400), loaded.model)
     return Case(loaded.model, unlabelled(batches("train", 128)), quality, "accuracy", LLM, sets)
@@ -156,11 +162,28 @@ class Moments:
         return self.fourth * self.count / self.second**2
 
 
-def kurtosis(supernet: Supernet, inputs: Iterable[Batch]) -> float:
-    """Mean over the layers of the blocks (about zero, where a quantizer's range is centred)."""
-    moments = {layer.path: [Moments()] for layer in supernet.family.layers if layer.block}
+def kurtosis(supernet: Supernet, inputs: Iterable[Batch]) -> tuple[float, float]:
+    """Means over the layers of the blocks, and over those that read a normalization (about zero, where a quantizer's
+    range is centred)."""
+    moments: dict[str, list] = {layer.path: [Moments()] for layer in supernet.family.layers if layer.block}
     CalibrationPass(supernet.model, supernet.family, moments, {}).run(inputs)
-    return sum(each.kurtosis for (each,) in moments.values()) / len(moments)
+    links = supernet.family.links
+    normal = {path for link in links for path in link.consumers if "norm" in link.producer.rpartition(".")[2]}
+    means = []
+    for paths in (set(moments), normal & set(moments)):
+        means.append(sum(moments[path][0].kurtosis for path in paths) / max(1, len(paths)))
+    return means[0], means[1]
+
+
+def with_inputs_in(view: nn.Module, paths: Iterable[str], form: Format) -> nn.Module:
+    """The view with the inputs of these layers rounded, and their weights as they are."""
+
+    def hook(module: nn.Module, args: tuple) -> tuple:
+        return (fake_quantize_activation(args[0], form), *args[1:])
+
+    for path in paths:
+        view.get_submodule(path).register_forward_pre_hook(hook)
+    return view
 
 
 @torch.no_grad()
@@ -168,7 +191,8 @@ def fold_batch_norm(model: nn.Module) -> None:
     """BatchNorm's scale into the rows of the convolution before it, in place; its statistics follow, the function
     stays. It is what folding does to the weights that are quantized."""
     for block in model.modules():
-        convolution, norm = getattr(block, "convolution", None), getattr(block, "normalization", None)
+        convolution: Any = getattr(block, "convolution", None)
+        norm: Any = getattr(block, "normalization", None)
         if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             scale = norm.weight / (norm.running_var + norm.eps).sqrt()
             convolution.weight.mul_(scale[:, None, None, None])
@@ -188,9 +212,9 @@ def uniform(supernet: Supernet, scheme: str) -> object:
     return space.encode(chosen)
 
 
-def rows(name: str, case: Case) -> Iterable[dict[str, object]]:
+def rows(name: str, case: Case, only: list[tuple[str, ...]]) -> Iterable[dict[str, object]]:
     space = SearchSpace.for_model(case.model, schemes=case.schemes, preset="fixed")
-    tried = [(each, False) for each in case.transforms] + ([((), True)] if case.fold else [])
+    tried = [(each, False) for each in only or case.transforms] + ([((), True)] if case.fold else [])
     for transforms, fold in tried:
         supernet = Supernet(case.model, space, transforms=transforms, bank_bytes=10**6)
         if fold:
@@ -198,7 +222,15 @@ def rows(name: str, case: Case) -> Iterable[dict[str, object]]:
         supernet.calibrate(case.inputs)
         said = "BatchNorm folded" if fold else " ".join(transforms) or "as it is"
         yield row(name, f"{said}: MB", supernet.costs(space.largest)["size"] / 1e6)
-        yield row(name, f"{said}: kurtosis", kurtosis(supernet, case.inputs))
+        every_layer, behind_norms = kurtosis(supernet, case.inputs)
+        yield row(name, f"{said}: kurtosis", every_layer)
+        yield row(name, f"{said}: kurtosis behind normalizations", behind_norms)
+        for scheme in INPUTS if "W4A4" in case.schemes else ():
+            form, paths = SCHEMES[scheme].activations, [layer.path for layer in supernet.family.layers if layer.block]
+            assert form is not None
+            with supernet.active(uniform(supernet, "none")) as view, torch.no_grad():
+                metrics = case.quality(with_inputs_in(view, paths, form))
+            yield row(name, f"{said}: inputs alone as in {scheme}: kl", metrics["kl"])
         for scheme in case.schemes:
             with supernet.active(uniform(supernet, scheme)) as view, torch.no_grad():
                 metrics = case.quality(view)
@@ -218,11 +250,14 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--tokens", type=int, default=1024, help="of SmolLM2's evaluation")
     parser.add_argument("--steps", type=int, default=60, help="of MiniLM's fine-tuning")
+    parser.add_argument("--transforms", action="append", help="as in 'rotate smooth'; default: a case's own sets")
+    parser.add_argument("--smollm2", type=Path, help="folder of a fine-tuned one in place of the asset")
+    parser.add_argument("--minilm", type=Path, help="folder of a fine-tuned one, which is then not trained")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found: list[dict[str, object]] = []
     for name in options.case or CASES:
-        found += rows(name, CASES[name](options))
+        found += rows(name, CASES[name](options), [tuple(each.split()) for each in options.transforms or ()])
         if options.json:
             options.json.write_text(json.dumps(found, indent=1))
     table = Table(title="transforms")
