@@ -185,7 +185,7 @@ def scale_links(
     if method == "awq":
         links = [link for link in links if set(link.consumers) <= set(formats)]
     observers: dict[str, list[Any]] = {link.consumers[0]: [ChannelObserver()] for link in links}
-    if not CalibrationPass(model, family, observers, {}).run(batches):
+    if not CalibrationPass(model, family, observers, {}, {}).run(batches):
         raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
     for link in links:
         seen = observers[link.consumers[0]][0]
