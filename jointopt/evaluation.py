@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,31 +20,73 @@ from quant.errors import JointoptError
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
-Quality = Callable[[nn.Module], Any]
-"""Model -> a number ("quality", higher is better), or a mapping of metrics to numbers."""
+Quality = Callable[..., Any]
+"""Model -> a number ("quality", higher is better), or a mapping of metrics to numbers, `Metrics` among them. One that
+takes a keyword `samples` can be asked for the metrics on its first so many samples, the same for every model; without
+it, or where that is None, on all."""
 
 Batch = Mapping[str, Any]
 """What a model's forward takes, by name; "labels" beside it are for losses and metrics."""
 
 
+class Metrics(dict[str, float]):
+    """Metrics by name, and the standard errors of those that are means over samples.
+
+    Attributes:
+        errors: name -> standard error; how far the value would move if other samples of the kind were drawn.
+    """
+
+    def __init__(self, values: Mapping[str, float], errors: Mapping[str, float] | None = None):
+        super().__init__(values)
+        self.errors = dict(errors or {})
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of one genome: metrics and costs, or the reason why not."""
+    """What came of one genome: metrics and costs, or the reason why not.
+
+    Attributes:
+        errors: metric -> standard error, of those that have one.
+        samples: number of samples that were asked for, None for all.
+    """
 
     metrics: dict[str, float] | None
     failed: str | None
     seconds: float
+    errors: dict[str, float] = field(default_factory=dict)
+    samples: int | None = None
 
 
-def measured(quality: Quality, model: nn.Module) -> dict[str, float]:
+def takes_samples(quality: Quality) -> bool:
+    """Whether the function can be asked for the metrics on a part of its data."""
+    try:
+        return "samples" in inspect.signature(quality).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def measured(quality: Quality, model: nn.Module, samples: int | None = None) -> Metrics:
     """The user's function as metrics by name, without gradients.
 
+    Args:
+        samples: how many the function is asked for, None for all. It must take them.
+
     Raises:
-        JointoptError: it returned something else than finite numbers, or one by the name of a cost.
+        JointoptError: it returned something else than finite numbers, or one by the name of a cost, or an error that
+            is negative or of no metric.
     """
     with torch.no_grad():
-        found = quality(model)
-    metrics = dict(found) if isinstance(found, Mapping) else {"quality": found}
+        found = quality(model) if samples is None else quality(model, samples=samples)
+    metrics = _numbers(found if isinstance(found, Mapping) else {"quality": found})
+    errors = _numbers(getattr(found, "errors", None) or {})
+    for name, value in errors.items():
+        if name not in metrics or value < 0:
+            raise JointoptError(f"quality returned an error of {value} for {name!r}; allowed: from 0, of its metrics")
+    return Metrics(metrics, errors)
+
+
+def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    metrics = dict(found)
     for name, value in metrics.items():
         if name in COSTS:
             raise JointoptError(f"quality returned {name!r}, which is a cost; allowed: metrics of any other name")
@@ -57,18 +100,19 @@ def measured(quality: Quality, model: nn.Module) -> dict[str, float]:
     return metrics
 
 
-def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evaluation:
-    """One real measurement. What the user's function raises is recorded, not raised; Ctrl-C goes through."""
+def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality, samples: int | None = None) -> Evaluation:
+    """One real measurement, on all of the function's samples or the first so many. What the user's function raises is
+    recorded, not raised; Ctrl-C goes through."""
     started = time.perf_counter()
     try:
         with supernet.active(genome) as model:
-            metrics = measured(quality, model)
+            metrics = measured(quality, model, samples)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-        return Evaluation(None, reason, time.perf_counter() - started)
+        return Evaluation(None, reason, time.perf_counter() - started, samples=samples)
     seconds = time.perf_counter() - started
     costs = {name: float(value) for name, value in supernet.costs(genome).items()}
-    return Evaluation({**costs, **metrics}, None, seconds)
+    return Evaluation({**costs, **metrics}, None, seconds, metrics.errors, samples)
 
 
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
