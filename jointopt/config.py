@@ -68,6 +68,7 @@ class Data(_Section):
         train: for the super-network's training.
         calibrate: a few samples for ranges and importance (default: those of `train`).
         evaluate: what every genome is scored on.
+        test: what the front is scored on again when the search has ended, which never sees it.
         batch_size: samples in one forward pass of calibration and evaluation (default: 32, of a language model 4).
         length: tokens in a text at most, or in a chunk of running text (default: what the model takes, 512 at most).
     """
@@ -75,6 +76,7 @@ class Data(_Section):
     train: SourceOrPath | None = None
     calibrate: SourceOrPath | None = None
     evaluate: SourceOrPath | None = None
+    test: SourceOrPath | None = None
     batch_size: Positive | None = None
     length: Annotated[int, Field(ge=2)] | None = None
 
@@ -253,6 +255,10 @@ class Config(_Section):
             raise ValueError(f"neither task nor quality; allowed: {', '.join(TASKS)}; or quality: package.function")
         if self.quality is None and self.data.evaluate is None:
             raise ValueError("no data.evaluate; allowed: what every genome is scored on, a path or a hub id")
+        if self.data.test is not None and self.data.test == self.data.evaluate:
+            raise ValueError("data.test is data.evaluate; allowed: samples that the search does not see")
+        if self.quality is not None and self.data.test is not None:
+            raise ValueError("data.test with quality, which has its own data; allowed: one of them")
         if self.data.calibrate is None and self.data.train is None:
             raise ValueError("neither data.calibrate nor data.train; allowed: a path or a hub id")
         if self.train is not None and self.data.train is None:
@@ -263,7 +269,7 @@ class Config(_Section):
         return self
 
     def source(self, entry: str, samples: int | None = None) -> DataSource:
-        """data.train, data.calibrate (or data.train in its place) or data.evaluate; `samples` where it has none."""
+        """data.train, .calibrate (or .train in its place), .evaluate or .test; `samples` where it has none."""
         if entry == "calibrate" and self.data.calibrate is None:
             given, key = self.data.train, "data.train"
         else:
@@ -277,6 +283,7 @@ class Config(_Section):
         """What determines a study's values, as JSON can hold it: what must not change when it is resumed."""
         content = self.model_dump(exclude_none=True, exclude={"choose", "finish", "output", "device"})
         content["search"].pop("evaluations")
+        content["data"].pop("test", None)
         return content
 
     def to_yaml(self) -> str:

@@ -89,38 +89,41 @@ class SharedEvaluator:
         self.quality = quality
         self.memory_bytes = memory_bytes
 
-    def evaluate(self, genomes: np.ndarray) -> Iterator[tuple[int, Evaluation]]:
-        """(index into `genomes`, its evaluation), as each ends, in `evaluation_order`."""
+    def evaluate(self, genomes: np.ndarray, samples: int | None = None) -> Iterator[tuple[int, Evaluation]]:
+        """(index into `genomes`, its evaluation), as each ends, in `evaluation_order`; on the first `samples` of a
+        quality function that takes them, on all for None."""
         order = evaluation_order(self.supernet, genomes)
         if not can_share(self.supernet):
             for index in order.tolist():
-                yield index, evaluate(self.supernet, genomes[index], self.quality)
+                yield index, evaluate(self.supernet, genomes[index], self.quality, samples)
             return
         plans = [self.supernet.plan(genome) for genome in genomes]
         prefixes = [block_signatures(self.supernet.family, plan) for plan in plans]
         held = HiddenStates(self.memory_bytes, prefixes)
         for index in order.tolist():
             held.forget(prefixes[index])
-            yield index, self._evaluation(genomes[index], plans[index], prefixes[index], held)
+            yield index, self._evaluation(genomes[index], plans[index], prefixes[index], held, samples)
             held.drop_unused()
 
-    def _evaluation(self, genome: np.ndarray, plan: Plan, prefix: Prefix, held: HiddenStates) -> Evaluation:
+    def _evaluation(
+        self, genome: np.ndarray, plan: Plan, prefix: Prefix, held: HiddenStates, samples: int | None
+    ) -> Evaluation:
         if not held.nbytes and not held.coming[prefix[:1]]:
-            return evaluate(self.supernet, genome, self.quality)
+            return evaluate(self.supernet, genome, self.quality, samples)
         paths = [renamed(block.path, self.supernet.family, plan.blocks) for block in plan.blocks]
         lost = []
 
-        def quality(view: nn.Module) -> Any:
+        def quality(view: nn.Module, **options: Any) -> Any:
             run = _SharedRun(view, [view.get_submodule(path) for path in paths], prefix, held)
             try:
-                return self.quality(view)
+                return self.quality(view, **options)
             finally:
                 run.end()
                 lost.append(run.lost)
 
-        found = evaluate(self.supernet, genome, quality)
+        found = evaluate(self.supernet, genome, quality, samples)
         if found.failed is not None or any(lost):
-            return evaluate(self.supernet, genome, self.quality)
+            return evaluate(self.supernet, genome, self.quality, samples)
         return found
 
 

@@ -46,6 +46,7 @@ class Prepared:
         objectives: name -> direction.
         inputs: batches to calibrate with.
         train: samples to train the super-network with, None where the config does not.
+        unseen: model -> metrics on data that the search does not see, None where the config names none.
     """
 
     loaded: LoadedModel
@@ -54,6 +55,7 @@ class Prepared:
     objectives: dict[str, str]
     inputs: list[Batch]
     train: Samples | None
+    unseen: Quality | None = None
 
 
 def stay_offline(config: Config) -> None:
@@ -61,7 +63,9 @@ def stay_offline(config: Config) -> None:
     from .models import find_source
 
     local = find_source(config.model).local
-    given = [config.source(entry) for entry in ("train", "calibrate", "evaluate") if getattr(config.data, entry)]
+    given = [
+        config.source(entry) for entry in ("train", "calibrate", "evaluate", "test") if getattr(config.data, entry)
+    ]
     if local and not any(is_hub_id(source) for source in given):
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -90,15 +94,17 @@ def prepare(config: Config) -> Prepared:
         return task.batches(config.source(entry, samples), loaded.processor, loaded.model, size)
 
     objectives = _objectives(config, task)
-    if function is not None:
-        quality = _named_failures(function, str(config.quality))
-    else:
-        quality = task.quality(batches("evaluate"), loaded.model if "kl" in objectives else None)
+
+    def scored_on(entry: str) -> Quality:
+        return task.quality(batches(entry), loaded.model if "kl" in objectives else None)
+
+    quality = _named_failures(function, str(config.quality)) if function is not None else scored_on("evaluate")
     inputs: list[Batch] = [
         {k: v for k, v in batch.items() if k != "labels"} for batch in batches("calibrate", task.calibration)
     ]
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if config.train else None
-    return Prepared(loaded, task, quality, objectives, inputs, train)
+    unseen = scored_on("test") if config.data.test is not None else None
+    return Prepared(loaded, task, quality, objectives, inputs, train, unseen)
 
 
 def _objectives(config: Config, task: Task) -> dict[str, str]:
@@ -246,6 +252,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     from .report.page import write_report
     from .report.quantities import counted
     from .report.terminal import finished_table, front_table
+    from .rescoring import rescore_front
 
     check_output(config)
     stay_offline(config)
@@ -273,6 +280,8 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     try:
         wanted = config.choose.model_dump(exclude_none=True)
         genome, finished = study.best(**wanted), None
+        if prepared.unseen is not None:
+            rescore_front(supernet, study, prepared.unseen)
         console.print(front_table(study, genome))
         if config.finish is not None:
             genome, finished = finish_top(

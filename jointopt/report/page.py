@@ -14,11 +14,12 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from jointopt.objectives import COSTS
+from jointopt.rescoring import rescored
 from jointopt.study import Study
 from quant.errors import JointoptError
 
 from .figures import Layers, front_figure, hypervolume_figure, layers_figure, predictions_figure
-from .quantities import axes, counted, label, scale, written
+from .quantities import axes, counted, label, on_unseen, scale, written
 from .template import PAGE, SCRIPT, STYLE
 
 
@@ -182,13 +183,23 @@ def _front_table(study: Study, picked: tuple[int, ...] | None) -> str:
     if not len(front):
         return ""
     names = [objective.name for objective in study.objectives]
-    head = "".join(f"<th>{escape(text)}</th>" for text in ("evaluation", *(label(name) for name in names)))
+    unseen = rescored(study)
+    again = [name for name in names if name not in COSTS] if unseen else []
+    titles = ("evaluation", *map(label, names), *(f"{label(name)}, unseen data" for name in again))
+    head = "".join(f"<th>{escape(text)}</th>" for text in titles)
     lines = []
     for row in front.to_dict("records"):
         cells = [str(row["number"]), *(f"{row[name] / scale(name):,.6g}" for name in names)]
+        cells += [on_unseen(unseen.get(row["genome"]), name) for name in again]
         kind = ' class="chosen"' if row["genome"] == picked else ""
         lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f'<h2>Front, in numbers</h2><div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+    if unseen:
+        cells = ["original", *(written(n, study.baselines.get("original", {}).get(n, np.nan)) for n in names)]
+        cells += [on_unseen(unseen.get(None), name) for name in again]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    told = "<p>Unseen data: scored again after the search, which never saw it; ± one standard error.</p>" * bool(unseen)
+    table = f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+    return f"<h2>Front, in numbers</h2>{told}{table}"
 
 
 def _finished(study: Study, frame: Any) -> str:

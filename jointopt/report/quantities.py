@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from typing import Any
 
 from jointopt.objectives import COSTS, Objective
 
@@ -36,6 +37,14 @@ def written(name: str, value: float) -> str:
         return "-"
     shown = f"{value / scale(name):,.4g}"
     return f"{shown} MB" if name == "size" else shown
+
+
+def on_unseen(record: Mapping[str, Any] | None, name: str) -> str:
+    """A metric on data that the search did not see, with its standard error where it has one: "0.912 ± 0.008"."""
+    if record is None or name not in record["metrics"]:
+        return ""
+    value = f"{record['metrics'][name] / scale(name):,.5g}"
+    return f"{value} ± {record['errors'][name] / scale(name):.2g}" if name in record["errors"] else value
 
 
 def counted(genomes: int) -> str:

@@ -8,17 +8,19 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from jointopt.rescoring import rescored
 from jointopt.study import Study
 from search_spaces.space import SearchSpace
 
-from .quantities import COSTS, label, scale
+from .quantities import COSTS, label, on_unseen, scale
 
 ROWS = 30
 """Points of a front that are listed at most; a longer one is thinned out evenly."""
 
 
 def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) -> Table:
-    """The front, from small to large, with the original and the chosen point."""
+    """The front, from small to large, with the original and the chosen point; metrics on unseen data where there are
+    any."""
     names = [objective.name for objective in study.objectives]
     front = study.front()
     costs = [name for name in names if name in COSTS]
@@ -36,13 +38,18 @@ def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) 
     table.add_column("evaluation", justify="right")
     for name in names:
         table.add_column(Text(label(name)), justify="right")
+    unseen = rescored(study)
+    again = [name for name in names if name not in COSTS] if unseen else []
+    for name in again:
+        table.add_column(Text(f"{label(name)}, unseen data"), justify="right")
     for row in rows:
         mark = " *" if row["genome"] == picked else ""
-        style = "bold" if mark else None
-        table.add_row(f"{row['number']}{mark}", *(_shown(row, name) for name in names), style=style)
-    for name, values in study.baselines.items():
+        values = [_shown(row, name) for name in names] + [on_unseen(unseen.get(row["genome"]), n) for n in again]
+        table.add_row(f"{row['number']}{mark}", *values, style="bold" if mark else None)
+    for name, found in study.baselines.items():
         table.add_section()
-        table.add_row(Text(f"the {name}"), *(_shown(values, each) for each in names))
+        values = [_shown(found, each) for each in names] + [on_unseen(unseen.get(None), n) for n in again]
+        table.add_row(Text(f"the {name}"), *values)
     if picked is not None:
         table.caption = "* chosen"
     return table

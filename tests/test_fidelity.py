@@ -1,0 +1,167 @@
+"""Metrics with their standard errors, on a part of the data and on data that the search never saw."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import nn
+
+from jointopt import JointoptError, SearchSpace, Study, Supernet, rescore_front, search
+from jointopt.config import load_config
+from jointopt.evaluation import Metrics, evaluate, measured, takes_samples
+from jointopt.report.page import write_report
+from jointopt.report.terminal import front_table
+from jointopt.rescoring import rescored
+from jointopt.sharing import SharedEvaluator
+from jointopt.tasks.metrics import every, next_tokens, quality_function
+from jointopt.tasks.task import Samples
+from tests.zoo import batches, make
+
+
+class Given(nn.Module):
+    """A model whose logits are its inputs."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+
+def table(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 4, generator=generator), torch.randint(4, (count,), generator=generator)
+
+
+@settings(max_examples=20, deadline=None)
+@given(count=st.integers(2, 40), size=st.integers(1, 40))
+def test_errors_are_those_of_a_mean_over_samples_however_they_are_batched(count, size):
+    logits, labels = table(count)
+    parts = [{"logits": x, "labels": y} for x, y in zip(logits.split(size), labels.split(size), strict=True)]
+    found = quality_function(parts, every, ("accuracy", "loss", "perplexity"))(Given())
+    losses = nn.functional.cross_entropy(logits.double(), labels, reduction="none").numpy()
+    right = (logits.argmax(-1) == labels).double().numpy()
+    assert math.isclose(found["loss"], losses.mean(), rel_tol=1e-5)
+    assert math.isclose(found["accuracy"], right.mean(), rel_tol=1e-9, abs_tol=1e-9)
+    assert math.isclose(found.errors["loss"], losses.std(ddof=1) / count**0.5, rel_tol=1e-4, abs_tol=1e-6)
+    assert math.isclose(found.errors["accuracy"], right.std(ddof=1) / count**0.5, rel_tol=1e-6, abs_tol=1e-9)
+    assert math.isclose(found.errors["perplexity"], found["perplexity"] * found.errors["loss"])
+
+
+def test_tokens_of_one_text_count_as_one_sample():
+    logits, labels = table(6)
+    once = {"logits": logits[:, None].repeat(1, 2, 1), "labels": labels[:, None].repeat(1, 2)}
+    often = {"logits": logits[:, None].repeat(1, 9, 1), "labels": labels[:, None].repeat(1, 9)}
+    few, many = (quality_function([batch], next_tokens, ("loss",))(Given()) for batch in (once, often))
+    assert math.isclose(few["loss"], many["loss"], rel_tol=1e-5)
+    assert math.isclose(few.errors["loss"], many.errors["loss"], rel_tol=1e-4)
+
+
+def test_masked_tokens_belong_to_no_sample():
+    logits, labels = table(6)
+    labels = labels[:, None].repeat(1, 5)
+    labels[0, 2:] = -100
+    found = quality_function([{"logits": logits[:, None].repeat(1, 5, 1), "labels": labels}], next_tokens, ("loss",))
+    losses = nn.functional.cross_entropy(logits.double(), labels[:, 1], reduction="none").numpy()
+    counts = np.array([1, 4, 4, 4, 4, 4])
+    mean = (losses * counts).sum() / counts.sum()
+    error = math.sqrt(((losses - mean) ** 2 * counts**2).sum() * 6 / 5) / counts.sum()
+    assert math.isclose(found(Given())["loss"], mean, rel_tol=1e-5)
+    assert math.isclose(found(Given()).errors["loss"], error, rel_tol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 60), size=st.integers(1, 20), first=st.lists(st.integers(1, 70), unique=True))
+def test_the_first_samples_are_in_the_first_batches_alone(count, size, first):
+    order = list(np.random.default_rng(1).permutation(count))
+    samples = Samples(count, lambda indices: {"at": torch.tensor(indices)}, order, torch.device("cpu"))
+    parts = [batch["at"].tolist() for batch in samples.batches(size, sorted(first))]
+    assert sorted(at for part in parts for at in part) == list(range(count))
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    assert all(each in ends for each in first if each <= count) and all(len(part) <= size for part in parts)
+    if not first:
+        assert [at for part in parts for at in part] == order
+
+
+def test_a_quality_function_stops_behind_its_first_samples():
+    logits, labels = table(12)
+    parts = [{"logits": x, "labels": y} for x, y in zip(logits.split(4), labels.split(4), strict=True)]
+    whole, part = quality_function(parts, every, ("loss",)), quality_function(parts[:2], every, ("loss",))
+    assert whole(Given(), samples=8) == part(Given()) != whole(Given())
+    assert whole(Given(), samples=8).errors == part(Given()).errors
+    assert takes_samples(whole) and not takes_samples(len)
+
+
+def bert() -> Supernet:
+    model = make("bert")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W4A16"]))
+    supernet.calibrate(batches("bert"))
+    return supernet
+
+
+def labelled(seed: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{**batch, "labels": torch.randint(3, (6,), generator=generator)} for batch in batches("bert", seed=seed)]
+
+
+def test_an_evaluation_holds_errors_and_the_number_of_samples():
+    supernet, quality = bert(), quality_function(labelled(1), every, ("accuracy", "loss"))
+    genomes = supernet.space.sample(3, seed=0)
+    for genome in genomes:
+        whole, part = evaluate(supernet, genome, quality), evaluate(supernet, genome, quality, samples=6)
+        assert set(whole.errors) == {"accuracy", "loss"} and whole.samples is None and part.samples == 6
+        assert whole.metrics["loss"] != part.metrics["loss"] and whole.metrics["size"] == part.metrics["size"]
+    found = dict(SharedEvaluator(supernet, quality).evaluate(genomes, samples=6))
+    assert [found[at].metrics for at in range(3)] == [evaluate(supernet, g, quality, 6).metrics for g in genomes]
+    assert all(found[at].errors and found[at].samples == 6 for at in range(3))
+
+
+@pytest.mark.parametrize("errors", [{"loss": -1.0}, {"other": 1.0}, {"loss": math.nan}])
+def test_errors_that_are_none_are_refused(errors):
+    with pytest.raises(JointoptError, match="quality returned"):
+        measured(lambda model: Metrics({"loss": 1.0}, errors), nn.Identity())
+
+
+@pytest.fixture(scope="module")
+def searched() -> tuple[Supernet, Study]:
+    supernet = bert()
+    quality = quality_function(labelled(1), every, ("loss",))
+    return supernet, search(supernet, quality, ["loss", "size"], 12)
+
+
+def test_the_front_is_scored_again_and_once(searched):
+    supernet, study = searched
+    unseen = quality_function(labelled(2), every, ("loss",))
+    rescore_front(supernet, study, unseen)
+    found = rescored(study)
+    assert set(found) == {None, *study.front()["genome"]}
+    for genome, record in found.items():
+        if genome is not None:
+            again = evaluate(supernet, np.array(genome), unseen)
+            assert record["metrics"] == {"loss": again.metrics["loss"]} and record["errors"] == again.errors
+    rescore_front(supernet, study, lambda model: pytest.fail("scored twice"))
+
+
+def test_both_scores_are_shown(searched, tmp_path):
+    supernet, study = searched
+    rescore_front(supernet, study, quality_function(labelled(2), every, ("loss",)))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(front_table(study))
+    value = rescored(study)[None]["metrics"]["loss"]
+    for text in (console.file.getvalue(), write_report(study, tmp_path / "report.html").read_text()):
+        assert "loss (nats), unseen data" in text and f"{value:,.5g} ±" in text
+
+
+def test_unseen_data_is_other_data_and_does_not_change_a_study(tmp_path):
+    text = "model: m\ntask: image-classification\ndata: {{calibrate: a, evaluate: b{}}}\noutput: o\n"
+    without, other, same = (tmp_path / name for name in ("without.yaml", "other.yaml", "same.yaml"))
+    for path, test in ((without, ""), (other, ", test: c"), (same, ", test: b")):
+        path.write_text(text.format(test))
+    assert load_config(other).record() == load_config(without).record()
+    assert load_config(other).source("test").path == "c"
+    with pytest.raises(JointoptError, match="data.test is data.evaluate"):
+        load_config(same)
