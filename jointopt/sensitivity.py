@@ -9,7 +9,7 @@ logits. No labels are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jointopt.batch_norm import first_samples, sample_count
+from jointopt.checkpoint.held_cache import cache_name
 from jointopt.elastic import precision_genes
 from jointopt.evaluation import logits_of
 from jointopt.importance import hidden_input
+from jointopt.subnetwork import Plan
 from quant.errors import JointoptError
-from quant.formats import Scheme
 from search_spaces.family import Branch, structural_clone
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ SAMPLES = 64
 """As many samples are looked at, where there are so many."""
 
 Change = tuple[str, str, Any]
-"""A module's change: its kind, the module's path, what it becomes (a scheme's name, a number of channels)."""
+"""What is changed ("block", "branch", "width", "scheme", "cache"), the module's path, what it becomes: a number of
+channels, the name of a scheme or of a cache's format."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def _changes(supernet: Supernet) -> dict[tuple[str, int], list[Change]]:
                 if precision.get(layer.path) == gene.name and layer.path in plan.schemes:
                     name = plan.schemes[layer.path].name
                     each += [("scheme", path, name) for path in (layer.path, *layer.tied)]
+            held = [cache.attention for cache in family.caches if cache.name == gene.name]
+            each += [("cache", path, plan.caches[path].name) for path in held if path in plan.caches]
             found[gene.name, choice] = each
     return found
 
@@ -147,34 +151,53 @@ def _becoming(supernet: Supernet, changes: Iterable[Change]) -> dict[Change, Cal
     """Change -> the function that gives the module's output under it."""
     branches = [branch for block in supernet.family.blocks for branch in block.branches]
     replacements = {path: new for branch in branches for path, new in branch.replacements.items()}
-    quantized = _quantized_modules(supernet)
+    modules = _changed_modules(supernet)
     found: dict[Change, Callable[[Seen], Tensor]] = {}
-    for kind, path, to in sorted(changes, key=str):
+    for change in sorted(changes, key=str):
+        kind, path, _ = change
         if kind == "block":
-            found[kind, path, to] = _skipped
+            found[change] = _skipped
         elif kind == "branch":
-            found[kind, path, to] = partial(_replaced, replacements[path]())
+            found[change] = partial(_replaced, replacements[path]())
         elif kind == "width":
-            found[kind, path, to] = partial(_narrowed, supernet.model.get_submodule(path), to)
+            found[change] = partial(_narrowed, modules[change])
+        elif kind == "cache":
+            found[change] = partial(_reattended, modules[change])
         else:
-            found[kind, path, to] = partial(_called, quantized[path, to])
+            found[change] = partial(_called, modules[change])
     return found
 
 
-def _quantized_modules(supernet: Supernet) -> dict[tuple[str, str], nn.Module]:
-    """(path, scheme) -> the layer in that scheme, from as few views as there are choices."""
-    space, found = supernet.space, {}
-    for turn in range(int(space.sizes.max())):
-        genome = np.where(
-            [g.name.endswith(".precision") for g in space.genes], np.minimum(turn, space.sizes - 1), space.largest
-        )
-        schemes: dict[str, Scheme] = dict(supernet.plan(genome).schemes)
-        view = supernet.quantized(schemes)
-        for layer in supernet.family.layers:
-            if layer.path in schemes:
+def _changed_modules(supernet: Supernet) -> dict[Change, nn.Module]:
+    """The layers in their schemes, narrowed, and attention on quantized caches: from one view for all layers in their
+    first scheme, one for all in their second, and so on."""
+    family, space = supernet.family, supernet.space
+    widths = [width for width in family.widths if width.gene in space.names]
+    found: dict[Change, nn.Module] = {}
+    for plan in _turns(supernet, set(precision_genes(family, space).values())):
+        view = supernet.built(Plan(family.blocks, (), {}, plan.schemes))
+        for layer in family.layers:
+            if layer.path in plan.schemes:
                 for path in (layer.path, *layer.tied):
-                    found[path, schemes[layer.path].name] = view.get_submodule(path)
+                    found["scheme", path, plan.schemes[layer.path].name] = view.get_submodule(path)
+    for plan in _turns(supernet, {width.gene for width in widths}):
+        view = supernet.built(Plan(family.blocks, (), plan.units, {}))
+        for width in widths:
+            for part in width.consumers if width.gene in plan.units else ():
+                found["width", part.module, plan.units[width.gene] * part.channels] = view.get_submodule(part.module)
+    for plan in _turns(supernet, {cache.name for cache in family.caches}):
+        view = supernet.built(Plan(family.blocks, (), {}, {}, plan.caches))
+        for path, form in plan.caches.items():
+            found["cache", path, form.name] = view.get_submodule(path)
     return found
+
+
+def _turns(supernet: Supernet, genes: Collection[str]) -> Iterator[Plan]:
+    """The plan of the largest genome with all of these genes at their first choice, at their second, and so on."""
+    space = supernet.space
+    chosen = np.array([name in genes for name in space.names])
+    for turn in range(int(space.sizes[chosen].max(initial=0))):
+        yield supernet.plan(np.where(chosen, np.minimum(turn, space.sizes - 1), space.largest))
 
 
 def _skipped(seen: Seen) -> Tensor:
@@ -189,13 +212,17 @@ def _called(module: nn.Module, seen: Seen) -> Tensor:
     return module(*seen.args, **seen.kwargs)
 
 
-def _narrowed(module: nn.Module, channels: int, seen: Seen) -> Tensor:
-    """The module's output where only the first channels of its input are there."""
-    whole = hidden_input(seen.args, seen.kwargs)
-    first = torch.zeros_like(whole)
-    at = (slice(None), slice(channels)) if isinstance(module, nn.Conv2d) else (..., slice(channels))
-    first[at] = whole[at]
-    return module(first)
+def _reattended(attention: nn.Module, seen: Seen) -> Tensor:
+    """The output of attention with an empty cache in place of the one that already holds these tokens."""
+    return _tensor(attention(*seen.args, **{**seen.kwargs, cache_name(seen.kwargs): None}))
+
+
+def _narrowed(module: nn.Module, seen: Seen) -> Tensor:
+    """The output where the layer has lost input channels. Rows that it has lost too stay as they were."""
+    whole, dim = hidden_input(seen.args, seen.kwargs), 1 if isinstance(module, nn.Conv2d) else -1
+    new = module(whole.narrow(dim, 0, module.get_parameter("weight").shape[1]))
+    lost = seen.output.shape[dim] - new.shape[dim]
+    return torch.cat([new, seen.output.narrow(dim, new.shape[dim], lost)], dim)
 
 
 def _tensor(output: Any) -> Tensor:

@@ -286,10 +286,6 @@ class Supernet:
         plan = Plan(plan.blocks, plan.dropped, plan.units, {})
         return build(self.model, self.family, plan, self._banked, self._statistics, {}, training=True)
 
-    def quantized(self, schemes: Mapping[str, Scheme]) -> nn.Module:
-        """The whole architecture as a view, in eval mode, with the layers at these paths in these schemes."""
-        return self.built(Plan(self.family.blocks, (), {}, schemes))
-
     def view(self, plan: Plan) -> nn.Module:
         """What a plan describes, as a view, in eval mode."""
         return self.renormalized(self.built(plan), plan)
