@@ -105,14 +105,14 @@ def autoround(job, batches):
     }
     texts = "input_ids" in batches[0]
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["folder"]) if texts else None
-    samples = [{k: v[at : at + 8] for k, v in batch.items()} for batch in padded(batches) for at in range(0, 16, 8)]
+    samples = padded(batches)
     tuned = AutoRound(
         model,
         tokenizer=tokenizer,
         scheme=QuantizationScheme.from_dict(usual),
         layer_config=config,
         dataset=samples,
-        nsamples=8 * len(samples),
+        nsamples=sum(len(next(iter(batch.values()))) for batch in batches),
         seqlen=samples[0]["input_ids"].shape[1] if texts else 1,
         batch_size=8,
         iters=job["iterations"],

@@ -105,7 +105,7 @@ class Original:
         folder: of the model, as transformers saves it.
         calibrate: batches of inputs, labels left out.
         quality: model -> its metrics, "kl" to this model among them.
-        calibration_quality: the same on the calibration batches.
+        calibration_quality: the same on the calibration batches (of a language model on the first: logits are large).
     """
 
     folder: Path
@@ -133,11 +133,12 @@ def original(name: str, case: Case, assets: Path, work: Path) -> Original:
         loaded.processor.save_pretrained(folder)
         loaded.model.save_pretrained(folder)
     loaded = load_model(str(folder), case.task, device="cpu", dtype="float32")
-    given = task.batches(case.calibrate, loaded.processor, loaded.model, 16)
+    given = task.batches(case.calibrate, loaded.processor, loaded.model, 8)
     calibrate = [{key: value for key, value in batch.items() if key != "labels"} for batch in given]
     size = 4 if case.task == "causal-lm" else 100
     quality = task.quality(task.batches(case.evaluate, loaded.processor, loaded.model, size), loaded.model)
-    return Original(folder, loaded.model, calibrate, quality, task.quality(given, loaded.model))
+    scored = given[:1] if case.task == "causal-lm" else given
+    return Original(folder, loaded.model, calibrate, quality, task.quality(scored, loaded.model))
 
 
 def train(model: nn.Module, epochs: Callable, steps: int, learning_rate: float) -> None:

@@ -11,8 +11,9 @@ images, or 32 pieces of 256 tokens. What a tool's weights stand for comes back a
 the same code and with the same quantized inputs as jointopt's, so that formats and bytes are equal; bitsandbytes' INT8
 and 4-bit formats are its own, and their bytes are stated. Inputs of LLM.int8 are those of its kernels.
 
-jointopt's row is the rounding whose KL divergence from the original on the calibration batches is least; its seconds
-are those of all roundings that were tried. The aim of a KL is the best neighbour's. A neighbour that cannot do a case,
+jointopt's row is the way (rounding to nearest, GPTQ) whose KL divergence from the original on the calibration
+batches is least; its seconds are those of all that was tried and scored. The aim of a KL is the best
+neighbour's. A neighbour that cannot do a case,
 or takes longer than --limit seconds, has no row but a line that says so. Results are kept in --work, so that a bench
 that was stopped goes on.
 """
@@ -38,6 +39,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import jointopt
 from jointopt import Gene, SearchSpace, Supernet
 from jointopt.checkpoint.structure import compressed_config
 from quant.errors import JointoptError
@@ -91,7 +93,7 @@ class Subject:
         return self.supernet.costs(self.genome)["size"] / 1e6
 
 
-def subject(given: Original, name: str) -> Subject:
+def subject(given: Original, name: str, transforms: tuple[str, ...] = ()) -> Subject:
     """The original with each layer of its blocks that can take the scheme in it: groups of 64, or 32 where 64 does not
     divide. Nothing is sorted, so that weights stay where other tools find them."""
     prepared, family = declare(given.model)
@@ -111,33 +113,37 @@ def subject(given: Original, name: str) -> Subject:
             genes.append(Gene(f"{layer.name}.precision", (wanted,)))
     if not genes:
         raise JointoptError(f"no layer of the model can be in {name}")
-    supernet = Supernet(given.model, SearchSpace(genes))
+    options: dict[str, Any] = {"transforms": transforms} if transforms else {}
+    supernet = Supernet(given.model, SearchSpace(genes), **options)
     supernet.finish_training()
     supernet.calibrate(given.calibrate)
     return Subject(supernet, supernet.space.smallest)
 
 
-def nearest(given: Subject, original: Original) -> nn.Module:
-    return given.supernet.extract(given.genome)
-
-
-ROUNDINGS: dict[str, Callable[[Subject, Original], nn.Module]] = {"nearest": nearest}
+WAYS: dict[str, tuple[tuple[str, ...], str | None]] = {"nearest": ((), None), "gptq": ((), "gptq")}
+"""Name -> transforms of the super-network, and what `finish` rounds by (None: to nearest)."""
 
 
 def ours(name: str, given: Original) -> Metrics:
-    """The best of jointopt's roundings by its KL on the calibration batches."""
-    wanted = subject(given, FORMATS[name])
-    started = time.perf_counter()
-    best, least = None, float("inf")
-    for rounding, run in ROUNDINGS.items():
-        model = run(wanted, given)
+    """The best of jointopt's ways by its KL on the calibration batches; each is printed with what it scores."""
+    best: Metrics = {}
+    least, started = float("inf"), time.perf_counter()
+    for way, (transforms, rounding) in WAYS.items():
+        try:
+            wanted = subject(given, FORMATS[name], transforms)
+        except JointoptError as error:
+            print(f"  {way}: {error}", flush=True)
+            continue
+        if rounding is None:
+            model = wanted.supernet.extract(wanted.genome)
+        else:
+            model = jointopt.finish(wanted.supernet, wanted.genome, given.calibrate, rounding).model
         divergence = given.calibration_quality(model)["kl"]
-        print(f"  {rounding}: KL {divergence:.5g} on the calibration batches", flush=True)
+        metrics = {**given.quality(model), "MB": wanted.megabytes}
+        print(f"  {way}: KL {divergence:.4g} calibrating, {metrics['kl']:.4g} evaluating", flush=True)
         if divergence < least:
-            best, least = model, divergence
-    assert best is not None
-    seconds = time.perf_counter() - started
-    return {**given.quality(best), "seconds": seconds, "MB": wanted.megabytes}
+            best, least = metrics, divergence
+    return {**best, "seconds": time.perf_counter() - started}
 
 
 def theirs(tool: str, name: str, given: Original, arguments: argparse.Namespace) -> Metrics:
@@ -147,7 +153,8 @@ def theirs(tool: str, name: str, given: Original, arguments: argparse.Namespace)
         RuntimeError: it failed or took too long; one line that says how.
     """
     wanted = subject(given, OWN_FORMATS[name] if tool == "bitsandbytes" else FORMATS[name])
-    model = wanted.supernet.extract(wanted.genome)
+    model, megabytes, layers = wanted.supernet.extract(wanted.genome), wanted.megabytes, len(wanted.supernet.space)
+    del wanted
     out = arguments.work / f"{given.folder.name}-{name}-{tool.replace(' ', '-')}"
     out.mkdir(parents=True, exist_ok=True)
     job = {
@@ -175,7 +182,6 @@ def theirs(tool: str, name: str, given: Original, arguments: argparse.Namespace)
         lines = [line for line in done.stderr.splitlines() if "Error" in line.partition(":")[0] or "ERROR" in line]
         raise RuntimeError(lines[-1][:300] if lines else f"ended with exit code {done.returncode}")
     result = json.loads((out / "result.json").read_text())
-    layers = len(wanted.supernet.space)
     if result["layers"] < layers:
         raise RuntimeError(f"quantized {result['layers']} of {layers} layers, and said nothing")
     weights = load_file(out / "weights.safetensors")
@@ -183,7 +189,7 @@ def theirs(tool: str, name: str, given: Original, arguments: argparse.Namespace)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             tensor.copy_(weights[key])
-    return {**given.quality(model), "seconds": result["seconds"], "MB": wanted.megabytes}
+    return {**given.quality(model), "seconds": result["seconds"], "MB": megabytes}
 
 
 def formats_of(model: nn.Module) -> dict[str, Any]:
