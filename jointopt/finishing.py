@@ -106,7 +106,7 @@ def finish(
         scheme, constants = rounded[path], supernet.statistics(path, rounded[path])
         try:
             moments = shared.of(module, scheme, constants, arrived)
-            weight, shift = _rounded(module, scheme, moments)
+            weight, shift = _rounded(module, scheme, moments, supernet.weight_calibration)
         except JointoptError as error:
             raise JointoptError(f"finish: {path}: {error}") from None
         quantize_layer(module, scheme, weight, None, None, constants)
@@ -218,14 +218,21 @@ def _nearest_on_front(study: Study, genome: np.ndarray, top: int) -> list[np.nda
     return [ordered[index] for index in sorted(range(len(ordered)), key=lambda index: abs(index - at))[:top]]
 
 
-def _rounded(module: nn.Module, scheme: Scheme, moments: InputMoments) -> tuple[BankedWeight, Tensor | None]:
-    """A layer's weight rounded for its inputs, and what is to be added to its bias, if it has one."""
+def _rounded(
+    module: nn.Module, scheme: Scheme, moments: InputMoments, calibration: str
+) -> tuple[BankedWeight, Tensor | None]:
+    """A layer's weight rounded for its inputs, and what is to be added to its bias, if it has one.
+
+    Ranges are chosen as in the search. The clipping that has the least squared error alone is not the best one here:
+    errors that go on to later columns need the room (ViT of the digits, NVFP4A16: KL 8.4e-5 by MSE, 3.2e-5 by
+    min-max).
+    """
     weight = module.get_parameter("weight").detach()
     assert scheme.weights is not None
     has_bias = module._parameters.get("bias") is not None
     hessian = moments.hessian(centred=has_bias)
     energy = hessian.diagonal(dim1=-2, dim2=-1).repeat_interleave(len(weight) // len(hessian), 0)
-    quantized = gptq(weight, hessian, scheme.weights, choose_clip(weight, scheme.weights, "mse", energy))
+    quantized = gptq(weight, hessian, scheme.weights, choose_clip(weight, scheme.weights, calibration, energy))
     values = quantized.dequantize(weight.dtype)
     shift = None
     if has_bias:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant.cache import CACHE_FORMATS, KeyObserver
-from quant.calibration import ActivationObserver, choose_clip
+from quant.calibration import ActivationObserver, check_activation_method, choose_clip
 from quant.errors import JointoptError
 from quant.formats import Format, Scheme, scheme
 from quant.reference import quantize
@@ -56,6 +56,8 @@ class Supernet:
         weight_calibration: how the clipping range of quantized weights is chosen: "minmax", "percentile" or "mse".
         repair: whether layers whose inputs are narrowed are fitted to what they computed before, by least squares on
             the calibration's inputs. Their second moments are held while calibrating, the fitted weights afterwards.
+        activation_calibration: how the range of static activations is chosen: "minmax", "average", "percentile",
+            "mse" or "entropy" (`quant.calibration.ActivationObserver`).
         bank_bytes: memory for fake-quantized weights, codes and scales included; what was longest unused makes room.
         transforms: changes of the weights that keep the model's function and make it easier to quantize: any of
             "rotate" (the residual stream; a tied head gets a weight of its own, which counts in every size),
@@ -78,6 +80,7 @@ class Supernet:
         family: Declare | None = None,
         weight_calibration: str = "minmax",
         repair: bool = False,
+        activation_calibration: str = "minmax",
         bank_bytes: int = 4 * 10**9,
         transforms: Sequence[str] = (),
     ):
@@ -93,6 +96,8 @@ class Supernet:
         self.space = space
         self.weight_calibration = weight_calibration
         self.repair = repair
+        check_activation_method(activation_calibration)
+        self.activation_calibration = activation_calibration
         self.calibrated = False
         self.trained = False
         self._leaving = default_order(self.family)
@@ -197,7 +202,7 @@ class Supernet:
             if static and wanted.name not in known:
                 for each in (path, *self._layers[path].tied):
                     if isinstance(self.model.get_submodule(each), nn.Linear | nn.Conv2d):
-                        found.setdefault(each, []).append(SchemeObserver(each, wanted))
+                        found.setdefault(each, []).append(SchemeObserver(each, wanted, self.activation_calibration))
         return found
 
     def _key_observers(self) -> dict[str, KeyObserver]:
@@ -404,7 +409,8 @@ class Supernet:
 
     def fingerprint(self) -> str:
         """SHA-256 over weights, order, space and calibration: equal for super-networks with equal sub-networks."""
-        choices = [self.space.to_dict(), self._leaving, self.weight_calibration, *self.transforms]
+        choices = [self.space.to_dict(), self._leaving, self.weight_calibration, self.activation_calibration]
+        choices += self.transforms
         digest = hashlib.sha256(json.dumps(choices, sort_keys=True, default=str).encode())
         tensors = dict(self.model.state_dict())
         for (path, name), constants in self._statistics.items():
@@ -452,11 +458,11 @@ class Supernet:
 class SchemeObserver:
     """Ranges of one layer's inputs, for one scheme's static activation format."""
 
-    def __init__(self, path: str, wanted: Scheme):
+    def __init__(self, path: str, wanted: Scheme, method: str):
         assert wanted.activations is not None
         self.scheme = wanted.name
         self._path = path
-        self._observer = ActivationObserver(wanted.activations)
+        self._observer = ActivationObserver(wanted.activations, method)
 
     def observe(self, hidden: Tensor) -> None:
         self._observer.observe(hidden)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import SCHEMES, Format, JointoptError, fake_quantize, scheme
-from quant.calibration import METHODS, ActivationObserver, choose_clip
+from quant import SCHEMES, Format, JointoptError, fake_quantize, fake_quantize_activation, scheme
+from quant.calibration import ACTIVATION_METHODS, METHODS, ActivationObserver, Histogram, choose_clip
 from quant.reference import NVFP4_GLOBAL_RANGE
 from tests import exact
 
@@ -152,19 +152,21 @@ STATIC = {
 }
 
 
-def observed(format: Format, *batches: Tensor) -> dict[str, Tensor]:
-    observer = ActivationObserver(format)
+def observed(format: Format, *batches: Tensor, method: str = "minmax") -> dict[str, Tensor]:
+    observer = ActivationObserver(format, method)
     for batch in batches:
         observer.observe(batch)
     return observer.constants()
 
 
+@pytest.mark.parametrize("method", [method for method in ACTIVATION_METHODS if method != "average"])
 @pytest.mark.parametrize("name", STATIC)
 @given(seed=st.integers(0, 10**6), parts=st.integers(1, 5), shift=st.sampled_from([0.0, 4.0, -4.0]))
-@settings(max_examples=15, deadline=None)
-def test_batch_by_batch_is_all_at_once(name, seed, parts, shift):
-    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(seed)) + shift
-    once, parted = observed(STATIC[name], x), observed(STATIC[name], *x.chunk(parts), torch.empty(0, 8))
+@settings(max_examples=4, deadline=None)
+def test_batch_by_batch_is_all_at_once(name, method, seed, parts, shift):
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(seed)) ** 3 + shift
+    pieces = [*x.chunk(parts), torch.empty(0, 8), torch.zeros(0)]
+    once, parted = observed(STATIC[name], x, method=method), observed(STATIC[name], *pieces, method=method)
     assert once.keys() == parted.keys()
     assert all(torch.equal(once[key], parted[key]) for key in once)
 
@@ -207,6 +209,76 @@ def test_the_largest_finite_inputs_are_not_taken_for_infinite():
     most = torch.finfo(torch.float32).max
     constants = observed(STATIC["symmetric"], torch.tensor([-most, most]))
     assert constants["input_scale"].isfinite().all()
+
+
+@given(seed=st.integers(0, 10**6), power=st.integers(-40, 40))
+@settings(max_examples=20, deadline=None)
+def test_a_histogram_counts_each_value_in_its_bin_in_any_order(seed, power):
+    x = torch.randn(300, generator=torch.Generator().manual_seed(seed)) ** 5 * 2.0**power
+    whole, parts = Histogram(), Histogram()
+    whole.add(x)
+    for part in x.flip(0).split(7):
+        parts.add(part)
+    assert whole.reach == parts.reach > float(x.abs().max()) and torch.equal(whole.counts, parts.counts)
+    width = 2 * whole.reach / len(whole.counts)
+    at = (x.double() / width).floor().long() + len(whole.counts) // 2
+    assert torch.equal(whole.counts, torch.bincount(at, minlength=len(whole.counts)))
+    assert (whole.centres()[at] - x).abs().max() <= width / 2 * (1 + 1e-9)
+
+
+def lost(x: Tensor, constants: dict[str, Tensor], format: Format) -> float:
+    arguments = {name.removeprefix("input_"): value for name, value in constants.items()}
+    return float((fake_quantize_activation(x, format, **arguments) - x).square().mean())
+
+
+@pytest.mark.parametrize("name", ["symmetric", "asymmetric"])
+@given(seed=st.integers(0, 10**6), outlier=st.sampled_from([20.0, 100.0]))
+@settings(max_examples=10, deadline=None)
+def test_least_squared_error_is_no_more_than_that_of_the_whole_range(name, seed, outlier):
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(seed))
+    x[0] = outlier
+    form = STATIC[name]
+    errors = {method: lost(x, observed(form, x, method=method), form) for method in ("minmax", "mse")}
+    assert errors["mse"] <= errors["minmax"] * 1.001
+
+
+@pytest.mark.parametrize("method", ["percentile", "entropy"])
+@pytest.mark.parametrize("name", ["symmetric", "asymmetric", "fp8"])
+def test_one_outlier_in_many_does_not_set_the_range(name, method):
+    x = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    x[0] = 300.0
+    form = STATIC[name]
+    whole, clipped = observed(form, x)["input_scale"], observed(form, x, method=method)["input_scale"]
+    assert clipped < 0.2 * whole
+    held = clipped.float() * (form.kind.max if form.symmetric else 255)
+    assert held > 2 * x[1:].std()
+
+
+def test_the_moving_average_follows_the_batches():
+    x = [torch.tensor([-1.0, 1.0]), torch.tensor([-3.0, 2.0]), torch.tensor([-3.0, 2.0])]
+    observer = ActivationObserver(STATIC["symmetric"], "average")
+    for each in x:
+        observer.observe(each)
+    low = -1 + 0.1 * (-3 + 1)
+    assert observer._range()[0] == pytest.approx(low + 0.1 * (-3 - low))
+
+
+def test_memory_does_not_grow_with_the_batches():
+    observer = ActivationObserver(STATIC["symmetric"], "entropy")
+    for seed in range(20):
+        observer.observe(torch.randn(50, generator=torch.Generator().manual_seed(seed)) * 2.0**seed)
+    held = [value for value in vars(observer.histogram).values() if isinstance(value, Tensor)]
+    assert sum(value.numel() for value in held) == 4096 and int(observer.histogram.counts.sum()) == 1000
+
+
+def test_inputs_of_zeros_alone_have_constants_by_every_method():
+    for method in ACTIVATION_METHODS:
+        assert observed(STATIC["symmetric"], torch.zeros(5), method=method)["input_scale"].isfinite().all()
+
+
+def test_an_unknown_method_is_refused_with_the_nearest():
+    with pytest.raises(JointoptError, match="'entrophy'; did you mean 'entropy'.*; allowed: minmax, average"):
+        ActivationObserver(STATIC["symmetric"], "entrophy")
 
 
 def test_a_scheme_says_whether_it_needs_statistics():

@@ -268,3 +268,22 @@ def test_errors_name_what_was_found_and_what_is_allowed():
         Supernet(make("bert").half(), space)
     with pytest.raises(JointoptError, match="lm_head.*NVFP4|embed_tokens.*NVFP4|NVFP4"):
         Supernet(make("bert"), SearchSpace([jointopt.Gene("pooler.precision", ("NVFP4",))]))
+
+
+@pytest.mark.parametrize("method", ["minmax", "average", "percentile", "mse", "entropy"])
+def test_ranges_of_activations_by_every_method_leave_padding_out(method):
+    padded = batches("bert", count=2)
+    other = [
+        {**b, "input_ids": torch.where(b["attention_mask"].bool(), b["input_ids"], b["input_ids"].flip(0))}
+        for b in padded
+    ]
+    found = []
+    for seen in (padded, other):
+        model = make("bert")
+        space = SearchSpace.for_model(model, schemes=["W8A8_STATIC", "FP8"], preset="fixed")
+        supernet = Supernet(model, space, activation_calibration=method)
+        supernet.calibrate(seen)
+        found.append(supernet)
+    for key in found[0]._statistics:
+        for name, value in found[0]._statistics[key].items():
+            torch.testing.assert_close(found[1]._statistics[key][name].float(), value.float(), rtol=0.03, atol=0)
