@@ -1,0 +1,69 @@
+"""What least-squares repair of narrowed layers is worth before any training, on fine-tuned models.
+
+    python scripts/assets.py assets digits minilm movies smollm2 text
+    python scripts/bench/repair.py --assets assets --work runs/originals --json repair.json
+
+Sub-networks of all blocks, unquantized, each width drawn from its choices: the same with and without. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from originals import cases, original
+from rich.console import Console
+from rich.table import Table
+
+from jointopt import SearchSpace, Supernet
+from jointopt.evaluation import measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser.add_argument("--work", type=Path, default=Path("runs/originals"), help="where fine-tuned models are kept")
+    parser.add_argument("--cases", nargs="+", default=["vit", "resnet", "minilm", "smollm2"])
+    parser.add_argument("--genomes", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = [row for name in arguments.cases for row in measure(name, arguments)]
+    table = Table("model", "repair", "quality", "KL to the original")
+    for at in range(0, len(rows), 2):
+        quality, divergence = rows[at : at + 2]
+        name, repair = quality["case"].split("/")
+        table.add_row(name, repair, f"{quality['measure']} {quality['value']:.4g}", f"{divergence['value']:.4g}")
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+def measure(name: str, arguments: argparse.Namespace) -> list[dict]:
+    case = cases(arguments.assets)[name]
+    few = 4 if case.task == "causal-lm" else 300
+    case = replace(case, evaluate=replace(case.evaluate, samples=few))
+    made = original(name, case, arguments.assets, arguments.work)
+    space = SearchSpace.for_model(made.model, schemes=["none"])
+    rows = []
+    for repair in (False, True):
+        supernet = Supernet(made.model, space, repair=repair)
+        supernet.calibrate(made.calibrate)
+        widths = [not gene.endswith("depth") for gene in space.names]
+        found = []
+        for genome in space.sample(arguments.genomes, seed=0):
+            with supernet.active(np.where(widths, genome, space.largest)) as model:
+                found.append(measured(made.quality, model))
+        for metric in (case.metric, "kl"):
+            value = float(np.median([each[metric] for each in found]))
+            better = "higher" if metric == "accuracy" else "lower"
+            said = f"{name}/{'least squares' if repair else 'none'}"
+            rows.append({"case": said, "measure": metric, "value": value, "aim": None, "better": better})
+    return rows
+
+
+if __name__ == "__main__":
+    main()
