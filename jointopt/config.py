@@ -222,6 +222,7 @@ class Config(_Section):
     Attributes:
         model: a local folder, a hub id, timm/NAME, or a folder with a GGUF file.
         task: how data becomes batches and quality; with `quality` it is read off the model where not given.
+        repair: whether layers whose inputs are narrowed are fitted to what they computed before, by least squares.
         transforms: changes of the weights that keep the model's function and make it easier to quantize.
         quality: "package.function", model -> float (or a dict of metrics), instead of the task's own metrics.
         output: the folder of everything that the run writes.
@@ -232,6 +233,7 @@ class Config(_Section):
     quality: str | None = None
     data: Data = Data()
     space: Space = Space()
+    repair: bool = False
     transforms: Annotated[list[Literal["rotate", "rotate_heads", "smooth", "awq"]], Field(min_length=1)] | None = None
     train: Train | None = None
     objectives: Annotated[list[NameOrEntry], Field(min_length=1)] | None = None
@@ -282,6 +284,8 @@ class Config(_Section):
     def record(self) -> dict[str, Any]:
         """What determines a study's values, as JSON can hold it: what must not change when it is resumed."""
         content = self.model_dump(exclude_none=True, exclude={"choose", "finish", "output", "device"})
+        if not self.repair:
+            content.pop("repair")
         content["search"].pop("evaluations")
         content["data"].pop("test", None)
         return content

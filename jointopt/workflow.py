@@ -149,7 +149,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     space = space_for_model(model, **config.space.options())
     if space.count() == 1:
         raise JointoptError("space: holds one genome, so there is nothing to search; allowed: two or more")
-    supernet = Supernet(model, space, transforms=config.transforms or ())
+    supernet = Supernet(model, space, repair=config.repair, transforms=config.transforms or ())
     if config.train is None:
         supernet.calibrate(prepared.inputs)
         return supernet
