@@ -64,8 +64,9 @@ class Choices:
         self.groups = self._grouped()
 
     def prior(self, estimate: np.ndarray) -> np.ndarray:
-        """An estimate of each slot's effect [slots] as features [slots, features]: itself, and by kind of gene."""
-        return np.column_stack([estimate, _scattered(self.kinds[self.gene], estimate)])
+        """An estimate of each slot's effect [slots] as features [slots, features]: itself, and each slot's part of it,
+        so that what the estimate takes for large may be far off."""
+        return np.column_stack([estimate, np.diag(estimate)])
 
     def slots(self, genomes: np.ndarray) -> np.ndarray:
         """For each gene the slot it is in, `len(self.gene)` where it cannot matter; [n, genes]."""

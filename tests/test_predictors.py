@@ -31,10 +31,13 @@ def size_in(space: SearchSpace):
     return lambda genomes: ((genomes + 1.0) * space.active(genomes)).sum(1)
 
 
+def factor_of(space: SearchSpace, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).lognormal(0, 0.3, len(space))
+
+
 def additive(space: SearchSpace, seed: int = 0):
     """A loss by choice, the same for a format in every block but for a factor."""
-    random = np.random.default_rng(seed)
-    factor = random.lognormal(0, 0.3, len(space))
+    factor = factor_of(space, seed)
     by_choice = np.array([0.0, -1.0, -1.2])
     return lambda genomes: (factor * by_choice[genomes] * space.active(genomes)).sum(1)
 
@@ -63,6 +66,35 @@ def test_what_explodes_is_learned_on_a_logarithmic_scale():
     predictor = Predictor(choices_of(SPACE), known, explosive(known))
     assert predictor.scale.name.startswith("log")
     assert spearmanr(predictor(unseen), explosive(unseen)).statistic > 0.99
+
+
+def test_what_is_known_to_be_noisy_is_trusted_less():
+    known, unseen = SPACE.sample(100, 0), SPACE.sample(200, 1)
+    random = np.random.default_rng(0)
+    noise = np.where(np.arange(100) < 50, 0.01, 5.0)
+    observed = additive(SPACE)(known) + noise * random.normal(size=100)
+    errors = [
+        np.abs(Predictor(choices_of(SPACE), known, observed, given)(unseen) - additive(SPACE)(unseen)).mean()
+        for given in (None, noise)
+    ]
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_a_prior_that_is_right_is_believed_and_one_that_is_not_is_not():
+    known, unseen = LARGE.sample(12, 0), LARGE.sample(300, 1)
+    choices, random = choices_of(LARGE), np.random.default_rng(0)
+    truth = additive(LARGE)
+    ranks = {}
+    for name, estimate in {
+        "none": None,
+        "right": np.array([np.eye(3)[c] @ [0, -1, -1.2] for c in choices.choice]) * factor_of(LARGE)[choices.gene],
+        "useless": random.normal(size=len(choices.gene)),
+    }.items():
+        prior = None if estimate is None else choices.prior(estimate)
+        predictor = Predictor(choices, known, truth(known), prior=prior)
+        ranks[name] = spearmanr(predictor(unseen), truth(unseen)).statistic
+    assert ranks["right"] > 0.99 > ranks["none"]
+    assert ranks["useless"] > ranks["none"] - 0.05
 
 
 def test_a_constant_is_predicted_as_itself():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointopt import Gene, JointoptError, Objective, SearchSpace, strategies
-from jointopt.objectives import hypervolume, minimized, non_dominated
+from jointopt.objectives import Constraint, constraint, hypervolume, minimized, non_dominated
 from jointopt.strategies.genetic import order, select
 
 STRATEGIES = list(strategies.STRATEGIES)
@@ -191,6 +191,149 @@ def test_an_exact_objective_of_the_wrong_shape_is_named():
 def test_asking_for_none_is_refused():
     with pytest.raises(JointoptError, match="ask: found 0; allowed: 1 or more"):
         strategies.create("random", SPACE, TWO).ask(0)
+
+
+def test_a_genome_told_again_replaces_its_earlier_row():
+    strategy = searched("guided", 2)
+    again, before = strategy.told[[3, 17]], len(strategy.told)
+    strategy.tell(again, np.array([[7.0, 8.0], [9.0, 10.0]]), noise=np.array([[0.1, 0.0], [0.2, 0.0]]))
+    assert len(strategy.told) == before
+    np.testing.assert_array_equal(strategy.values[[3, 17]], [[7, 8], [9, 10]])
+    np.testing.assert_array_equal(strategy.noise[[3, 17], 0], [0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (np.full((3, 2), np.nan), "tell: found noise that is negative or not finite"),
+        (np.full((3, 2), -1.0), "tell: found noise that is negative or not finite"),
+        (np.zeros(3), r"tell: found noise of shape \(3,\); allowed: \(3, 2\)"),
+    ],
+)
+def test_noise_that_cannot_be_is_refused(noise, message):
+    genomes = SPACE.sample(3, 0)
+    with pytest.raises(JointoptError, match=message):
+        strategies.create("guided", SPACE, TWO).tell(genomes, measure(genomes), noise)
+
+
+def test_values_that_are_told_with_noise_are_kept_with_it_and_go_on_alike():
+    whole = strategies.create("guided", SPACE, TWO, seed=0)
+    genomes = SPACE.sample(20, 0)
+    whole.tell(genomes, measure(genomes), noise=np.tile([0.3, 0.0], (20, 1)))
+    restored = strategies.create("guided", SPACE, TWO, seed=5)
+    restored.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    np.testing.assert_array_equal(whole.ask(6), restored.ask(6))
+
+
+SMALL = Constraint("size", 9, "<=")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_genome_asked_keeps_to_exact_constraints(name):
+    strategy = searched(name, 4, constraints=(Constraint("size", 14, "<="), Constraint("macs", 2, ">=", macs)))
+    assert len(strategy.told) == 40
+    assert (size(strategy.told) <= 14).all() and (macs(strategy.told) >= 2).all()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_genomes_that_keep_to_a_constraint_are_all_found(name):
+    allowed = [genome for genome in SPACE.genomes() if size(genome[None])[0] <= 6]
+    strategy = strategies.create(name, SPACE, TWO, constraints=(Constraint("size", 6, "<="),))
+    asked = []
+    while len(genomes := strategy.ask(500)):
+        asked += genomes.tolist()
+        strategy.tell(genomes, measure(genomes))
+    assert sorted(asked) == sorted(genome.tolist() for genome in allowed)
+
+
+def test_evaluations_go_where_a_measured_constraint_holds():
+    limit = 4.0
+    free, bound = (searched("guided", 5, **options) for options in ({}, {"constraints": (constraint("loss", "<= 4"),)}))
+    inside = [(strategy.values[20:, 0] <= limit).mean() for strategy in (free, bound)]
+    assert inside[1] > max(0.6, inside[0])
+
+
+def test_one_objective_under_an_exact_constraint_that_is_none():
+    strategy = searched("guided", 4, (Objective("loss", "min"),), constraints=(Constraint("size", 12, "<=", size),))
+    fitting = np.array([genome for genome in SPACE.genomes() if size(genome[None])[0] <= 12])
+    assert strategy.values.min() <= loss(fitting).min() + 0.1
+
+
+@pytest.mark.parametrize(
+    ("constraints", "message"),
+    [
+        ((Constraint("size", 2, "<="),), "constraint size <= 2: no genome meets it; the best has 4"),
+        ((Constraint("macs", 99, ">=", macs),), "constraint macs >= 99: no genome meets it; the best has 12"),
+        ((SMALL, Constraint("macs", 12, ">=", macs)), "no genome meets them together; the closest has size"),
+        ((SMALL, Constraint("size", 2, "<=")), "constraint size <= 2: no genome meets it"),
+        ((Constraint("latency", 2, "<="),), "constraint 'latency': is no objective; allowed: loss, size"),
+    ],
+)
+def test_constraints_that_nobody_can_meet_are_refused_before_any_evaluation(constraints, message):
+    with pytest.raises(JointoptError, match=message) as raised:
+        strategies.check_constraints(SPACE, TWO, constraints)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["0.9", "== 3", ">= much", ">= nan", "<=", None, 3])
+def test_a_constraint_that_says_nothing_is_refused(text):
+    with pytest.raises(JointoptError, match="constraint 'accuracy': found .*; allowed: '<= number' or '>= number'"):
+        constraint("accuracy", text)
+
+
+def test_a_constraint_is_read_as_it_is_written():
+    assert constraint("accuracy", ">= 0.9") == Constraint("accuracy", 0.9, ">=")
+    assert str(constraint("size", "<=1e6")) == "size <= 1e+06"
+
+
+EFFECTS = [np.arange(size) for size in SPACE.sizes]
+LARGE = SearchSpace([Gene(f"block{at // 4}.layer{at % 4}", ("W4A16", "W8A8", "none")) for at in range(60)])
+
+
+def test_a_good_prior_helps_from_the_start_and_a_useless_one_costs_little():
+    random = np.random.default_rng(0)
+    losses = random.lognormal(0, 1, (60, 1)) * np.array([1.0, 0.2, 0.0])
+    columns = np.arange(60)
+    bits = Objective("size", "min", lambda genomes: np.array([4.0, 8.0, 16.0])[genomes].sum(1))
+    priors = {
+        "none": {},
+        "good": {"loss": losses * random.lognormal(0, 0.5, losses.shape)},
+        "useless": {"loss": random.permuted(losses, axis=None).reshape(losses.shape)},
+    }
+    found = {}
+    for name, prior in priors.items():
+        strategy = strategies.create("guided", LARGE, (Objective("loss", "min"), bits), seed=0, prior=prior)
+        for _ in range(5):
+            genomes = strategy.ask(8)
+            strategy.tell(genomes, np.stack([losses[columns, genomes].sum(1), bits.compute(genomes)], axis=1))
+        costs = strategy.values / [losses.max(1).sum(), 960]
+        found[name] = [hypervolume(costs[:count], [1.0, 1.0]) for count in (16, 40)]
+    assert found["good"][0] > found["none"][0] + 0.03 and found["good"][1] > found["none"][1] + 0.01
+    assert found["useless"][1] > 0.95 * found["none"][1]
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        ({"size": EFFECTS}, "prior: found 'size'; allowed: measured objectives: loss"),
+        ({"loss": EFFECTS[:-1]}, "prior of 'loss': found 11 arrays; allowed: one a gene, 12"),
+        ({"loss": [*EFFECTS[:-1], np.zeros(2)]}, r"gene 'block3.format' has shape \(2,\); allowed: \(3,\), finite"),
+        ({"loss": [*EFFECTS[:-1], np.full(3, np.nan)]}, "gene 'block3.format' .* finite"),
+    ],
+)
+def test_a_prior_that_does_not_fit_is_refused(prior, message):
+    with pytest.raises(JointoptError, match=message):
+        strategies.create("guided", SPACE, TWO, prior=prior)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_contradictory_objectives_are_all_front(name):
+    contrary = (Objective("loss", "min"), Objective("size", "max", compute=size), Objective("size ", "min", size))
+    strategy = strategies.create(name, SPACE, contrary)
+    for _ in range(3):
+        genomes = strategy.ask(10)
+        strategy.tell(genomes, np.stack([loss(genomes), size(genomes), size(genomes)], axis=1))
+    assert len(np.unique(strategy.told, axis=0)) == 30
 
 
 @given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 4))

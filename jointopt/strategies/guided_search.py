@@ -59,6 +59,7 @@ class GuidedSearch(Strategy):
     ):
         super().__init__(space, objectives, seed, constraints)
         self.initial, self.population, self.generations, self.draws = initial, population, generations, draws
+        self.beliefs = Beliefs
         self.choices = Choices(space, objectives)
         self.signs = np.array([objective.sign for objective in self.objectives])
         self.measured = [at for at, objective in enumerate(self.objectives) if objective.compute is None]
@@ -96,7 +97,7 @@ class GuidedSearch(Strategy):
         if len(self._seen) < self.initial or known.sum() < FEWEST:
             yield from self._design(n)
             return
-        beliefs = Beliefs(self, self.told[known], self.costs()[known], self.noise[known])
+        beliefs = self.beliefs(self, self.told[known], self.costs()[known], self.noise[known])
         found = self._candidates(beliefs)
         found = found[[genome.tobytes() not in self._seen for genome in found]]
         found = found[self._safe(found)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -121,18 +122,21 @@ class Strategy:
         taken = self._seen | besides
         found: dict[bytes, np.ndarray] = {}
         for _ in range(50):
+            before = len(found)
             drawn = self.space.sample(4 * n, int(self.random.integers(2**31)))
             for genome in self.feasible.repaired(drawn, self.random):
                 if genome.tobytes() not in taken and len(found) < n:
                     found.setdefault(genome.tobytes(), genome)
             if len(found) == n:
                 return list(found.values())
+            if len(found) == before:
+                break
         if self.space.count() <= 10**6:
-            for genome in self.space.genomes():
-                if len(found) == n:
-                    break
-                if genome.tobytes() not in taken and not self.feasible.excess(genome[None])[0]:
-                    found.setdefault(genome.tobytes(), genome)
+            everything = self.space.genomes()
+            while len(found) < n and (some := list(islice(everything, 1000))):
+                for genome in np.array(some)[self.feasible.excess(np.array(some)) == 0]:
+                    if genome.tobytes() not in taken and len(found) < n:
+                        found.setdefault(genome.tobytes(), genome)
         return list(found.values())
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,21 +1,34 @@
-"""Synthetic search problems with a known law: what real super-networks look like to a search, without a model.
+"""Search problems that need no model: real super-networks as recorded, and synthetic ones that look like them.
 
-A problem's quality is a sum over the layers that are there, plus pairwise interactions, seen through a transform
-(accuracy saturates, perplexity explodes) and measured with noise; sizes and MACs are exact. Everything is drawn from
-the problem's seed. Hypervolume is taken on noise-free values, between the stated corners.
+A recorded problem is a regression on thousands of real evaluations (scripts/bench/record.py made the tables), one
+number for each choice and for each pair of choices in a block, with the residuals of evaluations that were held out as
+its noise. Size and MACs are such regressions too, and exact as far as the searches go.
+
+A synthetic problem's quality is a sum over the layers that are there, plus pairwise interactions, seen through a
+transform (accuracy saturates, perplexity explodes) and measured with noise; sizes and MACs are exact. Everything is
+drawn from the problem's seed. Hypervolume is taken on noise-free values, between the stated corners.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from jointopt.objectives import Objective, hypervolume, minimized
 from search_spaces.space import Gene, SearchSpace
 
+TABLES = Path(__file__).parent / "tables"
+HELD_OUT = 0.2
+"""Share of a table by which the regression is judged and from which its noise is."""
+PENALTY = 30.0
+"""Of the ridge regression of what was measured."""
 BITS = {"none": 16.0, "W8A8": 8.0, "FP8": 8.0, "W4A16": 4.25, "NVFP4": 4.5}
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -208,6 +221,78 @@ def scrambled(name: str, count: int, *, seed: int = 0, noise: float = 0.02, obje
     return _framed(name, space, tuple(wanted), exact, _diagonal(space, 2000, random), noise)
 
 
+class Pairs:
+    """A number a choice and a number a pair of choices, of genes in one block or with one in none, learned by ridge
+    regression on targets [n, k]."""
+
+    def __init__(self, space: SearchSpace, genomes: np.ndarray, targets: np.ndarray, penalty: float):
+        blocks = [_block_of(name) for name in space.names]
+        pairs = [
+            (a, b)
+            for b in range(len(space))
+            for a in range(b)
+            if blocks[a] == blocks[b] or None in (blocks[a], blocks[b])
+        ]
+        self.space, self.most = space, int(space.sizes.max())
+        self.first, self.second = (np.concatenate([np.arange(len(space)), column]) for column in np.array(pairs).T)
+        self.center = targets.mean(0)
+        columns = self._columns(genomes)
+        width = len(self.first) * self.most**2
+        rows = np.repeat(np.arange(len(genomes)), columns.shape[1])
+        kept = columns.ravel() < width
+        design = csr_array((np.ones(kept.sum()), (rows[kept], columns.ravel()[kept])), (len(genomes), width))
+        gram = (design @ design.T).toarray() + penalty * np.eye(len(genomes))
+        self.table = np.append(
+            design.T @ np.linalg.solve(gram, targets - self.center), [np.zeros(targets.shape[1])], axis=0
+        )
+
+    def _columns(self, genomes: np.ndarray) -> np.ndarray:
+        """Where each gene's choice and each pair's stand in the table, the last place for what cannot matter."""
+        active = self.space.active(genomes)
+        both = active[:, self.first] & active[:, self.second]
+        place = (np.arange(len(self.first)) * self.most + genomes[:, self.first]) * self.most + genomes[:, self.second]
+        return np.where(both, place, len(self.first) * self.most**2)
+
+    def __call__(self, genomes: np.ndarray) -> np.ndarray:
+        return self.center + self.table[self._columns(genomes)].sum(1)
+
+
+def _block_of(name: str) -> str | None:
+    found = re.match(r"\D*\d+", name)
+    return found.group() if found else None
+
+
+def recorded(name: str, *, objectives: tuple[str, ...] = ("loss", "size"), seed: int = 0) -> Problem:
+    """The problem of scripts/bench/tables/NAME.npz. The law is the table's, whatever the seed."""
+    table = np.load(TABLES / f"{name.split(',')[0]}.npz")
+    space, metrics = SearchSpace.from_dict(json.loads(str(table["space"]))), json.loads(str(table["metrics"]))
+    genomes, values = table["genomes"].astype(np.int64), table["values"].astype(float)
+    order = np.random.default_rng(0).permutation(len(genomes))
+    held, known = np.split(order, [int(HELD_OUT * len(order))])
+    costs = [o for o in objectives if o in ("size", "macs")]
+    measured = [o for o in objectives if o not in costs]
+    cost_columns, measured_columns = (values[:, [metrics.index(o) for o in some]] for some in (costs, measured))
+    cost_law = Pairs(space, genomes, cost_columns, 1e-6)
+    law = Pairs(space, genomes[known], measured_columns[known], PENALTY)
+    residuals = measured_columns[held] - law(genomes[held])
+
+    def exact(genomes: np.ndarray) -> np.ndarray:
+        found = dict(zip([*costs, *measured], np.hstack([cost_law(genomes), law(genomes)]).T, strict=True))
+        return np.stack([found[o] for o in objectives], axis=1)
+
+    def add_noise(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        noise = np.zeros_like(values)
+        noise[:, [objectives.index(o) for o in measured]] = random.choice(residuals, len(values))
+        return values + noise
+
+    def cost(name: str) -> Callable[[np.ndarray], np.ndarray] | None:
+        return (lambda genomes: cost_law(genomes)[:, costs.index(name)]) if name in costs else None
+
+    listed = tuple(Objective(o, "max" if o == "accuracy" else "min", cost(o)) for o in objectives)
+    framed = _framed(name, space, listed, exact, _diagonal(space, 2000, np.random.default_rng(seed)), 0.0)
+    return replace(framed, noise=add_noise)
+
+
 def _diagonal(space: SearchSpace, n: int, random: np.random.Generator) -> np.ndarray:
     level = random.random((n, 1))
     genomes = np.where(random.random((n, len(space))) < level, space.largest, space.smallest)
@@ -229,6 +314,13 @@ def _framed(name, space, objectives, exact, diagonal, noise) -> Problem:
 
 def families(seed: int = 0) -> dict[str, Callable[[], Problem]]:
     """The problems by name; each is built when it is called."""
+    tables: dict[str, tuple[str, ...]] = {"": ("loss", "size"), ",accuracy,macs,size": ("accuracy", "macs", "size")}
+    real = {
+        f"{name}{suffix}": partial(recorded, f"{name}{suffix}", objectives=objectives)
+        for name in ("digits_vit", "minilm")
+        for suffix, objectives in tables.items()
+        if (TABLES / f"{name}.npz").is_file()
+    }
     three = ("quality", "size", "macs")
     kinds: dict[str, tuple[Callable[..., Problem], dict]] = {
         "add60": (transformer, {"blocks": 12, "layers": 3, "depth": "count", "noise": 0.02}),
@@ -254,8 +346,7 @@ def families(seed: int = 0) -> dict[str, Callable[[], Problem]]:
         "scrambled60": (scrambled, {"count": 60}),
         "scrambled150": (scrambled, {"count": 150}),
         "measured60": (scrambled, {"count": 60, "objectives": 3}),
-        "speed200": (transformer, {"blocks": 29, "layers": 4, "interactions": 0.2, "noise": 0.03}),
     }
-    return {
+    return real | {
         name: partial(make, name, seed=seed + at, **options) for at, (name, (make, options)) in enumerate(kinds.items())
     }
