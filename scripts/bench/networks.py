@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import jointopt
 from jointopt import SearchSpace, Supernet
@@ -15,6 +16,7 @@ from jointopt.evaluation import Batch, Quality
 from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
+from jointopt.training.sandwich import task_loss
 
 SCHEMES = ("none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4")
 
@@ -54,6 +56,17 @@ def networks(assets: Path) -> dict[str, Network]:
             steps=120,
             batch_size=32,
             learning_rate=5e-4,
+        ),
+        "digits_resnet": Network(
+            "resnet-digits",
+            "image-classification",
+            DataSource(str(digits / "train")),
+            DataSource(str(digits / "train"), samples=128),
+            DataSource(str(digits / "evaluate")),
+            {"depth": [0.5, 1.0], "bottleneck": [0.5, 0.75, 1.0], "stage": [0.75, 1.0]},
+            steps=120,
+            batch_size=32,
+            learning_rate=1e-3,
         ),
         "minilm": Network(
             "minilm",
@@ -96,11 +109,41 @@ class Ready:
     quality: Quality
 
 
+def resnet_for_digits(images: Path, folder: Path, epochs: int = 12) -> None:
+    """A ResNet of two stages of three bottleneck blocks, trained on the digits in 32 x 32 pixels, as a folder."""
+    names = {number: str(number) for number in range(10)}
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=32, hidden_sizes=[64, 128], depths=[3, 3], layer_type="bottleneck", num_labels=10,
+        id2label=names, label2id={v: k for k, v in names.items()},
+    )  # fmt: skip
+    ResNetForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+        folder
+    )
+    loaded = load_model(str(folder), "image-classification", device="cpu", dtype="float32")
+    samples = TASKS["image-classification"].samples(DataSource(str(images)), loaded.processor, loaded.model)
+    model = loaded.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for epoch in range(epochs):
+        for batch in samples.epoch(epoch, 64, 0):
+            loss = task_loss(model(pixel_values=batch["pixel_values"]).logits, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.eval().save_pretrained(folder)
+
+
 def prepare(name: str, assets: Path, work: Path) -> Ready:
     """The super-network, fine-tuned now or by an earlier call with the same `work`, and calibrated."""
     network = networks(assets)[name]
     torch.manual_seed(0)
-    loaded = load_model(str(assets / network.model), network.task, device="cpu", dtype="float32")
+    folder = assets / network.model
+    if network.model == "resnet-digits":
+        folder = work / network.model
+        if not folder.is_dir():
+            resnet_for_digits(assets / "digits" / "train", folder)
+    loaded = load_model(str(folder), network.task, device="cpu", dtype="float32")
     task = TASKS[network.task]
 
     def batches(source: DataSource, size: int = 100) -> list[Batch]:
