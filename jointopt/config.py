@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from jointopt.objectives import DIRECTIONS
 from quant.errors import JointoptError
+from quant.formats import SCHEMES
 
 from .config_complaints import described, dotted, one_line
 from .rows import DataSource
@@ -106,6 +108,14 @@ class Space(_Section):
     def _not_empty(cls, value: list | None) -> list | None:
         if value is not None and not value:
             raise ValueError("an empty list; allowed: one choice or more")
+        return value
+
+    @field_validator("schemes")
+    @classmethod
+    def _loadable(cls, value: list[str] | None) -> list[str] | None:
+        whole = next((name for name in value or () if name in SCHEMES and SCHEMES[name].bitsandbytes), None)
+        if whole and find_spec("bitsandbytes") is None:
+            raise ValueError(f"{whole}, and no bitsandbytes to load it; pip install 'jointopt[bitsandbytes]'")
         return value
 
 
