@@ -11,11 +11,10 @@ images, or 32 pieces of 256 tokens. What a tool's weights stand for comes back a
 the same code and with the same quantized inputs as jointopt's, so that formats and bytes are equal; bitsandbytes' INT8
 and 4-bit formats are its own, and their bytes are stated. Inputs of LLM.int8 are those of its kernels.
 
-jointopt's row is the way (rounding to nearest, GPTQ) whose KL divergence from the original on the calibration
-batches is least; its seconds are those of all that was tried and scored. The aim of a KL is the best
-neighbour's. A neighbour that cannot do a case,
-or takes longer than --limit seconds, has no row but a line that says so. Results are kept in --work, so that a bench
-that was stopped goes on.
+jointopt's row is the way, to nearest or GPTQ, whose KL divergence from the original on the calibration batches is
+least; --way also tries GPTQ after a transform of the weights. Its seconds are those of all that was tried and scored.
+The aim of a KL is the best neighbour's. A neighbour that cannot do a case, or takes longer than --limit seconds, has no
+row but a line that says so. Results are kept in --work, so that a bench that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -120,15 +119,22 @@ def subject(given: Original, name: str, transforms: tuple[str, ...] = ()) -> Sub
     return Subject(supernet, supernet.space.smallest)
 
 
-WAYS: dict[str, tuple[tuple[str, ...], str | None]] = {"nearest": ((), None), "gptq": ((), "gptq")}
+WAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "nearest": ((), None),
+    "gptq": ((), "gptq"),
+    "smooth, gptq": (("smooth",), "gptq"),
+    "awq, gptq": (("awq",), "gptq"),
+    "rotate, gptq": (("rotate",), "gptq"),
+}
 """Name -> transforms of the super-network, and what `finish` rounds by (None: to nearest)."""
 
 
-def ours(name: str, given: Original) -> Metrics:
+def ours(name: str, given: Original, ways: list[str] | None) -> Metrics:
     """The best of jointopt's ways by its KL on the calibration batches; each is printed with what it scores."""
     best: Metrics = {}
     least, started = float("inf"), time.perf_counter()
-    for way, (transforms, rounding) in WAYS.items():
+    for way in ways or ["nearest", "gptq"]:
+        transforms, rounding = WAYS[way]
         try:
             wanted = subject(given, FORMATS[name], transforms)
         except JointoptError as error:
@@ -239,6 +245,7 @@ def main() -> None:
     parser.add_argument("--case", choices=["minilm", "vit", "resnet", "smollm2"], action="append", help="default: all")
     parser.add_argument("--format", choices=FORMATS, action="append", help="default: all")
     parser.add_argument("--tool", choices=["jointopt", *NEIGHBOURS], action="append", help="default: all")
+    parser.add_argument("--way", choices=WAYS, action="append", help="of jointopt's; default: nearest and gptq")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/quantizers"))
     parser.add_argument("--environments", type=Path, default=Path("runs/quantizers/environments"))
@@ -257,7 +264,7 @@ def main() -> None:
         for name in arguments.format or FORMATS:
             for tool in tools:
                 if tool == "jointopt":
-                    results.measured(f"{model}/{name}/{tool}", lambda: ours(name, given))  # noqa: B023
+                    results.measured(f"{model}/{name}/{tool}", lambda: ours(name, given, arguments.way))  # noqa: B023
                 elif name in NEIGHBOURS[tool]:
                     results.measured(f"{model}/{name}/{tool}", lambda: theirs(tool, name, given, arguments))  # noqa: B023
     show(results.found, cases(arguments.assets))
