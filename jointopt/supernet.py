@@ -36,7 +36,16 @@ from search_spaces.family import Layer, structural_clone
 from search_spaces.precision import gene_names
 from search_spaces.space import Gene, SearchSpace
 
-from .batch_norm import SAMPLES, first_samples, has_batch_norm, reestimate, sample_count
+from .batch_norm import (
+    SAMPLES,
+    Statistics,
+    first_samples,
+    has_batch_norm,
+    move,
+    reestimate,
+    running_statistics,
+    sample_count,
+)
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
@@ -307,7 +316,16 @@ class Supernet:
                     "BatchNorm's statistics are estimated for each sub-network; call calibrate(batches) first"
                 )
             reestimate(shell, self._batch_norm_batches)
+            if not plan.units and len(plan.blocks) == len(self.family.blocks) and not plan.dropped:
+                move(shell, running_statistics(self.model), self._whole_statistics)
         return shell
+
+    @cached_property
+    def _whole_statistics(self) -> Statistics:
+        """BatchNorm's, of the whole unquantized model, on the samples from which a sub-network's are estimated."""
+        shell = structural_clone(self.model).eval()
+        reestimate(shell, self._batch_norm_batches)
+        return running_statistics(shell)
 
     def statistics(self, path: str, wanted: Scheme) -> Mapping[str, Tensor]:
         """The constants of a layer's static activation format, by the layer's attributes; {} where it has none.
@@ -405,7 +423,8 @@ class Supernet:
         """Drops what was made from weights, order or calibration that are no longer there."""
         self.scores.clear()
         self._bank.clear()
-        self.__dict__.pop("_costs", None)
+        for name in ("_costs", "_whole_statistics"):
+            self.__dict__.pop(name, None)
 
     def fingerprint(self) -> str:
         """SHA-256 over weights, order, space and calibration: equal for super-networks with equal sub-networks."""
