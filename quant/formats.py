@@ -191,6 +191,7 @@ SCHEMES = {
         Scheme("W8A8", Format("int8", "channel"), _INT8_TOKEN, "int-quantized"),
         Scheme("W8A8_STATIC", Format("int8", "channel"), Format("int8", "tensor"), "int-quantized"),
         Scheme("W8A8_ASYM", Format("int8", "channel"), replace(_INT8_TOKEN, symmetric=False), "int-quantized"),
+        Scheme("W8A8_ASYM_BOTH", Format("int8", "channel", symmetric=False), replace(_INT8_TOKEN, symmetric=False)),
         Scheme("W8A16", Format("int8", "group"), None, "pack-quantized"),
         Scheme("W8A16_CHANNEL", Format("int8", "channel"), None, "pack-quantized"),
         Scheme("W4A16", Format("int4", "group"), None, "pack-quantized"),

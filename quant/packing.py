@@ -82,6 +82,8 @@ def packed_tensors(
             else quantized.codes.contiguous().view(kind.dtype or torch.uint8)
         )
         tensors["weight"] = codes.reshape(quantized.shape)
+        if quantized.zero_point is not None:
+            tensors["weight_zero_point"] = quantized.zero_point
     tensors["weight_scale"] = quantized.scale
     if quantized.global_scale is not None:
         tensors["weight_global_scale"] = quantized.global_scale
@@ -150,6 +152,7 @@ def unpacked_tensors(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple
     else:
         codes = tensors["weight"].reshape(shape[0], columns)
         codes = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
+        zero_point = tensors.get("weight_zero_point")
     return QuantizedTensor(codes, scale, zero_point, tensors.get("weight_global_scale"), format, tuple(shape))
 
 
@@ -179,7 +182,7 @@ def storage_bytes(scheme: Scheme, shape: tuple[int, ...], itemsize: int, embeddi
     elif how == "nibbles":
         total += rows * columns // 2
     else:
-        total += rows * columns
+        total += rows * columns + (0 if format.symmetric else scales)
     if format.scale == "e4m3":
         total += 4
     return total + (0 if embedding else statistics_bytes(scheme))

@@ -112,6 +112,9 @@ class Quantized(nn.Module):
     def __init__(self, layer, record):
         super().__init__()
         self.shape, self.weights, self.activations = record["shape"], record["weights"], record["activations"]
+        for name, value in vars(layer).items():  # which code around a layer may read: stride, in_features
+            if isinstance(value, (int, tuple, str)) and not name.startswith("_"):
+                setattr(self, name, value)
         self.kind, self.options = type(layer).__name__, {}
         if isinstance(layer, nn.Conv2d):
             self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
@@ -166,7 +169,9 @@ def unpack(layer):
         scale = scale / layer.weight_global_scale
     grouped = values.unflatten(1, (scale.shape[-1], -1)) if scale.dim() == 2 else values[:, None]
     if hasattr(layer, "weight_zero_point"):
-        grouped = grouped - words(layer.weight_zero_point.T, form["bits"])[:, :rows].T[..., None]
+        packed = form["layout"] == "words"
+        zero_point = words(layer.weight_zero_point.T, form["bits"])[:, :rows].T if packed else layer.weight_zero_point
+        grouped = grouped - zero_point[..., None]
     return (grouped * (scale[..., None] if scale.dim() == 2 else scale)).reshape(layer.shape)
 
 
