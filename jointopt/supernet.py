@@ -89,7 +89,7 @@ class Supernet:
         family: Declare | None = None,
         weight_calibration: str = "minmax",
         repair: bool = False,
-        activation_calibration: str = "minmax",
+        activation_calibration: str = "mse",
         bank_bytes: int = 4 * 10**9,
         transforms: Sequence[str] = (),
     ):
