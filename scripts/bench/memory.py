@@ -1,0 +1,115 @@
+"""Peak memory of calibrating and finishing (GPTQ) over that of the models themselves: random LLaMAs in bfloat16.
+
+    python scripts/bench/memory.py [--case 135m] [--case 1.5b] [--json FILE]
+
+Resident memory is reset to now where a phase begins (Linux), so that each has a peak of its own. "models" are the
+original, the super-network's copy, and, while finishing, the finished sub-network with its codes; "block" one block's
+activations for all batches, "Hessian" that of the widest layer with what inverting it takes. 1.5b takes half an hour
+on two cores; --blocks finishes the first of its blocks only, and leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import jointopt
+from jointopt import SearchSpace, Supernet
+
+CASES = {
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49152},
+    "1.5b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 22, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "vocab_size": 49152},
+}  # fmt: skip
+LIMITS = {"135m": None, "1.5b": 20.0}
+GB = 1e9
+
+
+def begin() -> None:
+    """Sets the peak of resident memory back to what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(which: str) -> float:
+    """VmHWM, the peak, or VmRSS, what is resident now, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+
+
+def random_llama(case: str) -> LlamaForCausalLM:
+    """Random weights, made in bfloat16 at once."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(LlamaConfig(**CASES[case], tie_word_embeddings=True)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=tuple(CASES), action="append")
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512, help="of each batch")
+    parser.add_argument("--blocks", type=int, help="that are quantized and finished (default: all)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    table, rows = Table("case", "phase", "models (GB)", "peak (GB)", "beyond the models (GB)", "seconds"), []
+    for case in options.case or ("135m",):
+        torch.manual_seed(0)
+        started = resident("VmRSS")
+        model = random_llama(case)
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        space = SearchSpace.for_model(model, preset="fixed", schemes=["none", "W4A16"])
+        supernet = Supernet(model, space)
+        seen = [
+            {"input_ids": torch.randint(0, model.config.vocab_size, (1, options.tokens))}
+            for _ in range(options.batches)
+        ]
+        chosen = space.decode(space.largest)
+        blocks = options.blocks or model.config.num_hidden_layers
+        wanted = {f"block{at}." for at in range(blocks)}
+        genome = space.encode(
+            {gene: "W4A16" if any(gene.startswith(name) for name in wanted) else "none" for gene in chosen}
+        )
+        for phase in ("calibrate", "finish"):
+            begin()
+            clock = time.perf_counter()
+            if phase == "calibrate":
+                supernet.calibrate(seen)
+                models = 2 * weights
+            else:
+                finished = jointopt.finish(supernet, genome, seen)
+                codes = sum(
+                    layer.quantized.codes.nbytes for layer in finished.model.modules() if hasattr(layer, "quantized")
+                )
+                models = 2 * weights + codes + sum(each.nbytes for each in finished.model.parameters())
+            seconds, peak = time.perf_counter() - clock, resident("VmHWM") - started
+            label = f"{case}, {blocks} of {model.config.num_hidden_layers} blocks, {options.batches} x {options.tokens}"
+            table.add_row(
+                label, phase, f"{models / GB:.2f}", f"{peak / GB:.2f}", f"{(peak - models) / GB:.2f}", f"{seconds:.0f}"
+            )
+            rows += [
+                {"case": f"{label}, {phase}", "measure": name, "value": value / GB, "aim": aim, "better": "lower"}
+                for name, value, aim in (
+                    ("peak GB", peak, LIMITS[case]),
+                    ("GB beyond the models", peak - models, None),
+                )
+            ]
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1))
+            print(f"{label}, {phase}: peak {peak / GB:.2f} GB, models {models / GB:.2f} GB", flush=True)
+        del model, supernet, finished
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
