@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from quant.calibration import choose_clip
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
-from quant.reference import fake_quantize_activation
+from quant.kernels import fake_quantize_activation
 from quant.rounding.gptq import gptq
 from quant.rounding.moments import NEVER_REACHED, InputMoments
 

@@ -29,7 +29,7 @@ from quant.cache import CACHE_FORMATS, KeyObserver
 from quant.calibration import ActivationObserver, check_activation_method, choose_clip
 from quant.errors import JointoptError
 from quant.formats import Format, Scheme, scheme
-from quant.reference import quantize
+from quant.kernels import quantize_and_hold
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
 from search_spaces.family import Layer, structural_clone
@@ -349,10 +349,10 @@ class Supernet:
             weight = fitted[0] if fitted else self.model.get_submodule(path).get_parameter("weight").detach()
             part = weight[:, :sliced].contiguous()
             try:
-                quantized = quantize(part, form, choose_clip(part, form, self.weight_calibration))
+                clip = choose_clip(part, form, self.weight_calibration)
+                return BankedWeight(*quantize_and_hold(part, form, clip))
             except JointoptError as error:
                 raise JointoptError(f"{path}: {error}") from None
-            return BankedWeight(quantized, quantized.dequantize(weight.dtype))
 
         return self._bank.get(path, wanted, sliced, make)
 

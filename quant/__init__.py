@@ -3,7 +3,8 @@
 from quant.cache import CACHE_FORMATS, CacheFormat
 from quant.errors import JointoptError
 from quant.formats import ELEMENTS, SCHEMES, Element, Format, Scheme, scheme
-from quant.reference import QuantizedTensor, fake_quantize, fake_quantize_activation, quantize, round_to_format
+from quant.kernels import fake_quantize, fake_quantize_activation, quantize
+from quant.reference import QuantizedTensor, round_to_format
 
 __all__ = [
     "CACHE_FORMATS",

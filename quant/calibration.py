@@ -9,11 +9,11 @@ from torch import Tensor
 
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Format
+from quant.kernels import fake_quantize
 from quant.reference import (
     Clip,
     global_scale_of,
     grouped_view,
-    quantize,
     round_to_format,
     stored_scale,
     weight_groups,
@@ -54,7 +54,7 @@ def choose_clip(weight: Tensor, format: Format, method: str = "minmax", importan
     chosen = (low.clone(), high.clone())
     for fraction in _SHRINK:
         tried = (low * fraction, high * fraction)
-        held = grouped_view(quantize(weight, format, tried).dequantize().flatten(1), format)
+        held = grouped_view(fake_quantize(weight.float(), format, tried).flatten(1), format)
         error = ((held - groups).square() * counts).sum(-1)
         better = error < best
         best = torch.where(better, error, best)

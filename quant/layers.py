@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from quant.formats import Scheme
-from quant.reference import QuantizedTensor, fake_quantize_activation, llm_int8_codes
+from quant.kernels import fake_quantize_activation
+from quant.reference import QuantizedTensor, llm_int8_codes
 
 
 class _Quantized:

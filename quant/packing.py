@@ -12,11 +12,14 @@ from torch import Tensor
 
 from quant.errors import JointoptError
 from quant.formats import Format, Scheme
+from quant.kernels import pack
 from quant.reference import QuantizedTensor
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
     """Signed codes [rows, n] of 4 or 8 bits as int32 [rows, ceil(n * bits / 32)]: made unsigned, lowest bits first."""
+    if (packed := pack(codes, bits, 1 << (bits - 1), torch.int32)) is not None:
+        return packed
     per_word = 32 // bits
     shifted = codes.long() + (1 << (bits - 1))
     padded = torch.nn.functional.pad(shifted, (0, -codes.shape[1] % per_word))
@@ -34,6 +37,8 @@ def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """4-bit patterns [rows, n], n even, as uint8 [rows, n / 2], the first of each pair in the low half."""
+    if (packed := pack(codes, 4, 0, torch.uint8)) is not None:
+        return packed
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 

@@ -345,6 +345,11 @@ def fake_quantize_activation(
             )
         else:
             rounded = _fake_quantized(x, format, scale, zero_point, global_scale)
+    return straight_through(x, rounded)
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of the identity where x takes part in one."""
     return _StraightThrough.apply(x, rounded) if x.requires_grad and torch.is_grad_enabled() else rounded
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quant.formats import Format
-from quant.reference import fake_quantize
+from quant.kernels import fake_quantize
 
 MIGRATION = 0.5
 EXPONENTS = tuple(step / 20 for step in range(20))

@@ -1,0 +1,98 @@
+"""Fast quantization behind one dispatch: what `quant.reference` computes, to the bit, on whatever device the tensor is.
+
+CPU: one pass over memory in compiled C++ (cpu.py). CUDA: Triton (cuda.py). What a kernel does not take (float64,
+tensors that are traced or fake, bitsandbytes' formats, other devices) plain torch does: the same numbers, slower.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from quant import reference
+from quant.formats import Format
+from quant.kernels import cpu, grouped
+from quant.kernels.grouped import Backend
+from quant.reference import Clip, QuantizedTensor
+
+__all__ = ["fake_quantize", "fake_quantize_activation", "pack", "quantize", "quantize_and_hold"]
+
+
+def fake_quantize_activation(
+    x: Tensor,
+    format: Format,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    global_scale: Tensor | None = None,
+) -> Tensor:
+    """A layer's input as its activation format holds it: `quant.reference.fake_quantize_activation`, which see."""
+    constants = (scale, zero_point, global_scale)
+    single = all(each is None or each.numel() == 1 for each in constants)
+    given = format.dynamic != (scale is not None) and (format.scale == "e4m3") == (global_scale is not None)
+    kernels = _kernels(x, format) if single and given and (format.dynamic or format.granularity == "tensor") else None
+    if kernels is None:
+        return reference.fake_quantize_activation(x, format, *constants)
+    return reference.straight_through(x, grouped.activation(kernels, x.detach(), format, *constants))
+
+
+def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> QuantizedTensor:
+    """Rounds a weight into a format: `quant.reference.quantize`, which see."""
+    kernels = _weight_kernels(weight, format, clip)
+    if kernels is None:
+        return reference.quantize(weight, format, clip)
+    quantized, _ = grouped.weight(kernels, weight, format, clip, codes=True, values=False)
+    assert quantized is not None
+    return quantized
+
+
+def fake_quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Tensor:
+    """The values that the format can hold, in the weight's shape and dtype."""
+    kernels = _weight_kernels(weight, format, clip)
+    if kernels is None:
+        return reference.fake_quantize(weight, format, clip)
+    _, values = grouped.weight(kernels, weight, format, clip, codes=False, values=True)
+    assert values is not None
+    return values
+
+
+def quantize_and_hold(weight: Tensor, format: Format, clip: Clip | None = None) -> tuple[QuantizedTensor, Tensor]:
+    """`quantize` and `fake_quantize` in one pass."""
+    kernels = _weight_kernels(weight, format, clip)
+    if kernels is None:
+        quantized = reference.quantize(weight, format, clip)
+        return quantized, quantized.dequantize(weight.dtype)
+    found, values = grouped.weight(kernels, weight, format, clip, codes=True, values=True)
+    assert found is not None and values is not None
+    return found, values
+
+
+def pack(codes: Tensor, bits: int, offset: int, dtype: torch.dtype) -> Tensor | None:
+    """Codes [rows, n] + offset as words of `dtype`, the first lowest; None where no kernel does it (on a CPU)."""
+    if codes.device.type != "cuda" or (backend := _backend("cuda")) is None:
+        return None
+    return backend.pack(codes, bits, offset, dtype)  # type: ignore[attr-defined]
+
+
+def _weight_kernels(weight: Tensor, format: Format, clip: Clip | None) -> Backend | None:
+    plain = clip is None or all(each.dtype == torch.float32 for each in clip)
+    return _kernels(weight, format) if plain and weight.dim() >= 2 else None
+
+
+def _kernels(x: Tensor, format: Format) -> Backend | None:
+    """The backend of the tensor's device, None where plain torch is to do it."""
+    plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and x.numel()
+    if not plain or not grouped.takes(x, format) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    return _backend(x.device.type)
+
+
+def _backend(device: str) -> Backend | None:
+    if device == "cpu":
+        return cpu if cpu.library() is not None else None
+    if device == "cuda" and find_spec("triton") is not None:
+        from quant.kernels import cuda  # Triton takes a second to import, and is not everywhere
+
+        return cuda
+    return None
