@@ -214,7 +214,5 @@ def test_without_bitsandbytes_verifying_and_configs_say_what_to_install(tmp_path
         jointopt.verify(folder)
     text = "model: m\ntask: causal-lm\ndata: {calibrate: a, evaluate: b}\noutput: x\nspace: {schemes: [BNB_NF4]}\n"
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(
-        JointoptError, match=r"space.schemes: found BNB_NF4, .*jointopt\[bitsandbytes\]"
-    ):
+    with pytest.raises(JointoptError, match=r"space.schemes: found BNB_NF4, .*jointopt\[bitsandbytes\]"):
         config.load_config(tmp_path / "config.yaml")

@@ -1,4 +1,4 @@
-"""What the gradients' estimate of every choice is worth: how well it ranks real evaluations, and what guided saves by it.
+"""What the gradients' estimate of every choice is worth: how it ranks real evaluations, and what guided saves by it.
 
     python scripts/assets.py assets digits minilm movies smollm2 text
     python scripts/bench/sensitivity.py --assets assets --json sensitivity.json
@@ -10,7 +10,8 @@ For each super-network (networks.py):
 - the price: the CPU time of the estimate over that of an average evaluation of a random genome, with the quantized
   weights in memory, as a search has them;
 - hypervolume of loss and size after 15, 25 and 50 real evaluations, with and without, medians over the seeds: a share
-  of the box between the largest network's loss and the 0.9 quantile along the diagonal, the smallest and the largest size.
+  of the box between the largest network's loss and the 0.9 quantile along the diagonal, and the smallest and the
+  largest size.
 SmolLM2's searches are left out: it is not fine-tuned here, and an evaluation takes too long.
 """
 
