@@ -93,7 +93,7 @@ def test_a_prior_that_is_right_is_believed_and_one_that_is_not_is_not():
         prior = None if estimate is None else choices.prior(estimate)
         predictor = Predictor(choices, known, truth(known), prior=prior)
         ranks[name] = spearmanr(predictor(unseen), truth(unseen)).statistic
-    assert ranks["right"] > 0.99 > ranks["none"]
+    assert ranks["right"] > 0.98 > ranks["none"]
     assert ranks["useless"] > ranks["none"] - 0.05
 
 
