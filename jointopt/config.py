@@ -182,11 +182,13 @@ class Search(_Section):
     Attributes:
         evaluations: how many sub-networks are really measured.
         seed: of everything random.
+        warm_start: whether "guided" begins with what one pass of gradients tells of each choice.
     """
 
     strategy: Literal["guided", "evolutionary", "random"] = "guided"
     evaluations: Positive = 200
     seed: Annotated[int, Field(ge=0)] = 0
+    warm_start: bool = False
 
 
 def _choice(value: Any) -> Any:

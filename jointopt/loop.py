@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jointopt import strategies
 from jointopt.evaluation import Quality, evaluate, measured
 from jointopt.objectives import COSTS, Objective, named
+from jointopt.sensitivity import quality_prior
 from jointopt.study import Study
 from quant.errors import JointoptError
 
@@ -36,6 +37,7 @@ def search(
     batch: int = BATCH,
     config: Mapping[str, Any] | None = None,
     progress: bool = False,
+    warm_start: bool = False,
 ) -> Study:
     """Searches a super-network and records every evaluation.
 
@@ -51,6 +53,8 @@ def search(
         batch: genomes asked at a time.
         config: what else the results depend on (data, model); compared when a study is gone on with.
         progress: whether to show a bar with the time left.
+        warm_start: whether "guided" begins with what one pass of gradients tells of each choice
+            (`jointopt.sensitivity`).
 
     Returns:
         The study, open. Where the space has fewer genomes than `evaluations`, all of them are in it.
@@ -65,13 +69,17 @@ def search(
         raise JointoptError(f"evaluations: found {evaluations!r}; allowed: a number from 1")
     wanted = _objectives(supernet, objectives)
     space = supernet.space
-    asking = strategies.create(strategy, space, wanted, seed=seed, **(strategy_options or {}))
+    if warm_start and strategy != "guided":
+        raise JointoptError(f"warm_start: found the {strategy} strategy, which takes no estimates; allowed: guided")
+    prior = {"prior": quality_prior(supernet, wanted)} if warm_start else {}
+    asking = strategies.create(strategy, space, wanted, seed=seed, **{**(strategy_options or {}), **prior})
     record = {
         "seed": seed,
         "strategy": strategy,
         "strategy_options": dict(strategy_options or {}),
         "batch": batch,
         "supernet": supernet.fingerprint(),
+        **({"warm_start": True} if warm_start else {}),
         **(config or {}),
     }
     study = Study.create(storage, space, wanted, record)

@@ -24,6 +24,7 @@ from jointopt.checkpoint.held_cache import cache_name
 from jointopt.elastic import precision_genes
 from jointopt.evaluation import logits_of
 from jointopt.importance import hidden_input
+from jointopt.objectives import DIRECTIONS, Objective
 from jointopt.subnetwork import Plan
 from quant.errors import JointoptError
 from search_spaces.family import Branch, structural_clone
@@ -66,7 +67,7 @@ class Seen:
         return (self.gradient.float() * (changed - self.output).float()).flatten(1).sum(1)
 
 
-def sensitivity(
+def estimated_losses(
     supernet: Supernet, batches: Iterable[Mapping[str, Any]], *, samples: int = SAMPLES, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """The estimated loss of each choice of each gene against the whole, unquantized model.
@@ -101,6 +102,23 @@ def sensitivity(
         raise JointoptError("sensitivity: found no batch; allowed: one or more dicts of the model's inputs")
     genes = supernet.space.genes
     return {g.name: np.array([totals[g.name, at] / labels for at in range(len(g.choices))]) for g in genes}
+
+
+def quality_prior(supernet: Supernet, objectives: Iterable[Objective]) -> dict[str, list[np.ndarray]]:
+    """The estimates as `GuidedSearch` takes them for its `prior`, from the calibration's first samples.
+
+    They are of use for what tells quality: metrics known by name, and those of one's own that are to be maximized.
+
+    Raises:
+        JointoptError: none of the objectives is such a metric; what `estimated_losses` raises.
+    """
+    told = [o for o in objectives if o.compute is None and (o.name in DIRECTIONS or o.direction == "max")]
+    if not told:
+        raise JointoptError(
+            "warm_start: no objective tells quality; allowed with a known metric, or one to be maximized"
+        )
+    estimates = list(estimated_losses(supernet, supernet.samples).values())
+    return {objective.name: estimates for objective in told}
 
 
 def _first(supernet: Supernet, batches: Iterable[Mapping[str, Any]], wanted: int) -> Iterator[dict[str, Any]]:

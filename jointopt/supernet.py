@@ -73,6 +73,7 @@ class Supernet:
             "rotate_heads", and "smooth" or "awq" (chosen by `calibrate`, which then reads the batches twice).
 
     Attributes:
+        samples: batches of the first samples that it was calibrated with.
         scores: canonical genome (its bytes) -> metrics that searches have measured; emptied when the weights or the
             calibration change.
 
@@ -117,6 +118,7 @@ class Supernet:
         self._bank = WeightBank(bank_bytes)
         self._statistics: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._has_batch_norm = has_batch_norm(self.model)
+        self.samples: list[Mapping[str, Any]] = []
         self._batch_norm_batches: list[Mapping[str, Any]] = []
         self._repaired: Mapping[tuple[str, int], Repaired] = {}
         self._positions: dict[str, float] | None = None
@@ -164,6 +166,7 @@ class Supernet:
         if not count:
             raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
         self._positions = measure_positions(self.model, kept[0])
+        self.samples = kept
         self._batch_norm_batches = kept if self._has_batch_norm else []
         if not self.trained:
             self._sort(calibration, repairs)

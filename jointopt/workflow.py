@@ -276,6 +276,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
         strategy=config.search.strategy,
         config={key: value for key, value in config.record().items() if key not in ("search", "objectives")},
         progress=True,
+        warm_start=config.search.warm_start,
     )
     try:
         wanted = config.choose.model_dump(exclude_none=True)

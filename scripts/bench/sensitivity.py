@@ -10,8 +10,7 @@ For each super-network (networks.py):
 - the price: the CPU time of the estimate over that of an average evaluation of a random genome, with the quantized
   weights in memory, as a search has them;
 - hypervolume of loss and size after 15, 25 and 50 real evaluations, with and without, medians over the seeds: a share
-  of the box between the largest network's loss and the 0.9 quantile along the diagonal, and the smallest and the
-  largest size.
+  of the box between the least loss along the diagonal and its 0.9 quantile, the smallest and the largest size.
 SmolLM2's searches are left out: it is not fine-tuned here, and an evaluation takes too long.
 """
 
@@ -32,7 +31,7 @@ from scipy.stats import spearmanr
 from jointopt import Objective, strategies
 from jointopt.evaluation import evaluate
 from jointopt.objectives import hypervolume, non_dominated
-from jointopt.sensitivity import sensitivity
+from jointopt.sensitivity import estimated_losses
 
 MARKS = (15, 25, 50)
 BATCH = 5
@@ -46,9 +45,9 @@ class Bench:
     def __init__(self, ready: Ready, objective: str):
         self.ready, self.objective, self.space = ready, objective, ready.supernet.space
         self.known: dict[bytes, dict[str, float]] = {}
-        sensitivity(ready.supernet, ready.inputs)
+        estimated_losses(ready.supernet, ready.inputs)
         started = time.process_time()
-        self.prior = sensitivity(ready.supernet, ready.inputs)
+        self.prior = estimated_losses(ready.supernet, ready.inputs)
         self.seconds = time.process_time() - started
 
     def metrics(self, genomes: np.ndarray, name: str) -> np.ndarray:
