@@ -19,11 +19,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from jointopt.objectives import DIRECTIONS
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES
 
 from .config_complaints import described, dotted, one_line
 from .rows import DataSource
+from .transforms import TRANSFORMS
 
 TASKS = ("text-classification", "image-classification", "causal-lm")
 TaskName = Literal["text-classification", "image-classification", "causal-lm"]
@@ -246,7 +247,7 @@ class Config(_Section):
     data: Data = Data()
     space: Space = Space()
     repair: bool = False
-    transforms: Annotated[list[Literal["rotate", "rotate_heads", "smooth", "awq"]], Field(min_length=1)] | None = None
+    transforms: Annotated[list[str], Field(min_length=1)] | None = None
     train: Train | None = None
     objectives: Annotated[list[NameOrEntry], Field(min_length=1)] | None = None
     search: Search = Search()
@@ -261,6 +262,14 @@ class Config(_Section):
     def _dotted(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
             raise ValueError(f"{value!r}; allowed: my_package.my_function")
+        return value
+
+    @field_validator("transforms")
+    @classmethod
+    def _known(cls, value: list[str] | None) -> list[str] | None:
+        for name in value or ():
+            if name not in TRANSFORMS:
+                raise ValueError(f"{name!r}{did_you_mean(name, TRANSFORMS)}; allowed: {', '.join(TRANSFORMS)}")
         return value
 
     @model_validator(mode="after")

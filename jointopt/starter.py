@@ -51,6 +51,8 @@ def starter_config(name: str) -> str:
     from search_spaces.defaults import DEFAULT_SCHEMES, default_architecture, presets, space_for_model
     from search_spaces.families import declare
 
+    from .transforms import possible
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         space = space_for_model(model)
@@ -76,6 +78,9 @@ def starter_config(name: str) -> str:
         f"  # preset: {preset} searches number formats only; in place of the lines above",
         f"  schemes: [{', '.join(DEFAULT_SCHEMES)}]  # also: W4A16_ASYM, W8A16, W4A8, FP8, NVFP4, MXFP4, ...",
         "  precision_per: projection  # layer; projection (q, k, v share; gate, up share); block",
+        "",
+        "# Changes of the weights that keep the model's function and make it easier to quantize.",
+        f"# transforms: [smooth]  # {', '.join(possible(family))}",
         "",
         "# Fine-tunes the super-network before the search, so that smaller sub-networks keep more. Worth its time.",
         "# train: {epochs: 1, batch_size: 32, learning_rate: 5.0e-5}",

@@ -45,12 +45,12 @@ def checked(transforms: Iterable[str], family: Family) -> tuple[str, ...]:
             )
     if {"smooth", "awq"} <= set(asked):
         raise JointoptError("transforms: smooth and awq both choose the scales of the same channels; allowed: one")
-    possible = _possible(family)
+    allowed = possible(family)
     for name in asked:
-        if name not in possible:
+        if name not in allowed:
             raise JointoptError(
                 f"transforms: {name}: this {family.name} model has {_LACKING[name]}; "
-                f"allowed here: {', '.join(possible) or 'none'}"
+                f"allowed here: {', '.join(allowed) or 'none'}"
             )
     return tuple(name for name in TRANSFORMS if name in asked)
 
@@ -63,7 +63,8 @@ _LACKING = {
 }
 
 
-def _possible(family: Family) -> tuple[str, ...]:
+def possible(family: Family) -> tuple[str, ...]:
+    """The transforms that a family's declaration allows."""
     heads = any(link.head_dim for link in family.links)
     there = {"rotate": family.stream is not None, "rotate_heads": heads}
     return tuple(name for name in TRANSFORMS if there.get(name, bool(family.links)))

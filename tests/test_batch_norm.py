@@ -37,7 +37,7 @@ def test_a_channel_that_never_varies_keeps_finite_statistics():
     model = make("resnet")
     with torch.no_grad():
         model.resnet.embedder.embedder.convolution.weight[3] = 0
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"], preset="fixed"))
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A16_CHANNEL"], preset="fixed"))
     supernet.calibrate(batches("resnet"))
     with supernet.active(supernet.space.largest) as view:
         assert torch.isfinite(logits(view, batches("resnet", seed=1)[0])).all()

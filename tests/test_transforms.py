@@ -10,6 +10,7 @@ from torch import nn
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.config import load_config
 from jointopt.transforms import TRANSFORMS, rotate_heads, rotate_stream, scale_link
 from quant.formats import SCHEMES
 from quant.reference import fake_quantize
@@ -269,3 +270,25 @@ def test_a_bias_of_a_layer_norm_needs_a_bias_to_go_into():
     model.vit.layers[1].mlp.fc1.bias = None
     with pytest.raises(JointoptError, match=r"rotate: vit\.layers\.1\.mlp\.fc1 has no bias"):
         Supernet(model, SearchSpace.for_model(model, schemes=["none"], mlp=[128, 256]), transforms=["rotate"])
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "vit"])
+def test_costs_are_known_without_any_weight(name):
+    with torch.device("meta"):
+        empty = MODELS[name]()
+    transforms = ["rotate", "rotate_heads", "smooth"]
+    space = SearchSpace.for_model(empty)
+    costs = Supernet(empty, space, transforms=transforms).costs(space.smallest)
+    assert costs == Supernet(make(name), space, transforms=transforms).costs(space.smallest)
+
+
+def test_a_config_names_transforms_which_its_record_keeps(tmp_path):
+    text = "model: m\ntask: causal-lm\ndata: {calibrate: a.txt, evaluate: b.txt}\noutput: runs/x\n"
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert "transforms" not in load_config(path).record()
+    path.write_text(f"{text}transforms: [rotate, smooth]\n")
+    assert load_config(path).record()["transforms"] == ["rotate", "smooth"]
+    path.write_text(f"{text}transforms: [rotat]\n")
+    with pytest.raises(JointoptError, match=r"line 5: transforms.*'rotat'.*rotate"):
+        load_config(path)

@@ -166,7 +166,7 @@ def kurtosis(supernet: Supernet, inputs: Iterable[Batch]) -> tuple[float, float]
     """Means over the layers of the blocks, and over those that read a normalization (about zero, where a quantizer's
     range is centred)."""
     moments: dict[str, list] = {layer.path: [Moments()] for layer in supernet.family.layers if layer.block}
-    CalibrationPass(supernet.model, supernet.family, moments, {}).run(inputs)
+    CalibrationPass(supernet.model, supernet.family, moments, {}, {}).run(inputs)
     links = supernet.family.links
     normal = {path for link in links for path in link.consumers if "norm" in link.producer.rpartition(".")[2]}
     means = []
@@ -190,10 +190,11 @@ def with_inputs_in(view: nn.Module, paths: Iterable[str], form: Format) -> nn.Mo
 def fold_batch_norm(model: nn.Module) -> None:
     """BatchNorm's scale into the rows of the convolution before it, in place; its statistics follow, the function
     stays. It is what folding does to the weights that are quantized."""
-    for block in model.modules():
-        convolution: Any = getattr(block, "convolution", None)
-        norm: Any = getattr(block, "normalization", None)
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+    modules: dict[str, Any] = dict(model.named_modules())
+    for path, convolution in modules.items():
+        norm = modules.get(path.replace("convolution", "normalization"))
+        if isinstance(convolution, nn.Conv2d) and norm is not None:
+            assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
             scale = norm.weight / (norm.running_var + norm.eps).sqrt()
             convolution.weight.mul_(scale[:, None, None, None])
             norm.running_mean.mul_(scale)
