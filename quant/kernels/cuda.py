@@ -90,6 +90,7 @@ def _step(
 ):  # fmt: skip
     """(the scale as it is stored, as it divides, the zero point) of ranges."""
     largest = tl.where(high > -low, high, -low)
+    largest = tl.where(largest != largest, float("nan"), largest)  # of whatever bits it came with
     if KIND == _ASYMMETRIC:
         scale = _in_type(_divided(_in_type(high - low, STEPS_TYPE), HIGH - LOW), QUOTIENT_TYPE)
         point = _clamped(_in_type(LOW - _in_type(_divided(low, scale), STEPS_TYPE), STEPS_TYPE), LOW, HIGH)
