@@ -221,11 +221,11 @@ class Finish(_Section):
     """The expensive rounding of weights, for the end of a search: of the chosen point and its neighbours on the front.
 
     Attributes:
-        rounding: "gptq".
+        rounding: "gptq"; or "descent", which goes on from it column by column.
         top: how many points are finished and scored again; what is best then is exported.
     """
 
-    rounding: Literal["gptq"] = "gptq"
+    rounding: Literal["gptq", "descent"] = "gptq"
     top: Positive = 3
 
 

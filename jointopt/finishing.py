@@ -24,6 +24,7 @@ from quant.calibration import choose_clip
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
 from quant.kernels import fake_quantize_activation
+from quant.rounding.descent import descent
 from quant.rounding.gptq import gptq
 from quant.rounding.moments import NEVER_REACHED, InputMoments
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from .study import Study
     from .supernet import Supernet
 
-ROUNDINGS = ("gptq",)
+ROUNDINGS = {"gptq": gptq, "descent": descent}
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def finish(
         supernet: calibrated. It stays as it is.
         batches: dicts of what the model's forward takes, such as those it was calibrated with; padding (where the
             attention mask is 0) does not count.
-        rounding: "gptq".
+        rounding: "gptq"; or "descent", which goes on from it column by column and takes about three times as long.
         quality: scores the finished sub-network: `Finished.metrics`.
 
     Raises:
@@ -106,7 +107,7 @@ def finish(
         scheme, constants = rounded[path], supernet.statistics(path, rounded[path])
         try:
             moments = shared.of(module, scheme, constants, arrived)
-            weight, shift = _rounded(module, scheme, moments, supernet.weight_calibration)
+            weight, shift = _rounded(module, scheme, moments, supernet.weight_calibration, rounding)
         except JointoptError as error:
             raise JointoptError(f"finish: {path}: {error}") from None
         quantize_layer(module, scheme, weight, None, None, constants)
@@ -219,7 +220,7 @@ def _nearest_on_front(study: Study, genome: np.ndarray, top: int) -> list[np.nda
 
 
 def _rounded(
-    module: nn.Module, scheme: Scheme, moments: InputMoments, calibration: str
+    module: nn.Module, scheme: Scheme, moments: InputMoments, calibration: str, rounding: str
 ) -> tuple[BankedWeight, Tensor | None]:
     """A layer's weight rounded for its inputs, and what is to be added to its bias, if it has one.
 
@@ -232,7 +233,8 @@ def _rounded(
     has_bias = module._parameters.get("bias") is not None
     hessian = moments.hessian(centred=has_bias)
     energy = hessian.diagonal(dim1=-2, dim2=-1).repeat_interleave(len(weight) // len(hessian), 0)
-    quantized = gptq(weight, hessian, scheme.weights, choose_clip(weight, scheme.weights, calibration, energy))
+    clip = choose_clip(weight, scheme.weights, calibration, energy)
+    quantized = ROUNDINGS[rounding](weight, hessian, scheme.weights, clip)
     values = quantized.dequantize(weight.dtype)
     shift = None
     if has_bias:

@@ -6,7 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-ROUNDINGS = {"nearest": "the nearest value", "gptq": "GPTQ (arXiv 2210.17323), layer after layer"}
+ROUNDINGS = {
+    "nearest": "the nearest value",
+    "gptq": "GPTQ (arXiv 2210.17323), layer after layer",
+    "descent": "GPTQ and coordinate descent from there (QuantEase, arXiv 2309.01885), layer after layer",
+}
 
 
 def model_card(record: Mapping[str, Any], loading: str) -> str:

@@ -54,7 +54,7 @@ def gptq(
 
     sorted_hessian = hessian.float().gather(1, order[..., None].expand_as(hessian))
     sorted_hessian = sorted_hessian.gather(2, order[:, None].expand_as(hessian))
-    step, zero = (ordered(matrix) for matrix in _grid(nearest))
+    step, zero = (ordered(matrix) for matrix in spread_grid(nearest))
     rounded = _rounded_in_turn(
         ordered(weight.detach().float().flatten(1)), step, zero, inverse_factor(sorted_hessian, damping), format
     )
@@ -62,7 +62,7 @@ def gptq(
     return replace(nearest, codes=value_codes(in_place, format.kind))
 
 
-def _grid(quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
+def spread_grid(quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
     """Step and zero point of every element, float32 [rows, columns]."""
     shape, scale = quantized.codes.shape, quantized.effective_scale()
     zero = torch.zeros_like(scale) if quantized.zero_point is None else quantized.zero_point.float()

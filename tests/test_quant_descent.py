@@ -1,0 +1,48 @@
+"""Coordinate descent from GPTQ's rounding: the error falls with every sweep, for every format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from quant import SCHEMES, JointoptError, quantize, scheme
+from quant.rounding.descent import descent
+from quant.rounding.gptq import DAMPING, gptq
+from tests.test_quant_gptq import correlated, loss, moments_of
+
+WEIGHTED = [name for name, each in SCHEMES.items() if each.weights is not None]
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_every_sweep_loses_less(name):
+    form = scheme(name).fitted([128]).weights
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    hessian = moments_of(nn.Linear(128, 16), correlated(400, 128, 0)).hessian()
+    damped = hessian + DAMPING * hessian.diagonal(dim1=1, dim2=2).mean() * torch.eye(128)
+    errors = [loss(weight, descent(weight, hessian, form, sweeps=sweeps).dequantize(), damped) for sweeps in range(4)]
+    assert errors[0] == pytest.approx(loss(weight, gptq(weight, hessian, form).dequantize(), damped))
+    assert errors[0] > errors[1]
+    assert all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:], strict=False))
+
+
+def test_convolutions_in_groups_and_dead_channels():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 16, 3, padding=1, groups=8, bias=False)
+    x = torch.randn(4, 8, 9, 9).cumsum(-1)
+    x[:, 3] = 0
+    hessian = moments_of(layer, x).hessian()
+    form = SCHEMES["W4A16_CHANNEL"].weights
+    held = descent(layer.weight, hessian, form).dequantize()
+    assert loss(layer.weight, held, hessian) < loss(layer.weight, quantize(layer.weight, form).dequantize(), hessian)
+
+
+def test_where_nothing_comes_in_it_rounds_to_nearest():
+    weight, form = torch.randn(4, 128), scheme("NVFP4A16").weights
+    found = descent(weight, torch.zeros(1, 128, 128), form)
+    assert torch.equal(found.dequantize(), quantize(weight, form).dequantize())
+
+
+def test_a_number_of_sweeps_below_0_is_refused():
+    with pytest.raises(JointoptError, match="sweeps: found -1"):
+        descent(torch.ones(2, 4), torch.eye(4)[None], SCHEMES["W4A16_CHANNEL"].weights, sweeps=-1)
