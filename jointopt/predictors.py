@@ -112,7 +112,8 @@ class Choices:
 
     @cached_property
     def share(self) -> np.ndarray:
-        """How much of the costs hangs on each gene, 1 on average over genes: [genes]."""
+        """How much more of the costs hangs on a gene than on the average one, as a square root: what is large has
+        larger effects, but not in proportion; [genes]."""
         if not self.computed:
             return np.ones(len(self.space))
         spans = np.zeros(len(self.space))
@@ -120,7 +121,7 @@ class Choices:
             high = np.maximum.reduceat(costs, self.offsets)
             low = np.minimum.reduceat(costs, self.offsets)
             spans += (high - low) / max(float((high - low).mean()), 1e-12)
-        return np.clip(spans / len(self.computed), 0.1, 10.0)
+        return np.sqrt(np.clip(spans / len(self.computed), 0.1, 10.0))
 
     @cached_property
     def level(self) -> np.ndarray:
