@@ -26,7 +26,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,7 @@ SCORES = {"digits_vit": "loss", "minilm": "loss", "smollm2": "perplexity"}
 
 def sharing_rows(name: str, arguments: argparse.Namespace) -> list[Row]:
     ready = prepare(name, arguments.assets, arguments.work)
+    ready = replace(ready, quality=partial(ready.quality, samples=arguments.samples))
     study = search(
         ready.supernet,
         ready.quality,
@@ -253,7 +255,9 @@ def shared_rows(ready: Ready, kind: str, genomes: np.ndarray, aim: float | None,
     prefixes = [block_signatures(supernet.family, supernet.plan(genome)) for genome in genomes]
     distinct = {prefix[: depth + 1] for prefix in prefixes for depth in range(len(prefix))}
     ratios, found = [], []
-    for turn in range(repeats + 1):
+    for genome in genomes:
+        supernet.layout(genome)  # quantizes what was not quantized yet
+    for _ in range(repeats):
         started = time.perf_counter()
         one = [evaluate(supernet, genome, ready.quality) for genome in genomes]
         middle = time.perf_counter()
@@ -261,9 +265,8 @@ def shared_rows(ready: Ready, kind: str, genomes: np.ndarray, aim: float | None,
         ended = time.perf_counter()
         if [each.metrics for each in one] != [shared[index].metrics for index in range(len(genomes))]:
             raise RuntimeError("shared and one by one differ")
-        if turn:  # the first quantizes
-            ratios.append((ended - middle) / (middle - started))
-            found.append(middle - started)
+        ratios.append((ended - middle) / (middle - started))
+        found.append(middle - started)
     return [
         (f"16 genomes ({kind}), shared / one by one", median(ratios), aim),
         (f"16 genomes ({kind}), blocks run / all blocks", len(distinct) / sum(map(len, prefixes)), None),
@@ -282,6 +285,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work"), help="where tuned super-networks are kept")
     parser.add_argument("--evaluations", type=int, default=112, help="of the search")
     parser.add_argument("--strategy", default="guided")
+    parser.add_argument("--samples", type=int, help="that sub-networks are scored on, with --shared; default: all")
     arguments = parser.parse_args()
     table = Table(title=f"{torch.get_num_threads()} threads, medians of {arguments.genomes} genomes")
     for column in ("case", "measure", "value", "aim"):
