@@ -177,3 +177,30 @@ def test_a_prior_is_for_objectives_that_tell_quality():
     assert list(quality_prior(supernet, objectives)) == ["accuracy"]
     with pytest.raises(JointoptError, match="no objective tells quality"):
         quality_prior(supernet, objectives[1:])
+
+
+def accuracy(model: nn.Module) -> dict[str, float]:
+    return {"accuracy": float((zoo.logits(model, zoo.batches("bert")[0]).argmax(-1) == 0).float().mean())}
+
+
+def test_a_search_with_a_warm_start_begins_elsewhere_and_goes_on_as_if_never_stopped(tmp_path):
+    supernet, _ = prepared("bert", schemes=("none", "W8A8", "W4A16"))
+
+    def genomes(evaluations: int, **options) -> list:
+        study = jointopt.search(supernet, accuracy, ["accuracy", "size"], evaluations, batch=4, **options)
+        found = study.evaluations()["genome"].tolist()
+        study.close()
+        return found
+
+    whole = genomes(12, warm_start=True)
+    genomes(8, warm_start=True, storage=tmp_path / "study.db")
+    assert genomes(12, warm_start=True, storage=tmp_path / "study.db") == whole
+    assert genomes(12) != whole
+    with pytest.raises(JointoptError, match="warm_start was true"):
+        genomes(12, storage=tmp_path / "study.db")
+
+
+def test_a_warm_start_is_for_guided_alone():
+    supernet, _ = prepared("bert")
+    with pytest.raises(JointoptError, match="random strategy, which takes no estimates; allowed: guided"):
+        jointopt.search(supernet, accuracy, ["accuracy"], 3, strategy="random", warm_start=True)

@@ -102,8 +102,8 @@ class Bench:
             values = np.vstack([values, found])
         return [problem.volume(values[:mark]) for mark in MARKS]
 
-    def problem(self) -> Problem:
-        """The search of really evaluated genomes."""
+    def problem(self, strewn: int) -> Problem:
+        """The search of really evaluated genomes, its corners from so many along the diagonal."""
         sign = -1.0 if self.objective == "accuracy" else 1.0
         size = Objective("size", "min", lambda genomes: self.ready.supernet.cost_columns(genomes)["size"])
         wanted = (Objective(self.objective, "max" if sign < 0 else "min"), size)
@@ -111,7 +111,7 @@ class Bench:
         def exact(genomes: np.ndarray) -> np.ndarray:
             return np.stack([self.metrics(genomes, each.name) for each in wanted], axis=1)
 
-        values = sign * self.metrics(diagonal(self.space, 40, 0), self.objective)
+        values = sign * self.metrics(diagonal(self.space, strewn, 0), self.objective)
         sizes = self.metrics(np.stack([self.space.smallest, self.space.largest]), "size")
         ideal, reference = np.array([values.min(), sizes[0]]), np.array([np.quantile(values, 0.9), sizes[1]])
         return Problem("real", self.space, wanted, exact, lambda found, random: found, ideal, reference)
@@ -121,7 +121,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Measure -> value, of one super-network."""
     bench = Bench(prepare(name, arguments.assets, arguments.work), arguments.objective)
     drawn = bench.space.sample(arguments.genomes, 0)
-    for genomes in (drawn, diagonal(bench.space, 40, 0)):
+    for genomes in (drawn, diagonal(bench.space, arguments.genomes, 0)):
         bench.metrics(genomes, "kl")
     again = drawn[:10]
     started = time.process_time()
