@@ -54,8 +54,8 @@ def search(
         config: what else the results depend on (data, model); compared when a study is gone on with.
         progress: whether to show a bar with the time left.
         warm_start: whether "guided" begins with what one pass of gradients tells of each choice
-            (`jointopt.sensitivity`). It costs a few evaluations; on image classifiers it saved half of 25, on a BERT
-            none (scripts/bench/sensitivity.py), so that it is off unless asked for.
+            (`jointopt.sensitivity`). It costs some evaluations' time. Two image classifiers were after 15 about where
+            they are after 25 without, a BERT gained nothing (scripts/bench/sensitivity.py): off unless asked for.
 
     Returns:
         The study, open. Where the space has fewer genomes than `evaluations`, all of them are in it.
