@@ -11,7 +11,7 @@ images, or 32 pieces of 256 tokens. What a tool's weights stand for comes back a
 the same code and with the same quantized inputs as jointopt's, so that formats and bytes are equal; bitsandbytes' INT8
 and 4-bit formats are its own, and their bytes are stated. Inputs of LLM.int8 are those of its kernels.
 
-jointopt's row is the way, to nearest or GPTQ, whose KL divergence from the original on the calibration batches is
+jointopt's row is the way (to nearest, GPTQ, descent) whose KL divergence from the original on the calibration batches is
 least; --way also tries GPTQ after a transform of the weights. Its seconds are those of that way, calibration included.
 The aim of a KL is the best neighbour's. A neighbour that cannot do a case, or takes longer than --limit seconds, has no
 row but a line that says so. Results are kept in --work, so that a bench that was stopped goes on.
@@ -122,6 +122,7 @@ def subject(given: Original, name: str, transforms: tuple[str, ...] = ()) -> Sub
 WAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "nearest": ((), None),
     "gptq": ((), "gptq"),
+    "descent": ((), "descent"),
     "smooth, gptq": (("smooth",), "gptq"),
     "awq, gptq": (("awq",), "gptq"),
     "rotate, gptq": (("rotate",), "gptq"),
@@ -133,7 +134,7 @@ def ours(name: str, given: Original, ways: list[str] | None) -> Metrics:
     """The best of jointopt's ways by its KL on the calibration batches; each is printed with what it scores."""
     best: Metrics = {}
     least = float("inf")
-    for way in ways or ["nearest", "gptq"]:
+    for way in ways or ["nearest", "gptq", "descent"]:
         transforms, rounding = WAYS[way]
         started = time.perf_counter()
         try:
@@ -247,7 +248,7 @@ def main() -> None:
     parser.add_argument("--case", choices=["minilm", "vit", "resnet", "smollm2"], action="append", help="default: all")
     parser.add_argument("--format", choices=FORMATS, action="append", help="default: all")
     parser.add_argument("--tool", choices=["jointopt", *NEIGHBOURS], action="append", help="default: all")
-    parser.add_argument("--way", choices=WAYS, action="append", help="of jointopt's; default: nearest and gptq")
+    parser.add_argument("--way", choices=WAYS, action="append", help="of jointopt's; default: nearest, gptq, descent")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/quantizers"))
     parser.add_argument("--environments", type=Path, default=Path("runs/quantizers/environments"))
