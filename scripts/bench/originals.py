@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
-from transformers import ViTImageProcessor as ImageProcessor
 
 from jointopt.evaluation import Quality, logits_of
 from jointopt.models import load_model
@@ -26,6 +24,8 @@ NAMES = {"num_labels": 10, "id2label": CLASSES, "label2id": {name: number for nu
 
 
 def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
     return ViTForImageClassification(
         ViTConfig(
             image_size=32, patch_size=4, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
@@ -35,6 +35,8 @@ def vit() -> nn.Module:
 
 
 def resnet() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
     return ResNetForImageClassification(
         ResNetConfig(embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2], layer_type="basic", **NAMES)
     )
@@ -120,13 +122,7 @@ def original(name: str, case: Case, assets: Path, work: Path) -> Original:
     folder, task = work / name, TASKS[case.task]
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(0)
-        if callable(case.start):
-            case.start().save_pretrained(folder.with_suffix(".untrained"))
-            size = {"height": 32, "width": 32}
-            ImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
-                folder.with_suffix(".untrained")
-            )
-        start = folder.with_suffix(".untrained") if callable(case.start) else assets / case.start
+        start = untrained(case.start, folder.with_suffix(".untrained")) if callable(case.start) else assets / case.start
         loaded = load_model(str(start), case.task, device="cpu", dtype="float32")
         samples = task.samples(case.train, loaded.processor, loaded.model)
         train(loaded.model, lambda epoch: samples.epoch(epoch, case.batch_size, 0), case.steps, case.learning_rate)
@@ -139,6 +135,16 @@ def original(name: str, case: Case, assets: Path, work: Path) -> Original:
     quality = task.quality(task.batches(case.evaluate, loaded.processor, loaded.model, size), loaded.model)
     scored = given[:1] if case.task == "causal-lm" else given
     return Original(folder, loaded.model, calibrate, quality, task.quality(scored, loaded.model))
+
+
+def untrained(make: Callable[[], nn.Module], folder: Path) -> Path:
+    """The model and an image processor for it, saved."""
+    from transformers import ViTImageProcessor
+
+    make().save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    return folder
 
 
 def train(model: nn.Module, epochs: Callable, steps: int, learning_rate: float) -> None:

@@ -11,10 +11,10 @@ images, or 32 pieces of 256 tokens. What a tool's weights stand for comes back a
 the same code and with the same quantized inputs as jointopt's, so that formats and bytes are equal; bitsandbytes' INT8
 and 4-bit formats are its own, and their bytes are stated. Inputs of LLM.int8 are those of its kernels.
 
-jointopt's row is the way (to nearest, GPTQ, descent) whose KL divergence from the original on the calibration batches is
-least; --way also tries GPTQ after a transform of the weights. Its seconds are those of that way, calibration included.
-The aim of a KL is the best neighbour's. A neighbour that cannot do a case, or takes longer than --limit seconds, has no
-row but a line that says so. Results are kept in --work, so that a bench that was stopped goes on.
+jointopt's row is the way (to nearest, GPTQ, descent) whose KL divergence from the original on the calibration batches
+is least; --way also tries GPTQ after a transform of the weights. Its seconds are those of that way, calibration
+included. The aim of a KL is the best neighbour's. A neighbour that cannot do a case, or takes longer than --limit
+seconds, has no row but a line that says so. Results are kept in --work: a bench that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def theirs(tool: str, name: str, given: Original, arguments: argparse.Namespace)
     )
     (out / "job.json").write_text(json.dumps(job))
     python = environment(tool.split()[0], arguments.environments)
-    command = [str(python), str(Path(__file__).with_name("neighbours.py")), str(out / "job.json")]
+    command = [str(python), "-P", str(Path(__file__).with_name("neighbours.py")), str(out / "job.json")]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit, cwd=out)
     except subprocess.TimeoutExpired:
