@@ -213,7 +213,8 @@ def uniform(supernet: Supernet, scheme: str) -> object:
     return space.encode(chosen)
 
 
-def rows(name: str, case: Case, only: list[tuple[str, ...]]) -> Iterable[dict[str, object]]:
+def rows(name: str, case: Case, options: argparse.Namespace) -> Iterable[dict[str, object]]:
+    only = [tuple(each.split()) for each in options.transforms or ()]
     space = SearchSpace.for_model(case.model, schemes=case.schemes, preset="fixed")
     tried = [(each, False) for each in only or case.transforms] + ([((), True)] if case.fold else [])
     for transforms, fold in tried:
@@ -232,7 +233,7 @@ def rows(name: str, case: Case, only: list[tuple[str, ...]]) -> Iterable[dict[st
             with supernet.active(uniform(supernet, "none")) as view, torch.no_grad():
                 metrics = case.quality(with_inputs_in(view, paths, form))
             yield row(name, f"{said}: inputs alone as in {scheme}: kl", metrics["kl"])
-        for scheme in case.schemes:
+        for scheme in options.schemes or case.schemes:
             with supernet.active(uniform(supernet, scheme)) as view, torch.no_grad():
                 metrics = case.quality(view)
             better = "higher" if case.metric == "accuracy" else "lower"
@@ -252,13 +253,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of SmolLM2's evaluation")
     parser.add_argument("--steps", type=int, default=60, help="of MiniLM's fine-tuning")
     parser.add_argument("--transforms", action="append", help="as in 'rotate smooth'; default: a case's own sets")
+    parser.add_argument("--schemes", nargs="+", help="default: a case's own")
     parser.add_argument("--smollm2", type=Path, help="folder of a fine-tuned one in place of the asset")
     parser.add_argument("--minilm", type=Path, help="folder of a fine-tuned one, which is then not trained")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found: list[dict[str, object]] = []
     for name in options.case or CASES:
-        found += rows(name, CASES[name](options), [tuple(each.split()) for each in options.transforms or ()])
+        found += rows(name, CASES[name](options), options)
         if options.json:
             options.json.write_text(json.dumps(found, indent=1))
     table = Table(title="transforms")
