@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))  // so that loops over a group know its size
+
 namespace {
 
 enum Kind { INTEGER, ASYMMETRIC, FLOATING };
@@ -82,7 +84,7 @@ inline uint8_t float_code(float x, int mantissa, int exponent_min, int sign_bit)
 struct Range { uint32_t positive, negative; };  // bit patterns of the largest magnitude on each side of zero
 
 // Magnitudes compare as their bit patterns do, and NaN as larger than infinity, so that it is found.
-template <int KIND, class T> inline Range range_of(const T* x, int64_t size) {
+template <int KIND, class T> ALWAYS_INLINE Range range_of(const T* x, int64_t size) {
     if (KIND == ASYMMETRIC) {
         int32_t positive = 0, negative = 0;
         for (int64_t i = 0; i < size; i++) {
@@ -104,40 +106,77 @@ inline Range united(Range a, Range b) {
     return {a.positive > b.positive ? a.positive : b.positive, a.negative > b.negative ? a.negative : b.negative};
 }
 
-struct Step { float stored, used, zero_point; };  // a scale as it is stored, what divides, and the zero point
+constexpr int64_t BLOCK = 64, CHUNK = 16384;
 
-template <int KIND> inline Step step_of(const Job& job, float low, float high, float global_scale) {
-    float largest = high > -low ? high : -low;
-    if (low != low || high != high) low = high = largest = NAN;
+struct Step { float used, zero_point; };  // a scale as it divides, and the zero point
+
+struct Steps {  // of a block of groups: each loop over them is one of the vector unit's
+    float low[BLOCK], high[BLOCK], stored[BLOCK], used[BLOCK], zero_point[BLOCK];
+};
+
+template <class T> inline void round_all(float* x, int64_t count) {
+    for (int64_t i = 0; i < count; i++) x[i] = rounded<T>(x[i]);
+}
+
+inline void round_all(float* x, int64_t count, int type) {
+    if (type == BFLOAT16) round_all<Bfloat16>(x, count);
+    if (type == FLOAT16) round_all<_Float16>(x, count);
+}
+
+// From `low` and `high` all the rest.
+template <int KIND> void find_steps(const Job& job, Steps& at, int64_t count, float global_scale) {
+    const int type = job.steps_in_type ? job.type : FLOAT32;
+    const float never_zero = job.never_zero, zero = job.zero, least = job.low, most = job.high, half = job.half;
     if (KIND == ASYMMETRIC) {
-        int type = job.steps_in_type ? job.type : FLOAT32;
-        float scale = in_type(in_type(high - low, type) / (job.high - job.low), job.quotient_type);
-        float point = clamped(in_type(job.low - in_type(low / scale, type), type), job.low, job.high);
-        point = std::rint(point != point ? 0.0f : point);
-        scale = scale == 0 ? job.never_zero : scale;
-        return {scale, scale, point + job.zero};
+        for (int64_t i = 0; i < count; i++) at.stored[i] = at.high[i] - at.low[i];
+        round_all(at.stored, count, type);
+        for (int64_t i = 0; i < count; i++) at.stored[i] = at.stored[i] / (most - least);
+        round_all(at.stored, count, job.quotient_type);
+        for (int64_t i = 0; i < count; i++) at.zero_point[i] = at.low[i] / at.stored[i];
+        round_all(at.zero_point, count, type);
+        for (int64_t i = 0; i < count; i++) at.zero_point[i] = least - at.zero_point[i];
+        round_all(at.zero_point, count, type);
+        for (int64_t i = 0; i < count; i++) {
+            float point = clamped(at.zero_point[i], least, most);
+            at.zero_point[i] = std::rint(point != point ? 0.0f : point) + zero;
+            at.stored[i] = at.used[i] = at.stored[i] == 0 ? never_zero : at.stored[i];
+        }
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        at.zero_point[i] = 0;
+        at.stored[i] = at.high[i] > -at.low[i] ? at.high[i] : -at.low[i];
     }
     if (job.scale == E8M0) {
-        int32_t power = int32_t(((bits(largest) + (1u << 21)) & INFINITE) >> 23) - 2;
-        power = power < 0 ? 0 : power > 254 ? 254 : power;
-        float scale = number(power == 0 ? 0x00400000u : uint32_t(power) << 23);
-        scale = in_type(scale, job.steps_in_type ? job.type : FLOAT32);
-        return {float(power), scale == 0 ? 1.0f : scale, 0};
+        for (int64_t i = 0; i < count; i++) {
+            float largest = at.stored[i] != at.stored[i] ? NAN : at.stored[i];
+            int32_t power = int32_t(((bits(largest) + (1u << 21)) & INFINITE) >> 23) - 2;
+            power = power < 0 ? 0 : power > 254 ? 254 : power;
+            at.stored[i] = float(power);
+            at.used[i] = number(power == 0 ? 0x00400000u : uint32_t(power) << 23);
+        }
+        round_all(at.used, count, type);
+        for (int64_t i = 0; i < count; i++) at.used[i] = at.used[i] == 0 ? 1.0f : at.used[i];
+        return;
     }
-    float scale = in_type(largest / job.half, job.quotient_type);
+    for (int64_t i = 0; i < count; i++) at.stored[i] = at.stored[i] / half;
+    round_all(at.stored, count, job.quotient_type);
     if (job.scale == E4M3) {
-        scale = global_scale * scale;
-        scale = to_float_grid(scale > 448.0f ? 448.0f : scale, 3, -6);
-        scale = scale == 0 ? 0.125f : scale;
-        return {scale, scale / global_scale, 0};
+        for (int64_t i = 0; i < count; i++) {
+            float scale = global_scale * at.stored[i];
+            scale = to_float_grid(scale > 448.0f ? 448.0f : scale, 3, -6);
+            at.stored[i] = scale == 0 ? 0.125f : scale;
+            at.used[i] = at.stored[i] / global_scale;
+        }
+        return;
     }
-    scale = scale == 0 ? job.never_zero : scale;
-    return {scale, scale, 0};
+    for (int64_t i = 0; i < count; i++) at.stored[i] = at.used[i] = at.stored[i] == 0 ? never_zero : at.stored[i];
 }
 
 // What leaves: values in the type of the input, or codes, or both; either may be null.
 template <int KIND, bool STEPS, class T>
-inline void convert(const Job& job, const T* x, T* values, uint8_t* codes, int64_t size, Step step) {
+ALWAYS_INLINE void convert(const Job& job, const T* __restrict x, T* __restrict values, uint8_t* __restrict codes,
+                           int64_t size, Step step) {
     const float low = job.low, high = job.high, scale = step.used, point = step.zero_point, zero = job.zero;
     const int mantissa = job.mantissa, exponent_min = job.exponent_min;
     const int sign_bit = high == 6.0f ? 3 : 7;
@@ -174,8 +213,6 @@ inline void convert(const Job& job, const T* x, T* values, uint8_t* codes, int64
     }
 }
 
-constexpr int64_t BLOCK = 64, CHUNK = 16384;
-
 struct Places {
     const void* x;
     const float *low, *high;   // a range for each group in place of its own, or null
@@ -193,14 +230,16 @@ template <int KIND, bool STEPS, class T, int SIZE> uint32_t run(const Job& job, 
     const int64_t size = SIZE ? SIZE : job.size, groups = job.groups;
     const float global_scale = at.global_scale ? *at.global_scale : 1.0f;
     auto part = [=](auto* place, int64_t offset) { return place ? place + offset : place; };
-    auto stepped = [&](int64_t group, Range range) {
+    auto bounded = [&](Steps& steps, int64_t place, int64_t group, Range range) {
         float high = number(range.positive), low = KIND == ASYMMETRIC ? -number(range.negative) : -high;
         if (at.low) low = clamped(at.low[group], -INFINITY, 0), high = clamped(at.high[group], 0, INFINITY);
-        return step_of<KIND>(job, low, high, global_scale);
+        if (low != low || high != high) low = high = NAN;
+        steps.low[place] = low, steps.high[place] = high;
     };
-    auto noted = [&](int64_t group, const Step& step) {
-        if (at.scales) at.scales[group] = step.stored;
-        if (at.zero_points) at.zero_points[group] = step.zero_point;
+    auto found_steps = [&](Steps& steps, int64_t first, int64_t count) {
+        find_steps<KIND>(job, steps, count, global_scale);
+        if (at.scales) std::memcpy(at.scales + first, steps.stored, count * sizeof(float));
+        if (at.zero_points) std::memcpy(at.zero_points + first, steps.zero_point, count * sizeof(float));
     };
     uint32_t largest = 0;  // NaN and infinity show here
 
@@ -212,7 +251,7 @@ template <int KIND, bool STEPS, class T, int SIZE> uint32_t run(const Job& job, 
             Step step;
             if (given) {
                 float point = at.zero_points ? at.zero_points[0] : 0.0f;
-                step = {at.scales[0], at.scales[0], point};
+                step = {at.scales[0], point};
             } else {
                 uint32_t positive = 0, negative = 0;
 #pragma omp parallel for num_threads(job.threads) reduction(max : positive, negative)
@@ -223,8 +262,10 @@ template <int KIND, bool STEPS, class T, int SIZE> uint32_t run(const Job& job, 
                 }
                 Range range{positive, negative};
                 largest = united({largest, 0}, {positive > negative ? positive : negative, 0}).positive;
-                step = stepped(group, range);
-                noted(group, step);
+                Steps steps;
+                bounded(steps, 0, group, range);
+                found_steps(steps, group, 1);
+                step = {steps.used[0], steps.zero_point[0]};
             }
 #pragma omp parallel for num_threads(job.threads)
             for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -241,18 +282,18 @@ template <int KIND, bool STEPS, class T, int SIZE> uint32_t run(const Job& job, 
 #pragma omp parallel for num_threads(job.threads) reduction(max : largest)
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t first = block * together, count = groups - first < together ? groups - first : together;
-        Range ranges[BLOCK];
-        Step steps[BLOCK];
-        for (int64_t g = 0; g < count; g++) ranges[g] = range_of<KIND>(x + (first + g) * size, size);
+        Steps steps;
         for (int64_t g = 0; g < count; g++) {
-            uint32_t found = united(ranges[g], {ranges[g].negative, 0}).positive;
+            Range range = range_of<KIND>(x + (first + g) * size, size);
+            uint32_t found = united(range, {range.negative, 0}).positive;
             largest = found > largest ? found : largest;
-            steps[g] = stepped(first + g, ranges[g]);
+            bounded(steps, g, first + g, range);
         }
+        found_steps(steps, first, count);
         for (int64_t g = 0; g < count; g++) {
             int64_t offset = (first + g) * size;
-            noted(first + g, steps[g]);
-            convert<KIND, STEPS>(job, x + offset, part(values, offset), part(at.codes, offset), size, steps[g]);
+            Step step{steps.used[g], steps.zero_point[g]};
+            convert<KIND, STEPS>(job, x + offset, part(values, offset), part(at.codes, offset), size, step);
         }
     }
     return largest;

@@ -26,16 +26,7 @@ from quant.formats import Format
 from quant.kernels.grouped import Job, job_of
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = (
-    "-O2",
-    "-ftree-vectorize",
-    "-std=c++17",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fPIC",
-    "-shared",
-)
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 INSTRUCTIONS = {
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "AVX2": ("-march=x86-64-v3",),
