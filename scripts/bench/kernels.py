@@ -134,7 +134,7 @@ def torchao(x: Tensor, format: Format) -> Run | None:
     least, most = int(kind.min), int(kind.max)
 
     def rounded() -> Tensor:
-        own, point = scale, None
+        own, point = scale, torch.zeros(1, dtype=torch.int32)
         if format.dynamic:
             own, point = ao.choose_qparams_affine(x, mapping, block, torch.int8, least, most)
         return ao._fake_quantize_affine(x, block, own, point, torch.int8, least, most)
