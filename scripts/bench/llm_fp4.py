@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=256, help="inputs of each layer that are searched on")
     parser.add_argument("--pieces", type=int, default=8, help="of 256 tokens, to score on")
+    parser.add_argument("--blocks", type=int, help="that are quantized, evenly spread over the model (default: all)")
     options = parser.parse_args()
     loaded = load_model(str(options.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
     task, text, model = TASKS["causal-lm"], options.assets / "text", loaded.model.eval()
@@ -90,7 +91,9 @@ def main() -> None:
     inputs = [{"input_ids": batch["input_ids"]} for batch in batches("calibrate.txt", 32)]
     seen = seen_inputs(model, inputs, options.tokens)
     quality = task.quality(batches("evaluate.txt", options.pieces), model)
-    layers = {path: model.get_submodule(path) for path in seen}
+    count = model.config.num_hidden_layers
+    kept = set(torch.linspace(0, count - 1, options.blocks or count).round().int().tolist())
+    layers = {path: model.get_submodule(path) for path in seen if int(path.split(".layers.")[1].split(".")[0]) in kept}
     ratios = torch.linspace(1.2 / options.ratios, 1.2, options.ratios).tolist()
     losses, rows = {"unquantized": measured(quality, model)["loss"]}, []
     table = Table("W4A4", "perplexity", "won back", "seconds", "layers with a home in an export")
@@ -106,7 +109,7 @@ def main() -> None:
         first = losses["E2M1, plain"]
         won = (first - scored["loss"]) / (first - losses["unquantized"])
         table.add_row(variant, f"{scored['perplexity']:.2f}", f"{won:.1%}", f"{seconds:.0f}", f"{homes}/{len(layers)}")
-        case = f"SmolLM2-135M W4A4, {variant}"
+        case = f"SmolLM2-135M, {len(kept)} of {count} blocks in W4A4, {variant}"
         rows += [
             {"case": case, "measure": "perplexity", "value": scored["perplexity"], "aim": None, "better": "lower"},
             {"case": case, "measure": "won back", "value": won, "aim": None, "better": "higher"},

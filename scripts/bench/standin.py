@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def divergence(supernet: Supernet, batches: list[Batch]) -> Any:
             parts = [logits_of(model, batch).flatten(0, -2).log_softmax(-1) for batch in inputs]
         return torch.cat(parts)
 
-    with supernet.original() as model:
-        expected = outputs(model)
+    plan = supernet.plan(supernet.space.largest)
+    expected = outputs(supernet.view(replace(plan, schemes={})))
     return lambda model: {
         "kl": float(nn.functional.kl_div(outputs(model), expected, log_target=True, reduction="batchmean"))
     }
