@@ -213,3 +213,24 @@ def test_a_finished_one_that_is_worse_is_not_exported():
     genome, finished = finish_top(supernet, study, batches("bert"), lambda model: {"far": 1e9}, wanted, top=2)
     assert finished is None and np.array_equal(genome, study.best(**wanted))
     assert len(study.finished()) == min(2, len(study.front()))
+
+
+def test_finishing_goes_on_from_weights_that_were_rotated_and_repaired():
+    model = make("llama_tied")
+    space = SearchSpace.for_model(model, schemes=["W4A16", "W4A8"], mlp=[128, 256], heads=[2, 4])
+    supernet = Supernet(model, space, transforms=("rotate",), repair=True)
+    supernet.calibrate(batches("llama_tied", count=4))
+    batch, genome = batches("llama_tied", seed=1)[0], supernet.space.smallest
+    target = logits(supernet.view(replace(supernet.plan(genome), schemes={})), batch)
+    finished = logits(jointopt.finish(supernet, genome, batches("llama_tied", count=4)).model, batch)
+    assert (finished - target).norm() < (logits(supernet.extract(genome), batch) - target).norm()
+
+
+def test_a_bfloat16_model_is_finished_by_descent_with_its_embedding_and_exports(tmp_path):
+    model = make("llama_tied").to(torch.bfloat16)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["NVFP4", "W4A16"], preset="fixed"))
+    supernet.calibrate(batches("llama_tied"))
+    finished = jointopt.finish(supernet, supernet.space.smallest, batches("llama_tied", count=4), "descent")
+    assert all(hasattr(finished.model.get_submodule(path), "quantized") for path in ("model.embed_tokens", "lm_head"))
+    verification = jointopt.verify(jointopt.export(supernet, finished, tmp_path / "finished"))
+    assert verification.ok, verification.differences
