@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from jointopt.objectives import DIRECTIONS
+from jointopt.objectives import DIRECTIONS, EVALUATIONS, constraint
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES
 
@@ -174,6 +174,16 @@ def _objective(value: Any) -> Any:
     raise ValueError(f"{value!r}; allowed: a name, or {{name: min}} or {{name: max}}")
 
 
+def _limits(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        for name, text in value.items():
+            try:
+                constraint(str(name), text)
+            except JointoptError as error:
+                raise ValueError(str(error).removeprefix("constraint ")) from None
+    return value
+
+
 NameOrEntry = Annotated[ObjectiveEntry, BeforeValidator(_objective)]
 
 
@@ -181,15 +191,35 @@ class Search(_Section):
     """How the space is searched.
 
     Attributes:
-        evaluations: how many sub-networks are really measured.
+        evaluations: how many sub-networks are really measured (default: 200; with minutes or patience, any number).
+        minutes: of searching, earlier runs counted.
+        patience: evaluations without any hypervolume gained, after which the search ends.
         seed: of everything random.
         warm_start: whether "guided" begins with what one pass of gradients tells of each choice.
+        batch: sub-networks asked for at a time.
+        workers: processes on this machine that evaluate.
+        ray: auto, or the address of a Ray cluster, for its workers.
+        threads: of torch in each evaluation (default: with workers 1, else torch's setting).
+        asynchronous: to wait for no batch to end, at the price of determinism.
     """
 
     strategy: Literal["guided", "evolutionary", "random"] = "guided"
-    evaluations: Positive = 200
+    evaluations: Positive | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    patience: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     warm_start: bool = False
+    batch: Positive = 10
+    workers: Positive | None = None
+    ray: str | None = None
+    threads: Positive | None = None
+    asynchronous: bool = False
+
+    @model_validator(mode="after")
+    def _some_end(self) -> Search:
+        if self.evaluations is None and self.minutes is None and self.patience is None:
+            object.__setattr__(self, "evaluations", EVALUATIONS)
+        return self
 
 
 def _choice(value: Any) -> Any:
@@ -238,6 +268,7 @@ class Config(_Section):
         repair: whether layers whose inputs are narrowed are fitted to what they computed before, by least squares.
         transforms: changes of the weights that keep the model's function and make it easier to quantize.
         quality: "package.function", model -> float (or a dict of metrics), instead of the task's own metrics.
+        constraints: limits on costs and measured objectives, "<= number" or ">= number" by name; size_mb is in 10^6.
         output: the folder of everything that the run writes.
     """
 
@@ -251,6 +282,7 @@ class Config(_Section):
     train: Train | None = None
     objectives: Annotated[list[NameOrEntry], Field(min_length=1)] | None = None
     search: Search = Search()
+    constraints: Annotated[dict[str, str], BeforeValidator(_limits)] | None = None
     choose: Annotated[Choose, BeforeValidator(_choice)] = Choose(knee=True)
     finish: Finish | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
@@ -307,7 +339,8 @@ class Config(_Section):
         content = self.model_dump(exclude_none=True, exclude={"choose", "finish", "output", "device"})
         if not self.repair:
             content.pop("repair")
-        content["search"].pop("evaluations")
+        for key in ("evaluations", "minutes", "patience", "workers", "ray", "threads"):
+            content["search"].pop(key, None)
         content["data"].pop("test", None)
         return content
 

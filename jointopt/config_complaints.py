@@ -65,6 +65,7 @@ _WORDS = {
     "device": "auto, cpu, cuda, mps",
     "objectives": "a list of names",
     "choose": "{size_mb: 20}, {drop: 0.01} or knee",
+    "constraints": "{size_mb: '<= 20'} and the like",
 }
 _KINDS: dict[Any, tuple[str, str]] = {
     str: ("text", "texts"),

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import warnings
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import torch
 
 from jointopt import strategies
-from jointopt.evaluation import Quality, evaluate, measured
-from jointopt.objectives import COSTS, Objective, named
+from jointopt import workers as workplaces
+from jointopt.evaluation import Evaluation, Quality, measured
+from jointopt.objectives import COSTS, Constraint, Objective, constraint, named
 from jointopt.sensitivity import quality_prior
+from jointopt.sharing import evaluation_order
+from jointopt.stopping import Budget, Watch
 from jointopt.study import Study
 from quant.errors import JointoptError
+from search_spaces.space import SearchSpace
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -28,13 +34,20 @@ def search(
     supernet: Supernet,
     quality: Quality,
     objectives: Sequence[str | Objective | dict[str, str]] = ("quality", "size"),
-    evaluations: int = 200,
+    evaluations: int | None = None,
     storage: str | Path | None = None,
     seed: int = 0,
     *,
     strategy: str = "guided",
     strategy_options: Mapping[str, Any] | None = None,
     batch: int = BATCH,
+    minutes: float | None = None,
+    patience: int | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    threads: int | None = None,
+    asynchronous: bool = False,
+    constraints: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
     progress: bool = False,
     warm_start: bool = False,
@@ -46,11 +59,24 @@ def search(
         quality: model -> a number, higher is better, which is the metric "quality"; or model -> a mapping of metrics.
         objectives: names of metrics ("quality", "accuracy", "loss", "kl", "perplexity"), of costs ("size", "macs",
             "bops", "parameters"), {name: direction} for a metric of one's own, or `Objective`s.
-        evaluations: how many genomes the study has in the end, those of earlier runs counted.
+        evaluations: how many genomes the study has in the end, those of earlier runs counted (default: 200, or
+            without limit where `minutes` or `patience` is given).
         storage: the study's file; one that exists is gone on with. None keeps it in memory.
         seed: of all that is random in the search.
         strategy: "guided", "evolutionary" or "random", with `strategy_options`.
-        batch: genomes asked at a time.
+        batch: genomes asked at a time; with workers, some times as many as these are keeps them busy.
+        minutes: of wall clock that the study may take, earlier runs counted.
+        patience: evaluations in a row without any hypervolume gained, after which the search ends.
+        workers: processes on this machine that evaluate, the super-network's weights shared between them. The study
+            is the same for any number. `quality` and all it refers to is sent to them, by value where it comes from
+            the script itself, else by import; state that it keeps stays in each worker.
+        ray: "auto" or the address of a Ray cluster, on which the workers run (default: as many as there is room for).
+        threads: of torch in each evaluation (default: with `workers` or `ray` 1, else torch's setting). They decide
+            the last bits of a sum, so that a study keeps to those that it was begun with.
+        asynchronous: to ask for a new genome whenever a worker is idle, without waiting for its batch. No worker
+            waits then, but what is asked depends on which evaluation ended first: no two such searches are the same.
+        constraints: {"size_mb": "<= 20", "accuracy": ">= 0.9"}, limits on costs and on measured objectives, so that
+            evaluations go where the choice will be made. Exact ones every genome keeps; `study.best` keeps all.
         config: what else the results depend on (data, model); compared when a study is gone on with.
         progress: whether to show a bar with the time left.
         warm_start: whether "guided" begins with what one pass of gradients tells of each choice
@@ -58,22 +84,29 @@ def search(
             they are after 25 without, a BERT gained nothing (scripts/bench/sensitivity.py): off unless asked for.
 
     Returns:
-        The study, open. Where the space has fewer genomes than `evaluations`, all of them are in it.
+        The study, open; `study.stopped` says why it ended. Where the space has fewer genomes than `evaluations`, all
+        of them are in it. A study goes on with the same call and a larger budget.
 
     Raises:
-        JointoptError: a super-network that is not calibrated, an unknown objective or strategy, another config on the
-            same study, or a function that failed on every genome of the first batch.
+        JointoptError: a super-network that is not calibrated, an unknown objective or strategy, constraints that no
+            genome meets, another config on the same study, a function that failed on every genome of the first batch,
+            workers that cannot be started.
     """
     if not supernet.calibrated:
         raise JointoptError("search: the super-network is not calibrated; call supernet.calibrate(batches) first")
-    if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
-        raise JointoptError(f"evaluations: found {evaluations!r}; allowed: a number from 1")
+    budget = Budget(evaluations, minutes, patience)
+    _check_count("workers", workers)
+    _check_count("threads", threads)
+    _check_count("batch", batch)
     wanted = _objectives(supernet, objectives)
     space = supernet.space
     if warm_start and strategy != "guided":
         raise JointoptError(f"warm_start: found the {strategy} strategy, which takes no estimates; allowed: guided")
     prior = {"prior": quality_prior(supernet, wanted)} if warm_start else {}
-    asking = strategies.create(strategy, space, wanted, seed=seed, **{**(strategy_options or {}), **prior})
+    limits = _constraints(supernet, wanted, constraints or {})
+    constrained = {"constraints": limits} if limits else {}
+    options = {**(strategy_options or {}), **prior, **constrained}
+    asking = strategies.create(strategy, space, wanted, seed=seed, **options)
     record = {
         "seed": seed,
         "strategy": strategy,
@@ -81,16 +114,28 @@ def search(
         "batch": batch,
         "supernet": supernet.fingerprint(),
         **({"warm_start": True} if warm_start else {}),
+        **({"asynchronous": True} if asynchronous else {}),
+        **({"constraints": {each.name: f"{each.relation} {each.limit:g}" for each in limits}} if limits else {}),
         **(config or {}),
     }
     study = Study.create(storage, space, wanted, record)
     try:
+        threads = _threads(study, threads, workers is not None or ray is not None)
         if not study.baselines:
-            study.note("baselines", {"original": _original(supernet, quality)})
+            with workplaces.threads_of_torch(threads):
+                study.note("baselines", {"original": _original(supernet, quality)})
         _check_metrics(wanted, study.baselines["original"])
         if (state := study.fact("state")) is not None:
             asking.load_state_dict(state)
-        _run(study, supernet, quality, wanted, asking, evaluations, batch, progress)
+        _say_where_small(space, budget)
+        study.note("stopped", None)
+        evaluator = _evaluator(supernet, quality, workers, ray, threads)
+        try:
+            with Watch(study, budget, progress) as watch:
+                run = _Run(study, asking, evaluator, budget, watch, batch)
+                watch.ended(run.stream() if asynchronous else run.batches())
+        finally:
+            evaluator.close()
         supernet.scores.update(study.scores())
     except BaseException:
         study.close()
@@ -115,6 +160,51 @@ def _objectives(supernet: Supernet, objectives: Sequence[Any]) -> list[Objective
     return [replace(o, compute=column(o.name)) if o.name in COSTS and o.compute is None else o for o in found]
 
 
+def _constraints(supernet: Supernet, objectives: Sequence[Objective], given: Mapping[str, str]) -> list[Constraint]:
+    """Raises JointoptError for what is neither a cost nor a measured objective."""
+    if not isinstance(given, Mapping):
+        raise JointoptError(f"constraints: found {given!r}; allowed: a mapping such as {{size_mb: '<= 20'}}")
+    costs = supernet.original_costs()
+    measured_names = [o.name for o in objectives if o.name not in costs]
+
+    def column(name: str, unit: float):
+        return lambda genomes: supernet.cost_columns(genomes)[name] / unit
+
+    found = []
+    for name, text in given.items():
+        cost = "size" if name == "size_mb" else name
+        if cost not in costs and name not in measured_names:
+            allowed = ", ".join(["size_mb", *costs, *measured_names])
+            raise JointoptError(f"constraints: found {name!r}; allowed: {allowed}")
+        found.append(constraint(name, text, column(cost, 1e6 if name == "size_mb" else 1.0) if cost in costs else None))
+    return found
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise JointoptError(f"{name}: found {value!r}; allowed: a number from 1")
+
+
+def _threads(study: Study, wanted: int | None, parallel: bool) -> int:
+    """Of each evaluation: those that the study was begun with."""
+    begun = study.fact("threads")
+    if begun is None:
+        begun = wanted or (1 if parallel else torch.get_num_threads())
+        study.note("threads", begun)
+    if wanted not in (None, begun):
+        raise JointoptError(f"threads: found {wanted}; allowed: {begun}, with which this study was begun")
+    return begun
+
+
+def _say_where_small(space: SearchSpace, budget: Budget) -> None:
+    count = space.count()
+    if budget.evaluations is not None and count < budget.evaluations:
+        warnings.warn(
+            f"evaluations: found {budget.evaluations}, but the space has {count} genomes; all of them are evaluated",
+            stacklevel=3,
+        )
+
+
 def _original(supernet: Supernet, quality: Quality) -> dict[str, float]:
     """Metrics and costs of the model as it was given. What the user's function raises here is raised."""
     with supernet.original() as model:
@@ -129,56 +219,129 @@ def _check_metrics(objectives: Sequence[Objective], metrics: Mapping[str, float]
             raise JointoptError(f"objective {objective.name!r}: the quality function returns {', '.join(returned)}")
 
 
-def _run(
-    study: Study,
-    supernet: Supernet,
-    quality: Quality,
-    objectives: Sequence[Objective],
-    asking: strategies.Strategy,
-    evaluations: int,
-    batch: int,
-    progress: bool,
-) -> None:
-    columns = (TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
-        shown = bar.add_task("search", total=evaluations, completed=len(study))
-        generation = study.last_generation()
+def _evaluator(
+    supernet: Supernet, quality: Quality, workers: int | None, ray: str | None, threads: int
+) -> workplaces.Evaluator:
+    order = partial(evaluation_order, supernet)
+    if ray is not None:
+        try:
+            from jointopt.ray_workers import Cluster
+        except ImportError as error:
+            raise JointoptError(f"ray: {error}; allowed: after pip install 'jointopt[ray]'") from None
+        cluster = Cluster(ray, supernet, quality, workers, threads)
+        return workplaces.Pool(cluster, workers or cluster.room, order)
+    if workers is None or workers == 1:
+        return workplaces.Serial(supernet, quality, threads)
+    return workplaces.Pool(workplaces.Processes(supernet, quality, workers, threads), workers, order)
+
+
+@dataclass
+class _Run:
+    """One run of a search: everything that its steps need."""
+
+    study: Study
+    asking: strategies.Strategy
+    evaluator: workplaces.Evaluator
+    budget: Budget
+    watch: Watch
+    batch: int
+
+    def batches(self) -> str:
+        """Asks for a batch, evaluates all of it, tells it, and so on. Returns why it ended."""
+        generation = self.study.last_generation()
         while True:
             if generation is not None:
-                _evaluate_generation(study, supernet, quality, generation, evaluations, lambda: bar.advance(shown))
-                _tell(study, asking, objectives, generation[1], evaluations)
-                _stop_if_all_failed(study)
-            if len(study) >= evaluations:
-                return
-            genomes = asking.ask(batch)
-            if not len(genomes):
-                return
-            number = study.add_generation(genomes, asking.predicted, asking.state_dict())
-            generation = (number, genomes)
+                self._evaluate(*generation)
+                self._tell(generation[1])
+                _stop_if_all_failed(self.study)
+            if (reason := self.budget.spent(self.study, self.watch.elapsed())) is not None:
+                return reason
+            generation = self._ask(self.batch)
+            if generation is None:
+                return f"space: all {len(self.study)} genomes that can be asked for are evaluated"
 
+    def stream(self) -> str:
+        """Asks for a genome whenever one can be evaluated, whichever have ended by then. Returns why it ended."""
+        waiting: deque[tuple[int, int, np.ndarray]] = deque()
+        for generation, genomes in self.study.generations():
+            waiting.extend(self._unevaluated(generation, genomes))
+            known = self.study.results(genomes)
+            told = {genome.tobytes() for genome in self.asking.told}
+            fresh = [r is not None and g.tobytes() not in told for g, r in zip(genomes, known, strict=True)]
+            self._tell(genomes[fresh])
+        running: dict[int, tuple[int, np.ndarray]] = {}
+        while True:
+            reason = self.budget.spent(self.study, self.watch.elapsed())
+            if not waiting and reason is None and (free := self._free(len(running))):
+                asked = self._ask(free)
+                waiting.extend(self._unevaluated(*asked) if asked else ())
+                if not asked and not running:
+                    return f"space: all {len(self.study)} genomes that can be asked for are evaluated"
+            while waiting and len(running) < self.evaluator.count:
+                number, generation, genome = waiting.popleft()
+                running[number] = (generation, genome)
+                self.evaluator.submit([number], genome[None])
+            if not running or self.watch.seconds_left() == 0:
+                return reason or "evaluations: no more allowed"
+            for number, result in self.evaluator.collect(self.watch.seconds_left()):
+                generation, genome = running.pop(number)
+                self._record(number, generation, genome, result)
+                self._tell(genome[None])
+            if len(self.study) >= self.batch:
+                _stop_if_all_failed(self.study)
 
-def _evaluate_generation(study, supernet, quality, generation, evaluations, advance) -> None:
-    number, genomes = generation
-    for genome, known in zip(genomes, study.results(genomes), strict=True):
-        if known is None and len(study) < evaluations:
-            result = evaluate(supernet, genome, quality)
-            study.add_evaluation(number, genome, result.metrics, result.failed, result.seconds)
-            advance()
+    def _free(self, running: int) -> int:
+        """How many genomes may be asked for."""
+        free = self.evaluator.count - running
+        if self.budget.evaluations is None:
+            return free
+        return min(free, self.budget.evaluations - len(self.study) - running)
 
+    def _ask(self, count: int) -> tuple[int, np.ndarray] | None:
+        """A new batch, recorded; None where the strategy has no more."""
+        genomes = self.asking.ask(count)
+        if not len(genomes):
+            return None
+        number = self.study.add_generation(genomes, self.asking.predicted, self.asking.state_dict())
+        self.watch.asked(self.asking.predicted)
+        return number, genomes
 
-def _tell(
-    study: Study, asking: strategies.Strategy, objectives: Sequence[Objective], genomes: np.ndarray, evaluations: int
-) -> None:
-    """Tells a whole batch at once; one that `evaluations` cut short is told by the run that completes it."""
-    results = study.results(genomes)
-    if any(result is None for result in results):
-        return
-    values = [[(result or {}).get(objective.name, np.nan) for objective in objectives] for result in results]
-    asking.tell(genomes, np.array(values, dtype=float))
+    def _unevaluated(self, generation: int, genomes: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+        """(number, generation, genome) of those that the budget allows and that are not in the study."""
+        first, limit = self.study.first_number(generation), self.budget.evaluations
+        results = zip(range(first, first + len(genomes)), genomes, self.study.results(genomes), strict=True)
+        return [(n, generation, g) for n, g, known in results if known is None and (limit is None or n <= limit)]
+
+    def _evaluate(self, generation: int, genomes: np.ndarray) -> None:
+        """All of a batch, unless the time is over before."""
+        left = {number: genome for number, _, genome in self._unevaluated(generation, genomes)}
+        if left:
+            self.evaluator.submit(list(left), np.array(list(left.values())))
+        while left and self.watch.seconds_left() != 0:
+            for number, result in self.evaluator.collect(self.watch.seconds_left()):
+                self._record(number, generation, left.pop(number), result)
+
+    def _record(self, number: int, generation: int, genome: np.ndarray, found: Evaluation) -> None:
+        elapsed = self.watch.elapsed()
+        self.study.add_evaluation(
+            generation, genome, found.metrics, found.failed, found.seconds, number=number, elapsed=elapsed
+        )
+        self.watch.advanced()
+
+    def _tell(self, genomes: np.ndarray) -> None:
+        """Tells all of these at once; a batch that the budget cut short is told by the run that completes it."""
+        results = self.study.results(genomes)
+        if not len(genomes) or any(result is None for result in results):
+            return
+        names = [objective.name for objective in self.study.objectives]
+        values = [[(result or {}).get(name, np.nan) for name in names] for result in results]
+        self.asking.tell(genomes, np.array(values, dtype=float))
 
 
 def _stop_if_all_failed(study: Study) -> None:
+    if not study.all_failed():
+        return
     frame = study.evaluations()
-    if len(frame) and frame["failed"].notna().all():
+    if len(frame):
         reason, count = Counter(frame["failed"]).most_common(1)[0]
         raise JointoptError(f"quality: all {len(frame)} evaluations failed, {count} of them with {reason}")

@@ -27,6 +27,8 @@ DIRECTIONS = {
     "decode_macs": "min",
 }
 COSTS = ("size", "macs", "bops", "parameters", "cache", "decode_macs")
+EVALUATIONS = 200
+"""Of a search to which no budget is given."""
 
 
 @dataclass(frozen=True)

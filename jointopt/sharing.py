@@ -111,7 +111,7 @@ class SharedEvaluator:
         if not held.nbytes and not held.coming[prefix[:1]]:
             return evaluate(self.supernet, genome, self.quality, samples)
         paths = [renamed(block.path, self.supernet.family, plan.blocks) for block in plan.blocks]
-        lost = []
+        lost, used = [], []
 
         def quality(view: nn.Module, **options: Any) -> Any:
             run = _SharedRun(view, [view.get_submodule(path) for path in paths], prefix, held)
@@ -120,9 +120,11 @@ class SharedEvaluator:
             finally:
                 run.end()
                 lost.append(run.lost)
+                used.append(run.used)
 
         found = evaluate(self.supernet, genome, quality, samples)
-        if found.failed is not None or any(lost):
+        # What failed before it did anything with the view would fail again.
+        if any(lost) or (found.failed is not None and any(used)):
             return evaluate(self.supernet, genome, self.quality, samples)
         return found
 
@@ -207,7 +209,7 @@ class _SharedRun:
     """One view while the quality function has it: its blocks run, or hand on what is held."""
 
     def __init__(self, view: nn.Module, blocks: Sequence[nn.Module], prefix: Prefix, held: HiddenStates):
-        self.lost = False
+        self.lost = self.used = False
         self._view, self._prefix, self._held = view, prefix, held
         self._thread = threading.get_ident()
         self._call: _Call | None = None
@@ -220,9 +222,11 @@ class _SharedRun:
         self._state = _state(view)
 
     def __deepcopy__(self, memo: dict) -> _SharedRun:
+        self.used = True
         return self  # a copied view finds that it is not this one's, and runs its blocks
 
     def __reduce__(self) -> NoReturn:
+        self.used = True
         raise TypeError("a view that shares blocks stays in its process")
 
     def end(self) -> None:
@@ -231,7 +235,7 @@ class _SharedRun:
         self._thread = 0
 
     def _begin(self, view: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._call = None
+        self._call, self.used = None, True
         here = view is self._view and threading.get_ident() == self._thread
         if not here or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return

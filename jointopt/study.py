@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jointopt.objectives import COSTS, Objective, hypervolume, minimized, non_dominated
+from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized, non_dominated
 from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
 
@@ -120,6 +120,11 @@ class Study:
             self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
 
     @property
+    def stopped(self) -> str | None:
+        """Why the search ended; None while it runs, or where it was killed."""
+        return self.fact("stopped")
+
+    @property
     def config(self) -> dict[str, Any]:
         return self.fact("config")
 
@@ -144,14 +149,31 @@ class Study:
         metrics: Mapping[str, float] | None,
         failed: str | None,
         seconds: float,
+        number: int | None = None,
+        elapsed: float | None = None,
     ) -> None:
-        """Records one evaluation, or why it failed."""
+        """Records one evaluation, or why it failed.
+
+        Args:
+            seconds: that it took.
+            number: its place in the order of asking, which need not be that of ending (default: the next).
+            elapsed: seconds that the search has gone on for, all its runs together.
+        """
         values = None if metrics is None else json.dumps({k: float(v) for k, v in metrics.items()})
         with _explained(self.path), self._connection:
             self._connection.execute(
-                "INSERT INTO evaluations (generation, genome, metrics, failed, seconds) VALUES (?, ?, ?, ?, ?)",
-                (generation, json.dumps(genome.tolist()), values, failed, seconds),
+                "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?)",
+                (number, generation, json.dumps(genome.tolist()), values, failed, seconds),
             )
+            if elapsed is not None:
+                self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('elapsed', ?)", (json.dumps(elapsed),))
+
+    def first_number(self, generation: int) -> int:
+        """The number of a generation's first evaluation: 1, and one more for each genome asked before."""
+        row = self._connection.execute(
+            "SELECT sum(json_array_length(genomes)) FROM generations WHERE number < ?", (generation,)
+        ).fetchone()
+        return 1 + (row[0] or 0)
 
     def last_generation(self) -> tuple[int, np.ndarray] | None:
         """Number and genomes of the batch asked last, None before the first."""
@@ -161,6 +183,11 @@ class Study:
         return (
             None if row is None else (row[0], np.array(json.loads(row[1]), dtype=np.int64).reshape(-1, len(self.space)))
         )
+
+    def generations(self) -> list[tuple[int, np.ndarray]]:
+        """Number and genomes of every batch asked."""
+        rows = self._connection.execute("SELECT number, genomes FROM generations ORDER BY number").fetchall()
+        return [(n, np.array(json.loads(each), dtype=np.int64).reshape(-1, len(self.space))) for n, each in rows]
 
     def results(self, genomes: np.ndarray) -> list[dict[str, float] | None]:
         """Metrics of each genome: {} where it failed, None where it was not evaluated."""
@@ -176,6 +203,10 @@ class Study:
         """Genome (its bytes) -> metrics and costs, of all that did not fail."""
         rows = self._connection.execute("SELECT genome, metrics FROM evaluations WHERE metrics IS NOT NULL")
         return {np.array(json.loads(genome), dtype=np.int64).tobytes(): json.loads(found) for genome, found in rows}
+
+    def all_failed(self) -> bool:
+        """Whether no evaluation has succeeded so far."""
+        return self._connection.execute("SELECT 1 FROM evaluations WHERE failed IS NULL LIMIT 1").fetchone() is None
 
     def __len__(self) -> int:
         return self._connection.execute("SELECT count(*) FROM evaluations").fetchone()[0]
@@ -204,9 +235,34 @@ class Study:
                 found[json.dumps(genome)] = values
         return found
 
+    def costs(self) -> np.ndarray:
+        """The objectives of all evaluations, [evaluations, objectives], signs turned so that less is better."""
+        return self._costs(self.evaluations())
+
     def _costs(self, frame: pd.DataFrame) -> np.ndarray:
         names = [objective.name for objective in self.objectives]
         return minimized(frame.reindex(columns=names).to_numpy(dtype=float), self.objectives)
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """The limits that were searched under."""
+        found = self.config.get("constraints") or {}
+        return tuple(constraint(name, text) for name, text in found.items())
+
+    def _within(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The evaluations that keep to all constraints. Raises JointoptError where none does, naming the closest."""
+        excess = np.zeros(len(frame))
+        for each in self.constraints:
+            values = frame["size"] / 1e6 if each.name == "size_mb" else frame[each.name]
+            beyond = each.excess(values.to_numpy(dtype=float))
+            if beyond.min() > 0:
+                closest = values.to_numpy(dtype=float)[beyond.argmin()]
+                raise JointoptError(f"constraints: no evaluation has {each}; the closest has {closest:.4g}")
+            excess += beyond
+        if not (excess == 0).any():
+            limits = ", ".join(map(str, self.constraints))
+            raise JointoptError(f"constraints: no evaluation has {limits} together, though each alone")
+        return frame[excess == 0]
 
     def front(self) -> pd.DataFrame:
         """The non-dominated evaluations, in the order of the last objective, best first."""
@@ -273,7 +329,7 @@ class Study:
         knee: bool = False,
         finished: bool = False,
     ) -> np.ndarray:
-        """The genome of the front that fits.
+        """The genome of the front that fits, of those that keep to the study's constraints.
 
         Args:
             size_mb: the best quality at or under this many 10^6 bytes.
@@ -292,6 +348,7 @@ class Study:
             raise JointoptError("study: no evaluation to choose from")
         if finished:
             frame = self._with_finished(frame)
+        frame = self._within(frame)
         first = self.quality
         cost = frame[first.name].to_numpy(dtype=float) * first.sign
         if knee:

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -428,6 +428,21 @@ class Supernet:
         self._bank.clear()
         for name in ("_costs", "_whole_statistics"):
             self.__dict__.pop(name, None)
+
+    def for_workers(self, count: int) -> Supernet:
+        """The same, to be sent to `count` other processes for evaluations alone: without the model that was given.
+
+        Up to half of the bank is filled before, for all of them to share; each may fill an equal part of the rest.
+        """
+        for (path, _), wanted in self._schemes.items():
+            if wanted.weights is not None and 2 * self._bank.nbytes < self._bank.limit:
+                # What cannot be quantized is the failure of the genomes that ask for it.
+                with suppress(JointoptError):
+                    self._banked(path, wanted, None)
+        sent = copy.copy(self)
+        sent._given, sent.scores = self.model, {}
+        sent._bank = self._bank.copy(self._bank.nbytes + (self._bank.limit - self._bank.nbytes) // count)
+        return sent
 
     def fingerprint(self) -> str:
         """SHA-256 over weights, order, space and calibration: equal for super-networks with equal sub-networks."""

@@ -54,6 +54,12 @@ class WeightBank:
             self.nbytes -= oldest.nbytes
         return made
 
+    def copy(self, limit: int) -> WeightBank:
+        """A bank with another limit that holds the same tensors."""
+        made = WeightBank(limit)
+        made._held, made.nbytes = self._held.copy(), self.nbytes
+        return made
+
     def clear(self) -> None:
         self._held.clear()
         self.nbytes = 0

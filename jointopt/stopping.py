@@ -1,0 +1,141 @@
+"""When a search ends, how far it is, and what going on promises."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn
+
+from jointopt.objectives import EVALUATIONS, hypervolume, minimized
+from jointopt.study import Study
+from quant.errors import JointoptError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a study may have in the end, earlier runs counted; the first to be reached ends the search.
+
+    Attributes:
+        evaluations: how many there are (default: `EVALUATIONS` where the others are not given either, or no limit).
+        minutes: of wall clock in which the search runs. Evaluations that run when they are over are dropped, and run
+            again should the search go on.
+        patience: evaluations in a row, up to the end of a batch, without any hypervolume gained.
+    """
+
+    evaluations: int | None = None
+    minutes: float | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("evaluations", self.evaluations), ("patience", self.patience)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise JointoptError(f"{name}: found {value!r}; allowed: a number from 1")
+        if self.minutes is not None and not (_is_number(self.minutes) and 0 < self.minutes < math.inf):
+            raise JointoptError(f"minutes: found {self.minutes!r}; allowed: a number above 0")
+        if self.evaluations is None and self.minutes is None and self.patience is None:
+            object.__setattr__(self, "evaluations", EVALUATIONS)
+
+    def spent(self, study: Study, elapsed: float) -> str | None:
+        """Why there is to be no further batch; None where there is."""
+        if self.evaluations is not None and len(study) >= self.evaluations:
+            return f"evaluations: {len(study)} done"
+        if self.minutes is not None and elapsed >= self.minutes * 60:
+            return f"minutes: {self.minutes:g} are over"
+        if self.patience is not None and (idle := _without_gain(study)) >= self.patience:
+            return f"patience: no hypervolume gained in the last {idle} evaluations"
+        return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _without_gain(study: Study) -> int:
+    """Evaluations since the last that gained hypervolume."""
+    history = study.hypervolume_history()
+    gains = np.flatnonzero(np.diff(history, prepend=0.0) > 1e-12 * max(history.max(initial=0.0), 1e-300))
+    return len(history) - (int(gains[-1]) + 1 if len(gains) else 0)
+
+
+def expected_gain(study: Study, predicted: np.ndarray) -> float | None:
+    """Share by which the hypervolume grows should a batch turn out as `predicted` [n, objectives]; None before there
+    is a prediction."""
+    predicted = predicted[np.isfinite(predicted).all(axis=1)]
+    reference = study.reference_point()
+    if reference is None or not len(predicted):
+        return None
+    turned = minimized(np.array([reference]), study.objectives)[0]
+    known = study.costs()
+    before = hypervolume(known, turned)
+    after = hypervolume(np.vstack([known, minimized(predicted, study.objectives)]), turned)
+    return after / before - 1 if before else None
+
+
+class Watch:
+    """Seconds that a search has gone on for, and the line that shows it."""
+
+    def __init__(self, study: Study, budget: Budget, shown: bool):
+        self.study, self.budget = study, budget
+        self._before = study.fact("elapsed", 0.0)
+        self._done_before = len(study)
+        self._begun = time.monotonic()
+        self._expected = ""
+        self._bar = Progress(
+            TextColumn("searching"), BarColumn(), TextColumn("{task.fields[told]}"), disable=not shown, transient=False
+        )
+        self._task = self._bar.add_task("search", total=budget.evaluations, completed=len(study), told="")
+
+    def __enter__(self) -> Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def elapsed(self) -> float:
+        """All runs of the study together."""
+        return self._before + time.monotonic() - self._begun
+
+    def seconds_left(self) -> float | None:
+        """Of the minutes allowed; None where they are not limited."""
+        return None if self.budget.minutes is None else max(0.0, self.budget.minutes * 60 - self.elapsed())
+
+    def asked(self, predicted: np.ndarray) -> None:
+        """A batch is about to be evaluated."""
+        gain = None if self._bar.disable else expected_gain(self.study, predicted)
+        told = f", +{100 * (gain or 0):.3g}% hypervolume expected of these {len(predicted)}"
+        self._expected = "" if gain is None else told
+        self.advanced()
+
+    def advanced(self) -> None:
+        """An evaluation has ended."""
+        if not self._bar.disable:
+            self._bar.update(self._task, completed=len(self.study), told=self.told())
+
+    def told(self) -> str:
+        """How many evaluations, the time gone and probably left, and what the current batch is expected to gain."""
+        done, budget = len(self.study), self.budget
+        parts = [
+            f"{done}/{budget.evaluations}" if budget.evaluations else f"{done} evaluations",
+            _clock(self.elapsed()),
+        ]
+        left = [] if budget.minutes is None else [budget.minutes * 60 - self.elapsed()]
+        fresh = done - self._done_before
+        if budget.evaluations and fresh:
+            left.append((time.monotonic() - self._begun) / fresh * (budget.evaluations - done))
+        if left:
+            parts.append(f"{_clock(max(0.0, min(left)))} left")
+        return ", ".join(parts) + self._expected
+
+    def ended(self, reason: str) -> None:
+        self.study.note("stopped", reason)
+        if not self._bar.disable:
+            self._bar.print(f"search ended: {reason}", highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,186 @@
+"""What ends a search, what it keeps to, and what its progress shows."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import jointopt
+from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet
+from jointopt.loop import _Run
+from jointopt.stopping import Budget, Watch, expected_gain
+from tests.zoo import batches, logits, make
+
+DATA = batches("vit", seed=5)[0]
+TARGET = logits(make("vit"), DATA)
+
+
+@pytest.fixture(scope="module")
+def supernet() -> Supernet:
+    model = make("vit")
+    found = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16"]))
+    found.calibrate(batches("vit"))
+    return found
+
+
+def agreement(model: torch.nn.Module) -> float:
+    return -float((logits(model, DATA) - TARGET).square().mean())
+
+
+def test_time_ends_a_search_and_more_time_goes_on(supernet, tmp_path):
+    def slow(model: torch.nn.Module) -> float:
+        time.sleep(0.2)
+        return agreement(model)
+
+    counts = []
+    for minutes in (0.02, 0.02, 0.06):
+        study = jointopt.search(supernet, slow, minutes=minutes, strategy="random", storage=tmp_path / "s.db")
+        assert study.stopped == f"minutes: {minutes} are over"
+        counts.append(len(study))
+        study.close()
+    assert 1 <= counts[0] == counts[1] < counts[2] < 30
+
+
+def test_a_search_without_gain_ends_at_the_end_of_a_batch(supernet, tmp_path):
+    def same(model: torch.nn.Module) -> float:
+        return 1.0
+
+    study = jointopt.search(supernet, same, ["quality"], patience=15, storage=tmp_path / "s.db")
+    assert len(study) == 20 and study.stopped == "patience: no hypervolume gained in the last 19 evaluations"
+    study.close()
+    assert len(jointopt.search(supernet, same, ["quality"], patience=25, storage=tmp_path / "s.db")) == 30
+
+
+def test_a_space_smaller_than_the_budget_is_finished_and_said():
+    model = make("vit")
+    space = SearchSpace([Gene("block0.mlp", (64, 128, 256)), Gene("block1.mlp", (128, 256))])
+    found = Supernet(model, space)
+    found.calibrate(batches("vit"))
+    with pytest.warns(UserWarning, match="found 200, but the space has 6 genomes"):
+        study = jointopt.search(found, agreement)
+    assert len(study) == 6 and study.stopped == "space: all 6 genomes that can be asked for are evaluated"
+    study = jointopt.search(
+        found, agreement, constraints={"macs": f"<= {study.evaluations()['macs'].median()}"}, evaluations=6
+    )
+    assert 1 <= len(study) < 6
+
+
+def test_bad_budgets_are_refused(supernet):
+    for given, said in (
+        ({"evaluations": 2.5}, "evaluations: found 2.5"),
+        ({"minutes": 0}, "minutes: found 0"),
+        ({"minutes": float("nan")}, "minutes: found nan"),
+        ({"patience": True}, "patience: found True"),
+        ({"batch": 0}, "batch: found 0"),
+    ):
+        with pytest.raises(JointoptError, match=said):
+            jointopt.search(supernet, agreement, **given)
+    assert Budget().evaluations == 200 and Budget(minutes=1).evaluations is None
+
+
+def test_constraints_are_kept_and_the_front_stays_whole(supernet, tmp_path):
+    low, high = (supernet.costs(g)["size"] / 1e6 for g in (supernet.space.smallest, supernet.space.largest))
+    limit = round((low + high) / 2, 3)
+    constraints = {"size_mb": f"<= {limit}", "quality": ">= -1000"}
+    study = jointopt.search(supernet, agreement, evaluations=20, constraints=constraints, storage=tmp_path / "s.db")
+    assert (study.evaluations()["size"] <= limit * 1e6).all()
+    assert [str(each) for each in study.constraints] == [f"size_mb <= {limit:g}", "quality >= -1000"]
+    study.close()
+    with pytest.raises(JointoptError, match="constraints.size_mb was"):
+        jointopt.search(supernet, agreement, evaluations=20, storage=tmp_path / "s.db")
+    loose = jointopt.search(supernet, agreement, evaluations=20)
+    median = loose.evaluations()["quality"].median()
+    picked = jointopt.search(supernet, agreement, evaluations=20, constraints={"quality": f">= {median}"})
+    genome = picked.best(size_mb=high)
+    assert picked.results(genome[None])[0]["quality"] >= median
+    assert tuple(picked.best(knee=True)) in set(picked.evaluations().query("quality >= @median")["genome"])
+    hopeless = jointopt.search(supernet, agreement, evaluations=10, constraints={"quality": ">= 1"})
+    assert len(hopeless.front()) > 0
+    with pytest.raises(JointoptError, match="constraints: no evaluation has quality >= 1; the closest has"):
+        hopeless.best()
+
+
+def test_what_no_genome_can_meet_is_refused_before_any_evaluation(supernet):
+    def never(model: torch.nn.Module) -> float:
+        raise AssertionError("evaluated")
+
+    for constraints, said in (
+        ({"size_mb": "<= 0.001"}, "size_mb <= 0.001: no genome meets it"),
+        ({"size_mb": "20"}, "found '20'"),
+        ({"latency": "<= 1"}, "found 'latency'; allowed: size_mb, "),
+        (["size_mb"], "found \\['size_mb'\\]"),
+    ):
+        with pytest.raises(JointoptError, match=said):
+            jointopt.search(supernet, never, evaluations=5, constraints=constraints)
+
+
+def test_one_objective_is_enough(supernet):
+    study = jointopt.search(supernet, agreement, ["quality"], evaluations=30, constraints={"size_mb": "<= 1"})
+    assert len(study) == 30 and len(study.front()) == 1
+    assert study.results(study.best()[None])[0]["quality"] == study.evaluations()["quality"].max()
+
+
+SPACE = SearchSpace([Gene("a", (1, 2, 3)), Gene("b", (1, 2))])
+
+
+def small_study() -> Study:
+    objectives = [Objective("accuracy", "max"), Objective("size", "min")]
+    study = Study.create(None, SPACE, objectives, {})
+    genomes = np.array([[0, 0], [2, 1]])
+    study.add_generation(genomes, np.full((2, 2), np.nan), {})
+    for genome, accuracy, size in zip(genomes, (0.0, 1.0), (0.0, 1.0), strict=True):
+        study.add_evaluation(0, genome, {"accuracy": accuracy, "size": size}, None, 0.1, elapsed=30.0)
+    return study
+
+
+def test_the_expected_gain_is_what_the_predictions_would_add():
+    study = small_study()
+    assert expected_gain(study, np.full((1, 2), np.nan)) is None
+    assert expected_gain(study, np.array([[0.5, 0.9]])) == pytest.approx(
+        0.6 * 0.2 / 0.21 - 0.02 / 0.21 - 0.1 / 0.21, abs=1
+    )
+    assert expected_gain(study, np.array([[-1.0, 2.0]])) == 0
+    assert expected_gain(study, np.array([[1.0, 0.0]])) > 1
+
+
+def test_progress_shows_the_time_left_and_the_expected_gain():
+    study = small_study()
+    watch = Watch(study, Budget(evaluations=6, minutes=2), shown=True)
+    assert watch.told().startswith("2/6, 0:00:30, 0:01:30 left")
+    watch.asked(np.array([[1.0, 0.0]]))
+    assert watch.told().endswith("% hypervolume expected of these 1")
+    assert 85 < watch.seconds_left() <= 90
+
+
+def test_numbers_follow_the_order_of_asking_whatever_ends_first(supernet):
+    class Backwards:
+        """Gives back the last first."""
+
+        count = 4
+
+        def __init__(self):
+            self.held: list = []
+
+        def submit(self, numbers, genomes):
+            self.held += zip(numbers, genomes, strict=True)
+
+        def collect(self, seconds):
+            number, genome = self.held.pop()
+            return [(number, jointopt.evaluation.evaluate(supernet, genome, agreement))]
+
+    objectives = [Objective("quality", "max"), Objective("size", "min")]
+
+    def searched(evaluator) -> list:
+        study = Study.create(None, supernet.space, objectives, {})
+        asking = jointopt.strategies.create("guided", supernet.space, objectives, seed=1)
+        budget = Budget(evaluations=23)
+        reason = _Run(study, asking, evaluator, budget, Watch(study, budget, False), 10).batches()
+        assert reason == "evaluations: 23 done"
+        return study.evaluations().drop(columns="seconds").fillna("none").to_dict("records")
+
+    from jointopt.workers import Serial
+
+    assert searched(Backwards()) == searched(Serial(supernet, agreement, 1))
