@@ -3,7 +3,7 @@
 A pool gives each idle worker the next few of the genomes that wait, and replaces a worker that dies. Workers are fresh
 processes, not forks: a fork inherits neither a usable CUDA nor OpenMP's threads. The super-network and the quality
 function are written to a file once, which every worker maps into its memory, so that they share its weights. Sums of
-floating-point numbers depend on the number of threads, so that it is fixed for a study (`study.threads`).
+floating-point numbers depend on the number of threads, so that a study keeps to the number it was begun with.
 """
 
 from __future__ import annotations
@@ -274,7 +274,9 @@ class Process:
         place = {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
         count = str(threads)
         environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **place}
-        begin = f"import sys; sys.path[:] = {sys.path!r}; from jointopt import workers; "
+        # Ctrl-C reaches every process of the terminal; it is this one's to deal with.
+        begin = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        begin += f"sys.path[:] = {sys.path!r}; from jointopt import workers; "
         with other:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", begin + f"workers.serve({other.fileno()}, {str(payload)!r}, {threads})"],
@@ -306,8 +308,6 @@ class Process:
 
 def serve(descriptor: int, payload: str, threads: int) -> None:
     """The whole life of a worker process."""
-    # Ctrl-C reaches every process of the terminal; it is the first one's to deal with.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.set_inheritable(descriptor, False)
     threading.Thread(target=_end_with_parent, args=(payload,), daemon=True).start()
     with Connection(descriptor) as connection:
