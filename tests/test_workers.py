@@ -234,15 +234,18 @@ def evaluated(storage: Path) -> int:
 def test_whatever_ends_the_search_ends_its_workers_and_leaves_no_file(how, tmp_path):
     (tmp_path / "plain.py").write_text(SCRIPT)
     process = running(tmp_path / "plain.py", tmp_path / "s.db", 100000)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and evaluated(tmp_path / "s.db") < 3:
-        time.sleep(0.2)
-    found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
-    workers = [int(each) for each in found.stdout.split()]
-    assert len(workers) == 2
-    process.send_signal(how)
-    process.wait(timeout=60)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and evaluated(tmp_path / "s.db") < 3:
+            time.sleep(0.2)
+        found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+        workers = [int(each) for each in found.stdout.split()]
+        assert len(workers) == 2
+        process.send_signal(how)
+        process.wait(timeout=60)
+    finally:
+        process.kill()
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers):
         time.sleep(0.1)
