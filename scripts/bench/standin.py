@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import unshadowed  # noqa: F401
 from networks import Ready, networks, prepare
 from rich.console import Console
 from rich.progress import track
