@@ -239,7 +239,7 @@ def test_least_squared_error_is_no_more_than_that_of_the_whole_range(name, seed,
     x[0] = outlier
     form = STATIC[name]
     errors = {method: lost(x, observed(form, x, method=method), form) for method in ("minmax", "mse")}
-    assert errors["mse"] <= errors["minmax"] * 1.001
+    assert errors["mse"] <= errors["minmax"] * 1.02  # over a histogram
 
 
 @pytest.mark.parametrize("method", ["percentile", "entropy"])

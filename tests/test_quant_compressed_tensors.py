@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def test_these_are_the_presets():
-    named = "W8A8 W8A16 W4A16 W4A16_ASYM W4A8 FP8 FP8_DYNAMIC NVFP4 NVFP4A16 MXFP4 MXFP4A16"
+    named = "W8A8 W8A16 W4A16 W4A16_ASYM W4A8 W4A4 FP8 FP8_DYNAMIC NVFP4 NVFP4A16 MXFP4 MXFP4A16"
     assert set(PRESETS) == set(named.split())
 
 

@@ -18,7 +18,8 @@ class Strategy:
     """Asks for genomes, is told their values. Subclasses say what to propose (`_propose`).
 
     Args:
-        constraints: limits to keep to. Exact ones every genome asked for keeps; measured ones steer "guided" and "evolutionary".
+        constraints: limits to keep to. Exact ones every genome asked for keeps; measured ones
+            steer "guided" and "evolutionary".
 
     Attributes:
         told, values, noise: the genomes told, their values [n, objectives] and the standard errors of these, 0 where

@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+import unshadowed  # noqa: F401
 from networks import Ready, prepare
 from rich.console import Console
 from rich.table import Table

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import unshadowed  # noqa: F401
 from rich.console import Console
 from rich.table import Table
 

@@ -6,12 +6,12 @@ scikit-learn's digits at 32x32; SmolLM2-135M fine-tuned on text, since its weigh
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import unshadowed  # noqa: F401
 from torch import Tensor, nn
 
 from jointopt.evaluation import Quality, logits_of
@@ -19,8 +19,6 @@ from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
 from jointopt.training.sandwich import task_loss
-
-sys.modules["kernels"] = None  # type: ignore[assignment]  # transformers would take the file beside this for a package
 
 CLASSES = {number: str(number) for number in range(10)}
 NAMES = {"num_labels": 10, "id2label": CLASSES, "label2id": {name: number for number, name in CLASSES.items()}}

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import unshadowed  # noqa: F401
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import unshadowed  # noqa: F401
 from rich.console import Console
 from rich.table import Table
 
