@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS evaluations (
     metrics TEXT, failed TEXT, seconds REAL NOT NULL);
 """
 _SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "scikit-learn", "numpy")
-VERSION = 1
+VERSION = 2
 
 
 class Study:
