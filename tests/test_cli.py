@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -317,7 +318,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place):
         done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 2, done.stdout
         assert "Traceback" not in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        said = [line for line in done.stderr.splitlines() if not re.match(r"W\d{4} ", line)]  # libraries' own log
+        assert len(said) == 1, done.stderr
         assert not (place / "runs/full/export").exists()
     done = command("run", "config.yaml", cwd=place)
     assert done.returncode == 0, done.stderr
