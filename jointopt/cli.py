@@ -221,11 +221,11 @@ def _export(options: argparse.Namespace) -> int:
     output = Path(options.output)
     study = Study.open(output / STUDY)
     try:
-        genome = picked(study, pick)
+        config = load_config(output / CONFIG, {"output": str(output)})
+        genome = picked(study, pick, config.finish.rounding if config.finish else None)
         folder = Path(options.to) if options.to else output / EXPORT
         if folder.exists() and not options.overwrite:
             raise JointoptError(f"export: {str(folder)!r} exists; choose another with --to, or give --overwrite")
-        config = load_config(output / CONFIG, {"output": str(output)})
         stay_offline(config)
         prepared = prepare(config)
         supernet = make_supernet(config, prepared)
@@ -262,12 +262,12 @@ def parse_pick(text: str) -> dict[str, Any]:
     raise JointoptError(f"--pick: found {text!r}; allowed: {PICKS}")
 
 
-def picked(study: Study, pick: dict[str, Any]) -> np.ndarray:
-    """The genome that a pick names. Raises JointoptError where there is none."""
+def picked(study: Study, pick: dict[str, Any], rounding: str | None) -> np.ndarray:
+    """The genome that a pick names, finished quality by `rounding` counted. Raises JointoptError for none."""
     import numpy as np
 
     if "evaluation" not in pick:
-        return study.best(**pick, finished=True)
+        return study.best(**pick, finished=rounding)
     frame = study.evaluations()
     rows = frame[frame["number"] == pick["evaluation"]]
     if not len(rows):

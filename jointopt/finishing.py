@@ -154,7 +154,7 @@ def finish_top(
         if made is not None:
             kept = made
             tell(_told(study, made))
-    genome = study.best(**wanted, finished=True)
+    genome = study.best(**wanted, finished=rounding)
     return genome, better_finished(supernet, study, genome, batches, rounding, kept)
 
 

@@ -115,7 +115,7 @@ def search(
         "supernet": supernet.fingerprint(),
         **({"warm_start": True} if warm_start else {}),
         **({"asynchronous": True} if asynchronous else {}),
-        **({"constraints": {each.name: f"{each.relation} {each.limit:g}" for each in limits}} if limits else {}),
+        **({"constraints": {each.name: f"{each.relation} {each.limit:.15g}" for each in limits}} if limits else {}),
         **(config or {}),
     }
     study = Study.create(storage, space, wanted, record)

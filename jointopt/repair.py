@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from quant.errors import JointoptError
 from quant.rounding.moments import InputMoments
 from search_spaces.family import Family, Part, Width
 from search_spaces.space import SearchSpace
@@ -37,10 +38,11 @@ def repaired(layer: nn.Module, moments: InputMoments, channels: int, damping: fl
         JointoptError: there were no inputs, or some that are not finite.
     """
     weight = layer.get_parameter("weight").detach()
+    place = "cpu" if weight.device.type == "mps" else weight.device  # Apple's GPUs have no float64
     bias = layer._parameters.get("bias")
     kept = channels * weight[0, 0].numel()
-    hessian = moments.hessian(centred=bias is not None)[0].double()
-    whole = weight.flatten(1).double()
+    hessian = moments.hessian(centred=bias is not None)[0].to(place).double()
+    whole = weight.flatten(1).to(place).double()
     stay, leave = whole[:, :kept], whole[:, kept:]
     pull = damping * hessian[:kept, :kept].diagonal().mean()
     change = torch.zeros_like(stay)
@@ -49,12 +51,12 @@ def repaired(layer: nn.Module, moments: InputMoments, channels: int, damping: fl
         factor = torch.linalg.cholesky(damped)
         change = torch.cholesky_solve(hessian[:kept, kept:] @ leave.mT, factor).mT
     shape = (len(weight), channels, *weight.shape[2:])
-    repaired_weight = (stay + change).reshape(shape).to(weight.dtype)
+    repaired_weight = (stay + change).reshape(shape).to(weight)
     if bias is None:
         return repaired_weight, None
-    mean = moments.mean()[0].double()
+    mean = moments.mean()[0].to(place).double()
     shift = leave @ mean[kept:] - change @ mean[:kept]
-    return repaired_weight, (bias.detach().double() + shift).to(bias.dtype)
+    return repaired_weight, (bias.detach().to(place).double() + shift).to(bias)
 
 
 class Repairs:
@@ -87,7 +89,10 @@ class Repairs:
         for width, part, sizes in self._parts:
             layer, moments = self._model.get_submodule(part.module), self.moments.pop(part.module)
             for channels in _narrowed(width, part, sizes):
-                found[part.module, channels] = repaired(layer, moments, channels)
+                try:
+                    found[part.module, channels] = repaired(layer, moments, channels)
+                except (JointoptError, torch.linalg.LinAlgError) as error:
+                    raise JointoptError(f"repair: {part.module}: {error}") from None
         return found
 
 

@@ -22,12 +22,18 @@ if TYPE_CHECKING:
 Genome = tuple[int, ...]
 
 
-def rescore_front(supernet: Supernet, study: Study, quality: Quality) -> None:
+def rescore_front(supernet: Supernet, study: Study, quality: Quality, source: Any = None) -> None:
     """Measures the original and the sub-networks of the front by `quality`, whose data is other than the search's.
+
+    Args:
+        source: what tells this data from other data, as JSON can hold it; scores of another are forgotten.
 
     The study holds the results as its fact "unseen"; what is there already is not measured again. One that fails has
     its reason under "failed" and no metrics.
     """
+    if study.fact("unseen_source") != source:
+        study.note("unseen", [])
+        study.note("unseen_source", source)
     known = rescored(study)
     if None not in known:
         with supernet.original() as model:

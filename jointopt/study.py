@@ -310,12 +310,15 @@ class Study:
     def add_finished(self, genome: np.ndarray, rounding: str, metrics: Mapping[str, float], seconds: float) -> None:
         """Records a finished sub-network, beside the evaluation of its genome."""
         record = {"genome": genome.tolist(), "rounding": rounding, "metrics": dict(metrics), "seconds": seconds}
-        self.note("finished", [*self.finished(), record])
+        with _explained(self.path), self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            rows = json.dumps([*self.finished(), record])
+            self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('finished', ?)", (rows,))
 
-    def _with_finished(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def _with_finished(self, frame: pd.DataFrame, rounding: str) -> pd.DataFrame:
         """Evaluations, with the finished metrics in place of a genome's own where its quality is better."""
         frame, first = frame.copy(), self.quality
-        for record in self.finished():
+        for record in (each for each in self.finished() if each["rounding"] == rounding):
             at = frame["genome"] == tuple(record["genome"])
             better = at & (frame[first.name] * first.sign > record["metrics"][first.name] * first.sign)
             for name, value in record["metrics"].items():
@@ -327,7 +330,7 @@ class Study:
         size_mb: float | None = None,
         drop: float | None = None,
         knee: bool = False,
-        finished: bool = False,
+        finished: str | None = None,
     ) -> np.ndarray:
         """The genome of the front that fits, of those that keep to the study's constraints.
 
@@ -335,7 +338,7 @@ class Study:
             size_mb: the best quality at or under this many 10^6 bytes.
             drop: the smallest whose quality is at most this much worse than the original's, in quality's own unit.
             knee: the point of the front farthest from the line between its ends. With no argument: the best quality.
-            finished: whether genomes that were finished count with their finished quality, where it is better.
+            finished: a rounding; genomes finished by it count with their finished quality, where it is better.
 
         Raises:
             JointoptError: more than one argument, no evaluation, or none that fits; the nearest value is named.
@@ -347,7 +350,7 @@ class Study:
         if frame.empty:
             raise JointoptError("study: no evaluation to choose from")
         if finished:
-            frame = self._with_finished(frame)
+            frame = self._with_finished(frame, finished)
         frame = self._within(frame)
         first = self.quality
         cost = frame[first.name].to_numpy(dtype=float) * first.sign

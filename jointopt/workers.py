@@ -369,8 +369,8 @@ def read_payload(path: str | Path, threads: int) -> SharedEvaluator:
 
 
 def _first_gpu(storage: Any, location: str) -> Any:
-    """What was on a GPU goes to the first that this process sees: each may see another."""
-    return storage.cuda(0) if location.startswith("cuda") else storage
+    """What was on a GPU goes to the first that this process sees: each may see another. All else, where it was."""
+    return storage.cuda(0) if location.startswith("cuda") else None
 
 
 def _told(error: Exception) -> str:

@@ -290,7 +290,8 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
         wanted = config.choose.model_dump(exclude_none=True)
         genome, finished = study.best(**wanted), None
         if prepared.unseen is not None:
-            rescore_front(supernet, study, prepared.unseen)
+            source = config.data.model_dump(mode="json", exclude_none=True).get("test")
+            rescore_front(supernet, study, prepared.unseen, source)
         console.print(front_table(study, genome))
         if config.finish is not None:
             genome, finished = finish_top(

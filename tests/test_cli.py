@@ -119,11 +119,18 @@ def test_verify_exits_with_1_and_names_the_difference_where_a_weight_was_changed
     assert "Traceback" not in done.stderr
 
 
+def heed_ctrl_c() -> None:
+    """Whoever runs the tests in the background may have had them ignore it, which children inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(place):
     write_config(place, output="runs/stopped", search={"evaluations": 400, "strategy": "random"}, choose="knee")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "jointopt", "run", "config.yaml"]
-    process = subprocess.Popen(words, cwd=place, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        words, cwd=place, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=heed_ctrl_c
+    )
     database = place / "runs/stopped/study.db"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (database.is_file() and _count(database) > 2):

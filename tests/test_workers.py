@@ -209,10 +209,17 @@ print(len(study.evaluations()), flush=True)
 """
 
 
+def heed_ctrl_c() -> None:
+    """Whoever runs the tests in the background may have had them ignore it, which children inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def running(script: Path, *arguments: object) -> subprocess.Popen:
     command = [sys.executable, str(script), *map(str, arguments)]
     environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "TMPDIR": str(script.parent)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=heed_ctrl_c
+    )
 
 
 @pytest.mark.slow

@@ -61,6 +61,12 @@ def by_bitsandbytes(model: nn.Module) -> str | None:
                 f"export: {path} is {scheme.name} and {first} {wanted.name}, which is for the whole model; "
                 f"allowed beside it: none"
             )
+    for path, module in model.named_modules():
+        if module.__dict__.get("cache_record", {}).get("inputs"):
+            raise JointoptError(
+                f"export: {path} caches its input, and bitsandbytes replaces the layers that would hold it; "
+                "allowed beside bitsandbytes: caches of keys and values"
+            )
     return wanted.bitsandbytes
 
 
