@@ -162,5 +162,6 @@ def _best(values: Tensor, error, elements: Sequence[Element], ratios: Sequence[f
             scale = torch.where(better[:, None] if by_row else better, form.scale, scale)
         if float(lost.sum()) < least:
             chosen, least = FloatFormat(element, scale), float(lost.sum())
-    assert chosen is not None
+    if chosen is None:
+        raise JointoptError("inputs: outputs overflow float32; allowed: smaller numbers")
     return chosen

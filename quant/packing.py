@@ -108,7 +108,7 @@ def _packed_for_bitsandbytes(quantized: QuantizedTensor, kind: str, dtype: torch
     return {
         "weight": ((codes[0::2] << 4) | codes[1::2])[:, None],
         "weight.absmax": quantized.scale.flatten(),
-        "weight.quant_map": torch.tensor(quantized.format.kind.values),
+        "weight.quant_map": torch.tensor(quantized.format.kind.values, dtype=torch.float32),
         f"weight.quant_state.bitsandbytes__{kind}": torch.tensor(list(state.encode()), dtype=torch.uint8),
     }
 

@@ -65,7 +65,7 @@ def _codebook_codes(points: Tensor, kind: Element) -> Tensor:
     """The codes of the nearest values, uint8; halfway points go to the lower one."""
     assert kind.values is not None
     order = sorted(range(len(kind.values)), key=kind.values.__getitem__)
-    ascending = torch.tensor(kind.values, device=points.device)[order]
+    ascending = torch.tensor(kind.values, dtype=torch.float32, device=points.device)[order]
     index = torch.bucketize(points.float().contiguous(), (ascending[:-1] + ascending[1:]) / 2)
     return torch.tensor(order, dtype=torch.uint8, device=points.device)[index]
 
@@ -165,8 +165,9 @@ def code_values(codes: Tensor, kind: Element) -> Tensor:
     if kind.dtype is not None:
         return codes.view(kind.dtype).float()
     if kind.values is not None:
-        return torch.tensor(kind.values, device=codes.device)[codes.long()]
-    table = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)], device=codes.device)
+        return torch.tensor(kind.values, dtype=torch.float32, device=codes.device)[codes.long()]
+    signed = [*FP4_VALUES, *(-value for value in FP4_VALUES)]
+    table = torch.tensor(signed, dtype=torch.float32, device=codes.device)
     return table[codes.long()]
 
 
@@ -178,7 +179,7 @@ def value_codes(values: Tensor, kind: Element) -> Tensor:
         return values.to(kind.dtype).view(torch.uint8)
     if kind.values is not None:
         return _codebook_codes(values, kind)
-    magnitudes = torch.tensor(FP4_VALUES, device=values.device)
+    magnitudes = torch.tensor(FP4_VALUES, dtype=torch.float32, device=values.device)
     index = torch.searchsorted(magnitudes, values.abs().contiguous()).to(torch.uint8)
     return index | (torch.signbit(values).to(torch.uint8) << 3)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import ELEMENTS, Format, JointoptError, kernels, reference
+from quant import ELEMENTS, Format, JointoptError, kernels, quantize, reference, scheme
 from quant.kernels import cpu
 from tests import exact
 from tests.same import same, same_codes
@@ -214,3 +214,29 @@ def test_the_triton_kernels_are_the_reference_in_tritons_interpreter():
 def test_the_triton_kernels_are_the_reference_on_a_gpu():
     told = subprocess.run([sys.executable, "-m", "tests.triton_check", "cuda"], capture_output=True, text=True)
     assert told.returncode == 0, told.stdout[-2000:] + told.stderr[-2000:]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_no_bit(default):
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    names = ("W8A8", "W4A16_ASYM_G64", "NVFP4", "MXFP4", "BNB_NF4")
+    forms = [scheme(name).weights for name in names]
+    expected = [quantize(weight, form) for form in forms]
+    try:
+        torch.set_default_dtype(default)
+        found = [quantize(weight, form) for form in forms]
+        held = [each.dequantize() for each in found]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other, values in zip(expected, found, held, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.dequantize(), values)
+
+
+def test_a_home_that_cannot_be_written_to_costs_no_kernels(tmp_path):
+    (tmp_path / "file").write_text("")
+    code = "from quant.kernels import cpu; assert cpu.library() is not None; print(cpu._folder())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(tmp_path))
+    assert not list(tmp_path.glob("jointopt-*"))

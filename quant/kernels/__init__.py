@@ -29,7 +29,7 @@ def fake_quantize_activation(
 ) -> Tensor:
     """A layer's input as its activation format holds it: `quant.reference.fake_quantize_activation`, which see."""
     constants = (scale, zero_point, global_scale)
-    single = all(each is None or each.numel() == 1 for each in constants)
+    single = all(each is None or (each.numel() == 1 and each.device == x.device) for each in constants)
     given = format.dynamic != (scale is not None) and (format.scale == "e4m3") == (global_scale is not None)
     kernels = _kernels(x, format) if single and given and (format.dynamic or format.granularity == "tensor") else None
     if kernels is None:
@@ -76,7 +76,7 @@ def pack(codes: Tensor, bits: int, offset: int, dtype: torch.dtype) -> Tensor | 
 
 
 def _weight_kernels(weight: Tensor, format: Format, clip: Clip | None) -> Backend | None:
-    plain = clip is None or all(each.dtype == torch.float32 for each in clip)
+    plain = clip is None or all(each.dtype == torch.float32 and each.device == weight.device for each in clip)
     return _kernels(weight, format) if plain and weight.dim() >= 2 else None
 
 

@@ -7,10 +7,13 @@ process loads it in a millisecond. Without a compiler plain torch computes the s
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,8 +56,9 @@ class _Places(ctypes.Structure):
     ]
 
 
-def compiler() -> str:
-    return os.environ.get("CXX", "c++")
+def compiler() -> list[str]:
+    """The command that compiles: $CXX, which may have arguments, or c++."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 @cache
@@ -66,8 +70,8 @@ def library() -> ctypes.CDLL | None:
         said = getattr(error, "stderr", None) or str(error)
         reason = next((line for line in said.splitlines() if "error" in line), said.splitlines()[0] if said else "")
         warnings.warn(
-            f"quant: {compiler()!r} made no kernels ({reason}); plain torch rounds instead, some 5 times slower. "
-            "A C++ compiler (or $CXX) mends that",
+            f"quant: {shlex.join(compiler())!r} made no kernels ({reason}); plain torch rounds instead, some 5 times "
+            "slower. A C++ compiler with _Float16 mends that (GCC 12, Clang 15; $CXX names another)",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -85,21 +89,34 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 def _compiled() -> Path:
     """Where the compiled library is, after it has been made if need be: whole or not at all, whoever else makes it."""
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
     if sys.platform == "linux":
         flags = (*flags, "-fopenmp")  # torch has loaded the same runtime already, with its number of threads
     named = hashlib.sha256(repr((SOURCE.read_text(), version, flags, platform.machine())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jointopt"
+    folder = _folder()
     path = folder / f"quant-{named}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / path.name
-            command = [compiler(), *flags, str(SOURCE), "-o", str(made)]
+            command = [*compiler(), *flags, str(SOURCE), "-o", str(made)]
             subprocess.run(command, capture_output=True, text=True, check=True)
             made.replace(path)
     return path
+
+
+def _folder() -> Path:
+    """Where compiled libraries stay; where nothing can be written there, a folder that goes with this process."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jointopt"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        pass
+    own = tempfile.mkdtemp(prefix="jointopt-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return Path(own)
 
 
 def convert(job: Job, x: Tensor, groups: int, places: Mapping[str, Tensor | None]) -> int:

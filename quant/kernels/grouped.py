@@ -166,7 +166,7 @@ def weight(
         _refuse_infinite(largest)
         bits = torch.tensor(largest, dtype=torch.int32, device=rows.device)
         global_scale = global_scale_of(bits.view(torch.float32))
-    scales, zero_points = (torch.empty(groups, device=rows.device) for _ in range(2))
+    scales, zero_points = (torch.empty(groups, dtype=torch.float32, device=rows.device) for _ in range(2))
     patterns = torch.empty(matrix.shape, dtype=torch.uint8, device=rows.device) if codes else None
     held = torch.empty_like(rows) if values else None
     places = {"values": held, "codes": patterns, "scales": scales, "zero_points": zero_points}
