@@ -98,7 +98,7 @@ class Constraint:
             raise JointoptError(f"constraint {self.name!r}: limit {self.limit!r}; allowed: a finite number")
 
     def __str__(self) -> str:
-        return f"{self.name} {self.relation} {self.limit:.15g}"
+        return f"{self.name} {self.relation} {self.limit:g}"
 
     def excess(self, values: np.ndarray) -> np.ndarray:
         """How far values are beyond the limit, 0 where they keep to it; in the shape of `values`."""
