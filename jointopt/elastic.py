@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -12,6 +15,8 @@ from quant.formats import Scheme
 from search_spaces.family import Family
 from search_spaces.precision import check_whole_model, fitted_scheme, gene_names, possible_columns
 from search_spaces.space import Gene, SearchSpace
+
+from .subnetwork import Plan, present_caches, staying_layers
 
 
 def precision_genes(family: Family, space: SearchSpace) -> dict[str, str]:
@@ -73,3 +78,43 @@ def _check(gene: Gene, allowed: range | tuple, said: str) -> None:
     for choice in gene.choices:
         if choice not in allowed:
             raise JointoptError(f"gene {gene.name!r}: found {choice!r}; allowed: {said}")
+
+
+def plan_of(
+    family: Family,
+    chosen: Mapping[str, Any],
+    leaving: Mapping[str, Sequence[str]],
+    genes: Mapping[str, str],
+    schemes: Mapping[tuple[str, str], Scheme],
+) -> Plan:
+    """What choices by gene say in the family's terms; what has no gene stays whole and unquantized.
+
+    Args:
+        chosen: gene -> choice, of a canonical genome.
+        leaving: depth gene -> names of its blocks in the order of leaving.
+        genes, schemes: see `precision_genes` and `fitted_schemes`.
+    """
+    blocks = []
+    for stage, members in family.stages().items():
+        gone = leaving[stage][: len(members) - chosen.get(stage, len(members))]
+        blocks += [b for b in members if b.name not in gone and chosen.get(f"{b.name}.keep", True)]
+    blocks.sort(key=family.blocks.index)
+    dropped = tuple(
+        branch
+        for block in blocks
+        for branch in block.branches
+        if not chosen.get(f"{block.name}.{branch.kind}.keep", True)
+    )
+    widths = {width.gene: width for width in family.widths}
+    units = {gene: chosen[gene] // width.unit for gene, width in widths.items() if gene in chosen}
+    units = {gene: count for gene, count in units.items() if count < widths[gene].units}
+    bare = Plan(tuple(blocks), dropped, units, {})
+    offered = ((layer.path, genes[layer.path]) for layer in staying_layers(family, bare) if layer.path in genes)
+    wanted = {path: schemes[path, chosen[gene]] for path, gene in offered}
+    staying = present_caches([cache for cache in family.caches if cache.name in chosen], bare)
+    caches = {cache.attention: CACHE_FORMATS[chosen[cache.name]] for cache in staying}
+    return replace(
+        bare,
+        schemes={path: scheme for path, scheme in wanted.items() if scheme.weights is not None},
+        caches={path: form for path, form in caches.items() if form.element is not None},
+    )

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quant.cache import KeyObserver
-from quant.calibration import ActivationObserver
-from quant.rounding.moments import InputMoments
 from search_spaces.family import Family, Width, structural_clone
 
 from .checkpoint.held_cache import cache_name
+
+Listener = tuple[str, Callable[[Tensor], None]]
 
 
 class CalibrationPass:
     """Runs a model over batches and keeps running sums; the model is left without a hook.
 
     After `run`: `channel_energy[path]` sums the squares of each input channel of a width's consumer, `influence`
-    holds each block's 1 - cos(input, output) (ShortGPT, arXiv 2403.03853, eq. 1), and `observers` the ranges of
-    the inputs of the layers that they were given for. Padding, where the batch has an attention mask, is left out.
+    holds each block's 1 - cos(input, output) (ShortGPT, arXiv 2403.03853, eq. 1). Padding, where the batch has an
+    attention mask, is left out of these and of what is listened to.
+
+    Args:
+        listeners: (path of a layer, function of its inputs [rows, channels], of a convolution [N, C, H, W]).
+        keys: path of an attention layer -> observer of its keys.
     """
 
     def __init__(
         self,
         model: nn.Module,
         family: Family,
-        observers: Mapping[str, Sequence[ActivationObserver]],
-        keys: Mapping[str, KeyObserver],
-        moments: Mapping[str, InputMoments],
+        listeners: Iterable[Listener] = (),
+        keys: Mapping[str, KeyObserver] = MappingProxyType({}),
     ):
         self.model = structural_clone(model).eval()
         self.family = family
-        self.observers, self.keys, self.moments = observers, keys, moments
+        self.listeners, self.keys = tuple(listeners), keys
         self.channel_energy: dict[str, Tensor] = {}
         self.influence: dict[str, float] = {}
         self._cosines: dict[str, list[Tensor]] = {}
@@ -67,11 +71,7 @@ class CalibrationPass:
         for block in self.family.blocks:
             if block.removable:
                 hooks.append((block.path, self._influence_hook(block.name)))
-        for path, observers in self.observers.items():
-            hooks.append((path, self._range_hook(observers)))
-        for path, moments in self.moments.items():
-            hooks.append((path, self._moments_hook(moments)))
-        return hooks
+        return hooks + [(path, self._input_hook(listen)) for path, listen in self.listeners]
 
     def _give_cache(self, keys: KeyObserver, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hands the attention layer a cache that shows its keys and keeps nothing."""
@@ -102,19 +102,10 @@ class CalibrationPass:
 
         return hook
 
-    def _range_hook(self, observers: Sequence[ActivationObserver]) -> Callable:
+    def _input_hook(self, listen: Callable[[Tensor], None]) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             hidden = hidden_input(args, kwargs)
-            seen = hidden if hidden.dim() == 4 else self._tokens(hidden)
-            for observer in observers:
-                observer.observe(seen)
-
-        return hook
-
-    def _moments_hook(self, moments: InputMoments) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            hidden = hidden_input(args, kwargs)
-            moments.add(hidden if hidden.dim() == 4 else self._tokens(hidden))
+            listen(hidden if hidden.dim() == 4 else self._tokens(hidden))
 
         return hook
 

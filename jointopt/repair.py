@@ -17,7 +17,7 @@ from quant.rounding.moments import InputMoments
 from search_spaces.family import Family, Part, Width
 from search_spaces.space import SearchSpace
 
-from .importance import channel_order
+from .importance import Listener, channel_order
 
 DAMPING = 0.01
 """Of the mean diagonal of the kept inputs' second moments, as in GPTQ: the pull back to the unrepaired weight."""
@@ -62,32 +62,36 @@ def repaired(layer: nn.Module, moments: InputMoments, channels: int, damping: fl
 class Repairs:
     """What calibration measures for repairs, and then the repaired layers: (path, channels that stay) -> `Repaired`.
 
-    Convolutions in groups are left as they are: what leaves of one group says nothing of another.
+    Without a space nothing is repaired. Convolutions in groups are left as they are: what leaves of one group says
+    nothing of another.
     """
 
-    def __init__(self, model: nn.Module, family: Family, space: SearchSpace):
+    def __init__(self, model: nn.Module, family: Family, space: SearchSpace | None):
         self._model = model
-        choices = {gene.name: gene.choices for gene in space.genes}
+        choices = {gene.name: gene.choices for gene in space.genes} if space else {}
         self._parts: list[tuple[Width, Part, tuple[int, ...]]] = [
             (width, part, choices[width.gene])
             for width in family.widths
             for part in width.consumers
             if width.gene in choices and getattr(model.get_submodule(part.module), "groups", 1) == 1
         ]
-        self.moments = {part.module: InputMoments(model.get_submodule(part.module)) for _, part, _ in self._parts}
+        self._moments = {part.module: InputMoments(model.get_submodule(part.module)) for _, part, _ in self._parts}
+
+    def listeners(self) -> list[Listener]:
+        return [(path, moments.add) for path, moments in self._moments.items()]
 
     def reorder(self, width: Width, order: Tensor) -> None:
         """A width's units were sorted: its consumers' inputs come in another order."""
         for part in width.consumers:
-            if part.module in self.moments:
+            if part.module in self._moments:
                 area = self._model.get_submodule(part.module).get_parameter("weight")[0, 0].numel()
-                self.moments[part.module].reorder(channel_order(order, part.channels * area))
+                self._moments[part.module].reorder(channel_order(order, part.channels * area))
 
     def solved(self) -> Mapping[tuple[str, int], Repaired]:
         """All repairs; the moments are let go."""
         found = {}
         for width, part, sizes in self._parts:
-            layer, moments = self._model.get_submodule(part.module), self.moments.pop(part.module)
+            layer, moments = self._model.get_submodule(part.module), self._moments.pop(part.module)
             for channels in _narrowed(width, part, sizes):
                 try:
                     found[part.module, channels] = repaired(layer, moments, channels)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +53,13 @@ class Plan:
     schemes: Mapping[str, Scheme]
     caches: Mapping[str, CacheFormat] = field(default_factory=dict)
 
+    def cut(self, family: Family) -> bool:
+        """Whether channels, heads or blocks leave."""
+        return bool(self.units or self.dropped) or len(self.blocks) < len(family.blocks)
+
     def whole(self, family: Family) -> bool:
         """Whether this is the full, unquantized model."""
-        changed = self.units or self.schemes or self.caches or self.dropped
-        return not changed and len(self.blocks) == len(family.blocks)
+        return not (self.schemes or self.caches or self.cut(family))
 
 
 Weights = Callable[[str, Scheme, int | None], BankedWeight]
@@ -273,3 +277,27 @@ def staying_layers(family: Family, plan: Plan) -> list[Layer]:
     """The layers of the sub-network, in the family's order."""
     gone = _gone(family, plan)
     return [layer for layer in family.layers if not _is_in(layer.path, gone)]
+
+
+def layout(shell: nn.Module, family: Family, plan: Plan) -> list[dict[str, Any]]:
+    """One record a layer of a plan's sub-network: block, layer (path in the super-network), name (path in `shell`),
+    kind, rows, columns, scheme, bits. For pictures and records."""
+    records = []
+    for layer in staying_layers(family, plan):
+        name = renamed(layer.path, family, plan.blocks)
+        module = shell.get_submodule(name)
+        weight = module.get_parameter("weight")
+        kept = plan.schemes.get(layer.path)
+        records.append(
+            {
+                "block": layer.block,
+                "layer": layer.path,
+                "name": name,
+                "kind": next(k for k in ("Linear", "Conv2d", "Embedding") if k in type(module).__name__),
+                "rows": weight.shape[0],
+                "columns": weight[0].numel(),
+                "scheme": kept.name if kept else "none",
+                "bits": kept.weights.bits if kept and kept.weights else weight.element_size() * 8,
+            }
+        )
+    return records

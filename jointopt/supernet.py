@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quant.cache import CACHE_FORMATS, KeyObserver
-from quant.calibration import ActivationObserver, check_activation_method, choose_clip
+from quant.calibration import check_activation_method, choose_clip
 from quant.errors import JointoptError
-from quant.formats import Format, Scheme, scheme
+from quant.formats import Scheme, scheme
 from quant.kernels import quantize_and_hold
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
@@ -47,11 +45,12 @@ from .batch_norm import (
     sample_count,
 )
 from .cost.shapes import ShapeCosts, measure_positions
-from .elastic import check_space, fitted_schemes, precision_genes
+from .elastic import check_space, fitted_schemes, plan_of, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
+from .ranges import Ranges
 from .repair import Repaired, Repairs
-from .subnetwork import Plan, build, detach, present_caches, renamed, staying_layers
-from .transforms import checked, reread, rotate_heads, rotate_stream, scale_links
+from .subnetwork import ActivationStatistics, Plan, build, detach, layout
+from .transforms import checked, reread, rotated, scale_links
 from .weight_bank import BankedWeight, WeightBank
 
 
@@ -98,10 +97,10 @@ class Supernet:
         if not dtypes <= {torch.float32, torch.bfloat16}:
             raise JointoptError(f"dtype: the model holds {', '.join(map(str, dtypes))}; allowed: float32, bfloat16")
         self._given = model
-        self._declare = family
-        self.model, self.family = declare(_own_copy(model), family)
+        self._declared = partial(declare, family=family)
+        self.model, self.family = self._declared(_own_copy(model))
         self.transforms = checked(transforms, self.family)
-        self._rotate()
+        self.model, self.family = rotated(self.model, self.family, self.transforms, self._declared)
         self._scaled = False
         self.space = space
         self.weight_calibration = weight_calibration
@@ -111,15 +110,13 @@ class Supernet:
         self.calibrated = False
         self.trained = False
         self._leaving = default_order(self.family)
-        self._layers = {layer.path: layer for layer in self.family.layers}
         self._precision_gene = precision_genes(self.family, space)
         self._schemes = fitted_schemes(self.model, self.family, space, self._precision_gene)
         check_space(self.model, self.family, space)
         self._bank = WeightBank(bank_bytes)
-        self._statistics: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self._statistics: ActivationStatistics = {}
         self._has_batch_norm = has_batch_norm(self.model)
         self.samples: list[Mapping[str, Any]] = []
-        self._batch_norm_batches: list[Mapping[str, Any]] = []
         self._repaired: Mapping[tuple[str, int], Repaired] = {}
         self._positions: dict[str, float] | None = None
         self.scores: dict[bytes, dict[str, float]] = {}
@@ -127,20 +124,6 @@ class Supernet:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def _rotate(self) -> None:
-        if "rotate" in self.transforms:
-            stream, before = self.family.stream, self.family.layers
-            assert stream is not None
-            if stream.untie is not None:
-                stream.untie(self.model)
-                self.model, self.family = declare(self.model, self._declare)
-                owner = {path: layer.projection for layer in before for path in layer.tied}
-                layers = (replace(la, projection=owner.get(la.path, la.projection)) for la in self.family.layers)
-                self.family = replace(self.family, layers=tuple(layers))
-            rotate_stream(self.model, self.family)
-        if "rotate_heads" in self.transforms:
-            rotate_heads(self.model, self.family)
 
     def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Measures importance and ranges in one pass, and sorts channels, heads and blocks by importance.
@@ -156,25 +139,20 @@ class Supernet:
             JointoptError: there is no batch, or one is not a dict.
         """
         self._scale(batches)
-        observers = self._observers()
-        keys = self._key_observers()
-        repairs = Repairs(self.model, self.family, self.space) if self.repair else None
-        moments = repairs.moments if repairs else {}
-        calibration = CalibrationPass(self.model, self.family, observers, keys, moments)
+        ranges = Ranges(self.model, self.family, self.space, self._schemes, self.activation_calibration)
+        repairs = Repairs(self.model, self.family, self.space if self.repair else None)
+        listeners = ranges.listeners() + repairs.listeners()
+        calibration = CalibrationPass(self.model, self.family, listeners, ranges.keys)
         kept: list[Mapping[str, Any]] = []
         count = calibration.run(self._checked(batches, kept))
         if not count:
             raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
         self._positions = measure_positions(self.model, kept[0])
         self.samples = kept
-        self._batch_norm_batches = kept if self._has_batch_norm else []
         if not self.trained:
-            self._sort(calibration, repairs)
-        self._statistics = {
-            (path, observer.scheme): observer.constants() for path, many in observers.items() for observer in many
-        }
-        self._statistics |= self._key_constants(keys)
-        self._repaired = repairs.solved() if repairs else {}
+            self._sort(calibration, ranges, repairs)
+        self._statistics = ranges.constants()
+        self._repaired = repairs.solved()
         self._forget()
         self.calibrated = True
 
@@ -183,11 +161,7 @@ class Supernet:
         if not wanted or self._scaled:
             return
         reread(batches, wanted)
-        formats: dict[str, Format] = {}
-        for (path, _), each in sorted(self._schemes.items(), key=lambda item: item[1].bits):
-            if each.weights is not None:
-                formats.setdefault(path, each.weights)
-        scale_links(self.model, self.family, wanted[0], self._checked(batches, []), formats)
+        scale_links(self.model, self.family, wanted[0], self._checked(batches, []), self._schemes)
         self._scaled = True
 
     def _checked(self, batches: Iterable[Any], kept: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -206,43 +180,13 @@ class Supernet:
                 wanted -= sample_count(moved)
             yield moved
 
-    def _observers(self) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {}
-        for (path, _), wanted in self._schemes.items():
-            static = wanted.activations is not None and wanted.needs_statistics
-            known = [observer.scheme for observer in found.get(path, [])]
-            if static and wanted.name not in known:
-                for each in (path, *self._layers[path].tied):
-                    if isinstance(self.model.get_submodule(each), nn.Linear | nn.Conv2d):
-                        found.setdefault(each, []).append(SchemeObserver(each, wanted, self.activation_calibration))
-        return found
-
-    def _key_observers(self) -> dict[str, KeyObserver]:
-        choices = {gene.name: gene.choices for gene in self.space.genes}
-        return {c.attention: KeyObserver() for c in self.family.caches if set(choices.get(c.name, ())) - {"none"}}
-
-    def _key_constants(self, keys: Mapping[str, KeyObserver]) -> dict[tuple[str, str], dict[str, Tensor]]:
-        found = {}
-        choices = {gene.name: gene.choices for gene in self.space.genes}
-        for cache in self.family.caches:
-            for form in (CACHE_FORMATS[str(choice)] for choice in choices.get(cache.name, ())):
-                if form.element is not None and not form.inputs:
-                    try:
-                        found[cache.attention, form.name] = keys[cache.attention].constants(form)
-                    except JointoptError as error:
-                        raise JointoptError(f"{cache.attention}: {error}") from None
-        return found
-
-    def _sort(self, calibration: CalibrationPass, repairs: Repairs | None) -> None:
+    def _sort(self, calibration: CalibrationPass, ranges: Ranges, repairs: Repairs) -> None:
         for width in self.family.widths:
             importance = unit_importance(self.model, width, calibration.channel_energy)
             order = torch.argsort(importance, descending=True, stable=True)
             sort_width(self.model, width, order)
-            if repairs:
-                repairs.reorder(width, order)
-            for cache in self.family.caches:
-                if cache.heads == width.gene and cache.attention in calibration.keys:
-                    calibration.keys[cache.attention].reorder(order)
+            ranges.reorder(width, order)
+            repairs.reorder(width, order)
         influence = calibration.influence
         self._leaving = {
             stage: sorted(names, key=lambda name: influence.get(name, 0.0)) for stage, names in self._leaving.items()
@@ -258,30 +202,7 @@ class Supernet:
         """What a genome says in the family's terms. Raises JointoptError for a genome that is not of the space."""
         self.space.validate(genome)
         chosen = self.space.decode(self.space.canonical(genome))
-        blocks = []
-        for stage, members in self.family.stages().items():
-            leaving = self._leaving[stage][: len(members) - chosen.get(stage, len(members))]
-            blocks += [b for b in members if b.name not in leaving and chosen.get(f"{b.name}.keep", True)]
-        blocks.sort(key=self.family.blocks.index)
-        dropped = tuple(
-            branch
-            for block in blocks
-            for branch in block.branches
-            if not chosen.get(f"{block.name}.{branch.kind}.keep", True)
-        )
-        widths = {width.gene: width for width in self.family.widths}
-        units = {gene: chosen[gene] // width.unit for gene, width in widths.items() if gene in chosen}
-        units = {gene: count for gene, count in units.items() if count < widths[gene].units}
-        bare = Plan(tuple(blocks), dropped, units, {})
-        schemes = {}
-        for layer in staying_layers(self.family, bare):
-            gene = self._precision_gene.get(layer.path)
-            if gene is not None and (wanted := self._schemes[layer.path, chosen[gene]]).weights is not None:
-                schemes[layer.path] = wanted
-        staying = [cache for cache in self.family.caches if cache.name in chosen]
-        caches = {cache.attention: CACHE_FORMATS[chosen[cache.name]] for cache in present_caches(staying, bare)}
-        caches = {path: form for path, form in caches.items() if form.element is not None}
-        return Plan(bare.blocks, dropped, units, schemes, caches)
+        return plan_of(self.family, chosen, self._leaving, self._precision_gene, self._schemes)
 
     @contextmanager
     def active(self, genome: Any) -> Iterator[nn.Module]:
@@ -314,12 +235,12 @@ class Supernet:
     def renormalized(self, shell: nn.Module, plan: Plan) -> nn.Module:
         """The view of a plan, its BatchNorm statistics (where it has some) estimated on calibration's first batches."""
         if self._has_batch_norm and not plan.whole(self.family):
-            if not self._batch_norm_batches:
+            if not self.samples:
                 raise JointoptError(
                     "BatchNorm's statistics are estimated for each sub-network; call calibrate(batches) first"
                 )
-            reestimate(shell, self._batch_norm_batches)
-            if not plan.units and len(plan.blocks) == len(self.family.blocks) and not plan.dropped:
+            reestimate(shell, self.samples)
+            if not plan.cut(self.family):
                 move(shell, running_statistics(self.model), self._whole_statistics)
         return shell
 
@@ -327,7 +248,7 @@ class Supernet:
     def _whole_statistics(self) -> Statistics:
         """BatchNorm's, of the whole unquantized model, on the samples from which a sub-network's are estimated."""
         shell = structural_clone(self.model).eval()
-        reestimate(shell, self._batch_norm_batches)
+        reestimate(shell, self.samples)
         return running_statistics(shell)
 
     def statistics(self, path: str, wanted: Scheme) -> Mapping[str, Tensor]:
@@ -381,7 +302,7 @@ class Supernet:
 
     def original_costs(self) -> dict[str, int | float]:
         """`costs` of the whole, unquantized model."""
-        model, family = declare(self._given, self._declare)
+        model, family = self._declared(self._given)
         only = SearchSpace([Gene(f"{family.layers[0].name}.precision", ("none",))])
         positions = self._costs.positions
         whole = ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), self._leaving)
@@ -393,29 +314,9 @@ class Supernet:
         return self._costs.columns(self.space.canonical(genomes))
 
     def layout(self, genome: Any) -> list[dict[str, Any]]:
-        """One record a layer that stays: block, layer (path here), name (path in the extracted model), kind, rows,
-        columns, scheme. For pictures and records."""
+        """What the layers of a genome's sub-network are: see `jointopt.subnetwork.layout`."""
         plan = self.plan(genome)
-        shell = self.built(plan)
-        records = []
-        for layer in staying_layers(self.family, plan):
-            name = renamed(layer.path, self.family, plan.blocks)
-            module = shell.get_submodule(name)
-            weight = module.get_parameter("weight")
-            kept = plan.schemes.get(layer.path)
-            records.append(
-                {
-                    "block": layer.block,
-                    "layer": layer.path,
-                    "name": name,
-                    "kind": next(k for k in ("Linear", "Conv2d", "Embedding") if k in type(module).__name__),
-                    "rows": weight.shape[0],
-                    "columns": weight[0].numel(),
-                    "scheme": kept.name if kept else "none",
-                    "bits": kept.weights.bits if kept and kept.weights else weight.element_size() * 8,
-                }
-            )
-        return records
+        return layout(self.built(plan), self.family, plan)
 
     def finish_training(self) -> None:
         """To be called when the weights have changed: what was measured on the old ones no longer holds."""
@@ -454,7 +355,7 @@ class Supernet:
             tensors.update({f"{path}:{name}:{key}": value for key, value in constants.items()})
         for (path, channels), fitted in self._repaired.items():
             tensors.update({f"{path}:{channels}:{at}": each for at, each in enumerate(fitted) if each is not None})
-        for number, batch in enumerate(self._batch_norm_batches):
+        for number, batch in enumerate(self.samples if self._has_batch_norm else ()):
             tensors.update({f"{number}:{key}": value for key, value in batch.items() if isinstance(value, Tensor)})
         for name, tensor in sorted(tensors.items()):
             digest.update(name.encode())
@@ -490,25 +391,6 @@ class Supernet:
         self._scaled = record.get("scaled", False)
         self._condition_space()
         self._forget()
-
-
-class SchemeObserver:
-    """Ranges of one layer's inputs, for one scheme's static activation format."""
-
-    def __init__(self, path: str, wanted: Scheme, method: str):
-        assert wanted.activations is not None
-        self.scheme = wanted.name
-        self._path = path
-        self._observer = ActivationObserver(wanted.activations, method)
-
-    def observe(self, hidden: Tensor) -> None:
-        self._observer.observe(hidden)
-
-    def constants(self) -> dict[str, Tensor]:
-        try:
-            return self._observer.constants()
-        except JointoptError as error:
-            raise JointoptError(f"{self._path}: {error}") from None
 
 
 def _own_copy(model: nn.Module) -> nn.Module:

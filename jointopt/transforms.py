@@ -13,13 +13,14 @@ its export have them without knowing. What may be scaled or rotated is declared 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError, did_you_mean
-from quant.formats import Format
+from quant.formats import Format, Scheme
 from quant.rotations import mean_keeping_rotation, rotation
 from quant.smoothing import awq_scale, smooth_scale
 from search_spaces.family import Family, Link
@@ -68,6 +69,33 @@ def possible(family: Family) -> tuple[str, ...]:
     heads = any(link.head_dim for link in family.links)
     there = {"rotate": family.stream is not None, "rotate_heads": heads}
     return tuple(name for name in TRANSFORMS if there.get(name, bool(family.links)))
+
+
+def rotated(
+    model: nn.Module,
+    family: Family,
+    transforms: Sequence[str],
+    declared: Callable[[nn.Module], tuple[nn.Module, Family]],
+) -> tuple[nn.Module, Family]:
+    """The model and its declaration after the rotations among `transforms`, the model's weights changed in place.
+
+    A head that was tied is declared anew as a layer of its own, which keeps to the embedding's number format.
+
+    Args:
+        declared: gives a model's declaration, as `search_spaces.families.declare` does.
+    """
+    if "rotate" in transforms:
+        assert family.stream is not None
+        if family.stream.untie is not None:
+            owner = {path: layer.projection for layer in family.layers for path in layer.tied}
+            family.stream.untie(model)
+            model, family = declared(model)
+            layers = (replace(layer, projection=owner.get(layer.path, layer.projection)) for layer in family.layers)
+            family = replace(family, layers=tuple(layers))
+        rotate_stream(model, family)
+    if "rotate_heads" in transforms:
+        rotate_heads(model, family)
+    return model, family
 
 
 @torch.no_grad()
@@ -169,27 +197,33 @@ def scale_links(
     family: Family,
     method: str,
     batches: Iterable[Mapping[str, Any]],
-    formats: Mapping[str, Format],
+    schemes: Mapping[tuple[str, str], Scheme],
 ) -> None:
     """One pass over the data, then the scales of every link by "smooth" or "awq".
 
     Links whose readers share their weight with another layer (a tied head) are left as they are.
 
     Args:
-        formats: path -> the weight format that AWQ's search rounds that layer to; layers without one are not scaled.
+        schemes: (layer path, choice) -> scheme; AWQ's search rounds a layer to the format of fewest bits among its own,
+            and does not scale layers without one.
 
     Raises:
         JointoptError: there is no batch, or what a layer reads is not finite.
     """
     tied = {path for layer in family.layers for path in (layer.path, *layer.tied) if layer.tied}
     links = [link for link in family.links if not tied & set(link.consumers)]
+    formats: dict[str, Format] = {}
+    for (path, _), scheme in sorted(schemes.items(), key=lambda item: item[1].bits):
+        if scheme.weights is not None:
+            formats.setdefault(path, scheme.weights)
     if method == "awq":
         links = [link for link in links if set(link.consumers) <= set(formats)]
-    observers: dict[str, list[Any]] = {link.consumers[0]: [ChannelObserver()] for link in links}
-    if not CalibrationPass(model, family, observers, {}, {}).run(batches):
+    observers = {link.consumers[0]: ChannelObserver() for link in links}
+    listeners = [(path, observer.observe) for path, observer in observers.items()]
+    if not CalibrationPass(model, family, listeners).run(batches):
         raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
     for link in links:
-        seen = observers[link.consumers[0]][0]
+        seen = observers[link.consumers[0]]
         readers = [model.get_submodule(path).get_parameter("weight").detach() for path in link.consumers]
         read = link.read(readers[0].shape[1] // link.repeats).to(readers[0].device)
         if seen.count and not seen.largest.isfinite().all():

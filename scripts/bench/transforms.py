@@ -166,13 +166,14 @@ class Moments:
 def kurtosis(supernet: Supernet, inputs: Iterable[Batch]) -> tuple[float, float]:
     """Means over the layers of the blocks, and over those that read a normalization (about zero, where a quantizer's
     range is centred)."""
-    moments: dict[str, list] = {layer.path: [Moments()] for layer in supernet.family.layers if layer.block}
-    CalibrationPass(supernet.model, supernet.family, moments, {}, {}).run(inputs)
+    moments = {layer.path: Moments() for layer in supernet.family.layers if layer.block}
+    listeners = [(path, each.observe) for path, each in moments.items()]
+    CalibrationPass(supernet.model, supernet.family, listeners).run(inputs)
     links = supernet.family.links
     normal = {path for link in links for path in link.consumers if "norm" in link.producer.rpartition(".")[2]}
     means = []
     for paths in (set(moments), normal & set(moments)):
-        means.append(sum(moments[path][0].kurtosis for path in paths) / max(1, len(paths)))
+        means.append(sum(moments[path].kurtosis for path in paths) / max(1, len(paths)))
     return means[0], means[1]
 
 
