@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from torch import Tensor, nn
 
 from quant.calibration import choose_clip
@@ -28,6 +29,7 @@ from quant.rounding.descent import descent
 from quant.rounding.gptq import gptq
 from quant.rounding.moments import NEVER_REACHED, InputMoments
 
+from .choice import front_of, within
 from .evaluation import Quality, measured
 from .lockstep import Arrived, in_step
 from .objectives import COSTS
@@ -208,15 +210,16 @@ def _told(study: Study, made: Finished) -> str:
 
 
 def _nearest_on_front(study: Study, genome: np.ndarray, top: int) -> list[np.ndarray]:
-    """The genome and `top` - 1 neighbours on the front, from small to large; of two as near, the smaller first."""
-    front = study.front()
+    """The genome and its `top` - 1 neighbours on the front of those that keep to the study's constraints, from small to
+    large; of two as near, the smaller first. The genome itself need not be on it: a wish for what is no objective."""
+    frame = study.evaluations()
+    frame = within(frame[frame["failed"].isna()], study.constraints)
+    near = pd.concat([front_of(frame, study.objectives), frame[frame["genome"] == tuple(genome)]])
     costs = [o.name for o in study.objectives if o.name in COSTS]
-    front = front.sort_values(costs[0] if costs else study.quality.name, kind="stable")
-    ordered = [np.array(each, dtype=np.int64) for each in front["genome"]]
-    at = next((index for index, each in enumerate(ordered) if np.array_equal(each, genome)), None)
-    if at is None:
-        return [genome]
-    return [ordered[index] for index in sorted(range(len(ordered)), key=lambda index: abs(index - at))[:top]]
+    near = near.drop_duplicates("genome").sort_values(costs[0] if costs else study.quality.name, kind="stable")
+    at = near["genome"].tolist().index(tuple(genome))
+    nearest = sorted(range(len(near)), key=lambda index: abs(index - at))[:top]
+    return [np.array(near["genome"].iloc[index], dtype=np.int64) for index in nearest]
 
 
 def _rounded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from jointopt.evaluation import Evaluation, Quality, measured
 from jointopt.objectives import COSTS, Constraint, Objective, constraint, named
 from jointopt.sensitivity import quality_prior
 from jointopt.sharing import evaluation_order
-from jointopt.stopping import Budget, Watch
+from jointopt.stopping import Budget, Watch, check_count, heeding_ctrl_c
 from jointopt.study import Study
 from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
@@ -95,15 +95,16 @@ def search(
     if not supernet.calibrated:
         raise JointoptError("search: the super-network is not calibrated; call supernet.calibrate(batches) first")
     budget = Budget(evaluations, minutes, patience)
-    _check_count("workers", workers)
-    _check_count("threads", threads)
-    _check_count("batch", batch)
-    wanted = _objectives(supernet, objectives)
+    check_count("workers", workers)
+    check_count("threads", threads)
+    check_count("batch", batch)
+    original = {name: float(value) for name, value in supernet.original_costs().items()}
+    wanted = _objectives(supernet, objectives, original)
     space = supernet.space
     if warm_start and strategy != "guided":
         raise JointoptError(f"warm_start: found the {strategy} strategy, which takes no estimates; allowed: guided")
     prior = {"prior": quality_prior(supernet, wanted)} if warm_start else {}
-    limits = _constraints(supernet, wanted, constraints or {})
+    limits = _constraints(supernet, wanted, constraints or {}, original)
     constrained = {"constraints": limits} if limits else {}
     options = {**(strategy_options or {}), **prior, **constrained}
     asking = strategies.create(strategy, space, wanted, seed=seed, **options)
@@ -123,7 +124,7 @@ def search(
         threads = _threads(study, threads, workers is not None or ray is not None)
         if not study.baselines:
             with workplaces.threads_of_torch(threads):
-                study.note("baselines", {"original": _original(supernet, quality)})
+                study.note("baselines", {"original": {**original, **_original(supernet, quality)}})
         _check_metrics(wanted, study.baselines["original"])
         if (state := study.fact("state")) is not None:
             asking.load_state_dict(state)
@@ -131,8 +132,8 @@ def search(
         study.note("stopped", None)
         evaluator = _evaluator(supernet, quality, workers, ray, threads)
         try:
-            with Watch(study, budget, progress) as watch:
-                run = _Run(study, asking, evaluator, budget, watch, batch)
+            with heeding_ctrl_c() as check_interrupt, Watch(study, budget, progress) as watch:
+                run = _Run(study, asking, evaluator, budget, watch, batch, check_interrupt)
                 watch.ended(run.stream() if asynchronous else run.batches())
         finally:
             evaluator.close()
@@ -143,7 +144,7 @@ def search(
     return study
 
 
-def _objectives(supernet: Supernet, objectives: Sequence[Any]) -> list[Objective]:
+def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[str, float]) -> list[Objective]:
     if isinstance(objectives, str) or not objectives:
         raise JointoptError(f"objectives: found {objectives!r}; allowed: a list of one or more")
     found = [named(objective) for objective in objectives]
@@ -155,16 +156,15 @@ def _objectives(supernet: Supernet, objectives: Sequence[Any]) -> list[Objective
             raise JointoptError(f"objective {name!r}: found no cache in this model; allowed costs: {', '.join(known)}")
         return lambda genomes: supernet.cost_columns(genomes)[name]
 
-    known = supernet.original_costs()
-
     return [replace(o, compute=column(o.name)) if o.name in COSTS and o.compute is None else o for o in found]
 
 
-def _constraints(supernet: Supernet, objectives: Sequence[Objective], given: Mapping[str, str]) -> list[Constraint]:
+def _constraints(
+    supernet: Supernet, objectives: Sequence[Objective], given: Mapping[str, str], costs: Mapping[str, float]
+) -> list[Constraint]:
     """Raises JointoptError for what is neither a cost nor a measured objective."""
     if not isinstance(given, Mapping):
         raise JointoptError(f"constraints: found {given!r}; allowed: a mapping such as {{size_mb: '<= 20'}}")
-    costs = supernet.original_costs()
     measured_names = [o.name for o in objectives if o.name not in costs]
 
     def column(name: str, unit: float):
@@ -178,11 +178,6 @@ def _constraints(supernet: Supernet, objectives: Sequence[Objective], given: Map
             raise JointoptError(f"constraints: found {name!r}; allowed: {allowed}")
         found.append(constraint(name, text, column(cost, 1e6 if name == "size_mb" else 1.0) if cost in costs else None))
     return found
-
-
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise JointoptError(f"{name}: found {value!r}; allowed: a number from 1")
 
 
 def _threads(study: Study, wanted: int | None, parallel: bool) -> int:
@@ -206,10 +201,9 @@ def _say_where_small(space: SearchSpace, budget: Budget) -> None:
 
 
 def _original(supernet: Supernet, quality: Quality) -> dict[str, float]:
-    """Metrics and costs of the model as it was given. What the user's function raises here is raised."""
+    """Metrics of the model as it was given. What the user's function raises here is raised."""
     with supernet.original() as model:
-        metrics = measured(quality, model)
-    return {**{name: float(value) for name, value in supernet.original_costs().items()}, **metrics}
+        return measured(quality, model)
 
 
 def _check_metrics(objectives: Sequence[Objective], metrics: Mapping[str, float]) -> None:
@@ -245,6 +239,7 @@ class _Run:
     budget: Budget
     watch: Watch
     batch: int
+    check_interrupt: Callable[[], None] = lambda: None
 
     def batches(self) -> str:
         """Asks for a batch, evaluates all of it, tells it, and so on. Returns why it ended."""
@@ -263,10 +258,10 @@ class _Run:
     def stream(self) -> str:
         """Asks for a genome whenever one can be evaluated, whichever have ended by then. Returns why it ended."""
         waiting: deque[tuple[int, int, np.ndarray]] = deque()
+        told = {genome.tobytes() for genome in self.asking.told}
         for generation, genomes in self.study.generations():
             waiting.extend(self._unevaluated(generation, genomes))
             known = self.study.results(genomes)
-            told = {genome.tobytes() for genome in self.asking.told}
             fresh = [r is not None and g.tobytes() not in told for g, r in zip(genomes, known, strict=True)]
             self._tell(genomes[fresh])
         running: dict[int, tuple[int, np.ndarray]] = {}
@@ -282,7 +277,7 @@ class _Run:
                 running[number] = (generation, genome)
                 self.evaluator.submit([number], genome[None])
             if not running or self.watch.seconds_left() == 0:
-                return reason or "evaluations: no more allowed"
+                return self.budget.spent(self.study, self.watch.elapsed()) or "evaluations: no more allowed"
             for number, result in self.evaluator.collect(self.watch.seconds_left()):
                 generation, genome = running.pop(number)
                 self._record(number, generation, genome, result)
@@ -327,6 +322,7 @@ class _Run:
             generation, genome, found.metrics, found.failed, found.seconds, number=number, elapsed=elapsed
         )
         self.watch.advanced()
+        self.check_interrupt()
 
     def _tell(self, genomes: np.ndarray) -> None:
         """Tells all of these at once; a batch that the budget cut short is told by the run that completes it."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn
@@ -31,9 +36,8 @@ class Budget:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("evaluations", self.evaluations), ("patience", self.patience)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise JointoptError(f"{name}: found {value!r}; allowed: a number from 1")
+        check_count("evaluations", self.evaluations)
+        check_count("patience", self.patience)
         if self.minutes is not None and not (_is_number(self.minutes) and 0 < self.minutes < math.inf):
             raise JointoptError(f"minutes: found {self.minutes!r}; allowed: a number above 0")
         if self.evaluations is None and self.minutes is None and self.patience is None:
@@ -48,6 +52,40 @@ class Budget:
         if self.patience is not None and (idle := _without_gain(study)) >= self.patience:
             return f"patience: no hypervolume gained in the last {idle} evaluations"
         return None
+
+
+@contextmanager
+def heeding_ctrl_c() -> Iterator[Callable[[], None]]:
+    """Within, Ctrl-C raises KeyboardInterrupt as ever, and once more from the function that is given.
+
+    Python drops what a signal raises while an object is being deleted, so that the first can be lost. Where Ctrl-C is
+    not Python's own to handle, or this is not the main thread, nothing is changed.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: None
+        return
+    came = threading.Event()
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        came.set()
+        signal.default_int_handler(number, frame)
+
+    def check() -> None:
+        if came.is_set():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Raises JointoptError for what is neither None nor a whole number from 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise JointoptError(f"{name}: found {value!r}; allowed: a number from 1")
 
 
 def _is_number(value: object) -> bool:
@@ -84,9 +122,8 @@ class Watch:
         self._done_before = len(study)
         self._begun = time.monotonic()
         self._expected = ""
-        self._bar = Progress(
-            TextColumn("searching"), BarColumn(), TextColumn("{task.fields[told]}"), disable=not shown, transient=False
-        )
+        columns = (BarColumn(bar_width=16), TextColumn("{task.fields[told]}"))  # 80 characters with what is told
+        self._bar = Progress(*columns, disable=not shown)
         self._task = self._bar.add_task("search", total=budget.evaluations, completed=len(study), told="")
 
     def __enter__(self) -> Watch:
@@ -107,8 +144,7 @@ class Watch:
     def asked(self, predicted: np.ndarray) -> None:
         """A batch is about to be evaluated."""
         gain = None if self._bar.disable else expected_gain(self.study, predicted)
-        told = f", +{100 * (gain or 0):.3g}% hypervolume expected of these {len(predicted)}"
-        self._expected = "" if gain is None else told
+        self._expected = "" if gain is None else f", +{100 * gain:.2g}% hypervolume expected"
         self.advanced()
 
     def advanced(self) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized, non_dominated
+from jointopt.choice import best_of, costs_of, front_of, quality_of, with_finished, within
+from jointopt.objectives import Constraint, Objective, constraint, hypervolume, minimized
 from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
 
@@ -237,11 +238,7 @@ class Study:
 
     def costs(self) -> np.ndarray:
         """The objectives of all evaluations, [evaluations, objectives], signs turned so that less is better."""
-        return self._costs(self.evaluations())
-
-    def _costs(self, frame: pd.DataFrame) -> np.ndarray:
-        names = [objective.name for objective in self.objectives]
-        return minimized(frame.reindex(columns=names).to_numpy(dtype=float), self.objectives)
+        return costs_of(self.evaluations(), self.objectives)
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
@@ -249,38 +246,16 @@ class Study:
         found = self.config.get("constraints") or {}
         return tuple(constraint(name, text) for name, text in found.items())
 
-    def _within(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The evaluations that keep to all constraints. Raises JointoptError where none does, naming the closest."""
-        excess = np.zeros(len(frame))
-        for each in self.constraints:
-            values = frame["size"] / 1e6 if each.name == "size_mb" else frame[each.name]
-            beyond = each.excess(values.to_numpy(dtype=float))
-            if beyond.min() > 0:
-                closest = values.to_numpy(dtype=float)[beyond.argmin()]
-                raise JointoptError(f"constraints: no evaluation has {each}; the closest has {closest:.4g}")
-            excess += beyond
-        if not (excess == 0).any():
-            limits = ", ".join(map(str, self.constraints))
-            raise JointoptError(f"constraints: no evaluation has {limits} together, though each alone")
-        return frame[excess == 0]
-
     def front(self) -> pd.DataFrame:
         """The non-dominated evaluations, in the order of the last objective, best first."""
-        return self._front_of(self.evaluations())
-
-    def _front_of(self, frame: pd.DataFrame) -> pd.DataFrame:
-        if frame.empty:
-            return frame
-        costs = self._costs(frame)
-        kept = non_dominated(costs)
-        return frame[kept].iloc[np.lexsort(costs[kept].T)].reset_index(drop=True)
+        return front_of(self.evaluations(), self.objectives)
 
     def reference_point(self) -> list[float] | None:
         """The point that hypervolume is measured from, in the objectives' units: 10% beyond the worst of the first
         generation's values and the original's. None before a generation is complete."""
         frame = self.evaluations()
         first = frame[(frame["generation"] == 0)] if len(frame) else frame
-        costs = self._costs(first) if len(first) else np.empty((0, len(self.objectives)))
+        costs = costs_of(first, self.objectives) if len(first) else np.empty((0, len(self.objectives)))
         costs = costs[np.isfinite(costs).all(axis=1)]
         if not len(costs):
             return None
@@ -294,14 +269,14 @@ class Study:
         frame = self.evaluations()
         if reference is None:
             return np.zeros(len(frame))
-        costs = self._costs(frame)
+        costs = costs_of(frame, self.objectives)
         turned = minimized(np.array([reference]), self.objectives)[0]
         return np.array([hypervolume(costs[: n + 1], turned) for n in range(len(costs))])
 
     @property
     def quality(self) -> Objective:
         """The first objective that is measured, or else the first."""
-        return next((o for o in self.objectives if o.name not in COSTS), self.objectives[0])
+        return quality_of(self.objectives)
 
     def finished(self) -> list[dict[str, Any]]:
         """What finishing made of genomes: "genome", "rounding", "metrics" (costs among them), "seconds"."""
@@ -314,16 +289,6 @@ class Study:
             self._connection.execute("BEGIN IMMEDIATE")
             rows = json.dumps([*self.finished(), record])
             self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('finished', ?)", (rows,))
-
-    def _with_finished(self, frame: pd.DataFrame, rounding: str) -> pd.DataFrame:
-        """Evaluations, with the finished metrics in place of a genome's own where its quality is better."""
-        frame, first = frame.copy(), self.quality
-        for record in (each for each in self.finished() if each["rounding"] == rounding):
-            at = frame["genome"] == tuple(record["genome"])
-            better = at & (frame[first.name] * first.sign > record["metrics"][first.name] * first.sign)
-            for name, value in record["metrics"].items():
-                frame.loc[better, name] = value
-        return frame
 
     def best(
         self,
@@ -350,46 +315,9 @@ class Study:
         if frame.empty:
             raise JointoptError("study: no evaluation to choose from")
         if finished:
-            frame = self._with_finished(frame, finished)
-        frame = self._within(frame)
-        first = self.quality
-        cost = frame[first.name].to_numpy(dtype=float) * first.sign
-        if knee:
-            return self._knee(frame)
-        if size_mb is None and drop is None:
-            return self._pick(frame, cost, self._tie(frame))
-        if "size" not in frame:
-            raise JointoptError("best: the study has no size; search with 'size' among the objectives")
-        size = frame["size"].to_numpy(dtype=float)
-        if size_mb is not None:
-            fits = size <= size_mb * 1e6
-            if not fits.any():
-                raise JointoptError(f"size_mb: found {size_mb}; the smallest evaluated has {size.min() / 1e6:.4g} MB")
-            return self._pick(frame[fits], cost[fits], size[fits])
-        original = self.baselines.get("original", {}).get(first.name)
-        if original is None:
-            raise JointoptError(f"drop: the study has no {first.name} of the original model")
-        worse = cost - original * first.sign
-        fits = worse <= (drop or 0.0) + 1e-12
-        if not fits.any():
-            raise JointoptError(f"drop: found {drop}; the best {first.name} evaluated is worse by {worse.min():.4g}")
-        return self._pick(frame[fits], size[fits], cost[fits])
-
-    def _tie(self, frame: pd.DataFrame) -> np.ndarray:
-        return frame["size"].to_numpy(dtype=float) if "size" in frame else np.zeros(len(frame))
-
-    def _pick(self, frame: pd.DataFrame, first: np.ndarray, then: np.ndarray) -> np.ndarray:
-        at = np.lexsort((frame["number"].to_numpy(), then, first))[0]
-        return np.array(frame.iloc[at]["genome"], dtype=np.int64)
-
-    def _knee(self, frame: pd.DataFrame) -> np.ndarray:
-        if len(self.objectives) < 2:
-            raise JointoptError("knee: needs two objectives")
-        front = self._front_of(frame)
-        costs = self._costs(front)
-        span = np.where(np.ptp(costs, axis=0) > 0, np.ptp(costs, axis=0), 1.0)
-        scaled = (costs - costs.min(0)) / span
-        return self._pick(front, scaled[:, :2].sum(axis=1), scaled[:, 0])
+            frame = with_finished(frame, self.finished(), finished, self.quality)
+        original = self.baselines.get("original", {}).get(self.quality.name)
+        return best_of(within(frame, self.constraints), self.objectives, original, size_mb, drop, knee)
 
 
 def _connect(path: Path | None) -> sqlite3.Connection:

@@ -215,6 +215,23 @@ def test_a_finished_one_that_is_worse_is_not_exported():
     assert len(study.finished()) == min(2, len(study.front()))
 
 
+def test_only_what_keeps_to_the_constraints_is_finished():
+    supernet = supernet_of("bert", ["W4A16", "W8A16"], preset="fixed")
+    limit = supernet.costs(supernet.space.largest)["size"] * 0.9
+    study = jointopt.search(
+        supernet,
+        lambda model: {"far": distance(model)},
+        [{"far": "min"}, "macs"],
+        12,
+        seed=0,
+        constraints={"size": f"<= {limit}"},
+    )
+    chosen, _ = finish_top(supernet, study, batches("bert"), lambda model: {"far": distance(model)}, {}, top=3)
+    sizes = [supernet.costs(record["genome"])["size"] for record in study.finished()]
+    assert max(sizes) <= limit
+    assert chosen.tolist() in [record["genome"] for record in study.finished()]
+
+
 def test_finishing_goes_on_from_weights_that_were_rotated_and_repaired():
     model = make("llama_tied")
     space = SearchSpace.for_model(model, schemes=["W4A16", "W4A8"], mlp=[128, 256], heads=[2, 4])

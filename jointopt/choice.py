@@ -1,0 +1,118 @@
+"""Which of a study's evaluations is the one: the front of a table of them, what keeps to limits, what fits a wish.
+
+Tables are data frames as `Study.evaluations` gives them, one row an evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jointopt.objectives import COSTS, Constraint, Objective, minimized, non_dominated
+from quant.errors import JointoptError
+
+
+def quality_of(objectives: Sequence[Objective]) -> Objective:
+    """The first objective that is measured, or else the first."""
+    return next((o for o in objectives if o.name not in COSTS), objectives[0])
+
+
+def costs_of(frame: pd.DataFrame, objectives: Sequence[Objective]) -> np.ndarray:
+    """The objectives [rows, objectives], signs turned so that less is better; NaN where an evaluation failed."""
+    return minimized(frame.reindex(columns=[o.name for o in objectives]).to_numpy(dtype=float), objectives)
+
+
+def front_of(frame: pd.DataFrame, objectives: Sequence[Objective]) -> pd.DataFrame:
+    """The non-dominated rows, in the order of the last objective, best first."""
+    if frame.empty:
+        return frame
+    costs = costs_of(frame, objectives)
+    kept = non_dominated(costs)
+    return frame[kept].iloc[np.lexsort(costs[kept].T)].reset_index(drop=True)
+
+
+def within(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> pd.DataFrame:
+    """The rows that keep to all constraints. Raises JointoptError where none does, naming the closest."""
+    excess = np.zeros(len(frame))
+    for each in constraints:
+        values = (frame["size"] / 1e6 if each.name == "size_mb" else frame[each.name]).to_numpy(dtype=float)
+        beyond = each.excess(values)
+        if beyond.min() > 0:
+            raise JointoptError(f"constraints: no evaluation has {each}; the closest has {values[beyond.argmin()]:.4g}")
+        excess += beyond
+    if not (excess == 0).any():
+        limits = ", ".join(map(str, constraints))
+        raise JointoptError(f"constraints: no evaluation has {limits} together, though each alone")
+    return frame[excess == 0]
+
+
+def with_finished(
+    frame: pd.DataFrame, finished: Sequence[Mapping[str, Any]], rounding: str, quality: Objective
+) -> pd.DataFrame:
+    """The rows, with the metrics of sub-networks finished by `rounding` in place of their own where they are better.
+
+    Args:
+        finished: records of `Study.finished`.
+    """
+    frame = frame.copy()
+    for record in (each for each in finished if each["rounding"] == rounding):
+        at = frame["genome"] == tuple(record["genome"])
+        better = at & (frame[quality.name] * quality.sign > record["metrics"][quality.name] * quality.sign)
+        for name, value in record["metrics"].items():
+            frame.loc[better, name] = value
+    return frame
+
+
+def best_of(
+    frame: pd.DataFrame,
+    objectives: Sequence[Objective],
+    original: float | None,
+    size_mb: float | None = None,
+    drop: float | None = None,
+    knee: bool = False,
+) -> np.ndarray:
+    """The genome that fits: see `Study.best`.
+
+    Args:
+        frame: evaluations that did not fail, one or more.
+        original: the original model's quality.
+    """
+    quality = quality_of(objectives)
+    cost = frame[quality.name].to_numpy(dtype=float) * quality.sign
+    if knee:
+        return _knee(frame, objectives)
+    if size_mb is None and drop is None:
+        return _first(frame, cost, frame["size"].to_numpy(dtype=float) if "size" in frame else np.zeros(len(frame)))
+    if "size" not in frame:
+        raise JointoptError("best: the study has no size; search with 'size' among the objectives")
+    size = frame["size"].to_numpy(dtype=float)
+    if size_mb is not None:
+        fits = size <= size_mb * 1e6
+        if not fits.any():
+            raise JointoptError(f"size_mb: found {size_mb}; the smallest evaluated has {size.min() / 1e6:.4g} MB")
+        return _first(frame[fits], cost[fits], size[fits])
+    if original is None:
+        raise JointoptError(f"drop: the study has no {quality.name} of the original model")
+    worse = cost - original * quality.sign
+    fits = worse <= (drop or 0.0) + 1e-12
+    if not fits.any():
+        raise JointoptError(f"drop: found {drop}; the best {quality.name} evaluated is worse by {worse.min():.4g}")
+    return _first(frame[fits], size[fits], cost[fits])
+
+
+def _first(frame: pd.DataFrame, least: np.ndarray, then: np.ndarray) -> np.ndarray:
+    at = np.lexsort((frame["number"].to_numpy(), then, least))[0]
+    return np.array(frame.iloc[at]["genome"], dtype=np.int64)
+
+
+def _knee(frame: pd.DataFrame, objectives: Sequence[Objective]) -> np.ndarray:
+    if len(objectives) < 2:
+        raise JointoptError("knee: needs two objectives")
+    front = front_of(frame, objectives)
+    costs = costs_of(front, objectives)
+    span = np.where(np.ptp(costs, axis=0) > 0, np.ptp(costs, axis=0), 1.0)
+    scaled = (costs - costs.min(0)) / span
+    return _first(front, scaled[:, :2].sum(axis=1), scaled[:, 0])
