@@ -29,6 +29,11 @@ def sample_count(batch: Mapping[str, Any]) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 0)
 
 
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
 def first_samples(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     """A copy of the batch, cut to its first `count` samples where it holds more."""
     return {k: v[:count].clone() if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}

@@ -16,7 +16,7 @@ from search_spaces.family import Family
 from search_spaces.precision import check_whole_model, fitted_scheme, gene_names, possible_columns
 from search_spaces.space import Gene, SearchSpace
 
-from .subnetwork import Plan, present_caches, staying_layers
+from .subnetwork import Plan, staying_caches, staying_layers
 
 
 def precision_genes(family: Family, space: SearchSpace) -> dict[str, str]:
@@ -111,8 +111,8 @@ def plan_of(
     bare = Plan(tuple(blocks), dropped, units, {})
     offered = ((layer.path, genes[layer.path]) for layer in staying_layers(family, bare) if layer.path in genes)
     wanted = {path: schemes[path, chosen[gene]] for path, gene in offered}
-    staying = present_caches([cache for cache in family.caches if cache.name in chosen], bare)
-    caches = {cache.attention: CACHE_FORMATS[chosen[cache.name]] for cache in staying}
+    held = (cache for cache in staying_caches(family, bare) if cache.name in chosen)
+    caches = {cache.attention: CACHE_FORMATS[chosen[cache.name]] for cache in held}
     return replace(
         bare,
         schemes={path: scheme for path, scheme in wanted.items() if scheme.weights is not None},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import numbers
 import time
@@ -21,9 +20,7 @@ if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
 Quality = Callable[..., Any]
-"""Model -> a number ("quality", higher is better), or a mapping of metrics to numbers, `Metrics` among them. One that
-takes a keyword `samples` can be asked for the metrics on its first so many samples, the same for every model; without
-it, or where that is None, on all."""
+"""Model -> a number ("quality", higher is better), or a mapping of metrics to numbers, `Metrics` among them."""
 
 Batch = Mapping[str, Any]
 """What a model's forward takes, by name; "labels" beside it are for losses and metrics."""
@@ -47,36 +44,23 @@ class Evaluation:
 
     Attributes:
         errors: metric -> standard error, of those that have one.
-        samples: number of samples that were asked for, None for all.
     """
 
     metrics: dict[str, float] | None
     failed: str | None
     seconds: float
     errors: dict[str, float] = field(default_factory=dict)
-    samples: int | None = None
 
 
-def takes_samples(quality: Quality) -> bool:
-    """Whether the function can be asked for the metrics on a part of its data."""
-    try:
-        return "samples" in inspect.signature(quality).parameters
-    except (TypeError, ValueError):
-        return False
-
-
-def measured(quality: Quality, model: nn.Module, samples: int | None = None) -> Metrics:
+def measured(quality: Quality, model: nn.Module) -> Metrics:
     """The user's function as metrics by name, without gradients.
-
-    Args:
-        samples: how many the function is asked for, None for all. It must take them.
 
     Raises:
         JointoptError: it returned something else than finite numbers, or one by the name of a cost, or an error that
             is negative or of no metric.
     """
     with torch.no_grad():
-        found = quality(model) if samples is None else quality(model, samples=samples)
+        found = quality(model)
     metrics = _numbers(found if isinstance(found, Mapping) else {"quality": found})
     errors = _numbers(getattr(found, "errors", None) or {})
     for name, value in errors.items():
@@ -100,19 +84,18 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality, samples: int | None = None) -> Evaluation:
-    """One real measurement, on all of the function's samples or the first so many. What the user's function raises is
-    recorded, not raised; Ctrl-C goes through."""
+def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evaluation:
+    """One real measurement. What the user's function raises is recorded, not raised; Ctrl-C goes through."""
     started = time.perf_counter()
     try:
         with supernet.active(genome) as model:
-            metrics = measured(quality, model, samples)
+            metrics = measured(quality, model)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-        return Evaluation(None, reason, time.perf_counter() - started, samples=samples)
+        return Evaluation(None, reason, time.perf_counter() - started)
     seconds = time.perf_counter() - started
     costs = {name: float(value) for name, value in supernet.costs(genome).items()}
-    return Evaluation({**costs, **metrics}, None, seconds, metrics.errors, samples)
+    return Evaluation({**costs, **metrics}, None, seconds, metrics.errors)
 
 
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:

@@ -29,6 +29,7 @@ from quant.rounding.descent import descent
 from quant.rounding.gptq import gptq
 from quant.rounding.moments import NEVER_REACHED, InputMoments
 
+from .batch_norm import on_device
 from .choice import front_of, within
 from .evaluation import Quality, measured
 from .lockstep import Arrived, in_step
@@ -92,7 +93,7 @@ def finish(
         )
     started = time.perf_counter()
     genome = supernet.space.canonical(genome)
-    moved = [{k: v.to(supernet.device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+    moved = [on_device(batch, supernet.device) for batch in batches]
     if not moved:
         raise JointoptError("finish: found no batch; allowed: one or more dicts of the model's inputs")
     plan = supernet.plan(genome)
@@ -154,8 +155,9 @@ def finish_top(
     for genome in _nearest_on_front(study, study.best(**wanted), top):
         made = finish_recorded(supernet, study, genome, batches, quality, rounding)
         if made is not None:
-            kept = made
             tell(_told(study, made))
+            if np.array_equal(made.genome, study.best(**wanted, finished=rounding)):
+                kept = made
     genome = study.best(**wanted, finished=rounding)
     return genome, better_finished(supernet, study, genome, batches, rounding, kept)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jointopt.batch_norm import first_samples, sample_count
+from jointopt.batch_norm import first_samples, on_device, sample_count
 from jointopt.checkpoint.held_cache import cache_name
 from jointopt.elastic import precision_genes
 from jointopt.evaluation import logits_of
@@ -128,7 +128,7 @@ def _first(supernet: Supernet, batches: Iterable[Mapping[str, Any]], wanted: int
             return
         cut = first_samples({k: v for k, v in batch.items() if k != "labels"}, wanted)
         wanted -= sample_count(cut)
-        yield {k: v.to(supernet.device) if isinstance(v, Tensor) else v for k, v in cut.items()}
+        yield on_device(cut, supernet.device)
 
 
 def _changes(supernet: Supernet) -> dict[tuple[str, int], list[Change]]:

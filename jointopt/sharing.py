@@ -71,7 +71,11 @@ def evaluation_order(supernet: Supernet, genomes: np.ndarray) -> np.ndarray:
     """
     if not can_share(supernet):
         return np.arange(len(genomes))
-    keys = [(block_signatures(supernet.family, supernet.plan(genome)), genome.tolist()) for genome in genomes]
+    return _depth_first([block_signatures(supernet.family, supernet.plan(genome)) for genome in genomes], genomes)
+
+
+def _depth_first(prefixes: Sequence[Prefix], genomes: np.ndarray) -> np.ndarray:
+    keys = list(zip(prefixes, genomes.tolist(), strict=True))
     return np.array(sorted(range(len(genomes)), key=keys.__getitem__), dtype=np.int64)
 
 
@@ -89,43 +93,39 @@ class SharedEvaluator:
         self.quality = quality
         self.memory_bytes = memory_bytes
 
-    def evaluate(self, genomes: np.ndarray, samples: int | None = None) -> Iterator[tuple[int, Evaluation]]:
-        """(index into `genomes`, its evaluation), as each ends, in `evaluation_order`; on the first `samples` of a
-        quality function that takes them, on all for None."""
-        order = evaluation_order(self.supernet, genomes)
+    def evaluate(self, genomes: np.ndarray) -> Iterator[tuple[int, Evaluation]]:
+        """(index into `genomes`, its evaluation), as each ends, in `evaluation_order`."""
         if not can_share(self.supernet):
-            for index in order.tolist():
-                yield index, evaluate(self.supernet, genomes[index], self.quality, samples)
+            for index, genome in enumerate(genomes):
+                yield index, evaluate(self.supernet, genome, self.quality)
             return
         plans = [self.supernet.plan(genome) for genome in genomes]
         prefixes = [block_signatures(self.supernet.family, plan) for plan in plans]
         held = HiddenStates(self.memory_bytes, prefixes)
-        for index in order.tolist():
+        for index in _depth_first(prefixes, genomes).tolist():
             held.forget(prefixes[index])
-            yield index, self._evaluation(genomes[index], plans[index], prefixes[index], held, samples)
+            yield index, self._evaluation(genomes[index], plans[index], prefixes[index], held)
             held.drop_unused()
 
-    def _evaluation(
-        self, genome: np.ndarray, plan: Plan, prefix: Prefix, held: HiddenStates, samples: int | None
-    ) -> Evaluation:
+    def _evaluation(self, genome: np.ndarray, plan: Plan, prefix: Prefix, held: HiddenStates) -> Evaluation:
         if not held.nbytes and not held.coming[prefix[:1]]:
-            return evaluate(self.supernet, genome, self.quality, samples)
+            return evaluate(self.supernet, genome, self.quality)
         paths = [renamed(block.path, self.supernet.family, plan.blocks) for block in plan.blocks]
         lost, used = [], []
 
-        def quality(view: nn.Module, **options: Any) -> Any:
+        def quality(view: nn.Module) -> Any:
             run = _SharedRun(view, [view.get_submodule(path) for path in paths], prefix, held)
             try:
-                return self.quality(view, **options)
+                return self.quality(view)
             finally:
                 run.end()
                 lost.append(run.lost)
                 used.append(run.used)
 
-        found = evaluate(self.supernet, genome, quality, samples)
+        found = evaluate(self.supernet, genome, quality)
         # What failed before it did anything with the view would fail again.
         if any(lost) or (found.failed is not None and any(used)):
-            return evaluate(self.supernet, genome, self.quality, samples)
+            return evaluate(self.supernet, genome, self.quality)
         return found
 
 

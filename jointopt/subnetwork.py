@@ -266,11 +266,10 @@ def renamed(path: str, family: Family, blocks: Sequence[Block]) -> str:
     return path
 
 
-def present_caches(caches: Iterable[Cache], plan: Plan) -> list[Cache]:
-    """Those whose attention layer stays."""
-    gone = {path for branch in plan.dropped for path in branch.replacements}
-    kept = {block.name for block in plan.blocks}
-    return [cache for cache in caches if cache.block in kept and cache.attention not in gone]
+def staying_caches(family: Family, plan: Plan) -> list[Cache]:
+    """The caches of the attention layers that stay."""
+    gone = _gone(family, plan)
+    return [cache for cache in family.caches if not _is_in(cache.attention, gone)]
 
 
 def staying_layers(family: Family, plan: Plan) -> list[Layer]:

@@ -40,6 +40,7 @@ from .batch_norm import (
     first_samples,
     has_batch_norm,
     move,
+    on_device,
     reestimate,
     running_statistics,
     sample_count,
@@ -172,7 +173,7 @@ class Supernet:
                 raise JointoptError(
                     f"calibrate: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
                 )
-            moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            moved = on_device(batch, self.device)
             if not sample_count(moved):
                 raise JointoptError("calibrate: found a batch without samples; allowed: dicts of the model's inputs")
             if wanted > 0:

@@ -99,12 +99,6 @@ def threads_of_torch(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Worker(Protocol):
-    """Something that evaluates genomes elsewhere, one batch at a time."""
-
-    def give(self, genomes: np.ndarray) -> None: ...
-
-
 class Place(Protocol):
     """Where workers live.
 

@@ -270,21 +270,11 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
         supernet,
         prepared.quality,
         [{name: direction} for name, direction in prepared.objectives.items()],
-        config.search.evaluations,
-        output / STUDY,
-        config.search.seed,
-        strategy=config.search.strategy,
-        batch=config.search.batch,
-        minutes=config.search.minutes,
-        patience=config.search.patience,
-        workers=config.search.workers,
-        ray=config.search.ray,
-        threads=config.search.threads,
-        asynchronous=config.search.asynchronous,
+        storage=output / STUDY,
         constraints=config.constraints,
         config={k: v for k, v in config.record().items() if k not in ("search", "objectives", "constraints")},
         progress=True,
-        warm_start=config.search.warm_start,
+        **config.search.model_dump(),
     )
     try:
         wanted = config.choose.model_dump(exclude_none=True)

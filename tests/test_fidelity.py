@@ -15,13 +15,12 @@ from torch import nn
 
 from jointopt import JointoptError, SearchSpace, Study, Supernet, rescore_front, search
 from jointopt.config import load_config
-from jointopt.evaluation import Metrics, evaluate, measured, takes_samples
+from jointopt.evaluation import Metrics, evaluate, measured
 from jointopt.report.page import write_report
 from jointopt.report.terminal import front_table
 from jointopt.rescoring import rescored
 from jointopt.sharing import SharedEvaluator
 from jointopt.tasks.metrics import every, next_tokens, quality_function
-from jointopt.tasks.task import Samples
 from tests.zoo import batches, make
 
 
@@ -74,26 +73,12 @@ def test_masked_tokens_belong_to_no_sample():
     assert math.isclose(found(Given()).errors["loss"], error, rel_tol=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
-@given(count=st.integers(1, 60), size=st.integers(1, 20), first=st.lists(st.integers(1, 70), unique=True))
-def test_the_first_samples_are_in_the_first_batches_alone(count, size, first):
-    order = list(np.random.default_rng(1).permutation(count))
-    samples = Samples(count, lambda indices: {"at": torch.tensor(indices)}, order, torch.device("cpu"))
-    parts = [batch["at"].tolist() for batch in samples.batches(size, sorted(first))]
-    assert sorted(at for part in parts for at in part) == list(range(count))
-    ends = np.cumsum([len(part) for part in parts]).tolist()
-    assert all(each in ends for each in first if each <= count) and all(len(part) <= size for part in parts)
-    if not first:
-        assert [at for part in parts for at in part] == order
-
-
 def test_a_quality_function_stops_behind_its_first_samples():
     logits, labels = table(12)
     parts = [{"logits": x, "labels": y} for x, y in zip(logits.split(4), labels.split(4), strict=True)]
     whole, part = quality_function(parts, every, ("loss",)), quality_function(parts[:2], every, ("loss",))
     assert whole(Given(), samples=8) == part(Given()) != whole(Given())
     assert whole(Given(), samples=8).errors == part(Given()).errors
-    assert takes_samples(whole) and not takes_samples(len)
 
 
 def bert() -> Supernet:
@@ -108,16 +93,13 @@ def labelled(seed: int) -> list[dict[str, torch.Tensor]]:
     return [{**batch, "labels": torch.randint(3, (6,), generator=generator)} for batch in batches("bert", seed=seed)]
 
 
-def test_an_evaluation_holds_errors_and_the_number_of_samples():
+def test_an_evaluation_holds_the_errors_of_its_metrics():
     supernet, quality = bert(), quality_function(labelled(1), every, ("accuracy", "loss"))
     genomes = supernet.space.sample(3, seed=0)
-    for genome in genomes:
-        whole, part = evaluate(supernet, genome, quality), evaluate(supernet, genome, quality, samples=6)
-        assert set(whole.errors) == {"accuracy", "loss"} and whole.samples is None and part.samples == 6
-        assert whole.metrics["loss"] != part.metrics["loss"] and whole.metrics["size"] == part.metrics["size"]
-    found = dict(SharedEvaluator(supernet, quality).evaluate(genomes, samples=6))
-    assert [found[at].metrics for at in range(3)] == [evaluate(supernet, g, quality, 6).metrics for g in genomes]
-    assert all(found[at].errors and found[at].samples == 6 for at in range(3))
+    alone = [evaluate(supernet, genome, quality) for genome in genomes]
+    assert all(set(each.errors) == {"accuracy", "loss"} for each in alone)
+    shared = dict(SharedEvaluator(supernet, quality).evaluate(genomes))
+    assert [(shared[at].metrics, shared[at].errors) for at in range(3)] == [(e.metrics, e.errors) for e in alone]
 
 
 @pytest.mark.parametrize("errors", [{"loss": -1.0}, {"other": 1.0}, {"loss": math.nan}])

@@ -271,7 +271,7 @@ def test_one_objective_under_an_exact_constraint_that_is_none():
 )
 def test_constraints_that_nobody_can_meet_are_refused_before_any_evaluation(constraints, message):
     with pytest.raises(JointoptError, match=message) as raised:
-        strategies.check_constraints(SPACE, TWO, constraints)
+        strategies.create("guided", SPACE, TWO, constraints=constraints)
     assert "\n" not in str(raised.value)
 
 

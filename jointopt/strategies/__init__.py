@@ -12,9 +12,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from jointopt.objectives import Constraint, Objective
+from jointopt.objectives import Objective
 from jointopt.strategies.evolutionary_search import EvolutionarySearch
-from jointopt.strategies.feasible import Feasible
 from jointopt.strategies.guided_search import GuidedSearch
 from jointopt.strategies.random_search import RandomSearch
 from jointopt.strategies.strategy import Strategy
@@ -52,18 +51,11 @@ def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed:
     return kind(space, objectives, seed, **options)
 
 
-def check_constraints(space: SearchSpace, objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> None:
-    """Says before any evaluation what cannot be: raises JointoptError with the best value that was reached, where the
-    exact costs alone show that no genome meets the constraints, or a constraint is on nothing known."""
-    Feasible(space, objectives, constraints)
-
-
 __all__ = [
     "STRATEGIES",
     "EvolutionarySearch",
     "GuidedSearch",
     "RandomSearch",
     "Strategy",
-    "check_constraints",
     "create",
 ]

@@ -33,13 +33,13 @@ class Feasible:
         drawn = np.vstack([space.smallest, space.largest, space.sample(100, 0)])
         for each in constraints:
             column = names.index(each.name) if each.name in names else None
-            if each.compute is None and column is None:
-                raise JointoptError(f"constraint {each.name!r}: is no objective; allowed: {', '.join(names)}")
-            compute = each.compute or (None if column is None else objectives[column].compute)
-            if compute is None:
-                self.measured.append((column or 0, each))
-            else:
+            compute = each.compute if each.compute or column is None else objectives[column].compute
+            if compute is not None:
                 self._exact.append((each, compute, float(np.ptp(compute(drawn))) or 1.0))
+            elif column is not None:
+                self.measured.append((column, each))
+            else:
+                raise JointoptError(f"constraint {each.name!r}: is no objective; allowed: {', '.join(names)}")
         self.anchor = self._anchored()
 
     def excess(self, genomes: np.ndarray) -> np.ndarray:

@@ -56,20 +56,23 @@ def quality_function(
                 for batch, given in zip(batches, inputs, strict=True)
             ]
     wanted = [name for name in metrics if name != "kl" or references is not None]
+    owners, total = [], 0
+    for batch in batches:
+        owners.append(_owners(counted, batch["labels"]).cpu() + total)
+        total += len(batch["labels"])
 
     def quality(model: nn.Module, samples: int | None = None) -> Metrics:
-        scores, owners, seen = [], [], 0
+        scores, seen = [], 0
         for at, (batch, given) in enumerate(zip(batches, inputs, strict=True)):
             # A model that runs in another process answers on the CPU.
             logits = logits_of(model, given)
             logits, labels = counted(logits, batch["labels"].to(logits.device))
             scores.append(_scores(logits, labels, None if references is None else references[at]))
-            owners.append(_owners(counted, batch["labels"]) + seen)
             seen += len(batch["labels"])
             if samples is not None and seen >= samples:
                 break
         # Only here does the device have to be waited for.
-        means, errors = _means(torch.cat(scores).cpu().double(), torch.cat(owners).cpu(), seen)
+        means, errors = _means(torch.cat(scores).cpu().double(), torch.cat(owners[: len(scores)]), seen)
         loss, right, divergence = means
         # The class of largest logit means nothing where logits are not numbers.
         accuracy = right if math.isfinite(loss) else math.nan

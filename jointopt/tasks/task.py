@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,18 +31,9 @@ class Samples:
     order: Sequence[int]
     device: torch.device
 
-    def batches(self, size: int, first: Sequence[int] = ()) -> list[Batch]:
-        """All samples once, in their order, kept on the device.
-
-        Args:
-            first: growing numbers of samples, of which each is to be found in the first batches alone: as many samples
-                after a fixed shuffle come before all others. The order holds between one number and the next.
-        """
-        ends = [0, *(count for count in first if count < self.count), self.count]
-        shuffled = np.random.default_rng(0).permutation(self.count) if first else np.arange(self.count)
-        parts = [np.sort(shuffled[start:end]) for start, end in pairwise(ends)]
-        ordered = [[self.order[at] for at in part] for part in parts]
-        return [self._batch(part[at : at + size]) for part in ordered for at in range(0, len(part), size)]
+    def batches(self, size: int) -> list[Batch]:
+        """All samples once, in their order, kept on the device."""
+        return [self._batch(self.order[at : at + size]) for at in range(0, self.count, size)]
 
     def epoch(self, number: int, size: int, seed: int) -> Iterable[Batch]:
         """All samples once, in an order of the epoch's own, made one batch at a time. A last batch that is not full
@@ -77,15 +67,13 @@ class Task:
     samples: Callable[[DataSource, Any, nn.Module], Samples]
     counted: Callable[[Tensor, Tensor], Counted]
 
-    def batches(
-        self, source: DataSource, processor: Any, model: nn.Module, batch_size: int, first: Sequence[int] = ()
-    ) -> list[Batch]:
-        """All of a source's samples as batches with "labels", where the model is; `first` as in `Samples.batches`.
+    def batches(self, source: DataSource, processor: Any, model: nn.Module, batch_size: int) -> list[Batch]:
+        """All of a source's samples as batches with "labels", where the model is.
 
         Raises:
             JointoptError: a source that cannot be read, lacks a column, or whose labels do not fit the model.
         """
-        return self.samples(source, processor, model).batches(batch_size, first)
+        return self.samples(source, processor, model).batches(batch_size)
 
     def quality(self, batches: Sequence[Batch], original: nn.Module | None = None) -> Quality:
         """model -> its metrics on the batches; "kl" is there where the original is, whose outputs are kept."""

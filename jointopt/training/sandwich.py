@@ -15,6 +15,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from jointopt.batch_norm import on_device
 from jointopt.evaluation import Batch, logits_of
 from quant.errors import JointoptError
 
@@ -86,7 +87,7 @@ def train_sandwich(
 
 def _step(supernet: Supernet, batch: Batch, random: np.random.Generator, count: int, loss: Loss) -> float:
     """Gradients of one sandwich; returns the largest sub-network's loss."""
-    batch = {k: v.to(supernet.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    batch = on_device(batch, supernet.device)
     if "labels" not in batch:
         raise JointoptError(f"train: a batch has no 'labels'; found {', '.join(batch)}")
     inputs = {k: v for k, v in batch.items() if k != "labels"}
