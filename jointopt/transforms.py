@@ -99,7 +99,7 @@ def rotated(
 
 
 @torch.no_grad()
-def rotate_stream(model: nn.Module, family: Family, seed: int = 0) -> None:
+def rotate_stream(model: nn.Module, family: Family) -> None:
     """x -> x Q for everything that is written to the residual stream, W -> W Q for what reads it.
 
     RMSNorm commutes with Q once its weight is in its readers (QuaRot, section 3); LayerNorm where Q keeps the mean.
@@ -112,7 +112,7 @@ def rotate_stream(model: nn.Module, family: Family, seed: int = 0) -> None:
     norms = [model.get_submodule(link.producer) for link in stream.readers]
     centered = any(isinstance(norm, nn.LayerNorm) for norm in norms)
     size = norms[0].get_parameter("weight").numel()
-    turn = (mean_keeping_rotation if centered else rotation)(size, seed)
+    turn = (mean_keeping_rotation if centered else rotation)(size)
     for link in stream.readers:
         _fold_norm(model, link)
         for path in link.consumers:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quant.errors import JointoptError
 from quant.formats import ELEMENTS, Element
+from quant.reference import round_to_steps
 
 E2M1 = ELEMENTS["fp4_e2m1"]
 E1M2 = Element("fp4_e1m2", 4, -1.75, 1.75, 2, 0)
@@ -70,11 +71,7 @@ class LayerFormats:
 def held(x: Tensor, form: FloatFormat) -> Tensor:
     """The nearest values of the format, ties to even, saturating at its ends."""
     kind = form.element
-    assert kind.mantissa is not None
-    scaled = (x / form.scale).clamp(kind.min, kind.max)
-    exponent = (torch.frexp(scaled).exponent - 1).clamp(min=kind.exponent_min)
-    step = torch.ldexp(torch.ones_like(scaled), exponent - kind.mantissa)
-    return (scaled / step).round() * step * form.scale
+    return round_to_steps((x / form.scale).clamp(kind.min, kind.max), kind) * form.scale
 
 
 def plain(weight: Tensor, x: Tensor, element: Element = E2M1) -> LayerFormats:

@@ -57,7 +57,7 @@ def _round_in_place(values: Tensor, kind: Element) -> Tensor:
     if kind.dtype is None:
         return _round_to_fp4(values)
     if values.dtype == torch.float64:
-        return _round_to_steps(values, kind)
+        return round_to_steps(values, kind)
     return values.copy_(values.to(kind.dtype))
 
 
@@ -70,7 +70,7 @@ def _codebook_codes(points: Tensor, kind: Element) -> Tensor:
     return torch.tensor(order, dtype=torch.uint8, device=points.device)[index]
 
 
-def _round_to_steps(clamped: Tensor, kind: Element) -> Tensor:
+def round_to_steps(clamped: Tensor, kind: Element) -> Tensor:
     """For float64, which torch's casts round to float32 first: twice rounded, ties go wrong."""
     assert kind.mantissa is not None
     exponent = (torch.frexp(clamped).exponent - 1).clamp(min=kind.exponent_min)

@@ -11,22 +11,22 @@ from quant.formats import Format
 from quant.kernels import fake_quantize
 
 MIGRATION = 0.5
+"""How much of the difficulty goes into the weights: a of SmoothQuant's equation 4."""
 EXPONENTS = tuple(step / 20 for step in range(20))
 
 
-def smooth_scale(activations: Tensor, weights: Tensor, migration: float = MIGRATION) -> Tensor:
+def smooth_scale(activations: Tensor, weights: Tensor) -> Tensor:
     """By what each channel is divided, and its weights multiplied: max|x|^a / max|w|^(1 - a) (SmoothQuant, arXiv
     2211.10438, eq. 4).
 
     Args:
         activations, weights: largest magnitude of each channel, and of the columns that read it, [channels].
-        migration: a, how much of the difficulty goes into the weights.
 
     Returns:
         float32 [channels], 1 for a channel that is never used or never read.
     """
     activations, weights = activations.float(), weights.float()
-    scale = activations**migration / weights ** (1 - migration)
+    scale = activations**MIGRATION / weights ** (1 - MIGRATION)
     return torch.where((activations > 0) & (weights > 0), scale, 1.0)
 
 

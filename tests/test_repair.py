@@ -11,7 +11,7 @@ from torch import nn
 
 from jointopt import SearchSpace, Supernet
 from jointopt.repair import repaired
-from quant.rounding.moments import InputMoments
+from tests.test_quant_gptq import moments_of
 from tests.test_three_are_one import three_are_one
 from tests.zoo import batches, logits, make
 
@@ -20,12 +20,6 @@ def correlated(rows: int, columns: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator)
     return torch.randn(rows, columns, generator=generator) @ mix + torch.randn(columns, generator=generator)
-
-
-def moments_of(layer: nn.Module, x: torch.Tensor) -> InputMoments:
-    moments = InputMoments(layer)
-    moments.add(x)
-    return moments
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 11), st.booleans())

@@ -6,6 +6,8 @@ tensors that are traced or fake, bitsandbytes' formats, other devices) plain tor
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -88,10 +90,18 @@ def _kernels(x: Tensor, format: Format) -> Backend | None:
     return _backend(x.device.type)
 
 
+@cache
+def _has_triton() -> bool:
+    if find_spec("triton") is not None:
+        return True
+    warnings.warn("quant: found no triton; plain torch rounds on CUDA, slower", RuntimeWarning, stacklevel=2)
+    return False
+
+
 def _backend(device: str) -> Backend | None:
     if device == "cpu":
         return cpu if cpu.library() is not None else None
-    if device == "cuda" and find_spec("triton") is not None:
+    if device == "cuda" and _has_triton():
         from quant.kernels import cuda  # Triton takes a second to import, and is not everywhere
 
         return cuda

@@ -205,17 +205,19 @@ def convert(job: Job, x: Tensor, groups: int, places: Mapping[str, Tensor | None
             low, high = (end.float() for end in (rows.amin(1), rows.amax(1)))
     rows_here = max(1, min(4096 // width, triton.next_power_of_2(groups)))
     grid = (triton.cdiv(groups, rows_here), triton.cdiv(size, width))
-    _convert[grid](
-        _patterns(x), _patterns(places.get("values")), places.get("codes"),
-        places.get("scales"), places.get("zero_points"),
-        low, high, places.get("global_scale"), groups, size, x.numel(),
-        KIND=job.kind, SCALE=job.scale, TYPE=job.type, STEPS_TYPE=job.type if job.steps_in_type else 0,
-        QUOTIENT_TYPE=job.quotient_type, MANTISSA=job.mantissa, EXPONENT_MIN=job.exponent_min,
-        SIGN_BIT=job.sign_bit, LOW=job.low, HIGH=job.high, NEVER_ZERO=job.never_zero, WEIGHT=job.weight,
-        ROWS=rows_here, WIDTH=width,
-        enable_fp_fusion=False,  # no product and sum in one rounding
-    )  # fmt: skip
-    return largest(x) if job.weight else 0
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _convert[grid](
+            _patterns(x), _patterns(places.get("values")), places.get("codes"),
+            places.get("scales"), places.get("zero_points"),
+            low, high, places.get("global_scale"), groups, size, x.numel(),
+            KIND=job.kind, SCALE=job.scale, TYPE=job.type, STEPS_TYPE=job.type if job.steps_in_type else 0,
+            QUOTIENT_TYPE=job.quotient_type, MANTISSA=job.mantissa, EXPONENT_MIN=job.exponent_min,
+            SIGN_BIT=job.sign_bit, LOW=job.low, HIGH=job.high, NEVER_ZERO=job.never_zero, WEIGHT=job.weight,
+            ROWS=rows_here, WIDTH=width,
+            enable_fp_fusion=False,  # no product and sum in one rounding
+        )  # fmt: skip
+    # With a global scale the largest was looked at before.
+    return largest(x) if job.weight and places.get("global_scale") is None else 0
 
 
 def _patterns(x: Tensor | None) -> Tensor | None:
@@ -235,5 +237,6 @@ def pack(codes: Tensor, bits: int, offset: int, dtype: torch.dtype) -> Tensor:
     packed = torch.empty(rows, triton.cdiv(columns, per_word), dtype=dtype, device=codes.device)
     if packed.numel():
         grid = (triton.cdiv(packed.numel(), 1024),)
-        _pack[grid](codes, packed, columns, packed.shape[1], packed.numel(), bits, per_word, offset, WIDTH=1024)
+        with torch.cuda.device_of(codes):
+            _pack[grid](codes, packed, columns, packed.shape[1], packed.numel(), bits, per_word, offset, WIDTH=1024)
     return packed

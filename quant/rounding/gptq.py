@@ -13,15 +13,14 @@ from quant.kernels import quantize
 from quant.reference import Clip, QuantizedTensor, round_to_format, value_codes
 
 DAMPING = 0.01
-"""Added to the Hessian's diagonal, times its mean (GPTQ, section 3.3, step 3)."""
+"""Added to the Hessian's diagonal, times its mean (GPTQ, section 3.3, step 3); where it is singular, tenfold until it
+can be inverted."""
 _MOST_DAMPING = 1.0
 _COLUMNS = 128
 
 
 @torch.no_grad()
-def gptq(
-    weight: Tensor, hessian: Tensor, format: Format, clip: Clip | None = None, damping: float = DAMPING
-) -> QuantizedTensor:
+def gptq(weight: Tensor, hessian: Tensor, format: Format, clip: Clip | None = None) -> QuantizedTensor:
     """Rounds a weight so that the layer's outputs change least, rather than the weight itself.
 
     Scales are those of `quantize`, chosen before anything is rounded, so that columns can be taken in the order of
@@ -33,7 +32,6 @@ def gptq(
         hessian: of the squared output error, [groups, columns, columns] (`InputMoments.hessian`); groups are a
             convolution's.
         format, clip: see `quantize`.
-        damping: tenfold until the Hessian can be inverted, where it is singular.
 
     Raises:
         JointoptError: a weight that `quantize` refuses, a Hessian of another shape, or one that is not finite or not
@@ -56,7 +54,7 @@ def gptq(
     sorted_hessian = sorted_hessian.gather(2, order[:, None].expand_as(hessian))
     step, zero = (ordered(matrix) for matrix in spread_grid(nearest))
     rounded = _rounded_in_turn(
-        ordered(weight.detach().float().flatten(1)), step, zero, inverse_factor(sorted_hessian, damping), format
+        ordered(weight.detach().float().flatten(1)), step, zero, inverse_factor(sorted_hessian, DAMPING), format
     )
     in_place = torch.empty_like(rounded).scatter_(-1, rows_order, rounded).flatten(0, 1)
     return replace(nearest, codes=value_codes(in_place, format.kind))

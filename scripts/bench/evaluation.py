@@ -34,7 +34,7 @@ import numpy as np
 import timm
 import torch
 import unshadowed  # noqa: F401
-from networks import Ready, prepare
+from networks import SCHEMES, Ready, prepare
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -56,7 +56,6 @@ from jointopt.loop import search
 from jointopt.sharing import SharedEvaluator, block_signatures
 from jointopt.tasks.metrics import every, next_tokens, quality_function
 
-SCHEMES = ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4"]
 AIM = 1.05
 SEARCH = 100
 
@@ -283,7 +282,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--shared", choices=SCORES, action="append", help="time shared prefixes, and nothing else")
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
-    parser.add_argument("--work", type=Path, default=Path("work"), help="where tuned super-networks are kept")
+    parser.add_argument("--work", type=Path, default=Path("runs/networks"), help="where tuned super-networks are kept")
     parser.add_argument("--evaluations", type=int, default=112, help="of the search")
     parser.add_argument("--strategy", default="guided")
     parser.add_argument("--samples", type=int, help="that sub-networks are scored on, with --shared; default: all")

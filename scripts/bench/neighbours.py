@@ -181,7 +181,7 @@ def torchao_config(weights):
         from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
 
         return NVFP4WeightOnlyConfig()
-    raise NotImplementedError("torchao has no weight-only configuration of MXFP4 that runs on a CPU")
+    raise ValueError("torchao has no weight-only configuration of MXFP4 that runs on a CPU")
 
 
 def bitsandbytes(job, batches):

@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--tool", choices=["jointopt", *NEIGHBOURS], action="append", help="default: all")
     parser.add_argument("--way", choices=WAYS, action="append", help="of jointopt's; default: nearest, gptq, descent")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/quantizers"))
+    parser.add_argument("--work", type=Path, default=Path("runs/originals"))
     parser.add_argument("--environments", type=Path, default=Path("runs/quantizers/environments"))
     parser.add_argument("--limit", type=int, default=480, help="seconds that a neighbour may take for a case")
     parser.add_argument("--iterations", type=int, default=200, help="auto-round's; 200 is its default")

@@ -24,11 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from networks import Ready, prepare
-from torch import nn
 
 import jointopt
 from jointopt import Study
-from jointopt.evaluation import evaluate, logits_of
+from jointopt.evaluation import evaluate, measured
 from jointopt.objectives import named
 from search_spaces.space import SearchSpace
 
@@ -74,34 +73,18 @@ def record_search(ready: Ready, name: str, evaluations: int, storage: Path) -> S
 
 def standard_errors(ready: Ready, genomes: np.ndarray) -> dict[str, float]:
     """Of accuracy, loss and KL divergence as means over the samples that they are taken on: the median over genomes."""
-    with ready.supernet.active(ready.supernet.space.largest) as whole:
-        reference = per_sample_scores(ready, whole)
     found = []
     for genome in genomes:
         with ready.supernet.active(genome) as model:
-            scores = per_sample_scores(ready, model)
-        labels = torch.cat([batch["labels"] for batch in ready.batches])
-        each = {
-            "accuracy": (scores.argmax(1) == labels).float(),
-            "loss": nn.functional.nll_loss(scores, labels, reduction="none"),
-            "kl": nn.functional.kl_div(scores, reference, reduction="none", log_target=True).sum(1),
-        }
-        found.append({name: float(values.std() / len(values) ** 0.5) for name, values in each.items()})
-    return {name: float(np.median([each[name] for each in found])) for name in found[0]}
-
-
-@torch.no_grad()
-def per_sample_scores(ready: Ready, model: nn.Module) -> torch.Tensor:
-    """Log-probabilities [samples, classes]."""
-    inputs = ({k: v for k, v in batch.items() if k != "labels"} for batch in ready.batches)
-    return torch.cat([logits_of(model, given) for given in inputs]).float().log_softmax(1)
+            found.append(measured(ready.quality, model).errors)
+    return {name: float(np.median([each[name] for each in found])) for name in ("accuracy", "loss", "kl")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["digits_vit", "minilm"])
     parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/record"))
+    parser.add_argument("--work", type=Path, default=Path("runs/networks"))
     parser.add_argument("--evaluations", type=int, default=2000)
     arguments = parser.parse_args()
     ready = prepare(arguments.name, arguments.assets, arguments.work)

@@ -1,7 +1,7 @@
 """What least-squares repair of narrowed layers is worth before any training, on fine-tuned models.
 
     python scripts/assets.py assets digits minilm movies smollm2 text
-    python scripts/bench/repair.py --assets assets --work runs/originals --json repair.json
+    python scripts/bench/repair.py --assets assets --json repair.json
 
 Sub-networks of all blocks, unquantized, each width drawn from its choices: the same with and without. Medians.
 """

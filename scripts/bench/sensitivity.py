@@ -129,9 +129,9 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, float]:
         evaluate(bench.ready.supernet, genome, bench.ready.quality)
     found = {"price in evaluations": bench.seconds / ((time.process_time() - started) / len(again))}
     if name != "smollm2":
-        problem = (
-            bench.problem() if name in REALLY_SEARCHED else recorded(name, objectives=(arguments.objective, "size"))
-        )
+        really = name in REALLY_SEARCHED
+        objectives = (arguments.objective, "size")
+        problem = bench.problem(arguments.genomes) if really else recorded(name, objectives=objectives)
         runs = {warm: [bench.volumes(s, warm, problem) for s in range(arguments.seeds)] for warm in (False, True)}
         for at, mark in enumerate(MARKS):
             for warm, volumes in runs.items():
@@ -150,7 +150,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/record"))
+    parser.add_argument("--work", type=Path, default=Path("runs/networks"))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--objective", choices=["loss", "accuracy", "kl"], default="loss")
     parser.add_argument("--genomes", type=int, default=40)

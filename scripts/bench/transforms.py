@@ -4,11 +4,11 @@
     python scripts/bench/transforms.py --assets assets --json transforms.json
     python scripts/bench/transforms.py --assets assets --case smollm2 --tokens 2048 --smollm2 FINE-TUNED
 
-Each case is one model; all layers inside its blocks are in one scheme, rounded to nearest, with ranges by min-max, and
+Each case is one model; all layers inside its blocks are in one scheme, rounded to nearest, and
 what is around the blocks is left alone. SmolLM2's perplexity on texts that it was not calibrated on (its weights were
 4 bits once, in groups of 32: formats with such groups look better than they are, and a rotation leaves that grid;
-so the inputs are also quantized alone, the weights as they are); the accuracy of MiniLM, fine-tuned for a few steps,
-of a ViT and of a small ResNet; and for all the KL divergence from the original's outputs. `kurtosis` is that of the
+so the inputs are also quantized alone, the weights as they are); the accuracy of the quantizers' bench's MiniLM, ViT
+and ResNet; and for all the KL divergence from the original's outputs. `kurtosis` is that of the
 inputs of a block's layers: the mean over layers, and over those that read a normalization (3: a normal distribution).
 """
 
@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 import unshadowed  # noqa: F401
+from originals import cases, original
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification
 
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import Batch, Quality
@@ -35,7 +34,6 @@ from jointopt.importance import CalibrationPass
 from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
-from jointopt.tasks.metrics import every, quality_function
 from quant.formats import SCHEMES, Format
 from quant.reference import fake_quantize_activation
 
@@ -69,80 +67,34 @@ def smollm2(options: argparse.Namespace) -> Case:
     calibrate = DataSource(str(text / "calibrate.txt"), samples=8, length=256)
     evaluate = DataSource(str(text / "evaluate.txt"), samples=options.tokens // 256, length=256)
     given, scored = (task.batches(source, loaded.processor, loaded.model, 2) for source in (calibrate, evaluate))
-    both = ("rotate", "rotate_heads")
-    sets = ((), ("smooth",), ("awq",), ("rotate_heads",), ("rotate",), both, (*both, "smooth"), (*both, "awq"))
+    sets = ((), ("smooth",), ("awq",), ("rotate_heads",), ("rotate",), BOTH, (*BOTH, "smooth"), (*BOTH, "awq"))
     return Case(loaded.model, unlabelled(given), task.quality(scored, loaded.model), "perplexity", LLM, sets)
 
 
-def minilm(options: argparse.Namespace) -> Case:
-    movies, task = options.assets / "movies", TASKS["text-classification"]
-    torch.manual_seed(0)
-    loaded = load_model(str(options.minilm or options.assets / "minilm"), task.name, device="cpu", dtype="float32")
+def tuned(name: str, schemes: tuple[str, ...], sets: tuple[tuple[str, ...], ...], fold: bool = False) -> Callable:
+    """Options -> the case of one of the quantizers' bench's originals."""
 
-    def batches(name: str, samples: int) -> list[Batch]:
-        source = DataSource(str(movies / f"{name}.csv"), samples=samples, length=48)
-        return task.batches(source, loaded.processor, loaded.model, 32)
+    def case(options: argparse.Namespace) -> Case:
+        made = original(name, cases(options.assets)[name], options.assets, options.work)
+        return Case(made.model, made.calibrate, made.quality, "accuracy", schemes, sets, fold)
 
-    if not options.minilm:
-        train(loaded.model, batches("train", 32 * options.steps), 1e-4)
-    sets = ((), ("smooth",), ("awq",), ("rotate_heads",), ("rotate_heads", "smooth"), ("rotate_heads", "awq"))
-    quality = task.quality(batches("valid", 400), loaded.model)
-    return Case(loaded.model, unlabelled(batches("train", 128)), quality, "accuracy", LLM, sets)
-
-
-def vit(options: argparse.Namespace) -> Case:
-    task = TASKS["image-classification"]
-    loaded = load_model(str(options.assets / "vit-digits"), task.name, device="cpu", dtype="float32")
-
-    def batches(name: str, samples: int) -> list[Batch]:
-        source = DataSource(str(options.assets / "digits" / name), samples=samples)
-        return task.batches(source, loaded.processor, loaded.model, 64)
-
-    both = ("rotate", "rotate_heads")
-    sets = ((), ("smooth",), ("awq",), ("rotate",), both, (*both, "smooth"))
-    quality = task.quality(batches("evaluate", 300), loaded.model)
-    return Case(loaded.model, unlabelled(batches("train", 256)), quality, "accuracy", IMAGES, sets)
-
-
-def resnet(options: argparse.Namespace) -> Case:
-    digits = load_digits()
-    pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-    pixels = nn.functional.interpolate(pixels, size=32, mode="bilinear").expand(-1, 3, -1, -1)
-    labels = torch.tensor(digits.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    sizes = {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [2, 2], "num_labels": 10}
-    model = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="bottleneck"))
-
-    def batches(indices: Tensor) -> list[Batch]:
-        return [{"pixel_values": pixels[part], "labels": labels[part]} for part in indices.split(64)]
-
-    parts = batches(order[:1200])
-    train(model, [parts[step % len(parts)] for step in range(5 * len(parts))], 2e-3)
-    quality = quality_function(batches(order[1200:]), every, ("accuracy", "kl"), model)
-    sets = ((), ("smooth",), ("awq",))
-    return Case(model, unlabelled(batches(order[:256])), quality, "accuracy", CONVOLUTIONS, sets, fold=True)
-
-
-def train(model: nn.Module, batches: Iterable[Batch], learning_rate: float) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    model.train()
-    for batch in batches:
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    model.eval()
+    return case
 
 
 def unlabelled(batches: Iterable[Batch]) -> list[Batch]:
     return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
 
 
+BOTH = ("rotate", "rotate_heads")
 CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
     "smollm2": smollm2,
-    "minilm": minilm,
-    "vit": vit,
-    "resnet": resnet,
+    "minilm": tuned(
+        "minilm",
+        LLM,
+        ((), ("smooth",), ("awq",), ("rotate_heads",), ("rotate_heads", "smooth"), ("rotate_heads", "awq")),
+    ),
+    "vit": tuned("vit", IMAGES, ((), ("smooth",), ("awq",), ("rotate",), BOTH, (*BOTH, "smooth"))),
+    "resnet": tuned("resnet", CONVOLUTIONS, ((), ("smooth",), ("awq",)), fold=True),
 }
 
 
@@ -253,11 +205,10 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--tokens", type=int, default=1024, help="of SmolLM2's evaluation")
-    parser.add_argument("--steps", type=int, default=60, help="of MiniLM's fine-tuning")
+    parser.add_argument("--work", type=Path, default=Path("runs/originals"), help="where fine-tuned models are kept")
     parser.add_argument("--transforms", action="append", help="as in 'rotate smooth'; default: a case's own sets")
     parser.add_argument("--schemes", nargs="+", help="default: a case's own")
     parser.add_argument("--smollm2", type=Path, help="folder of a fine-tuned one in place of the asset")
-    parser.add_argument("--minilm", type=Path, help="folder of a fine-tuned one, which is then not trained")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found: list[dict[str, object]] = []
