@@ -12,7 +12,6 @@ import argparse
 import json
 from pathlib import Path
 
-import unshadowed  # noqa: F401
 from rich.console import Console
 from rich.table import Table
 

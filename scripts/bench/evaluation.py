@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-import unshadowed  # noqa: F401
 from networks import SCHEMES, Ready, prepare
 from rich.console import Console
 from rich.table import Table

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import unshadowed  # noqa: F401
 from rich.console import Console
 from rich.table import Table
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import unshadowed  # noqa: F401
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

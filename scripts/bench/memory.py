@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-import unshadowed  # noqa: F401
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import unshadowed  # noqa: F401
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import jointopt

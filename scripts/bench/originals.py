@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import unshadowed  # noqa: F401
 from torch import Tensor, nn
 
 from jointopt.evaluation import Quality, logits_of

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import unshadowed  # noqa: F401
 from networks import Ready, networks, prepare
 from rich.console import Console
 from rich.progress import track

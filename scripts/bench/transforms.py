@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import unshadowed  # noqa: F401
 from originals import cases, original
 from rich.console import Console
 from rich.table import Table

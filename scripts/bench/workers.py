@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import unshadowed  # noqa: F401
 from rich.console import Console
 from rich.table import Table
 
