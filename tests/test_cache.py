@@ -104,7 +104,8 @@ def test_decoding_one_more_token_costs_its_layers_and_the_products_with_the_cont
 @pytest.mark.parametrize("name", KEPT)
 def test_generating_token_by_token_gives_what_one_pass_gives(name):
     supernet = llama()
-    model = supernet.extract(with_caches(supernet, name))
+    # In double precision, so that a last bit that depends on the number of tokens does not turn into another code.
+    model = supernet.extract(with_caches(supernet, name)).double()
     ids = batches("llama_tied", size=2)[0]["input_ids"]
     with torch.no_grad():
         whole = model(input_ids=ids).logits
@@ -155,10 +156,10 @@ def test_constants_follow_their_heads_when_these_are_sorted():
     unsorted = Supernet(model, first.space)
     unsorted.trained = True
     unsorted.calibrate(batches("llama_untied"))
-    torch.testing.assert_close(
-        one, logits(unsorted.extract(with_caches(unsorted, "INT8")), batch), rtol=1e-4, atol=1e-4
-    )
     assert torch.equal(one, other)
+    # In double precision, so that another order of sums does not turn into another code.
+    sorted_, plain = (logits(s.extract(with_caches(s, "INT8")).double(), batch) for s in (first, unsorted))
+    torch.testing.assert_close(sorted_, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3"])
