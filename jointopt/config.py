@@ -120,24 +120,50 @@ class Space(_Section):
         return value
 
 
+class Distill(_Section):
+    """What sampled sub-networks learn from the largest: `jointopt.Distillation`, which says what each number is.
+
+    Attributes:
+        teacher: a local folder, a hub id or timm/NAME of a model to learn from in the largest's place.
+    """
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    hidden: Annotated[float, Field(ge=0)] = 0.0
+    attention: Annotated[float, Field(ge=0)] = 0.0
+    labels: Annotated[float, Field(ge=0)] = 0.0
+    teacher: str | None = None
+
+
 class Train(_Section):
-    """Super-network training before the search (the sandwich rule). Give steps or epochs.
+    """Super-network training before the search. Give steps or epochs.
 
     Attributes:
         learning_rate: of AdamW (default: 5e-5).
-        random_subnetworks: trained in each step beside the largest and the smallest.
+        sampling: which sub-networks a step trains beside the largest: "sandwich" (the smallest and random ones),
+            "random", "attentive" (random ones that keep to the config's constraints of costs), or "progressive"
+            (depth, then widths, then number formats).
+        random_subnetworks: how many of them are random.
+        precision_from: share of the steps after which they compute in their number formats (default: never).
+        distill: what they learn from the largest; false has each learn the task itself.
+        sort_every: steps after which channels and heads are sorted again by importance (default: never).
     """
 
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    sampling: Literal["sandwich", "random", "attentive", "progressive"] = "sandwich"
     random_subnetworks: Annotated[int, Field(ge=0)] = 2
+    precision_from: Annotated[float, Field(ge=0, le=1)] | None = None
+    distill: Distill | Literal[False] = Distill()
+    sort_every: Positive | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"{'neither' if self.steps is None else 'both'} of steps and epochs; allowed: one of them")
+        if self.sampling == "random" and not self.random_subnetworks:
+            raise ValueError("sampling random with random_subnetworks 0; allowed: 1 or more")
         return self
 
 
@@ -318,6 +344,8 @@ class Config(_Section):
             raise ValueError("neither data.calibrate nor data.train; allowed: a path or a hub id")
         if self.train is not None and self.data.train is None:
             raise ValueError("train without data.train; allowed: both or neither")
+        if self.train is not None and self.train.sampling == "attentive" and not self.constraints:
+            raise ValueError("train.sampling attentive without constraints; allowed: limits on costs to sample within")
         names = [entry.name for entry in self.objectives or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"objectives {', '.join(names)}; allowed: each once")

@@ -140,19 +140,25 @@ def unit_importance(model: nn.Module, width: Width, channel_energy: Mapping[str,
 
 
 @torch.no_grad()
-def sort_width(model: nn.Module, width: Width, order: Tensor) -> None:
-    """Reorders a width's units, most important first, in producers and consumers alike: the function is unchanged."""
+def sort_width(
+    model: nn.Module, width: Width, order: Tensor, beside: Mapping[Tensor, Mapping[str, Any]] = MappingProxyType({})
+) -> None:
+    """Reorders a width's units, most important first, in producers and consumers alike: the function is unchanged.
+
+    Args:
+        beside: parameter -> its state in an optimizer; tensors of the parameter's shape are reordered with it.
+    """
     for part in width.producers:
         rows = channel_order(order, part.channels)
         module = model.get_submodule(part.module)
         if isinstance(module, nn.Embedding):
-            _reorder(module, "weight", rows, 1)
+            _reorder(module, "weight", rows, 1, beside)
             continue
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.dim():
-                _reorder(module, name, rows, 0)
+                _reorder(module, name, rows, 0, beside)
     for part in width.consumers:
-        _reorder(model.get_submodule(part.module), "weight", channel_order(order, part.channels), 1)
+        _reorder(model.get_submodule(part.module), "weight", channel_order(order, part.channels), 1, beside)
 
 
 def channel_order(order: Tensor, channels: int) -> Tensor:
@@ -160,7 +166,10 @@ def channel_order(order: Tensor, channels: int) -> Tensor:
     return (order[:, None] * channels + torch.arange(channels)).flatten()
 
 
-def _reorder(module: nn.Module, name: str, order: Tensor, dim: int) -> None:
+def _reorder(module: nn.Module, name: str, order: Tensor, dim: int, beside: Mapping[Tensor, Mapping[str, Any]]) -> None:
     tensor = module._parameters.get(name) if name in module._parameters else module._buffers[name]
     assert tensor is not None
-    tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
+    state = beside.get(tensor, {}).values()
+    kept = [each for each in state if isinstance(each, Tensor) and each.shape == tensor.shape]
+    for each in (tensor, *kept):
+        each.copy_(each.index_select(dim, order.to(each.device)))

@@ -17,6 +17,7 @@ from quant.cache import CacheFormat, input_group
 from quant.errors import JointoptError
 from quant.formats import Scheme
 from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+from quant.reference import straight_through
 from search_spaces.family import Block, Branch, Cache, Family, Layer, structural_clone
 
 from .batch_norm import keep_statistics
@@ -82,7 +83,8 @@ def build(
     """A module tree of its own whose tensors are leading slices of `model`'s, in eval mode unless `training`.
 
     What `repaired` has for a layer and its number of input channels stands in for the slice of its weight, and bias.
-    With `training`, slices keep their link to the whole parameters, so that gradients reach them.
+    With `training`, slices keep their link to the whole parameters, so that gradients reach them: of a quantized weight
+    straight through its rounding (Bengio et al., arXiv 1308.3432).
     """
     shell = structural_clone(model)
     modules = dict(shell.named_modules())
@@ -101,12 +103,15 @@ def build(
             _cut(module, rows.get(path), columns.get(path), training)
         else:
             banked = weights(path, scheme, columns.get(path))
-            quantize_layer(
-                module, scheme, banked, rows.get(path), columns.get(path), statistics.get((path, scheme.name), {})
-            )
-            for other in layers[path].tied:
-                quantize_layer(modules[other], scheme, banked, None, None, statistics.get((other, scheme.name), {}))
-                modules[other]._parameters["weight"] = module._parameters["weight"]
+            # Path, and where its weight is cut: a tied layer never is.
+            cuts = {path: (rows.get(path), columns.get(path)), **dict.fromkeys(layers[path].tied, (None, None))}
+            for each, cut in cuts.items():
+                whole = modules[each].get_parameter("weight")
+                quantize_layer(modules[each], scheme, banked, *cut, statistics.get((each, scheme.name), {}), training)
+                if training:
+                    pass_gradients(modules[each], whole)
+                elif each != path:
+                    modules[each]._parameters["weight"] = module._parameters["weight"]
     for path, form in plan.caches.items():
         if not form.inputs and (path, form.name) not in statistics:
             raise JointoptError(f"{path}: {form.name} caches need ranges of keys; call calibrate(batches) first")
@@ -211,15 +216,20 @@ def quantize_layer(
     rows: int | None,
     columns: int | None,
     statistics: Mapping[str, Tensor],
+    training: bool = False,
 ) -> None:
-    """The banked values in place of the weight, and the layer that quantizes its input in place of the stock one."""
+    """The banked values in place of the weight, and the layer that quantizes its input in place of the stock one. With
+    `training` the bias keeps its link to the whole one."""
     kind = next(kind for kind in _QUANTIZED if isinstance(module, kind))
     values = banked.values[:rows]
     if columns is not None:
         values = values[:, :columns]
     module._parameters["weight"] = nn.Parameter(values, requires_grad=False)
     bias = module._parameters.get("bias")
-    if bias is not None:
+    if bias is not None and training:
+        del module._parameters["bias"]
+        module.__dict__["bias"] = bias[:rows]
+    elif bias is not None:
         module._parameters["bias"] = nn.Parameter(bias.detach()[:rows], requires_grad=bias.requires_grad)
     _set_sizes(module, rows, columns)
     module.__class__ = _QUANTIZED[kind]
@@ -227,6 +237,14 @@ def quantize_layer(
     area = values[0, 0].numel() if values.dim() > 2 else 1
     quantized = banked.quantized.sliced(values.shape[0], values.shape[1] * area)
     module.__dict__.update(scheme=scheme, quantized=quantized, **constants)
+
+
+def pass_gradients(module: nn.Module, whole: Tensor) -> None:
+    """Has the gradient of a layer's quantized weight go to the whole weight of which it is a slice."""
+    values = module._parameters.pop("weight")
+    assert values is not None
+    part = whole[tuple(slice(size) for size in values.shape)]
+    module.__dict__["weight"] = straight_through(part, values.detach())
 
 
 def _hold_cache(attention: nn.Module, form: CacheFormat, constants: Mapping[str, Tensor]) -> None:

@@ -219,10 +219,15 @@ class Supernet:
         """The sub-network as a model of its own, which shares no tensor with the super-network."""
         return detach(self.view(self.plan(genome)))
 
-    def training_view(self, genome: Any) -> nn.Module:
-        """The sub-network's architecture, unquantized, in training mode: gradients reach the super-network."""
+    def training_view(self, genome: Any, precision: bool = False) -> nn.Module:
+        """The sub-network in training mode: gradients reach the super-network.
+
+        Args:
+            precision: whether it computes in its number formats (gradients go straight through the rounding, scales
+                are chosen from the weights as they are); else unquantized. Unrepaired and with its cache as it was.
+        """
         plan = self.plan(genome)
-        plan = Plan(plan.blocks, plan.dropped, plan.units, {})
+        plan = Plan(plan.blocks, plan.dropped, plan.units, plan.schemes if precision else {})
         return build(self.model, self.family, plan, self._banked, self._statistics, {}, training=True)
 
     def view(self, plan: Plan) -> nn.Module:
@@ -319,17 +324,37 @@ class Supernet:
         plan = self.plan(genome)
         return layout(self.built(plan), self.family, plan)
 
-    def finish_training(self) -> None:
-        """To be called when the weights have changed: what was measured on the old ones no longer holds."""
+    def weights_changed(self) -> None:
+        """To be called when they have: what was measured on the old ones no longer holds. Calibrate it again, which
+        keeps the order that the weights have learned."""
         self.trained, self.calibrated, self._scaled = True, False, False
-        self._forget()
+        self._repaired = {}
+        self._forget("_whole_statistics")
 
-    def _forget(self) -> None:
+    def _forget(self, *names: str) -> None:
         """Drops what was made from weights, order or calibration that are no longer there."""
         self.scores.clear()
         self._bank.clear()
-        for name in ("_costs", "_whole_statistics"):
+        for name in names or ("_costs", "_whole_statistics"):
             self.__dict__.pop(name, None)
+
+    def sort_again(self, batches: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Sorts channels and heads of a super-network in training by their importance now. The function of the whole
+        model is unchanged, and so is the optimizer's next step: what it keeps of a parameter is sorted likewise.
+
+        Blocks keep their order, from which the conditions of the space follow.
+
+        Raises:
+            JointoptError: there is no batch, or one is not a dict.
+        """
+        calibration = CalibrationPass(self.model, self.family)
+        if not calibration.run(self._checked(batches, [])):
+            raise JointoptError("sort_again: found no batch; allowed: one or more dicts of the model's inputs")
+        for width in self.family.widths:
+            importance = unit_importance(self.model, width, calibration.channel_energy)
+            order = torch.argsort(importance, descending=True, stable=True)
+            sort_width(self.model, width, order, optimizer.state if optimizer is not None else {})
+        self._bank.clear()
 
     def for_workers(self, count: int) -> Supernet:
         """The same, to be sent to `count` other processes for evaluations alone: without the model that was given.

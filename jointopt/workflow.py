@@ -1,7 +1,7 @@
 """From a config to a verified export: what `jointopt run` does, in an output folder that a later run goes on with.
 
 The folder holds config.yaml, study.db, report.html, export/ and, where the config trains, supernet.safetensors with
-supernet.json, which says what it was trained with.
+supernet.json, which says what it was trained with; training.safetensors, from which training goes on, while it trains.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
 NEAREST = "nearest"
-WEIGHTS, TRAINED = "supernet.safetensors", "supernet.json"
+WEIGHTS, TRAINED, CHECKPOINT = "supernet.safetensors", "supernet.json", "training.safetensors"
 
 
 @dataclass(frozen=True)
@@ -171,18 +171,21 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
 
 
 def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
-    from .training.sandwich import train_sandwich
+    from .training.configured import recipe_of
+    from .training.loop import train_supernet
 
     assert config.train is not None and prepared.train is not None
     samples, size, seed = prepared.train, config.train.batch_size, config.search.seed
     steps = config.train.steps or math.ceil((config.train.epochs or 1) * max(1, samples.count // size))
-    train_sandwich(
+    train_supernet(
         supernet,
         lambda epoch: samples.epoch(epoch, size, seed),
         steps,
+        recipe=recipe_of(config, supernet, prepared.loaded),
         learning_rate=config.train.learning_rate,
-        random_subnetworks=config.train.random_subnetworks,
         seed=seed,
+        sort_every=config.train.sort_every,
+        checkpoint=Path(config.output) / CHECKPOINT,
         progress=True,
     )
 

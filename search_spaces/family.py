@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -237,9 +238,14 @@ class SkipPostNormOutput(nn.Module):
 
 
 def structural_clone(module: nn.Module) -> nn.Module:
-    """A module tree of its own that shares every tensor with `module`: what is set on the clone is not set on it."""
+    """A module tree of its own that shares every tensor with `module`: what is set on the clone is not set on it.
+
+    Methods that someone has put in place of the class's own (accelerate does, for mixed precision) are the clone's.
+    """
     clone = object.__new__(type(module))
-    clone.__dict__.update({name: _own_container(value) for name, value in module.__dict__.items()})
+    for name, value in module.__dict__.items():
+        own = isinstance(value, MethodType) and value.__self__ is module
+        clone.__dict__[name] = MethodType(value.__func__, clone) if own else _own_container(value)
     for name, child in module._modules.items():
         if child is not None:
             clone._modules[name] = structural_clone(child)

@@ -120,7 +120,7 @@ def test_the_original_is_untouched_by_calibration_views_and_training():
     supernet = Supernet(model, SearchSpace.for_model(model))
     supernet.calibrate(batches("bert"))
     labelled = [{**batch, "labels": torch.zeros(6, dtype=torch.long)} for batch in batches("bert")]
-    jointopt.train_sandwich(supernet, labelled, 2, learning_rate=0.1)
+    jointopt.train_supernet(supernet, labelled, 2, learning_rate=0.1)
     with supernet.original() as given:
         assert not given.training
     assert model.training and dict(model.classifier._forward_hooks) == hooks
@@ -226,7 +226,7 @@ def test_training_moves_the_smallest_towards_the_largest():
     supernet.calibrate(data)
     labelled = [{**batch, "labels": torch.arange(6) % 5} for batch in data]
     before = disagreement(supernet, data)
-    history = jointopt.train_sandwich(supernet, labelled, 30, learning_rate=1e-3)
+    history = jointopt.train_supernet(supernet, labelled, 30, learning_rate=1e-3)
     assert history[-1] < history[0]
     supernet.calibrate(data)
     assert disagreement(supernet, data) < before
@@ -240,7 +240,7 @@ def disagreement(supernet: Supernet, data: list) -> float:
 def test_a_saved_super_network_is_restored_with_its_order(tmp_path):
     supernet = supernet_of("bert")
     labelled = [{**batch, "labels": torch.zeros(6, dtype=torch.long)} for batch in batches("bert")]
-    jointopt.train_sandwich(supernet, labelled, 2, learning_rate=1e-2)
+    jointopt.train_supernet(supernet, labelled, 2, learning_rate=1e-2)
     supernet.calibrate(batches("bert"))
     supernet.save(tmp_path / "supernet.safetensors")
     again = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=SCHEMES))

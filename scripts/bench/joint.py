@@ -112,7 +112,7 @@ def prepared(name: str, case: Case, arguments: argparse.Namespace):
         supernet = Supernet(loaded.model, space)
         supernet.calibrate(inputs)
         train = batches(case.train, case.batch_size)
-        jointopt.train_sandwich(supernet, train, case.steps, learning_rate=case.learning_rate, progress=True)
+        jointopt.train_supernet(supernet, train, case.steps, learning_rate=case.learning_rate, progress=True)
         arguments.work.mkdir(parents=True, exist_ok=True)
         supernet.save(tuned)
     seen, unseen = (task.quality(batches(source, case.batch_size)) for source in (case.evaluate, case.unseen))

@@ -16,7 +16,7 @@ from jointopt.evaluation import Batch, Quality
 from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
-from jointopt.training.sandwich import task_loss
+from jointopt.training.elastic import task_loss
 
 SCHEMES = ("none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4")
 
@@ -156,7 +156,7 @@ def prepare(name: str, assets: Path, work: Path) -> Ready:
         work.mkdir(parents=True, exist_ok=True)
         supernet.calibrate(inputs)
         train = task.samples(network.train, loaded.processor, loaded.model)
-        jointopt.train_sandwich(
+        jointopt.train_supernet(
             supernet,
             lambda epoch: train.epoch(epoch, network.batch_size, 0),
             network.steps,

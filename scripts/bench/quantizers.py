@@ -114,7 +114,7 @@ def subject(given: Original, name: str, transforms: tuple[str, ...] = ()) -> Sub
         raise JointoptError(f"no layer of the model can be in {name}")
     options: dict[str, Any] = {"transforms": transforms} if transforms else {}
     supernet = Supernet(given.model, SearchSpace(genes), **options)
-    supernet.finish_training()
+    supernet.weights_changed()
     supernet.calibrate(given.calibrate)
     return Subject(supernet, supernet.space.smallest)
 

@@ -33,7 +33,7 @@ def ready(name: str, assets: Path, work: Path) -> Ready:
     found = prepare(name, assets, work)
     space = SearchSpace.for_model(found.supernet.model, schemes=SCHEMES, **networks(assets)[name].space)
     supernet = Supernet(found.supernet.model, space)
-    supernet.finish_training()  # its channels are sorted already
+    supernet.weights_changed()  # its channels are sorted already
     supernet.calibrate(found.inputs)
     return replace(found, supernet=supernet)
 

@@ -1,0 +1,193 @@
+"""What a sub-network learns from its teacher: soft labels, hidden states, relations of attention.
+
+Logits: Hinton et al., arXiv 1503.02531, with the largest sub-network as the teacher (in place: arXiv 1903.05134;
+of pretrained transformers: InstaTune, arXiv 2308.15609). Hidden states: TinyBERT, arXiv 1909.10351, equation 8, each
+block that stays with its own self in the largest. Attention: self-attention relations of the last layer (MiniLMv2,
+arXiv 2012.15828, equation 5), which compare tokens with tokens, so that any number of heads fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jointopt.evaluation import Batch, logits_of
+from jointopt.subnetwork import Plan, renamed
+from quant.errors import JointoptError
+from search_spaces.family import Family, Width
+from search_spaces.space import SearchSpace
+
+NUMBERS = ("temperature", "hidden", "attention", "labels")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How sub-networks are distilled.
+
+    Attributes:
+        temperature: of both distributions; the divergence is multiplied by its square.
+        hidden: weight of the mean squared difference of hidden states behind each block, relative to the teacher's
+            mean square; 0 leaves it out.
+        attention: weight of the divergence of query, key and value relations in the last attention layer; 0 leaves
+            it out.
+        labels: weight of the task's own loss on the sub-networks.
+        teacher: a model to learn the logits from in place of the largest sub-network, which then learns them too.
+    """
+
+    temperature: float = 1.0
+    hidden: float = 0.0
+    attention: float = 0.0
+    labels: float = 0.0
+    teacher: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise JointoptError(f"distillation: temperature {self.temperature}; allowed: above 0")
+        for name in ("hidden", "attention", "labels"):
+            if getattr(self, name) < 0:
+                raise JointoptError(f"distillation: {name} {getattr(self, name)}; allowed: 0 or more")
+
+    def check(self, family: Family, space: SearchSpace, model: nn.Module) -> None:
+        """Raises JointoptError for what this super-network cannot learn from."""
+        streams = [w.gene for w in family.widths if w.block is None and w.gene in space.names]
+        if self.hidden and streams:
+            raise JointoptError(f"distillation: hidden, but {streams[0]} narrows the hidden states; allowed: 0")
+        if self.attention and not any(w.attention for w in family.widths):
+            raise JointoptError(f"distillation: attention, of which a {family.name} has none; allowed: 0")
+        if self.teacher is not None:
+            _check_teacher(model, self.teacher)
+
+
+def _check_teacher(model: Any, teacher: Any) -> None:
+    for name in ("vocab_size", "num_labels", "num_classes"):
+        own, other = (getattr(getattr(m, "config", m), name, None) for m in (model, teacher))
+        if own != other:
+            raise JointoptError(f"teacher: {name} is {other}, the model's {own}; allowed: the same")
+
+
+@dataclass
+class Seen:
+    """What a forward pass showed: logits, hidden states by block, and the last attention's queries, keys, values."""
+
+    logits: Tensor
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+    attention: list[Tensor] = field(default_factory=list)
+
+    def detached(self) -> Seen:
+        hidden = {name: each.detach() for name, each in self.hidden.items()}
+        return Seen(self.logits.detach(), hidden, [each.detach() for each in self.attention])
+
+
+def seen(view: nn.Module, inputs: Batch, family: Family, plan: Plan, wanted: Distillation) -> Seen:
+    """Runs a training view and keeps what its distillation compares. The view is left without hooks."""
+    found = Seen(torch.empty(0))
+    with ExitStack() as hooks:
+        if wanted.hidden:
+            for block in plan.blocks:
+                hook = _keeper(found.hidden, block.name)
+                hooks.enter_context(_hooked(view, renamed(block.path, family, plan.blocks), hook))
+        if wanted.attention and (width := _last_attention(family, plan)) is not None:
+            for part in width.producers:
+                hook = _appender(found.attention)
+                hooks.enter_context(_hooked(view, renamed(part.module, family, plan.blocks), hook))
+        found.logits = logits_of(view, inputs)
+    return found
+
+
+@contextmanager
+def _hooked(view: nn.Module, path: str, hook: Callable) -> Iterator[None]:
+    handle = view.get_submodule(path).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _keeper(store: dict[str, Tensor], name: str) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        store[name] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _appender(store: list[Tensor]) -> Callable:
+    return lambda module, args, output: store.append(output)
+
+
+def _last_attention(family: Family, plan: Plan) -> Width | None:
+    """The attention of the last block that has one."""
+    gone = {path for branch in plan.dropped for path in branch.replacements}
+    names = [block.name for block in plan.blocks]
+    staying = [
+        width
+        for width in family.widths
+        if width.attention and width.block in names and not any(width.producers[0].module.startswith(p) for p in gone)
+    ]
+    return max(staying, key=lambda width: names.index(width.block or ""), default=None)
+
+
+def loss_of(student: Seen, teacher: Seen, batch: Batch, wanted: Distillation) -> Tensor:
+    """The weighted sum of what a student is compared in, a scalar in float32."""
+    mask = batch.get("attention_mask")
+    total = soft_labels(student.logits, teacher.logits, mask, wanted.temperature)
+    shared = [name for name in student.hidden if name in teacher.hidden]
+    if wanted.hidden and shared:
+        parts = [_difference(student.hidden[name], teacher.hidden[name], mask) for name in shared]
+        total = total + wanted.hidden * torch.stack(parts).mean()
+    if wanted.attention and student.attention and teacher.attention:
+        pairs = zip(student.attention, teacher.attention, strict=True)
+        total = total + wanted.attention * torch.stack([_relation_loss(s, t, mask) for s, t in pairs]).mean()
+    return total
+
+
+def soft_labels(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """KL divergence of the student's from the teacher's distribution at a temperature, times its square, averaged over
+    samples or, where `mask` [batch, tokens] fits, over unmasked tokens."""
+    student, teacher = student.float() / temperature, teacher.float() / temperature
+    divergence = nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    return temperature**2 * _mean(divergence, mask)
+
+
+def _difference(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    student, teacher = student.float(), teacher.float()
+    squares = _mean((student - teacher).square().mean(-1), mask)
+    return squares / _mean(teacher.square().mean(-1), mask).clamp(min=1e-12)
+
+
+def _relation_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """Between [batch, tokens, channels] of any two numbers of channels."""
+    of_student, of_teacher = (_relations(each.float(), mask) for each in (student, teacher))
+    return _mean(nn.functional.kl_div(of_student, of_teacher, log_target=True, reduction="none").sum(-1), mask)
+
+
+def _relations(x: Tensor, mask: Tensor | None) -> Tensor:
+    scores = x @ x.mT / math.sqrt(x.shape[-1])
+    if mask is not None and mask.shape == x.shape[:2]:
+        scores = scores.masked_fill(~mask.bool()[:, None], torch.finfo(scores.dtype).min)
+    return scores.log_softmax(-1)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and mask.shape == values.shape:
+        return (values * mask).sum() / mask.sum()
+    return values.mean()
+
+
+def teacher_logits(teacher: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """A given teacher's, without gradients, in eval mode; the teacher is left in the mode that it was in."""
+    before = [module for module in teacher.modules() if module.training]
+    teacher.eval()
+    try:
+        with torch.no_grad():
+            return logits_of(teacher, inputs)
+    finally:
+        for module in before:
+            module.training = True

@@ -1,0 +1,213 @@
+"""The loss of one super-network step: the largest sub-network on the task, the sampled ones distilled from it.
+
+loss = jointopt.elastic_loss(supernet, batch, step)      # in a training loop of one's own
+accelerator.backward(loss)
+
+Sub-networks run one after the other, each forward and backward before the next, so that the activations of one at a
+time are in memory. Their gradients are summed as they come, and the loss that is returned hands the sum on when it is
+itself gone back from: accumulation, loss scaling and clipping work as with any loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jointopt.batch_norm import on_device
+from jointopt.evaluation import Batch
+from jointopt.training.distillation import Distillation, Seen, loss_of, seen, teacher_logits
+from jointopt.training.sampling import Sampling, sampling, step_seed
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+Loss = Callable[[Tensor, Batch], Tensor]
+
+
+def task_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of `logits` and batch["labels"]: one label a sample, or for [batch, tokens] of labels the next
+    token's, where -100 counts for nothing."""
+    labels = batch["labels"]
+    if labels.dim() == 2 and logits.dim() == 3:
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    return nn.functional.cross_entropy(logits.float(), labels)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a super-network is trained.
+
+    Attributes:
+        sampling: "sandwich", "random", "attentive", "progressive", or a strategy with its options.
+        distillation: what the sampled sub-networks learn from the largest; None has each learn the task itself.
+        precision_from: share of the steps after which sampled sub-networks compute in their number formats (the
+            largest never does); None for never. Scales are those of the weights as they are, as the search has them.
+        loss: (logits, batch) -> scalar, of the task.
+        seed: of the sub-networks sampled.
+    """
+
+    sampling: str | Sampling = "sandwich"
+    distillation: Distillation | None = field(default_factory=Distillation)
+    precision_from: float | None = None
+    loss: Loss = task_loss
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampling", sampling(self.sampling))
+        if self.precision_from is not None and not 0 <= self.precision_from <= 1:
+            raise JointoptError(f"precision_from: found {self.precision_from}; allowed: from 0 to 1")
+
+    def check(self, supernet: Supernet) -> None:
+        """Raises JointoptError for what this super-network cannot be trained with, before any step."""
+        if not (supernet.calibrated or supernet.trained):
+            raise JointoptError(
+                "train: call supernet.calibrate(batches) first; training follows the order of importance"
+            )
+        if self.distillation is not None:
+            self.distillation.check(supernet.family, supernet.space, supernet.model)
+        quantized = any(wanted.weights is not None for wanted in supernet._schemes.values())
+        if self.precision_from is not None and not quantized:
+            raise JointoptError("precision_from: found no number format in the space; allowed: leave it out")
+        self.sampling.genomes(supernet.space, 0.0, self.seed)  # type: ignore[union-attr]
+
+
+def elastic_loss(
+    supernet: Supernet, batch: Batch, step: int, recipe: Recipe | None = None, steps: int | None = None
+) -> Tensor:
+    """The loss of one step, a scalar whose backward pass gives the super-network's parameters their gradients.
+
+    The work of all backward passes is done here already. Where torch.distributed has several processes, each with its
+    own part of the batch, they sample the same sub-networks, and gradients are averaged over them. Parameters that
+    need no gradient get none.
+
+    Args:
+        supernet: calibrated; after training calibrate it again. Its `model.parameters()` are for the optimizer.
+        batch: the model's inputs, and "labels".
+        step: number of the optimizer's step, from 0: what is sampled depends on it (and on the recipe's seed) alone.
+        recipe: see `Recipe`.
+        steps: how many there will be; what progressive sampling and `precision_from` count by.
+
+    Raises:
+        JointoptError: the super-network is not calibrated, the batch has no labels, `steps` is missing or passed, the
+            loss is not finite.
+    """
+    recipe = recipe or Recipe()
+    recipe.check(supernet)
+    progress = _progress(step, steps, recipe)
+    losses, gradients, parameters = gradients_of(supernet, batch, step, progress, recipe)
+    total = torch.stack(losses).sum()
+    if not torch.is_grad_enabled():
+        return total
+    return _Gathered.apply(total, gradients, *parameters)
+
+
+def _progress(step: int, steps: int | None, recipe: Recipe) -> float:
+    if steps is None:
+        if recipe.precision_from not in (None, 0, 0.0) or hasattr(recipe.sampling, "width_from"):
+            raise JointoptError("steps: found none; this recipe counts by their number; allowed: how many there are")
+        return 0.0
+    if not 0 <= step < steps:
+        raise JointoptError(f"step: found {step} of {steps}; allowed: 0 to {steps - 1}")
+    return step / steps
+
+
+def gradients_of(
+    supernet: Supernet, batch: Batch, step: int, progress: float, recipe: Recipe
+) -> tuple[list[Tensor], list[Tensor | None], list[nn.Parameter]]:
+    """The losses of the largest and of each sampled sub-network, and the sum of their gradients by parameter."""
+    batch = on_device(batch, supernet.device)
+    if "labels" not in batch:
+        raise JointoptError(f"train: a batch has no 'labels'; found {', '.join(batch)}")
+    parameters = [each for each in supernet.model.parameters() if each.requires_grad]
+    if not parameters:
+        raise JointoptError("train: no parameter of the model needs a gradient; allowed: one or more")
+    supernet.weights_changed()
+    gradients: list[Tensor | None] = [None] * len(parameters)
+
+    def learn(loss: Tensor) -> Tensor:
+        if not torch.isfinite(loss):
+            raise JointoptError(f"train: the loss is {loss.item()}; a smaller learning_rate may help")
+        if torch.is_grad_enabled():
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for at, (held, new) in enumerate(zip(gradients, found, strict=True)):
+                gradients[at] = new if held is None else held if new is None else held.add_(new)
+        return loss.detach()
+
+    losses, target = [], None
+    for student in _students(supernet, step, progress, recipe):
+        loss, shown = _loss(supernet, student, batch, target, recipe)
+        losses.append(learn(loss))
+        target = target or shown.detached()
+        del loss, shown
+    return losses, gradients, parameters
+
+
+@dataclass(frozen=True)
+class _Student:
+    genome: Any
+    precision: bool
+
+
+def _students(supernet: Supernet, step: int, progress: float, recipe: Recipe) -> list[_Student]:
+    """The largest sub-network first, which every other one may learn from."""
+    genomes = recipe.sampling.genomes(supernet.space, progress, step_seed(recipe.seed, step))  # type: ignore[union-attr]
+    precision = recipe.precision_from is not None and progress >= recipe.precision_from
+    return [_Student(supernet.space.largest, False), *(_Student(genome, precision) for genome in genomes)]
+
+
+def _loss(
+    supernet: Supernet, student: _Student, batch: Batch, target: Seen | None, recipe: Recipe
+) -> tuple[Tensor, Seen]:
+    """Of one sub-network; of the largest where there is no target yet."""
+    wanted = recipe.distillation
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    view = supernet.training_view(student.genome, student.precision)
+    shown = seen(view, inputs, supernet.family, supernet.plan(student.genome), wanted or Distillation())
+    if wanted is None:
+        return recipe.loss(shown.logits, batch), shown
+    if target is not None:
+        loss = loss_of(shown, target, batch, wanted)
+        return (loss + wanted.labels * recipe.loss(shown.logits, batch) if wanted.labels else loss), shown
+    loss = recipe.loss(shown.logits, batch)
+    if wanted.teacher is not None:
+        given = Seen(teacher_logits(wanted.teacher, inputs))
+        loss = loss + loss_of(shown, given, batch, wanted)
+        shown.logits = given.logits
+    return loss, shown
+
+
+class _Gathered(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (scale,) = outputs
+        gradients = _averaged(ctx.gradients)
+        return None, None, *(None if each is None else each * scale for each in gradients)
+
+
+def _averaged(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """Over the processes of torch.distributed, which all have the same sub-networks and so the same gaps."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return gradients
+    count = torch.distributed.get_world_size()
+    for each in gradients if count > 1 else ():
+        if each is not None:
+            torch.distributed.all_reduce(each)
+            each /= count
+    return gradients
+
+
+def labelled(batch: Mapping[str, Any]) -> bool:
+    """Whether a sample or a batch says what is to be learned."""
+    return batch.get("labels") is not None

@@ -1,0 +1,191 @@
+"""A training loop for those who have none: AdamW, a warm-up and a cosine, gone on with where it was killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from jointopt.evaluation import Batch
+from jointopt.training.distillation import NUMBERS
+from jointopt.training.elastic import Recipe, gradients_of
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+Batches = Sequence[Batch] | Callable[[int], Iterable[Batch]]
+EVERY = 50
+"""Steps between two checkpoints."""
+
+
+def train_supernet(
+    supernet: Supernet,
+    batches: Batches,
+    steps: int,
+    *,
+    recipe: Recipe | None = None,
+    learning_rate: float = 5e-5,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+    sort_every: int | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+) -> list[float]:
+    """Trains a calibrated super-network in place. Calibrate it again afterwards: its order then stays.
+
+    Args:
+        batches: a list of dicts of model inputs and "labels", gone through in a new random order each epoch; or a
+            function from the epoch's number to an iterable of them, the same each time it is asked.
+        steps: number of optimizer steps (AdamW; 10% linear warm-up, then a cosine to zero).
+        recipe: what each step trains (default: the sandwich rule, distilled from the largest).
+        learning_rate, weight_decay: AdamW's.
+        seed: of the order of batches and of dropout; of the sub-networks sampled it is the recipe's.
+        sort_every: steps after which channels and heads are sorted again, by their importance on the batch at hand.
+        checkpoint: a file from which the same call goes on where an earlier one was killed, with the same result to
+            the bit; written every 50 steps, removed at the end. None keeps none.
+
+    Returns:
+        The largest sub-network's loss at each step.
+
+    Raises:
+        JointoptError: the super-network is not calibrated, no batch came, labels are missing, a loss is not finite, a
+            checkpoint of another training.
+    """
+    recipe = recipe or Recipe(seed=seed)
+    recipe.check(supernet)
+    model = supernet.model
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    kept = None if checkpoint is None else _Checkpoint(Path(checkpoint), _described(supernet, recipe, steps, seed))
+    history: list[float] = []
+    with torch.random.fork_rng(devices=[supernet.device] if supernet.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        if kept is not None:
+            history = kept.restore(model, optimizer)
+        numbered = zip(range(len(history), steps), _endless(batches, seed, len(history)), strict=False)
+        for step, batch in track(
+            numbered, "super-network training", total=steps, completed=len(history), disable=not progress
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * schedule(step, steps)
+            losses, gradients, _ = gradients_of(supernet, batch, step, step / steps, recipe)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            history.append(losses[0].item())
+            if sort_every is not None and (step + 1) % sort_every == 0:
+                supernet.sort_again([{k: v for k, v in batch.items() if k != "labels"}], optimizer)
+            if kept is not None and (step + 1) % EVERY == 0:
+                kept.write(model, optimizer, history)
+    optimizer.zero_grad(set_to_none=True)
+    supernet.weights_changed()
+    if kept is not None:
+        kept.path.unlink(missing_ok=True)
+    return history
+
+
+def schedule(step: int, steps: int) -> float:
+    """The share of the learning rate: 10% linear warm-up, then a cosine to zero."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _endless(batches: Batches, seed: int, done: int) -> Iterator[Batch]:
+    """Epoch after epoch, without the first `done` batches."""
+    epoch = passed = 0
+    while True:
+        if callable(batches):
+            chosen: Iterable[Batch] = batches(epoch)
+        else:
+            order = np.random.default_rng([seed, epoch]).permutation(len(batches))
+            chosen = (batches[index] for index in order)
+        before = passed
+        for batch in chosen:
+            passed += 1
+            if passed > done:
+                yield batch
+        if passed == before:
+            raise JointoptError("train: found no batch")
+        epoch += 1
+
+
+def _described(supernet: Supernet, recipe: Recipe, steps: int, seed: int) -> dict[str, Any]:
+    """What a checkpoint must have been written with to be gone on from, as far as JSON can hold it."""
+    distillation = recipe.distillation and [getattr(recipe.distillation, name) for name in NUMBERS]
+    return {
+        "space": json.loads(json.dumps(supernet.space.to_dict(), default=str)),
+        "steps": steps,
+        "seeds": [seed, recipe.seed],
+        "sampling": type(recipe.sampling).__name__,
+        "precision_from": recipe.precision_from,
+        "distillation": distillation,
+    }
+
+
+class _Checkpoint:
+    """One file with weights, the optimizer's moments, torch's random state, and the losses so far."""
+
+    def __init__(self, path: Path, described: Mapping[str, Any]):
+        self.path, self._described = path, described
+
+    def write(self, model: nn.Module, optimizer: torch.optim.Optimizer, history: Sequence[float]) -> None:
+        """Beside, then into place: a reader never sees half of it."""
+        tensors = {f"model.{name}": each.detach() for name, each in _tensors(model).items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        tensors["random"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        record = {"described": self._described, "history": list(history)}
+        beside = self.path.with_name(f".{self.path.name}")
+        try:
+            whole = {name: each.cpu().contiguous() for name, each in tensors.items()}
+            save_file(whole, str(beside), metadata={"training": json.dumps(record)})
+            os.replace(beside, self.path)
+        except (OSError, SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise JointoptError(f"train: the checkpoint {str(self.path)!r} cannot be written: {error}") from None
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+        """Puts back what was written, if anything; returns the losses so far."""
+        if not self.path.is_file():
+            return []
+        with safe_open(str(self.path), framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("training", "{}"))
+            if record.get("described") != self._described:
+                raise JointoptError(
+                    f"train: {str(self.path)!r} was written by another training; allowed: the same, or remove the file"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safetensors' own
+        with torch.no_grad():
+            for name, own in _tensors(model).items():
+                own.copy_(tensors[f"model.{name}"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name in tensors:
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = tensors[name]
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        torch.set_rng_state(tensors["random"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+        return list(record["history"])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

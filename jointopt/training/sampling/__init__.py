@@ -1,0 +1,41 @@
+"""Which sub-networks a step of super-network training trains: one strategy a file.
+
+A strategy is a function of the step alone (and of the seed), so that a run that is resumed, and every process of a
+distributed one, samples the same genomes without keeping or sending any state.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jointopt.training.sampling.attentive import Attentive
+from jointopt.training.sampling.progressive import Progressive
+from jointopt.training.sampling.sampling import Sampling
+from jointopt.training.sampling.sandwich import Sandwich
+from jointopt.training.sampling.uniform import Uniform
+from quant.errors import JointoptError, did_you_mean
+
+STRATEGIES: dict[str, type] = {
+    "sandwich": Sandwich,
+    "random": Uniform,
+    "attentive": Attentive,
+    "progressive": Progressive,
+}
+
+__all__ = ["STRATEGIES", "Attentive", "Progressive", "Sampling", "Sandwich", "Uniform", "sampling"]
+
+
+def sampling(wanted: str | Sampling) -> Sampling:
+    """The strategy of that name with its defaults, or the one given. Raises JointoptError for an unknown name."""
+    if not isinstance(wanted, str):
+        return wanted
+    if wanted not in STRATEGIES:
+        raise JointoptError(
+            f"sampling: found {wanted!r}{did_you_mean(wanted, STRATEGIES)}; allowed: {', '.join(STRATEGIES)}"
+        )
+    return STRATEGIES[wanted]()
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed of the step's own, unrelated to its neighbours'."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])

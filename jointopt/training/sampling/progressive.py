@@ -1,0 +1,36 @@
+"""Progressive shrinking: depth becomes elastic first, then width, then precision (Once-for-All, arXiv 1908.09791).
+
+Once-for-All shrinks kernels, depth and width in turn, so that small sub-networks do not disturb the large ones before
+these have learned. Here there are no kernels, and number formats come last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from search_spaces.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """`count` random sub-networks and the smallest of those that are elastic so far.
+
+    Attributes:
+        width_from, precision_from: shares of the steps after which widths, and number formats, are sampled too.
+    """
+
+    count: int = 2
+    width_from: float = 0.33
+    precision_from: float = 0.67
+
+    def genomes(self, space: SearchSpace, progress: float, seed: int) -> list[np.ndarray]:
+        elastic = np.array([progress >= self._begins(name) for name in space.names])
+        genomes = np.stack([space.smallest, *space.sample(self.count, seed)]) if self.count else space.smallest[None]
+        return list(space.canonical(np.where(elastic, genomes, space.largest)))
+
+    def _begins(self, gene: str) -> float:
+        if gene.endswith((".precision", ".cache")):
+            return self.precision_from
+        return 0.0 if gene.endswith(("depth", ".keep")) else self.width_from

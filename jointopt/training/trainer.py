@@ -1,0 +1,224 @@
+"""Super-network training by transformers' Trainer.
+
+trainer = jointopt.ElasticTrainer(model=model, space=space, args=args, train_dataset=train, eval_dataset=valid)
+trainer.train()
+study = jointopt.search(trainer.supernet, quality=accuracy, evaluations=200)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from jointopt.evaluation import Batch, logits_of
+from jointopt.supernet import Supernet
+from jointopt.training.elastic import Recipe, elastic_loss
+from quant.errors import JointoptError
+from search_spaces.families import Declare
+from search_spaces.space import SearchSpace
+
+RECORD = "supernet.json"
+SAMPLES = 128
+"""Of the training data, by which importance and ranges are calibrated where nothing else is given."""
+
+
+class ElasticTrainer(Trainer):
+    """A Trainer whose every step trains the largest and some smaller sub-networks: see `Recipe`.
+
+    All that the Trainer does it does here: accumulation, mixed precision, gradient checkpointing, several processes,
+    checkpoints and resuming, callbacks. Evaluation scores the largest sub-network, and logs the losses of the
+    smallest and of one in the middle beside its own. What is saved is the largest, a model of its own class.
+
+    Args:
+        model: the model to be made elastic; it is copied, and stays as it is.
+        space: its search space (default: that of its family); or `supernet`, a calibrated super-network made before,
+            in place of both.
+        recipe: what each step trains (default: the sandwich rule, distilled from the largest, `args.seed`).
+        calibration: batches of model inputs (default: the first 128 samples of `train_dataset`).
+        family: a declaration of one's own (model -> Family).
+        sort_every: steps after which channels and heads are sorted again, by their importance on `calibration`.
+        **options: the Trainer's own: data_collator, processing_class, compute_metrics, callbacks, optimizers, ...
+
+    Attributes:
+        supernet: calibrated when `train` has returned, so that it can be searched.
+
+    Raises:
+        JointoptError: a model that is wrapped already, a space of another model, data without labels, float16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        space: SearchSpace | None = None,
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        supernet: Supernet | None = None,
+        recipe: Recipe | None = None,
+        calibration: Iterable[Mapping[str, Any]] | None = None,
+        family: Declare | None = None,
+        sort_every: int | None = None,
+        **options: Any,
+    ):
+        args = args or TrainingArguments(output_dir="tmp_trainer")
+        if args.fp16:
+            raise JointoptError(
+                "args: fp16, in which gradients of small sub-networks vanish; allowed: bf16, or neither"
+            )
+        self.supernet = _supernet(model, space, supernet, family)
+        self.recipe = recipe or Recipe(seed=args.seed)
+        self.sort_every = sort_every
+        super().__init__(
+            model=self.supernet.model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options
+        )
+        if train_dataset is not None:
+            _check_labels(self.label_names, train_dataset, "train_dataset")
+        # The loss is a mean over the batch, which the Trainer divides by the number of batches in a step.
+        self.loss_is_scaled_for_ga = False
+        self._calibration = list(calibration) if calibration is not None else self._first_samples()
+        if not self.supernet.calibrated and not self.supernet.trained:
+            self.supernet.calibrate(self._calibration)
+        self.recipe.check(self.supernet)
+
+    def _first_samples(self) -> list[Batch]:
+        """Inputs of the training data's first samples, as its collator makes them."""
+        if self.train_dataset is None:
+            return []
+        collate = self._get_collator_with_removed_columns(self.data_collator, "calibration")
+        size = self.args.per_device_train_batch_size
+        samples = list(islice(iter(self.train_dataset), SAMPLES))
+        batches = [collate(samples[at : at + size]) for at in range(0, len(samples), size)]
+        return [self._inputs(batch) for batch in batches]
+
+    def _inputs(self, batch: Mapping[str, Any]) -> Batch:
+        return {name: value for name, value in batch.items() if name not in self.label_names}
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """The Trainer's `train`; afterwards the super-network is calibrated on its new weights."""
+        try:
+            found = super().train(*args, **options)
+        finally:
+            # Mixed precision was put around the model's forward, and is not what a search shall score.
+            self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        self.supernet.weights_changed()
+        self.supernet.calibrate(self._calibration)
+        return found
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """In training the loss of all sub-networks of the step, otherwise the largest one's."""
+        batch = self._labelled(inputs)
+        if model.training:
+            step = self.state.global_step
+            if self.sort_every and step and step % self.sort_every == 0 and not self._sorted(step):
+                self.supernet.sort_again(self._calibration, self._inner_optimizer())
+            return elastic_loss(self.supernet, batch, step, self.recipe, self.state.max_steps)
+        logits = logits_of(model, self._inputs(batch))
+        loss = self.recipe.loss(logits, batch)
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def _sorted(self, step: int) -> bool:
+        """Whether this step has sorted already, for an earlier one of the batches that it accumulates."""
+        done, self._last_sorted = getattr(self, "_last_sorted", None) == step, step
+        return done
+
+    def _inner_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _labelled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with its labels under the one name that losses know."""
+        name = next((n for n in self.label_names if inputs.get(n) is not None), None)
+        if name is None:
+            raise JointoptError(f"train: a batch has no {self.label_names[0]!r}; found {', '.join(inputs)}")
+        return {**self._inputs(inputs), "labels": inputs[name]}
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """The Trainer's, of the largest sub-network; the losses of the smallest and of a middle one beside."""
+        found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        given = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(given, Mapping):
+            return found
+        space = self.supernet.space
+        middle = space.canonical((space.largest + space.smallest) // 2)
+        losses = {}
+        for name, genome in (("smallest", space.smallest), ("middle", middle)):
+            losses[f"{metric_key_prefix}_loss_{name}"] = self._loss_of(genome, given)
+        self.log(losses)
+        return {**found, **losses}
+
+    @torch.no_grad()
+    def _loss_of(self, genome: np.ndarray, dataset: Any) -> float:
+        """Of a sub-network in its number formats where these are trained, otherwise unquantized; all processes'."""
+        view = self.supernet.training_view(genome, self.recipe.precision_from is not None).eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        for inputs in self.get_eval_dataloader(dataset):
+            batch = self._labelled(self._prepare_inputs(inputs))
+            with self.accelerator.autocast():
+                loss = self.recipe.loss(logits_of(view, self._inputs(batch)), batch)
+            total += torch.tensor([float(loss) * len(batch["labels"]), len(batch["labels"])])
+        total = self.accelerator.reduce(total.float().to(self.args.device), "sum")
+        return float(total[0] / total[1])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """With what a resumed training must have in common."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            record = {"space": self.supernet.space.to_dict(), "leaving": self.supernet._leaving}
+            (Path(output_dir or self.args.output_dir) / RECORD).write_text(json.dumps(record, default=str))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / RECORD
+        if not path.is_file():
+            raise JointoptError(f"train: {resume_from_checkpoint!r} holds no {RECORD}; allowed: what this class saved")
+        own = {"space": self.supernet.space.to_dict(), "leaving": self.supernet._leaving}
+        if json.loads(path.read_text()) != json.loads(json.dumps(own, default=str)):
+            raise JointoptError(
+                f"train: {resume_from_checkpoint!r} is of another space, or of another calibration; allowed: the same"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.supernet.weights_changed()
+
+
+def _supernet(
+    model: nn.Module | None, space: SearchSpace | None, supernet: Supernet | None, family: Declare | None
+) -> Supernet:
+    if supernet is not None:
+        if model is not None or space is not None:
+            raise JointoptError("supernet: given beside a model or a space; allowed: it alone, or these")
+        return supernet
+    if isinstance(model, Supernet):
+        raise JointoptError("model: found a super-network; allowed: supernet=, or the model that it was made of")
+    if not isinstance(model, nn.Module):
+        raise JointoptError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    wrapped = ("PeftModel", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+    kind = next((each.__name__ for each in type(model).__mro__ if each.__name__ in wrapped), None)
+    if kind is not None:
+        raise JointoptError(f"model: found it in a {kind}; allowed: the model itself")
+    return Supernet(model, space or SearchSpace.for_model(model, family=family), family=family)
+
+
+def _check_labels(names: Sequence[str], dataset: Any, key: str) -> None:
+    """Raises JointoptError where the first sample of a dataset says that no labels will come."""
+    known = {*names, "label", "label_ids"}
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        first = next(iter(dataset), None)
+        if first is None:
+            raise JointoptError(f"{key}: found no sample; allowed: one or more")
+        columns = list(first) if isinstance(first, Mapping) else None
+    if columns is not None and not known & set(columns):
+        raise JointoptError(f"{key}: found {', '.join(map(str, columns))}; allowed: one of them {' or '.join(names)}")

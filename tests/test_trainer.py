@@ -1,0 +1,217 @@
+"""ElasticTrainer: what transformers' Trainer does, done to a super-network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+import jointopt
+from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
+from jointopt.training.sampling import Sandwich
+from tests.zoo import logits, make
+
+ROOT = Path(__file__).parents[1]
+
+
+def data(count: int = 24, seed: int = 0) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 16, 16, generator=generator)
+    return [{"pixel_values": image, "labels": int(image.mean() > 0)} for image in images]
+
+
+def arguments(folder: Path, **options) -> TrainingArguments:
+    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 2}
+    defaults |= {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def trainer(folder: Path, model=None, recipe: Recipe | None = None, **options) -> ElasticTrainer:
+    model = model or make("vit")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"])
+    return ElasticTrainer(
+        model=model, space=space, args=arguments(folder, **options), train_dataset=data(), eval_dataset=data(8, 1),
+        recipe=recipe,
+    )  # fmt: skip
+
+
+def weights(made: ElasticTrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in made.supernet.model.state_dict().items()}
+
+
+def test_what_is_trained_can_be_searched_and_the_model_given_is_untouched(tmp_path):
+    model = make("vit")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = trainer(tmp_path, model)
+    made.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(made).items())
+    images = torch.stack([each["pixel_values"] for each in data(8, 2)])
+    study = jointopt.search(made.supernet, lambda m: float(logits(m, {"pixel_values": images}).std()), evaluations=4)
+    assert len(study) == 4
+
+
+def test_evaluation_logs_the_smallest_the_middle_and_the_largest(tmp_path):
+    made = trainer(tmp_path, eval_strategy="steps", eval_steps=3)
+    made.train()
+    logged = {name for record in made.state.log_history for name in record}
+    assert {"loss", "eval_loss", "eval_loss_smallest", "eval_loss_middle"} <= logged
+    found = made.evaluate()
+    assert found["eval_loss"] != found["eval_loss_smallest"]
+
+
+def test_accumulated_batches_train_the_same_sub_networks_as_one_large_batch(tmp_path):
+    recipe = Recipe(Sandwich(1), seed=3)
+    whole = trainer(tmp_path / "a", recipe=recipe, per_device_train_batch_size=8, max_steps=3)
+    parts = trainer(
+        tmp_path / "b", recipe=recipe, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3
+    )
+    for each in (whole, parts):
+        each.train()
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_and_gradient_checkpointing_train_and_leave_a_float32_super_network(tmp_path):
+    made = trainer(tmp_path, bf16=True, gradient_checkpointing=True)
+    made.train()
+    losses = [record["loss"] for record in made.state.log_history if "loss" in record]
+    assert losses[-1] < losses[0]
+    batch = {"pixel_values": torch.stack([each["pixel_values"] for each in data(4)])}
+    with made.supernet.active(made.supernet.space.largest) as view:
+        with torch.no_grad():
+            hidden = view.vit(**batch).last_hidden_state
+        assert hidden.dtype == torch.float32
+        # Half of the precision would show in a sum over rows that are the same but for their order.
+        torch.testing.assert_close(
+            logits(view, batch), logits(made.supernet.extract(made.supernet.space.largest), batch)
+        )
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    plain, checkpointed = (trainer(tmp_path / str(on), gradient_checkpointing=on) for on in (False, True))
+    for each in (plain, checkpointed):
+        each.train()
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(checkpointed)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+class _Killed(Exception):
+    pass
+
+
+class _KillAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise _Killed
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}])
+def test_a_training_that_was_killed_ends_with_the_same_weights_to_the_bit(tmp_path, options):
+    recipe = Recipe(precision_from=0.5)
+    whole = trainer(tmp_path / "whole", recipe=recipe, **options)
+    whole.train()
+    killed = trainer(tmp_path / "killed", recipe=recipe, save_strategy="steps", save_steps=2, **options)
+    killed.add_callback(_KillAt(5))
+    with pytest.raises(_Killed):
+        killed.train()
+    resumed = trainer(tmp_path / "killed", recipe=recipe, **options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], tensor), name
+
+
+def test_a_checkpoint_of_another_space_is_refused(tmp_path):
+    made = trainer(tmp_path, save_strategy="steps", save_steps=3)
+    made.train()
+    model = make("vit")
+    other = ElasticTrainer(
+        model=model,
+        space=SearchSpace.for_model(model, schemes=["none"], depth=[2, 3]),
+        args=arguments(tmp_path),
+        train_dataset=data(),
+    )
+    with pytest.raises(JointoptError, match="another space"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_tied", "resnet", "timm_vit"])
+def test_every_family_trains(name, tmp_path):
+    from tests.test_training import labelled
+
+    batch = labelled(name)[0]
+    rows = [{key: value[at] for key, value in batch.items()} for at in range(6)]
+    made = ElasticTrainer(model=make(name), args=arguments(tmp_path, max_steps=2), train_dataset=rows)
+    made.train()
+    assert made.supernet.calibrated and made.supernet.trained
+
+
+def test_channels_are_sorted_again_during_training(tmp_path):
+    model = make("vit")
+    made = ElasticTrainer(
+        model=model, args=arguments(tmp_path, gradient_accumulation_steps=2), train_dataset=data(), sort_every=2
+    )
+    calls = []
+    sort = made.supernet.sort_again
+    made.supernet.sort_again = lambda *given: (calls.append(made.state.global_step), sort(*given))
+    made.train()
+    assert calls == [2, 4]
+
+
+def test_two_processes_train_as_one_with_all_of_the_batch(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\n"
+        "from safetensors.torch import save_file\n"
+        "from tests.test_trainer import trainer, weights, Recipe, Sandwich\n"
+        "size = int(sys.argv[2])\n"
+        "made = trainer(Path(sys.argv[1]), recipe=Recipe(Sandwich(1)), per_device_train_batch_size=size, max_steps=3,\n"
+        "               ddp_backend='gloo')\n"
+        "made.train()\n"
+        "save_file({k: v.contiguous() for k, v in weights(made).items()},\n"
+        "          f'{sys.argv[1]}/rank{made.args.process_index}.safetensors')\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for words, folder, size in ((launch, "two", "4"), ([sys.executable], "one", "8")):
+        (tmp_path / folder).mkdir()
+        command = [*words, str(script), str(tmp_path / folder), size]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    from safetensors.torch import load_file
+
+    one, first, second = (load_file(tmp_path / f) for f in ("one/rank0.safetensors", "two/rank0.safetensors",
+                                                            "two/rank1.safetensors"))  # fmt: skip
+    for name, tensor in one.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=2e-4)
+
+
+def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model))
+    unlabelled = [{"pixel_values": each["pixel_values"]} for each in data()]
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(make("vit"), peft.LoraConfig(target_modules=["q_proj"]))
+    other = SearchSpace.for_model(make("bert"))
+    for match, options in {
+        "train_dataset: found pixel_values; allowed: one of them labels": {"model": model, "train_dataset": unlabelled},
+        "model: found a super-network": {"model": supernet},
+        "model: found it in a PeftModel": {"model": adapted},
+        "the vit model has no such place": {"model": model, "space": other},
+        "given beside a model": {"model": model, "supernet": supernet},
+        "model: found NoneType": {},
+    }.items():
+        with pytest.raises(JointoptError, match=match):
+            ElasticTrainer(args=arguments(tmp_path), **{"train_dataset": data(), **options})
+    with pytest.raises(JointoptError, match="fp16"):
+        trainer(tmp_path, fp16=True)

@@ -1,0 +1,367 @@
+"""Super-network training: what a step samples, what its gradients are, and that it goes on where it was killed."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import jointopt
+from jointopt import Distillation, JointoptError, Recipe, SearchSpace, Supernet
+from jointopt.evaluation import logits_of
+from jointopt.training import loop
+from jointopt.training.distillation import soft_labels
+from jointopt.training.elastic import task_loss
+from jointopt.training.sampling import STRATEGIES, Attentive, Progressive, Sandwich, Uniform
+from jointopt.training.sampling.attentive import beyond_limits
+from tests.zoo import MODELS, batches, logits, make
+
+CLASSES = {"bert": 3}
+
+
+def calibrated(name: str, **options) -> Supernet:
+    model = make(name)
+    supernet = Supernet(model, SearchSpace.for_model(model, **{"schemes": ["none", "W8A8"], **options}))
+    supernet.calibrate(batches(name))
+    return supernet
+
+
+def labelled(name: str, count: int = 2) -> list[dict]:
+    found = batches(name, count=count)
+    if name.startswith("llama"):
+        return [{**batch, "labels": batch["input_ids"]} for batch in found]
+    return [{**batch, "labels": torch.arange(6) % CLASSES.get(name, 5)} for batch in found]
+
+
+def gradients(supernet: Supernet) -> dict[str, torch.Tensor]:
+    return {name: each.grad.clone() for name, each in supernet.model.named_parameters() if each.grad is not None}
+
+
+def still(model: nn.Module) -> None:
+    """Without dropout, so that two passes can be compared."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_a_strategy_samples_the_same_for_the_same_step_and_others_for_another(name):
+    supernet = calibrated("vit")
+    options = {"region": lambda genomes: np.zeros(len(genomes))} if name == "attentive" else {}
+    strategy = STRATEGIES[name](count=3, **options)
+    first, again, other = (np.stack(strategy.genomes(supernet.space, 0.9, seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    supernet.space.validate(first)
+
+
+def test_the_sandwich_holds_the_smallest():
+    space = calibrated("vit").space
+    assert np.array_equal(Sandwich(2).genomes(space, 0.0, 0)[0], space.smallest)
+    assert len(Sandwich(0).genomes(space, 0.0, 0)) == 1 and len(Uniform(4).genomes(space, 0.0, 0)) == 4
+
+
+def test_progressive_sampling_frees_depth_then_widths_then_formats():
+    space = calibrated("vit").space
+    kinds = {"depth": [], "width": [], "precision": []}
+    for at, name in enumerate(space.names):
+        kinds["depth" if name == "depth" else "precision" if name.endswith("precision") else "width"].append(at)
+    for progress, free in ((0.0, ["depth"]), (0.5, ["depth", "width"]), (0.9, ["depth", "width", "precision"])):
+        genomes = np.stack(Progressive(8).genomes(space, progress, 0))
+        for kind, places in kinds.items():
+            moved = (genomes[:, places] != space.canonical(np.tile(space.largest, (9, 1)))[:, places]).any()
+            # Genes of blocks that are gone are at their default, whatever is free.
+            inside = [g for g in genomes if g[space.names.index("depth")] == space.largest[space.names.index("depth")]]
+            moved_inside = any((g[places] != space.largest[places]).any() for g in inside)
+            assert moved if kind == "depth" else moved_inside == (kind in free)
+
+
+def test_attentive_sampling_keeps_to_the_region():
+    supernet = calibrated("vit")
+    sizes = sorted(supernet.cost_columns(supernet.space.sample(200, seed=5))["size"])
+    limit = sizes[60] / 1e6
+    strategy = Attentive(4, region=beyond_limits(supernet, {"size_mb": f"<= {limit}"}))
+    for seed in range(5):
+        genomes = np.stack(strategy.genomes(supernet.space, 0.0, seed))
+        assert (supernet.cost_columns(genomes)["size"] <= limit * 1e6).all()
+
+
+def test_attentive_sampling_stays_near_the_front():
+    space = calibrated("vit").space
+    front = space.sample(2, seed=3)
+    near = np.stack(Attentive(20, front=front, mutation=0.1).genomes(space, 0.0, 0))[1:]
+    far = space.sample(20, seed=1)
+    distance = [np.mean([(front != genome).mean(1).min() for genome in each]) for each in (near, far)]
+    assert distance[0] < distance[1] / 2
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama_tied", "resnet", "timm_vit"])
+def test_gradients_are_those_of_the_losses_one_by_one(name):
+    supernet = calibrated(name)
+    still(supernet.model)
+    batch = labelled(name)[0]
+    recipe = Recipe(Sandwich(1), seed=4)
+    jointopt.elastic_loss(supernet, batch, 3, recipe).backward()
+    found = gradients(supernet)
+    supernet.model.zero_grad()
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    from jointopt.training.sampling import step_seed
+
+    genomes = Sandwich(1).genomes(supernet.space, 0.0, step_seed(4, 3))
+    largest = logits_of(supernet.training_view(supernet.space.largest), inputs)
+    total = task_loss(largest, batch)
+    for genome in genomes:
+        student = logits_of(supernet.training_view(genome), inputs)
+        total = total + soft_labels(student, largest.detach(), batch.get("attention_mask"))
+    total.backward()
+    expected = gradients(supernet)
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_scaled_loss_gives_scaled_gradients_and_two_add_up():
+    supernet = calibrated("vit")
+    still(supernet.model)
+    batch = labelled("vit")[0]
+    jointopt.elastic_loss(supernet, batch, 0).backward()
+    once = gradients(supernet)
+    (jointopt.elastic_loss(supernet, batch, 0) * 2).backward()
+    for key, gradient in gradients(supernet).items():
+        torch.testing.assert_close(gradient, 3 * once[key])
+
+
+def test_without_gradients_the_loss_is_the_same_number():
+    supernet = calibrated("vit")
+    still(supernet.model)
+    batch = labelled("vit")[0]
+    with torch.no_grad():
+        value = jointopt.elastic_loss(supernet, batch, 0)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, jointopt.elastic_loss(supernet, batch, 0).detach())
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_with_precision_a_view_computes_what_the_search_scores(name):
+    schemes = ["W8A8", "W4A16", "FP8_DYNAMIC", "MXFP4", "W8A8_STATIC"]
+    supernet = calibrated(name, schemes=schemes)
+    batch = batches(name)[0]
+    plain = {module for module in supernet.model.modules() if isinstance(module, nn.BatchNorm2d)}
+    for genome in supernet.space.sample(3, seed=1):
+        view = supernet.training_view(genome, precision=True).eval()
+        with supernet.active(genome) as scored:
+            if plain:  # their statistics are estimated anew for what is scored
+                scored = supernet.built(supernet.plan(genome))
+            assert torch.equal(logits(view, batch), logits(scored, batch))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "FP8", "NVFP4", "MXFP4", "W8A8_ASYM_BOTH"])
+def test_gradients_go_straight_through_the_rounding(scheme):
+    supernet = calibrated("bert", schemes=[scheme], preset="fixed", precision_per="layer")
+    still(supernet.model)
+    batch = labelled("bert")[0]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    view = supernet.training_view(supernet.space.largest, precision=True)
+    layer = view.bert.encoder.layer[-1].output.dense
+    seen = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    output = []
+    layer.register_forward_hook(lambda module, args, result: (result.retain_grad(), output.append(result))[0])
+    task_loss(logits_of(view, inputs), batch).backward()
+    weight = supernet.model.bert.encoder.layer[-1].output.dense.weight
+    held = layer._held(seen[0].detach())
+    expected = output[0].grad.flatten(0, 1).mT @ held.flatten(0, 1)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_precision_begins_after_its_share_of_the_steps():
+    supernet = calibrated("vit", schemes=["W4A16"])
+    recipe = Recipe(precision_from=0.5)
+    batch = labelled("vit")[0]
+    still(supernet.model)
+    values = [float(jointopt.elastic_loss(supernet, batch, step, recipe, 4).detach()) for step in (1, 2)]
+    plain = [float(jointopt.elastic_loss(supernet, batch, step, Recipe(), 4).detach()) for step in (1, 2)]
+    assert values[0] == plain[0] and values[1] != plain[1]
+
+
+@pytest.mark.parametrize("options", [{"hidden": 1.0}, {"attention": 1.0}, {"labels": 0.5}, {"temperature": 3.0}])
+@pytest.mark.parametrize("name", ["vit", "bert", "llama_tied", "timm_vit"])
+def test_what_is_distilled_draws_the_smallest_towards_the_largest(name, options):
+    supernet = calibrated(name, schemes=["none"])
+    still(supernet.model)
+    data = labelled(name, count=1)
+    recipe = Recipe(Sandwich(0), Distillation(**options))
+    first = float(jointopt.elastic_loss(supernet, data[0], 0, recipe).detach())
+    jointopt.train_supernet(supernet, data, 12, recipe=recipe, learning_rate=1e-3)
+    assert float(jointopt.elastic_loss(supernet, data[0], 0, recipe).detach()) < first
+
+
+def test_a_sub_network_equal_to_its_teacher_has_nothing_to_learn():
+    supernet = calibrated("bert", schemes=["none"])
+    still(supernet.model)
+    batch = labelled("bert")[0]
+
+    class Largest:
+        def genomes(self, space, progress, seed):
+            return [space.largest]
+
+    plain, more = (
+        float(jointopt.elastic_loss(supernet, batch, 0, Recipe(Largest(), d)).detach())
+        for d in (Distillation(), Distillation(hidden=5.0, attention=5.0))
+    )
+    assert abs(plain - more) < 1e-5
+
+
+def test_a_given_teacher_is_learned_from_and_left_as_it_was():
+    supernet = calibrated("vit", schemes=["none"])
+    teacher = make("vit", seed=7).train()
+    before = copy.deepcopy(teacher.state_dict())
+    data = labelled("vit", count=1)
+    inputs = {k: v for k, v in data[0].items() if k != "labels"}
+    recipe = Recipe(distillation=Distillation(teacher=teacher))
+
+    def distance() -> float:
+        with torch.no_grad():
+            given = teacher.eval()(**inputs).logits
+            found = logits_of(supernet.training_view(supernet.space.largest).eval(), inputs)
+        teacher.train()
+        return float(soft_labels(found, given))
+
+    first = distance()
+    jointopt.train_supernet(supernet, data, 20, recipe=recipe, learning_rate=1e-3)
+    assert distance() < first
+    assert teacher.training and all(torch.equal(t, before[k]) for k, t in teacher.state_dict().items())
+
+
+def test_one_sub_network_s_activations_are_alive_at_a_time():
+    supernet = calibrated("vit", schemes=["none"])
+    alive, most = 0, 0
+
+    def pack(tensor):
+        nonlocal alive, most
+        alive += tensor.numel()
+        most = max(most, alive)
+        return _Counted(tensor)
+
+    class _Counted:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __del__(self):
+            nonlocal alive
+            alive -= self.tensor.numel()
+
+    def peak(recipe: Recipe) -> int:
+        nonlocal alive, most
+        alive = most = 0
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            jointopt.elastic_loss(supernet, labelled("vit")[0], 0, recipe).backward()
+        return most
+
+    assert peak(Recipe(Sandwich(6))) <= 1.05 * peak(Recipe(Sandwich(1)))
+
+
+def test_a_training_that_was_killed_ends_with_the_same_weights_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "EVERY", 4)
+    data = labelled("bert", count=3)
+    recipe = Recipe(precision_from=0.5, seed=2)
+    whole = calibrated("bert")
+    history = jointopt.train_supernet(whole, data, 10, recipe=recipe, learning_rate=1e-3)
+
+    class Killed(RuntimeError):
+        pass
+
+    def killed_at(epoch: int):
+        if epoch == 2:
+            raise Killed
+        order = np.random.default_rng([0, epoch]).permutation(3)
+        return [data[index] for index in order]
+
+    file = tmp_path / "training.safetensors"
+    with pytest.raises(Killed):
+        jointopt.train_supernet(calibrated("bert"), killed_at, 10, recipe=recipe, learning_rate=1e-3, checkpoint=file)
+    assert file.is_file()
+    resumed = calibrated("bert")
+    again = jointopt.train_supernet(resumed, data, 10, recipe=recipe, learning_rate=1e-3, checkpoint=file)
+    assert again == history and not file.exists()
+    assert all(torch.equal(t, resumed.model.state_dict()[k]) for k, t in whole.model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "EVERY", 1)
+    file = tmp_path / "training.safetensors"
+    data = labelled("vit")
+
+    def two(epoch: int):
+        yield from data
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        jointopt.train_supernet(calibrated("vit"), two, 5, checkpoint=file)
+    with pytest.raises(JointoptError, match=r"training\.safetensors.*another training"):
+        jointopt.train_supernet(calibrated("vit"), data, 6, checkpoint=file)
+
+
+@pytest.mark.parametrize("name", ["vit", "llama_tied", "resnet"])
+def test_sorting_again_changes_neither_the_function_nor_the_optimizer_s_next_step(name):
+    found = []
+    for sort in (False, True):
+        supernet = calibrated(name, schemes=["none"])
+        still(supernet.model)
+        for module in supernet.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+        optimizer = torch.optim.AdamW(supernet.model.parameters(), lr=1e-2)
+        for step in range(4):
+            optimizer.zero_grad()
+            jointopt.elastic_loss(supernet, labelled(name)[0], step, Recipe(Sandwich(0))).backward()
+            if step == 3:  # the last step's gradients are of the largest alone, whatever the order
+                optimizer.zero_grad()
+                if sort:
+                    supernet.sort_again(batches(name), optimizer)
+                view = supernet.training_view(supernet.space.largest)
+                task_loss(logits_of(view, batches(name)[0]), labelled(name)[0]).backward()
+            optimizer.step()
+        found.append(logits(supernet.training_view(supernet.space.largest).eval(), batches(name)[0]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_of_narrow_sub_networks_do_not_enter_the_whole_one_s():
+    supernet = calibrated("resnet", schemes=["none"])
+    norms = [m for m in supernet.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms]
+    view = supernet.training_view(supernet.space.smallest)
+    view(**batches("resnet")[0])
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+    supernet.training_view(supernet.space.largest)(**batches("resnet")[0])
+    assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+
+
+def test_what_cannot_be_trained_is_refused_before_any_step():
+    supernet = calibrated("vit")
+    fresh = Supernet(make("vit"), supernet.space)
+    batch = labelled("vit")[0]
+    for match, call in {
+        r"calibrate\(batches\) first": lambda: jointopt.elastic_loss(fresh, batch, 0),
+        r"no 'labels'; found pixel_values": lambda: jointopt.elastic_loss(supernet, batches("vit")[0], 0),
+        r"sampling: found 'sandwitch'; did you mean 'sandwich'": lambda: Recipe("sandwitch"),
+        r"precision_from: found 2": lambda: Recipe(precision_from=2),
+        r"temperature 0": lambda: Distillation(temperature=0),
+        r"neither a front nor a region": lambda: jointopt.elastic_loss(supernet, batch, 0, Recipe("attentive")),
+        r"steps: found none": lambda: jointopt.elastic_loss(supernet, batch, 0, Recipe("progressive")),
+        r"step: found 5 of 5": lambda: jointopt.elastic_loss(supernet, batch, 5, steps=5),
+        r"teacher: num_labels is 3, the model's 5": lambda: jointopt.elastic_loss(
+            supernet, batch, 0, Recipe(distillation=Distillation(teacher=make("bert")))
+        ),
+        r"attention, of which a resnet has none": lambda: Distillation(attention=1.0).check(
+            calibrated("resnet").family, calibrated("resnet").space, make("resnet")
+        ),
+        r"no number format": lambda: Recipe(precision_from=0.5).check(calibrated("vit", schemes=["none"])),
+        r"found no batch": lambda: jointopt.train_supernet(supernet, [], 1),
+    }.items():
+        with pytest.raises(JointoptError, match=match):
+            call()
