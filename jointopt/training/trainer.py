@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from jointopt.evaluation import Batch, logits_of
 from jointopt.supernet import Supernet
@@ -80,6 +80,7 @@ class ElasticTrainer(Trainer):
         super().__init__(
             model=self.supernet.model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options
         )
+        self.label_names = self.label_names or ["labels"]
         if train_dataset is not None:
             _check_labels(self.label_names, train_dataset, "train_dataset")
         # The loss is a mean over the batch, which the Trainer divides by the number of batches in a step.
@@ -189,7 +190,13 @@ class ElasticTrainer(Trainer):
             raise JointoptError(
                 f"train: {resume_from_checkpoint!r} is of another space, or of another calibration; allowed: the same"
             )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        own_model: Any = self.supernet.model
+        if isinstance(own_model, PreTrainedModel):
+            # The Trainer reads names as they are in memory; `save_pretrained` writes those of the checkpoints.
+            saved = type(own_model).from_pretrained(resume_from_checkpoint, dtype=own_model.dtype)
+            own_model.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, own_model)
         self.supernet.weights_changed()
 
 
