@@ -44,6 +44,14 @@ def weights(made: ElasticTrainer) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in made.supernet.model.state_dict().items()}
 
 
+def assert_trained_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """But for biases of keys, on which nothing depends: AdamW makes whole steps of what rounding leaves of their
+    gradients."""
+    for name, tensor in expected.items():
+        if not name.endswith("k_proj.bias"):
+            assert (found[name] - tensor).abs().mean() < 1e-5, name
+
+
 def test_what_is_trained_can_be_searched_and_the_model_given_is_untouched(tmp_path):
     model = make("vit")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -73,10 +81,7 @@ def test_accumulated_batches_train_the_same_sub_networks_as_one_large_batch(tmp_
     )
     for each in (whole, parts):
         each.train()
-    # AdamW makes whole steps of gradients that are all but zero, whose sign another order of sums can turn.
-    for name, tensor in weights(whole).items():
-        difference = (weights(parts)[name] - tensor).abs()
-        assert difference.max() < 3e-3 and difference.mean() < 1e-5, name
+    assert_trained_alike(weights(parts), weights(whole))
 
 
 def test_bf16_and_gradient_checkpointing_train_and_leave_a_float32_super_network(tmp_path):
@@ -193,9 +198,8 @@ def test_two_processes_train_as_one_with_all_of_the_batch(tmp_path):
 
     one, first, second = (load_file(tmp_path / f) for f in ("one/rank0.safetensors", "two/rank0.safetensors",
                                                             "two/rank1.safetensors"))  # fmt: skip
-    for name, tensor in one.items():
-        assert torch.equal(first[name], second[name])
-        assert (first[name] - tensor).abs().mean() < 1e-5, name
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert_trained_alike(first, one)
 
 
 def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):

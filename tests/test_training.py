@@ -354,7 +354,7 @@ def test_what_cannot_be_trained_is_refused_before_any_step():
         r"neither a front nor a region": lambda: jointopt.elastic_loss(supernet, batch, 0, Recipe("attentive")),
         r"steps: found none": lambda: jointopt.elastic_loss(supernet, batch, 0, Recipe("progressive")),
         r"step: found 5 of 5": lambda: jointopt.elastic_loss(supernet, batch, 5, steps=5),
-        r"teacher: num_labels is 3, the model's 5": lambda: jointopt.elastic_loss(
+        r"teacher: vocab_size is 96, the model's None": lambda: jointopt.elastic_loss(
             supernet, batch, 0, Recipe(distillation=Distillation(teacher=make("bert")))
         ),
         r"attention, of which a resnet has none": lambda: Distillation(attention=1.0).check(
