@@ -211,6 +211,7 @@ def _export(options: argparse.Namespace) -> int:
         STUDY,
         export_genome,
         finished_genome,
+        finishing_of,
         make_supernet,
         note_choice,
         prepare,
@@ -222,7 +223,7 @@ def _export(options: argparse.Namespace) -> int:
     study = Study.open(output / STUDY)
     try:
         config = load_config(output / CONFIG, {"output": str(output)})
-        genome = picked(study, pick, config.finish.rounding if config.finish else None)
+        genome = picked(study, pick, finishing_of(config).name if config.finish else None)
         folder = Path(options.to) if options.to else output / EXPORT
         if folder.exists() and not options.overwrite:
             raise JointoptError(f"export: {str(folder)!r} exists; choose another with --to, or give --overwrite")

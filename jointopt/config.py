@@ -274,15 +274,27 @@ class Choose(_Section):
 
 
 class Finish(_Section):
-    """The expensive rounding of weights, for the end of a search: of the chosen point and its neighbours on the front.
+    """What is done to the chosen point and its neighbours on the front when the search has ended. Give rounding or
+    steps; with neither, rounding is gptq.
 
     Attributes:
         rounding: "gptq"; or "descent", which goes on from it column by column.
+        steps: of training each of them alone, in its number formats, distilled from the original on `data.train`.
+        batch_size, learning_rate: of that training.
         top: how many points are finished and scored again; what is best then is exported.
     """
 
-    rounding: Literal["gptq", "descent"] = "gptq"
+    rounding: Literal["gptq", "descent"] | None = None
+    steps: Positive | None = None
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     top: Positive = 3
+
+    @model_validator(mode="after")
+    def _one(self) -> Finish:
+        if self.rounding is not None and self.steps is not None:
+            raise ValueError("both rounding and steps; allowed: one of them")
+        return self
 
 
 class Config(_Section):
@@ -344,6 +356,8 @@ class Config(_Section):
             raise ValueError("neither data.calibrate nor data.train; allowed: a path or a hub id")
         if self.train is not None and self.data.train is None:
             raise ValueError("train without data.train; allowed: both or neither")
+        if self.finish is not None and self.finish.steps is not None and self.data.train is None:
+            raise ValueError("finish.steps without data.train; allowed: both, or finish.rounding")
         if self.train is not None and self.train.sampling == "attentive" and not self.constraints:
             raise ValueError("train.sampling attentive without constraints; allowed: limits on costs to sample within")
         names = [entry.name for entry in self.objectives or ()]

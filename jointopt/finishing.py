@@ -1,10 +1,11 @@
-"""Finishing: the chosen sub-network rounded anew with what it is fed, layer after layer, before it is exported.
+"""Finishing: the chosen sub-network rounded anew, or trained alone, before it is exported.
 
 While searching, weights are rounded to nearest. A finished sub-network has the same plan, the same formats and the
-same size; only codes and biases are others. Each layer is rounded on the inputs that it gets from the layers finished
-before it.
+same size; only codes and biases are others (of a trained one, also weights that are not quantized). Rounding anew goes
+layer after layer, each on the inputs that it gets from the layers finished before it.
 
     finished = jointopt.finish(supernet, genome, batches)
+    finished = jointopt.finish(supernet, genome, training_batches, steps=500)
     jointopt.export(supernet, finished, "bert-small")
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,9 @@ from .choice import front_of, within
 from .evaluation import Quality, measured
 from .lockstep import Arrived, in_step
 from .objectives import COSTS
-from .subnetwork import detach, quantize_layer, renamed
+from .subnetwork import Plan, detach, quantize_layer, renamed
+from .training.alone import train_alone
+from .training.loop import Batches
 from .weight_bank import BankedWeight
 
 if TYPE_CHECKING:
@@ -45,15 +48,45 @@ ROUNDINGS = {"gptq": gptq, "descent": descent}
 
 
 @dataclass(frozen=True)
+class Finishing:
+    """How sub-networks are finished.
+
+    Attributes:
+        rounding: "gptq"; or "descent", which goes on from it column by column and takes about three times as long.
+        steps: of training in place of such a rounding, None for none.
+        learning_rate, seed: of the training.
+    """
+
+    rounding: str = "gptq"
+    steps: int | None = None
+    learning_rate: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            hint = did_you_mean(self.rounding, ROUNDINGS)
+            raise JointoptError(f"rounding: found {self.rounding!r}{hint}; allowed: {', '.join(ROUNDINGS)}")
+        if self.steps is not None and self.steps < 1:
+            raise JointoptError(f"finish: found {self.steps} steps; allowed: 1 or more")
+        if not self.learning_rate > 0:
+            raise JointoptError(f"finish: found learning_rate {self.learning_rate}; allowed: above 0")
+
+    @property
+    def name(self) -> str:
+        """Under which a study records it: "gptq", "descent", "trained-500"."""
+        return self.rounding if self.steps is None else f"trained-{self.steps}"
+
+
+@dataclass(frozen=True)
 class Finished:
     """A sub-network with its last weights.
 
     Attributes:
         genome: canonical.
-        rounding: how its weights were rounded.
+        rounding: how its weights were made: `Finishing.name`.
         model: the sub-network, which shares no tensor with the super-network.
         metrics: what `quality` measured of it, and costs; None where no quality was given.
-        seconds: taken by the rounding.
+        seconds: taken by the rounding or the training.
     """
 
     genome: np.ndarray
@@ -66,37 +99,72 @@ class Finished:
 def finish(
     supernet: Supernet,
     genome: Any,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Batches,
     rounding: str = "gptq",
     quality: Quality | None = None,
+    *,
+    steps: int | None = None,
+    learning_rate: float = 1e-4,
+    seed: int = 0,
 ) -> Finished:
-    """Rounds the weights of one sub-network with the expensive method.
+    """Gives one sub-network its last weights: rounded by the expensive method, or trained.
 
-    Every batch's forward pass runs once; memory is that of the sub-network, one block's activations for all batches,
-    and one layer's Hessian. Layers that are not quantized, and embeddings, stay as the search scored them. Where a
-    layer has a bias, it takes up the mean of the layer's error.
+    Rounding runs every batch's forward pass once; memory is that of the sub-network, one block's activations for all
+    batches, and one layer's Hessian. Layers that are not quantized, and embeddings, stay as the search scored them.
+    Where a layer has a bias, it takes up the mean of the layer's error. Training is of all of the sub-network's
+    weights, on the divergence of its logits from the original's, in its number formats (`training.alone`).
 
     Args:
         supernet: calibrated. It stays as it is.
         batches: dicts of what the model's forward takes, such as those it was calibrated with; padding (where the
-            attention mask is 0) does not count.
+            attention mask is 0) does not count. To train: many of them, or a function from the epoch's number to an
+            iterable of them.
         rounding: "gptq"; or "descent", which goes on from it column by column and takes about three times as long.
         quality: scores the finished sub-network: `Finished.metrics`.
+        steps: of training, in place of the rounding; with `learning_rate` (AdamW's, 10% warm-up, then a cosine) and
+            `seed` (of the order of batches).
 
     Raises:
         JointoptError: an unknown rounding, no batch, a layer that no batch reaches, a Hessian that cannot be used;
             with the layer's name.
     """
-    if rounding not in ROUNDINGS:
-        raise JointoptError(
-            f"rounding: found {rounding!r}{did_you_mean(rounding, ROUNDINGS)}; allowed: {', '.join(ROUNDINGS)}"
-        )
+    how = Finishing(rounding, steps, learning_rate, seed)
+    return finish_by(how, supernet, genome, batches, quality)
+
+
+def finish_by(
+    how: Finishing,
+    supernet: Supernet,
+    genome: Any,
+    batches: Batches,
+    quality: Quality | None = None,
+    progress: bool = False,
+) -> Finished:
+    """`finish`, as `how` says."""
     started = time.perf_counter()
     genome = supernet.space.canonical(genome)
+    plan = supernet.plan(genome)
+    if how.steps is not None:
+        model = train_alone(supernet, plan, batches, how.steps, how.learning_rate, how.seed, progress)
+    elif callable(batches):
+        raise JointoptError(
+            f"finish: found a function of epochs to round by {how.rounding}; allowed: a list of batches"
+        )
+    else:
+        model = _rounded_anew(supernet, plan, batches, how.rounding)
+    seconds = time.perf_counter() - started
+    metrics = None
+    if quality is not None:
+        costs = {name: float(value) for name, value in supernet.costs(genome).items()}
+        metrics = {**costs, **measured(quality, model)}
+    return Finished(genome, how.name, model, metrics, seconds)
+
+
+def _rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str, Any]], rounding: str) -> nn.Module:
+    """The sub-network of a plan, its layers rounded one after the other."""
     moved = [on_device(batch, supernet.device) for batch in batches]
     if not moved:
         raise JointoptError("finish: found no batch; allowed: one or more dicts of the model's inputs")
-    plan = supernet.plan(genome)
     modules = dict(supernet.model.named_modules())
     rounded = {p: s for p, s in plan.schemes.items() if not isinstance(modules[p], nn.Embedding)}
     bare = replace(plan, schemes={p: s for p, s in plan.schemes.items() if p not in rounded})
@@ -121,22 +189,16 @@ def finish(
         in_step(shell, moved, names, change)
     if left:
         raise JointoptError(f"finish: {next(iter(left.values()))}: {NEVER_REACHED}")
-    model = detach(supernet.renormalized(shell, plan))
-    seconds = time.perf_counter() - started
-    metrics = None
-    if quality is not None:
-        costs = {name: float(value) for name, value in supernet.costs(genome).items()}
-        metrics = {**costs, **measured(quality, model)}
-    return Finished(genome, rounding, model, metrics, seconds)
+    return detach(supernet.renormalized(shell, plan))
 
 
 def finish_top(
     supernet: Supernet,
     study: Study,
-    batches: Sequence[Mapping[str, Any]],
+    batches: Batches,
     quality: Quality,
     wanted: Mapping[str, Any],
-    rounding: str = "gptq",
+    how: Finishing = Finishing(),
     top: int = 3,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[np.ndarray, Finished | None]:
@@ -153,29 +215,29 @@ def finish_top(
     """
     kept: Finished | None = None
     for genome in _nearest_on_front(study, study.best(**wanted), top):
-        made = finish_recorded(supernet, study, genome, batches, quality, rounding)
+        made = finish_recorded(supernet, study, genome, batches, quality, how)
         if made is not None:
             tell(_told(study, made))
-            if np.array_equal(made.genome, study.best(**wanted, finished=rounding)):
+            if np.array_equal(made.genome, study.best(**wanted, finished=how.name)):
                 kept = made
-    genome = study.best(**wanted, finished=rounding)
-    return genome, better_finished(supernet, study, genome, batches, rounding, kept)
+    genome = study.best(**wanted, finished=how.name)
+    return genome, better_finished(supernet, study, genome, batches, how, kept)
 
 
 def finish_recorded(
     supernet: Supernet,
     study: Study,
     genome: np.ndarray,
-    batches: Sequence[Mapping[str, Any]],
+    batches: Batches,
     quality: Quality,
-    rounding: str,
+    how: Finishing,
 ) -> Finished | None:
     """Finishes and scores a genome, and records it; None where the study has it already."""
-    if _recorded(study, genome, rounding) is not None:
+    if _recorded(study, genome, how.name) is not None:
         return None
-    made = finish(supernet, genome, batches, rounding, quality)
+    made = finish_by(how, supernet, genome, batches, quality, progress=how.steps is not None)
     assert made.metrics is not None
-    study.add_finished(genome, rounding, made.metrics, made.seconds)
+    study.add_finished(genome, how.name, made.metrics, made.seconds)
     return made
 
 
@@ -183,19 +245,19 @@ def better_finished(
     supernet: Supernet,
     study: Study,
     genome: np.ndarray,
-    batches: Sequence[Mapping[str, Any]],
-    rounding: str,
+    batches: Batches,
+    how: Finishing,
     kept: Finished | None = None,
 ) -> Finished | None:
     """What finishing makes of a genome, with the metrics that the study has of it; None where its quality is no better
     than that of its evaluation, or the study has none. `kept` is one that need not be made again."""
-    record, evaluated = _recorded(study, genome, rounding), study.results(genome[None])[0]
+    record, evaluated = _recorded(study, genome, how.name), study.results(genome[None])[0]
     first = study.quality
     if record is None or not evaluated or record[first.name] * first.sign >= evaluated[first.name] * first.sign:
         return None
     if kept is not None and np.array_equal(kept.genome, genome):
         return kept
-    return replace(finish(supernet, genome, batches, rounding), metrics=record)
+    return replace(finish_by(how, supernet, genome, batches), metrics=record)
 
 
 def _recorded(study: Study, genome: np.ndarray, rounding: str) -> dict[str, float] | None:

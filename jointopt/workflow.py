@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
     from .checkpoint.verification import Verification
     from .evaluation import Batch, Quality
-    from .finishing import Finished
+    from .finishing import Finished, Finishing
     from .models import LoadedModel
     from .study import Study
     from .supernet import Supernet
     from .tasks.task import Samples, Task
+    from .training.loop import Batches
 
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
 NEAREST = "nearest"
@@ -45,7 +46,7 @@ class Prepared:
         quality: model -> metrics, on the evaluation's batches or by the user's function.
         objectives: name -> direction.
         inputs: batches to calibrate with.
-        train: samples to train the super-network with, None where the config does not.
+        train: samples to train or finish with, None where the config does neither.
         unseen: model -> metrics on data that the search does not see, None where the config names none.
     """
 
@@ -102,7 +103,8 @@ def prepare(config: Config) -> Prepared:
     inputs: list[Batch] = [
         {k: v for k, v in batch.items() if k != "labels"} for batch in batches("calibrate", task.calibration)
     ]
-    train = task.samples(config.source("train"), loaded.processor, loaded.model) if config.train else None
+    trains = config.train is not None or (config.finish is not None and config.finish.steps is not None)
+    train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
     unseen = scored_on("test") if config.data.test is not None else None
     return Prepared(loaded, task, quality, objectives, inputs, train, unseen)
 
@@ -290,10 +292,10 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
             genome, finished = finish_top(
                 supernet,
                 study,
-                prepared.inputs,
+                _finishing_batches(config, prepared),
                 prepared.quality,
                 wanted,
-                config.finish.rounding,
+                finishing_of(config),
                 config.finish.top,
                 lambda line: console.print(line, highlight=False),
             )
@@ -337,8 +339,27 @@ def finished_genome(
 
     if config.finish is None:
         return None
-    kept = finish_recorded(supernet, study, genome, prepared.inputs, prepared.quality, config.finish.rounding)
-    return better_finished(supernet, study, genome, prepared.inputs, config.finish.rounding, kept)
+    how, batches = finishing_of(config), _finishing_batches(config, prepared)
+    kept = finish_recorded(supernet, study, genome, batches, prepared.quality, how)
+    return better_finished(supernet, study, genome, batches, how, kept)
+
+
+def finishing_of(config: Config) -> Finishing:
+    """What the config's `finish:` says, which is there."""
+    from .finishing import Finishing
+
+    assert config.finish is not None
+    wanted = config.finish
+    return Finishing(wanted.rounding or "gptq", wanted.steps, wanted.learning_rate, config.search.seed)
+
+
+def _finishing_batches(config: Config, prepared: Prepared) -> Batches:
+    """The calibration's to round on, the training data's to train on."""
+    if config.finish is None or config.finish.steps is None:
+        return prepared.inputs
+    samples, size, seed = prepared.train, config.finish.batch_size, config.search.seed
+    assert samples is not None
+    return lambda epoch: samples.epoch(epoch, size, seed)
 
 
 def export_genome(

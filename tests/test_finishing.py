@@ -251,3 +251,58 @@ def test_a_bfloat16_model_is_finished_by_descent_with_its_embedding_and_exports(
     assert all(hasattr(finished.model.get_submodule(path), "quantized") for path in ("model.embed_tokens", "lm_head"))
     verification = jointopt.verify(jointopt.export(supernet, finished, tmp_path / "finished"))
     assert verification.ok, verification.differences
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama_tied", "resnet", "timm_vit"])
+def test_training_alone_brings_a_sub_network_nearer_to_the_original_than_rounding_did(name):
+    supernet = supernet_of(name, ["W4A16", "W8A8", "FP8_DYNAMIC", "MXFP4"])
+    genome, data = supernet.space.smallest, batches(name, count=3)
+    before = supernet.fingerprint()
+    finished = jointopt.finish(supernet, genome, data, steps=25, learning_rate=1e-3)
+    assert finished.rounding == "trained-25" and supernet.fingerprint() == before
+    with supernet.original() as original, supernet.active(genome) as view:
+        target, plain, trained = (
+            torch.cat([logits(m, batch) for batch in data]).log_softmax(-1) for m in (original, view, finished.model)
+        )
+    divergence = [float(nn.functional.kl_div(each, target, log_target=True)) for each in (plain, trained)]
+    assert divergence[1] < divergence[0]
+
+
+def test_what_was_trained_alone_exports_with_the_codes_that_it_was_trained_with(tmp_path):
+    schemes = ["W4A16", "W8A8", "W8A8_STATIC", "FP8", "NVFP4A16"]
+    supernet = supernet_of("llama_tied", schemes, depth=[2, 3], mlp=[128, 256], caches=["INT8", "none"])
+    genome = supernet.space.sample(1, seed=3)[0]
+    finished = jointopt.finish(supernet, genome, batches("llama_tied", count=2), steps=3, quality=tokens_quality)
+    assert finished.metrics is not None and finished.metrics["size"] == supernet.costs(genome)["size"]
+    folder = jointopt.export(supernet, finished, tmp_path / "trained")
+    verification = jointopt.verify(folder, quality=tokens_quality)
+    assert verification.ok, verification.differences
+    assert verification.metrics["quality"] == pytest.approx(finished.metrics["quality"], rel=1e-4)
+    assert "trained for 3 steps" in (folder / "README.md").read_text()
+
+
+def tokens_quality(model: nn.Module) -> float:
+    return float(logits(model, batches("llama_tied", seed=3)[0]).square().mean())
+
+
+def test_training_alone_gives_the_same_again_and_another_for_another_seed():
+    supernet = supernet_of("vit", ["W8A8"])
+    first, again, other = (
+        jointopt.finish(supernet, supernet.space.smallest, batches("vit", count=4), steps=6, seed=seed).model
+        for seed in (0, 0, 1)
+    )
+    probe = batches("vit", seed=2)[0]
+    assert torch.equal(logits(first, probe), logits(again, probe))
+    assert not torch.equal(logits(first, probe), logits(other, probe))
+
+
+def test_impossible_trainings_of_one_sub_network_are_refused():
+    supernet = supernet_of("vit", ["W8A8"])
+    for match, options in {
+        "found 0 steps": {"steps": 0},
+        "learning_rate 0": {"steps": 3, "learning_rate": 0},
+        "found no batch": {"steps": 3, "batches": []},
+        "a function of epochs": {"batches": lambda epoch: batches("vit")},
+    }.items():
+        with pytest.raises(JointoptError, match=match):
+            jointopt.finish(supernet, supernet.space.smallest, **{"batches": batches("vit"), **options})

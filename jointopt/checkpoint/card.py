@@ -43,7 +43,7 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
             "MACs are those of one sample.",
             "",
             "Layers by number format: " + ", ".join(f"{count} {name}" for name, count in schemes.most_common()) + ".",
-            f"Weights were rounded by {ROUNDINGS.get(record['rounding'], record['rounding'])}.",
+            _weights_made(record["rounding"]),
             "",
             "## Loading",
             "",
@@ -80,4 +80,14 @@ def timm_snippet(folder: str) -> str:
     return (
         "Needs timm and safetensors.\n\n```python\nimport sys\n\n"
         f'sys.path.insert(0, "{folder}")\nfrom modeling_jointopt import load\n\nmodel = load("{folder}")\n```'
+    )
+
+
+def _weights_made(how: str) -> str:
+    """How the weights came about, by the name that `Finishing` gives it."""
+    if how in ROUNDINGS:
+        return f"Weights were rounded by {ROUNDINGS[how]}."
+    return (
+        f"Weights were trained for {how.removeprefix('trained-')} steps in their number formats, distilled from the "
+        "original, then rounded to nearest."
     )

@@ -73,7 +73,7 @@ def train_supernet(
         torch.manual_seed(seed)
         if kept is not None:
             history = kept.restore(model, optimizer)
-        numbered = zip(range(len(history), steps), _endless(batches, seed, len(history)), strict=False)
+        numbered = zip(range(len(history), steps), endless(batches, seed, len(history)), strict=False)
         for step, batch in track(
             numbered, "super-network training", total=steps, completed=len(history), disable=not progress
         ):
@@ -104,7 +104,7 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _endless(batches: Batches, seed: int, done: int) -> Iterator[Batch]:
+def endless(batches: Batches, seed: int, done: int) -> Iterator[Batch]:
     """Epoch after epoch, without the first `done` batches."""
     epoch = passed = 0
     while True:

@@ -80,7 +80,7 @@ class ElasticTrainer(Trainer):
         super().__init__(
             model=self.supernet.model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options
         )
-        self.label_names = self.label_names or ["labels"]
+        self.label_names: list[str] = self.label_names or ["labels"]
         if train_dataset is not None:
             _check_labels(self.label_names, train_dataset, "train_dataset")
         # The loss is a mean over the batch, which the Trainer divides by the number of batches in a step.

@@ -1,0 +1,108 @@
+"""Trains one sub-network alone: quantization-aware, distilled from the original.
+
+What super-network training must share between sub-networks, the chosen one gets back when it is trained by itself for
+some hundred steps (Minitron, arXiv 2407.14679; Puzzle, arXiv 2411.19146). It computes in its number formats from the
+first step on, with scales chosen from the weights as they are, so that what the last step trained is what is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from jointopt.batch_norm import on_device
+from jointopt.evaluation import logits_of
+from jointopt.subnetwork import Plan, detach, pass_gradients, quantize_layer, renamed
+from jointopt.training.distillation import soft_labels
+from jointopt.training.loop import Batches, endless, schedule
+from jointopt.weight_bank import BankedWeight
+from quant.calibration import choose_clip
+from quant.errors import JointoptError
+from quant.formats import Scheme
+from quant.kernels import quantize_and_hold
+from search_spaces.family import structural_clone
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+
+def train_alone(
+    supernet: Supernet,
+    plan: Plan,
+    batches: Batches,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    progress: bool = False,
+) -> nn.Module:
+    """The quantized sub-network of a plan, after some steps of AdamW on the divergence of its logits from the
+    original's. Normalizations keep the statistics that the search gave them, and there is no dropout. A quantized
+    cache is left out while training, and there again afterwards.
+
+    Args:
+        batches: as `train_supernet` takes them; labels are not used.
+        seed: of the order of batches.
+
+    Raises:
+        JointoptError: no batch, a loss that is not finite.
+    """
+    trained = detach(supernet.renormalized(supernet.built(replace(plan, schemes={}, caches={})), plan))
+    layers = {renamed(path, supernet.family, plan.blocks): path for path in plan.schemes}
+    parameters = list(trained.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    numbered = zip(range(steps), endless(batches, seed, 0), strict=False)
+    with supernet.original() as original, torch.enable_grad():
+        for step, batch in track(numbered, "finishing", total=steps, disable=not progress):
+            inputs = {k: v for k, v in on_device(batch, supernet.device).items() if k != "labels"}
+            with torch.no_grad():
+                target = logits_of(original, inputs)
+            view = _quantized(structural_clone(trained).eval(), supernet, plan, layers, training=True)
+            loss = soft_labels(logits_of(view, inputs), target, inputs.get("attention_mask"))
+            if not torch.isfinite(loss):
+                raise JointoptError(f"finish: the loss is {loss.item()}; a smaller learning_rate may help")
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * schedule(step, steps)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+    finished = detach(supernet.built(replace(plan, schemes={})))
+    finished.load_state_dict({**finished.state_dict(), **trained.state_dict()})
+    return detach(_quantized(finished, supernet, plan, layers, training=False)).requires_grad_(False)
+
+
+def _quantized(
+    model: nn.Module, supernet: Supernet, plan: Plan, layers: Mapping[str, str], training: bool
+) -> nn.Module:
+    """The model with its layers as the plan's schemes hold them, weights tied before tied again."""
+    owners = {layer.path: layer for layer in supernet.family.layers}
+    for name, path in layers.items():
+        scheme = plan.schemes[path]
+        weight = model.get_submodule(name).get_parameter("weight")
+        banked = _rounded(weight.detach(), scheme, supernet.weight_calibration, path)
+        for each, original in [(name, path), *((other, other) for other in owners[path].tied)]:
+            module = model.get_submodule(each)
+            constants = supernet.statistics(original, scheme)
+            quantize_layer(module, scheme, banked, None, None, constants, training)
+            if training:
+                pass_gradients(module, weight)
+            elif each != name:
+                module._parameters["weight"] = model.get_submodule(name)._parameters["weight"]
+    return model
+
+
+def _rounded(weight: Tensor, scheme: Scheme, calibration: str, path: str) -> BankedWeight:
+    assert scheme.weights is not None
+    try:
+        return BankedWeight(
+            *quantize_and_hold(weight, scheme.weights, choose_clip(weight, scheme.weights, calibration))
+        )
+    except JointoptError as error:
+        raise JointoptError(f"finish: {path}: {error}") from None
