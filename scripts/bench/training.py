@@ -1,0 +1,261 @@
+"""What super-network training is worth: the same steps spent in different ways, then the same search.
+
+    python scripts/assets.py assets digits minilm movies smollm2 text
+    python scripts/bench/training.py --assets assets --cases digits_vit digits_resnet --json training.json
+    python scripts/bench/training.py --assets assets --cases minilm smollm2
+
+Arms: "plain" fine-tunes the whole model and cuts it afterwards; "repaired" is the same with least-squares repair;
+"sandwich" trains sub-networks on the task; "distilled" has them learn from the largest; "precision" has them compute in
+their number formats from half of the steps on; "finished" trains the point that "precision" chose alone. Losses are
+those of the smallest, a middle and the largest sub-network, unquantized, on data that is not trained on; hypervolume is
+that of a guided search over loss and size, as a share of the box between the whole model's size and the loss of
+knowing nothing (of a language model: of twice the perplexity).
+
+Also: three points of the front of "distilled" trained alone from the same start for the same steps, and what a
+super-network step takes over the forward and backward passes that it consists of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import torch
+from networks import SCHEMES, Network
+from rich.console import Console
+from rich.table import Table
+
+import jointopt
+from jointopt import Recipe, SearchSpace, Supernet
+from jointopt.evaluation import Batch, Quality, logits_of
+from jointopt.models import load_model
+from jointopt.objectives import hypervolume
+from jointopt.tasks import TASKS
+from jointopt.training.elastic import gradients_of, task_loss
+from jointopt.training.loop import endless, schedule
+from jointopt.training.sampling import Sandwich, Uniform, step_seed
+
+STEPS = {"digits_vit": 240, "digits_resnet": 240, "minilm": 160, "smollm2": 24}
+ARMS = {
+    "plain": Recipe(Uniform(0)),
+    "sandwich": Recipe(distillation=None),
+    "distilled": Recipe(),
+    "precision": Recipe(precision_from=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its data, and the loss that is the end of the box."""
+
+    name: str
+    network: Network
+    model: torch.nn.Module
+    space: SearchSpace
+    inputs: list[Batch]
+    train: Callable[[int], Any]
+    quality: Quality
+    steps: int
+    worst: float
+
+
+def case(name: str, arguments: argparse.Namespace) -> Case:
+    network = networks.networks(arguments.assets)[name]
+    folder = arguments.assets / network.model
+    if network.model == "resnet-digits":
+        folder = arguments.work / network.model
+        if not folder.is_dir():
+            networks.resnet_for_digits(arguments.assets / "digits" / "train", folder)
+    torch.manual_seed(0)
+    loaded = load_model(str(folder), network.task, device="cpu", dtype="float32")
+    task = TASKS[network.task]
+    samples = task.samples(network.train, loaded.processor, loaded.model)
+
+    def batches(source: Any, size: int = 50) -> list[Batch]:
+        return task.batches(source, loaded.processor, loaded.model, size)
+
+    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches(network.calibrate)]
+    quality = task.quality(batches(network.evaluate))
+    worst = float(np.log(getattr(loaded.model.config, "num_labels", 2)))
+    if network.task == "causal-lm":
+        worst = quality(loaded.model)["loss"] + float(np.log(2))
+    return Case(
+        name,
+        network,
+        loaded.model,
+        SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space),
+        inputs,
+        lambda epoch: samples.epoch(epoch, network.batch_size, 0),
+        quality,
+        arguments.steps or STEPS[name],
+        worst,
+    )
+
+
+def trained(made: Case, recipe: Recipe, repair: bool = False) -> Supernet:
+    supernet = Supernet(made.model, made.space, repair=repair)
+    supernet.calibrate(made.inputs)
+    learning_rate = made.network.learning_rate
+    jointopt.train_supernet(supernet, made.train, made.steps, recipe=recipe, learning_rate=learning_rate)
+    supernet.calibrate(made.inputs)
+    return supernet
+
+
+def losses(made: Case, supernet: Supernet) -> dict[str, float]:
+    """Of the smallest, a middle and the largest sub-network, in no number format."""
+    space = supernet.space
+    found = {}
+    for name, genome in {
+        "smallest": space.smallest,
+        "middle": space.canonical((space.smallest + space.largest) // 2),
+        "largest": space.largest,
+    }.items():
+        plain = [
+            gene.choices.index("none") if gene.name.endswith(".precision") and "none" in gene.choices else at
+            for gene, at in zip(space.genes, genome, strict=True)
+        ]
+        with supernet.active(space.canonical(np.array(plain))) as view:
+            measured = made.quality(view)
+            found[f"loss, {name}"] = measured["loss"]
+            if "accuracy" in measured and made.network.task != "causal-lm":
+                found[f"accuracy, {name}"] = measured["accuracy"]
+    return found
+
+
+def searched(made: Case, supernet: Supernet, evaluations: int) -> tuple[jointopt.Study, float]:
+    study = jointopt.search(supernet, made.quality, ["loss", "size"], evaluations=evaluations, seed=0)
+    whole = supernet.original_costs()["size"]
+    front = study.front()[["loss", "size"]].to_numpy(dtype=float)
+    return study, hypervolume(front, [made.worst, whole]) / (made.worst * whole)
+
+
+def alone(made: Case, genome: np.ndarray) -> float:
+    """The loss of a genome whose architecture was trained by itself, from the same start, for as many steps."""
+    supernet = Supernet(made.model, made.space)
+    supernet.calibrate(made.inputs)
+    optimizer = torch.optim.AdamW(supernet.model.parameters(), lr=made.network.learning_rate, weight_decay=0.01)
+    for step, batch in zip(range(made.steps), endless(made.train, 0, 0), strict=False):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        optimizer.zero_grad(set_to_none=True)
+        task_loss(logits_of(supernet.training_view(genome), inputs), batch).backward()
+        torch.nn.utils.clip_grad_norm_(supernet.model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = made.network.learning_rate * schedule(step, made.steps)
+        optimizer.step()
+    supernet.weights_changed()
+    supernet.calibrate(made.inputs)
+    with supernet.active(genome) as view:
+        return made.quality(view)["loss"]
+
+
+def overhead(made: Case, rounds: int = 15) -> float:
+    """Time of a super-network step's gradients over that of the passes of the same models, each by itself."""
+    supernet = Supernet(made.model, made.space)
+    supernet.calibrate(made.inputs)
+    batch = next(iter(made.train(0)))
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    genomes = [supernet.space.largest, *Sandwich().genomes(supernet.space, 0.0, step_seed(0, 0))]
+    models = []
+    for genome in genomes:
+        models.append(supernet.extract(genome if len(models) else supernet.space.largest).train())
+        for parameter in models[-1].parameters():
+            parameter.requires_grad_(True)
+    plain, whole = [], []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for model in models:
+            model.zero_grad(set_to_none=True)
+            task_loss(logits_of(model, inputs), batch).backward()
+        plain.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        gradients_of(supernet, batch, 0, 0.0, Recipe())
+        whole.append(time.perf_counter() - started)
+    return statistics.median(whole) / statistics.median(plain)
+
+
+def rows_of(made: Case, arguments: argparse.Namespace, tell: Callable[[str, str, float, Any, str], None]) -> None:
+    kept: dict[str, tuple[Supernet, jointopt.Study]] = {}
+    plain = None
+    for arm, repair in (("plain", False), ("repaired", True), ("sandwich", False), ("distilled", False),
+                        ("precision", False)):  # fmt: skip
+        supernet = trained(made, ARMS.get(arm, ARMS["plain"]), repair)
+        for name, value in losses(made, supernet).items():
+            limit = plain - 0.005 if plain is not None and name == "accuracy, largest" else None
+            tell(arm, name, value, limit, "lower" if name.startswith("loss") else "higher")
+            if arm == "plain" and name == "accuracy, largest":
+                plain = value
+        study, share = searched(made, supernet, arguments.evaluations)
+        kept[arm] = (supernet, study)
+        tell(arm, "hypervolume", share, None, "higher")
+    supernet, study = kept["precision"]
+    finished(made, supernet, study, tell)
+    supernet, study = kept["distilled"]
+    front = study.front().sort_values("size")
+    for at in sorted({0, len(front) // 2, len(front) - 1}):
+        genome, own = np.array(front["genome"].iloc[at]), float(front["loss"].iloc[at])
+        size = front["size"].iloc[at] / 1e6
+        tell("alone", f"loss of {size:.3g} MB, super-network's over its own", own - alone(made, genome), 0.0, "lower")
+
+
+def finished(made: Case, supernet: Supernet, study: jointopt.Study, tell: Callable) -> None:
+    """The whole front's smaller half, each point trained alone: the hypervolume with what was better."""
+    front = study.front().sort_values("size")
+    points = front[["loss", "size"]].to_numpy(dtype=float, copy=True)
+    started = time.perf_counter()
+    for at in range(0, len(front), max(1, len(front) // 4)):
+        genome = np.array(front["genome"].iloc[at])
+        made_so = jointopt.finish(
+            supernet, genome, made.train, quality=made.quality, steps=made.steps,
+            learning_rate=made.network.learning_rate,
+        )  # fmt: skip
+        assert made_so.metrics is not None
+        tell("finished", f"loss of {points[at, 1] / 1e6:.3g} MB (was {points[at, 0]:.4g})", made_so.metrics["loss"],
+             float(points[at, 0]), "lower")  # fmt: skip
+        points[at, 0] = min(points[at, 0], made_so.metrics["loss"])
+    whole = supernet.original_costs()["size"]
+    tell("finished", "hypervolume", hypervolume(points, [made.worst, whole]) / (made.worst * whole), None, "higher")
+    tell("finished", "seconds", time.perf_counter() - started, None, "lower")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser.add_argument("--work", type=Path, default=Path("runs/training"))
+    parser.add_argument("--cases", nargs="+", choices=list(STEPS), default=list(STEPS))
+    parser.add_argument("--steps", type=int, help=f"of every arm (default: {STEPS})")
+    parser.add_argument("--evaluations", type=int, default=40, help="of each search")
+    parser.add_argument("--overhead", action="store_true", help="only the price of a step; on a quiet machine")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    console, rows = Console(), []
+    for name in arguments.cases:
+        made = case(name, arguments)
+
+        def tell(arm: str, measure: str, value: float, aim: float | None, better: str, name: str = name) -> None:
+            console.print(f"{name}, {arm}: {measure} {value:.4g}", highlight=False)
+            rows.append({"case": f"{name}, {arm}", "measure": measure, "value": value, "aim": aim, "better": better})
+
+        if arguments.overhead:
+            tell("distilled", "step over its passes", overhead(made), 1.05, "lower")
+        else:
+            rows_of(made, arguments, tell)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1))
+    table = Table("case", "measure", "value", "aim")
+    for row in rows:
+        aim = "" if row["aim"] is None else f"{row['aim']:.4g}"
+        table.add_row(row["case"], row["measure"], f"{row['value']:.4g}", aim)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
