@@ -48,7 +48,8 @@ def reader() -> dict[str, Any]:
     def accuracy(model: nn.Module) -> float:
         return float((logits(model, given[0]).argmax(-1) == labelled[0]["labels"]).float().mean())
 
-    return {"model": make("bert"), "batches": given, "labelled": labelled, "accuracy": accuracy}
+    rows = [{name: tensor[at] for name, tensor in labelled[0].items()} for at in range(6)]
+    return {"model": make("bert"), "batches": given, "labelled": labelled, "rows": rows, "accuracy": accuracy}
 
 
 def shortened(text: str) -> str:
@@ -76,7 +77,7 @@ def test_the_config_is_read_and_shows_every_key(tmp_path):
     file = tmp_path / "shown.yaml"
     file.write_text(shown.text)
     config = load_config(file)
-    for section in (config, config.data, config.data.evaluate, config.space, config.train, config.search):
+    for section in (config, config.data, config.data.evaluate, config.space, config.train, config.search, config.finish):
         for key in type(section).model_fields:
             # Commented lines show what excludes something else.
             assert re.search(rf"\b{key}\b", shown.text), f"{key} is not in the README's config"
