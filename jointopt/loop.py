@@ -15,8 +15,9 @@ import torch
 
 from jointopt import strategies
 from jointopt import workers as workplaces
+from jointopt.cost.operators import described
 from jointopt.evaluation import Evaluation, Quality, measured
-from jointopt.objectives import COSTS, Constraint, Objective, constraint, named
+from jointopt.objectives import COSTS, ON_HARDWARE, Constraint, Objective, constraint, named
 from jointopt.sensitivity import quality_prior
 from jointopt.sharing import evaluation_order
 from jointopt.stopping import Budget, Watch, check_count, heeding_ctrl_c
@@ -58,7 +59,7 @@ def search(
         supernet: calibrated.
         quality: model -> a number, higher is better, which is the metric "quality"; or model -> a mapping of metrics.
         objectives: names of metrics ("quality", "accuracy", "loss", "kl", "perplexity"), of costs ("size", "macs",
-            "bops", "parameters"), {name: direction} for a metric of one's own, or `Objective`s.
+            "bops", "parameters"; of a super-network with a model of latency "latency", "energy", "peak_memory"), {name: direction} for a metric of one's own, or `Objective`s.
         evaluations: how many genomes the study has in the end, those of earlier runs counted (default: 200, or
             without limit where `minutes` or `patience` is given).
         storage: the study's file; one that exists is gone on with. None keeps it in memory.
@@ -114,6 +115,7 @@ def search(
         "strategy_options": dict(strategy_options or {}),
         "batch": batch,
         "supernet": supernet.fingerprint(),
+        **({"latency": described(supernet.latency)} if supernet.latency else {}),
         **({"warm_start": True} if warm_start else {}),
         **({"asynchronous": True} if asynchronous else {}),
         **({"constraints": {each.name: f"{each.relation} {each.limit:.15g}" for each in limits}} if limits else {}),
@@ -126,6 +128,8 @@ def search(
             with workplaces.threads_of_torch(threads):
                 study.note("baselines", {"original": {**original, **_original(supernet, quality)}})
         _check_metrics(wanted, study.baselines["original"])
+        if study.fact("shapes") is None:
+            study.note("shapes", supernet.shapes())
         if (state := study.fact("state")) is not None:
             asking.load_state_dict(state)
         _say_where_small(space, budget)
@@ -152,6 +156,10 @@ def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[st
         raise JointoptError(f"objectives: found one twice in {', '.join(o.name for o in found)}")
 
     def column(name: str):
+        if name in ON_HARDWARE and supernet.latency is None:
+            raise JointoptError(
+                f"objective {name!r}: found no hardware; allowed: with Supernet(..., latency=Roofline(...))"
+            )
         if name not in known:
             raise JointoptError(f"objective {name!r}: found no cache in this model; allowed costs: {', '.join(known)}")
         return lambda genomes: supernet.cost_columns(genomes)[name]
@@ -177,6 +185,16 @@ def _constraints(
             allowed = ", ".join(["size_mb", *costs, *measured_names])
             raise JointoptError(f"constraints: found {name!r}; allowed: {allowed}")
         found.append(constraint(name, text, column(cost, 1e6 if name == "size_mb" else 1.0) if cost in costs else None))
+    latency = supernet.latency
+    if latency is not None and costs["peak_memory"] > latency.capacity:
+        # What does not fit into the memory is no choice.
+        least = supernet.costs(supernet.space.smallest)["peak_memory"]
+        if least > latency.capacity:
+            raise JointoptError(
+                f"latency: the smallest sub-network takes {least / 1e9:.4g} GB, {latency.source} has "
+                f"{latency.capacity / 1e9:.4g} GB; allowed: more devices, a smaller batch or context"
+            )
+        found.append(Constraint("peak_memory", latency.capacity, "<=", column("peak_memory", 1.0)))
     return found
 
 

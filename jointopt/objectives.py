@@ -25,8 +25,15 @@ DIRECTIONS = {
     "parameters": "min",
     "cache": "min",
     "decode_macs": "min",
+    "latency": "min",
+    "decode_latency": "min",
+    "energy": "min",
+    "decode_energy": "min",
+    "peak_memory": "min",
 }
-COSTS = ("size", "macs", "bops", "parameters", "cache", "decode_macs")
+ON_HARDWARE = ("latency", "decode_latency", "energy", "decode_energy", "peak_memory")
+"""Costs that a model of latency answers for."""
+COSTS = ("size", "macs", "bops", "parameters", "cache", "decode_macs", *ON_HARDWARE)
 EVALUATIONS = 200
 """Of a search to which no budget is given."""
 

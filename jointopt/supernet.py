@@ -45,6 +45,7 @@ from .batch_norm import (
     running_statistics,
     sample_count,
 )
+from .cost.operators import LatencyModel
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, plan_of, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
@@ -71,6 +72,7 @@ class Supernet:
         transforms: changes of the weights that keep the model's function and make it easier to quantize: any of
             "rotate" (the residual stream; a tied head gets a weight of its own, which counts in every size),
             "rotate_heads", and "smooth" or "awq" (chosen by `calibrate`, which then reads the batches twice).
+        latency: what answers for time, energy and memory (`jointopt.Roofline`), which then are costs like any other.
 
     Attributes:
         samples: batches of the first samples that it was calibrated with.
@@ -93,6 +95,7 @@ class Supernet:
         activation_calibration: str = "mse",
         bank_bytes: int = 4 * 10**9,
         transforms: Sequence[str] = (),
+        latency: LatencyModel | None = None,
     ):
         dtypes = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
         if not dtypes <= {torch.float32, torch.bfloat16}:
@@ -103,7 +106,7 @@ class Supernet:
         self.transforms = checked(transforms, self.family)
         self.model, self.family = rotated(self.model, self.family, self.transforms, self._declared)
         self._scaled = False
-        self.space = space
+        self.space, self.latency = space, latency
         self.weight_calibration = weight_calibration
         self.repair = repair
         check_activation_method(activation_calibration)
@@ -288,6 +291,10 @@ class Supernet:
 
     @cached_property
     def _costs(self) -> ShapeCosts:
+        return self.costs_by(self.latency)
+
+    def costs_by(self, latency: LatencyModel | None) -> ShapeCosts:
+        """The tables of costs, with times, energies and memory by another model of latency than its own."""
         positions = self._positions
         if positions is None:
             if self.family.example is None:
@@ -295,29 +302,42 @@ class Supernet:
             positions = measure_positions(self.model, self.family.example(self.model))
         scheme_of = partial(_lookup, self._schemes)
         return ShapeCosts(
-            self.model, self.family, self.space, positions, self._precision_gene, scheme_of, self._leaving
+            self.model, self.family, self.space, positions, self._precision_gene, scheme_of, self._leaving, latency
         )
 
     def costs(self, genome: Any) -> dict[str, int | float]:
-        """`parameters`, `size` in bytes, `macs` and `bops` of one genome, from shapes alone.
+        """`parameters`, `size` in bytes, `macs` and `bops` of one genome, from shapes alone; where there is a model of
+        latency also `latency` in seconds and `energy` in joules of its batch, and `peak_memory` in bytes; of language
+        models `decode_latency` and `decode_energy` of one more token of each sequence.
 
         MACs are those of one sample of the first calibration batch (before calibration: of the family's example),
         counted in linear layers, convolutions and attention products. BOPs are MACs x weight bits x activation bits.
         """
         return {name: values[0].item() for name, values in self.cost_columns(np.atleast_2d(genome)).items()}
 
-    def original_costs(self) -> dict[str, int | float]:
-        """`costs` of the whole, unquantized model."""
+    def original_costs(self, latency: LatencyModel | None = None) -> dict[str, int | float]:
+        """`costs` of the whole, unquantized model, by another model of latency than its own where one is given."""
         model, family = self._declared(self._given)
         only = SearchSpace([Gene(f"{family.layers[0].name}.precision", ("none",))])
         positions = self._costs.positions
-        whole = ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), self._leaving)
+        wanted = latency or self.latency
+        whole = ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), self._leaving, wanted)
         return {name: values[0].item() for name, values in whole.columns(only.smallest).items()}
 
     def cost_columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """`costs` of many genomes at once: name -> one value a row of `genomes`."""
         self.space.validate(genomes)
         return self._costs.columns(self.space.canonical(genomes))
+
+    def shapes(self) -> dict[str, Any]:
+        """What costs depend on beside model and space, for a study to keep: `take_shapes` gives it to another."""
+        return {"leaving": self._leaving, "positions": self._costs.positions}
+
+    def take_shapes(self, record: Mapping[str, Any]) -> None:
+        """Orders blocks, and counts positions, as the super-network that gave the record."""
+        self._leaving, self._positions = dict(record["leaving"]), dict(record["positions"])
+        self._condition_space()
+        self.__dict__.pop("_costs", None)
 
     def layout(self, genome: Any) -> list[dict[str, Any]]:
         """What the layers of a genome's sub-network are: see `jointopt.subnetwork.layout`."""

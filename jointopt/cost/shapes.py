@@ -7,24 +7,31 @@ rows, the one of its columns, the one of its precision. Each module is a small t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quant.cache import cache_format
+from quant.errors import JointoptError
 from quant.formats import Scheme
 from quant.packing import statistics_bytes, storage_bytes
 from search_spaces.family import Cache, Family, Layer, Width, structural_clone
 from search_spaces.space import SearchSpace
 
 from ..subnetwork import within
+from .operators import LatencyModel, Operator
 
 MEASURES = ("parameters", "size", "macs", "bops")
 CACHE_MEASURES = ("cache", "decode_macs")
 """Of models that generate text: bytes that a token takes in the cache of all layers, and MACs of one more token after
 a context of as many tokens as a sample of `positions` has."""
+TIMED = ("latency", "energy", "activation")
+"""Of a network whose operators a model of latency answers for: seconds and joules of a batch, and the bytes of the
+largest operator's inputs and outputs, from which `peak_memory` follows."""
+DECODED = ("decode_latency", "decode_energy")
+"""The same for one more token of every sequence of a batch, after the whole context."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Table:
     """Cost of one module: measure -> array [row choices, column choices, precision choices]."""
 
     path: str
+    kind: str
     rows: Axis
     columns: Axis
     precision: int | None
@@ -47,24 +55,34 @@ class Table:
 
 
 def measure_positions(model: nn.Module, inputs: Mapping[str, object]) -> dict[str, float]:
-    """Layer path -> number of positions it is applied to (tokens, pixels) for one sample of `inputs`."""
+    """Path of a layer or normalization -> number of positions it is applied to (tokens, pixels) for one sample of
+    `inputs`."""
     shell = structural_clone(model).eval()
     positions: dict[str, float] = {}
     batch = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
 
     def counter(path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            channels = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
+            channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
             positions[path] = positions.get(path, 0.0) + output.numel() / channels / batch
 
         return hook
 
     for path, module in shell.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if kind_of(module) is not None:
             module.register_forward_hook(counter(path))
     with torch.no_grad():
         shell(**inputs)
     return positions
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """What operator a module is; None for those that hold others, that take no time of their own, or that are folded
+    into a neighbour where a network is deployed (BatchNorm)."""
+    for kind, name in ((nn.Linear, "linear"), (nn.Conv2d, "conv"), (nn.Embedding, "embedding")):
+        if isinstance(module, kind):
+            return name
+    return "norm" if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) else None
 
 
 class ShapeCosts:
@@ -75,6 +93,7 @@ class ShapeCosts:
         positions: see `measure_positions`; it gives `macs` its meaning: those of one such sample.
         scheme_of: (layer, choice) -> the scheme as the layer stores it.
         leaving: depth gene -> names of its removable blocks in the order of leaving.
+        latency: what answers for time and energy; None leaves them out.
     """
 
     def __init__(
@@ -86,7 +105,9 @@ class ShapeCosts:
         precision_gene: Mapping[str, str],
         scheme_of: Callable[[Layer, str], Scheme],
         leaving: Mapping[str, Sequence[str]],
+        latency: LatencyModel | None = None,
     ):
+        self.latency = latency
         self.space, self.family, self.leaving = space, family, leaving
         self._index = {name: i for i, name in enumerate(space.names)}
         self._model, self.positions = model, positions
@@ -96,6 +117,9 @@ class ShapeCosts:
         self._producer = {part.module: (w, part.channels) for w in family.widths for part in w.producers}
         self._consumer = {part.module: (w, part.channels) for w in family.widths for part in w.consumers}
         self.measures = MEASURES + (CACHE_MEASURES if family.caches else ())
+        if latency is not None:
+            self.measures += TIMED + (DECODED if family.caches else ())
+            self._tokens, self._scale = self._context(latency)
         self._seen: set[int] = set()
         tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
         tables += [self._attention(width) for width in family.widths if width.attention]
@@ -103,14 +127,53 @@ class ShapeCosts:
         self._join(tables)
 
     def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
-        """Measure -> one value a genome, int64 (bops: float64, since they can pass 2^63)."""
+        """Measure -> one value a genome, int64 (float64 for times, energies and bops, which can pass 2^63)."""
         genomes = np.atleast_2d(genomes)
         padded = np.pad(genomes, ((0, 0), (0, 1)))
         index = self._first + (padded[:, self._genes] * self._strides).sum(-1)
         present = np.ones(index.shape, dtype=bool)
         for path, mask in self._gone(genomes).items():
             present[:, self._inside[path]] &= ~mask[:, None]
-        return {measure: np.where(present, values[index], 0).sum(1) for measure, values in self._values.items()}
+        found = {}
+        for measure, values in self._values.items():
+            each = np.where(present, values[index], 0)
+            found[measure] = each.max(1) if measure == "activation" else each.sum(1)
+        if self.latency is not None:
+            found["peak_memory"] = found["size"] + found.pop("activation").astype(np.int64)
+            if "cache" in found:
+                found["peak_memory"] += found["cache"] * round(self._tokens * self._scale) * self.latency.batch
+        return found
+
+    def breakdown(self, genome: np.ndarray) -> list[dict[str, float | str]]:
+        """Of each operator of one genome: its module's path, and its share of every measure."""
+        padded = np.pad(np.atleast_2d(genome), ((0, 0), (0, 1)))
+        index = (self._first + (padded[:, self._genes] * self._strides).sum(-1))[0]
+        present = np.ones(len(index), dtype=bool)
+        for path, mask in self._gone(np.atleast_2d(genome)).items():
+            present[self._inside[path]] &= ~mask[0]
+        return [
+            {
+                "path": self._paths[at],
+                "kind": self._kinds[at],
+                **{m: v[index[at]].item() for m, v in self._values.items()},
+            }
+            for at in np.flatnonzero(present)
+        ]
+
+    def _context(self, latency: LatencyModel) -> tuple[float, float]:
+        """Tokens of a measured sample, and by how much the stated context is longer.
+
+        Raises:
+            JointoptError: a context for a model that reads no tokens.
+        """
+        attention = next((width for width in self.family.widths if width.attention), None)
+        tokens = self.positions.get(attention.consumers[0].module, 1.0) if attention else 1.0
+        if latency.context is None:
+            return tokens, 1.0
+        given = self.family.example(self._model) if self.family.example else {}
+        if "input_ids" not in given:
+            raise JointoptError(f"context: found {latency.context}, and a {self.family.name} reads no tokens")
+        return tokens, latency.context / tokens
 
     def _join(self, tables: Sequence[Table]) -> None:
         """All tables as one column of values a measure, in which a genome's value is one entry of each table.
@@ -125,6 +188,7 @@ class ShapeCosts:
         self._strides = np.stack([shapes[:, 1] * shapes[:, 2], shapes[:, 2], np.ones(len(tables), dtype=int)], axis=1)
         self._first = np.cumsum(shapes.prod(1)) - shapes.prod(1)
         self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in self.measures}
+        self._paths, self._kinds = [table.path for table in tables], [table.kind for table in tables]
         branches = [path for block in self.family.blocks for branch in block.branches for path in branch.replacements]
         parents = [*(block.path for block in self.family.blocks), *branches]
         self._inside = {p: np.array([within(table.path, p) for table in tables]) for p in parents}
@@ -180,10 +244,11 @@ class ShapeCosts:
                     cost = self._module_cost(path, module, owned, row, column, scheme)
                     for measure, value in cost.items():
                         values[measure][r, c, s] = value
-        return Table(path, rows, columns, self._index[gene] if gene else None, values)
+        return Table(path, kind_of(module) or "other", rows, columns, self._index[gene] if gene else None, values)
 
     def _zeros(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        return {m: np.zeros(shape, dtype=np.float64 if m == "bops" else np.int64) for m in self.measures}
+        whole = ("parameters", "size", "macs", "cache", "decode_macs")
+        return {m: np.zeros(shape, dtype=np.int64 if m in whole else np.float64) for m in self.measures}
 
     def _owned(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors that a checkpoint stores for this module; what another module stored already is left out."""
@@ -222,7 +287,47 @@ class ShapeCosts:
         cost = {"parameters": parameters, "size": size, "macs": round(macs), "bops": macs * weight_bits * input_bits}
         if self.family.caches:
             cost["decode_macs"] = rows * columns if macs else 0
+        if self.latency is not None and (kind := kind_of(module)) is not None and path in self.positions:
+            cost |= self._timed(self._operator(kind, path, module, rows, columns, scheme))
         return cost
+
+    def _operator(
+        self, kind: str, path: str, module: nn.Module, rows: int, columns: int, scheme: Scheme | None
+    ) -> Operator:
+        weight = module.get_parameter("weight")
+        shape = _sliced_shape(module, "weight", weight, rows, columns)
+        if scheme is not None and scheme.weights is not None:
+            stored = storage_bytes(scheme, shape, weight.element_size(), embedding=kind == "embedding")
+        else:
+            stored = _product(shape) * weight.element_size()
+        if kind == "norm":
+            rows = columns = rows or weight.shape[0]
+        positions = self.positions[path]
+        return Operator(
+            kind,
+            rows,
+            0 if kind == "embedding" else columns,
+            positions * self._scale if positions == self._tokens else positions,
+            area=weight[0, 0].numel() if kind == "conv" else 1,
+            scheme=scheme if scheme is not None and scheme.weights is not None else None,
+            weight_bytes=stored,
+            bits=weight.element_size() * 8,
+            reduces=path in self._consumer and self._consumer[path][0].block is not None,
+        )
+
+    def _timed(self, operator: Operator) -> dict[str, float]:
+        """What an operator takes: of the whole context and, where there is a cache, of one more token."""
+        assert self.latency is not None
+        answer = self.latency.answer(operator)
+        moved = (operator.input_bytes + operator.output_bytes) * self.latency.batch
+        found = {"latency": answer.seconds, "energy": answer.joules, "activation": moved}
+        if self.family.caches:
+            one = replace(operator, positions=operator.positions / (self._tokens * self._scale))
+            if operator.positions != self._tokens * self._scale:
+                one = operator
+            answer = self.latency.answer(one)
+            found |= {"decode_latency": answer.seconds, "decode_energy": answer.joules}
+        return found
 
     def _attention(self, width: Width) -> Table:
         """The two products of attention: queries with keys, and what they weigh of the values, each T x T x width."""
@@ -235,7 +340,27 @@ class ShapeCosts:
         values = self._zeros(macs.shape) | {"macs": np.round(macs).astype(np.int64), "bops": macs * bits * bits}
         if self.family.caches:
             values["decode_macs"] = np.round(macs / max(tokens, 1)).astype(np.int64)
-        return Table(part.module, rows, Axis(None, (0,)), None, values)
+        if self.latency is not None:
+            self._time_attention(width, rows, tokens * self._scale, bits, values)
+        return Table(part.module, "attention", rows, Axis(None, (0,)), None, values)
+
+    def _time_attention(
+        self, width: Width, rows: Axis, tokens: float, bits: int, values: Mapping[str, np.ndarray]
+    ) -> None:
+        """Keys and values are as wide as the narrowest producer of the width says: there may be fewer heads of them.
+
+        Where they are cached, `_cache` reads them for each new token.
+        """
+        query = max(part.channels for part in width.producers)
+        share = min(part.channels for part in width.producers) / query
+        for at, row in enumerate(rows.sizes):
+            keys = round(row * share)
+            held = 2 * keys * tokens * bits / 8
+            operator = Operator("attention", row, keys, tokens, tokens, bits=bits)
+            if not self.family.caches:
+                operator = replace(operator, cache_bytes=held)
+            for measure, value in self._timed(operator).items():
+                values[measure][at] = value
 
     def _cache(self, cache: Cache) -> Table:
         """What the cache of one attention layer takes, and what computing keys and values from cached inputs does."""
@@ -251,9 +376,13 @@ class ShapeCosts:
                 form = cache_format(str(choice))
                 values["size"][r, 0, c] = form.constant_bytes(row // head_dim, head_dim)
                 values["cache"][r, 0, c] = form.token_bytes(row // head_dim, head_dim, hidden, weight.element_size())
+                if self.latency is not None:
+                    held = values["cache"][r, 0, c] * self._tokens * self._scale
+                    answer = self.latency.answer(Operator("cache", 0, 0, 0.0, cache_bytes=held))
+                    values["decode_latency"][r, 0, c], values["decode_energy"][r, 0, c] = answer.seconds, answer.joules
                 if form.inputs:
                     values["decode_macs"][r, 0, c] = round(self.positions.get(keys, 0.0)) * 2 * row * hidden
-        return Table(keys, rows, Axis(None, (0,)), gene, values)
+        return Table(keys, "cache", rows, Axis(None, (0,)), gene, values)
 
 
 def _stores(module: nn.Module) -> bool:

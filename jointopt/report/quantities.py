@@ -15,6 +15,11 @@ UNITS: dict[str, tuple[float, str]] = {
     "cache": (1e3, "cache a token (kB)"),
     "decode_macs": (1e6, "MACs of one more token (millions)"),
     "parameters": (1e6, "parameters (millions)"),
+    "latency": (1e-3, "latency (ms)"),
+    "decode_latency": (1e-3, "latency of one more token (ms)"),
+    "energy": (1e-3, "energy (mJ)"),
+    "decode_energy": (1e-3, "energy of one more token (mJ)"),
+    "peak_memory": (1e6, "peak memory (MB)"),
     "loss": (1.0, "loss (nats)"),
     "kl": (1.0, "KL divergence from the original (nats)"),
 }

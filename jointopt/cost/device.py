@@ -1,0 +1,136 @@
+"""What a device can do: rates, bandwidths, capacities and power, from a YAML file of ours or of the user's."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quant.errors import JointoptError
+from quant.formats import Scheme
+
+Rate = Annotated[float, Field(gt=0)]
+Compute = Literal["float32", "bfloat16", "int8", "int4", "fp8", "fp4"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Cache(_Part):
+    """The last level of cache: bytes, and bytes a second."""
+
+    capacity: Rate
+    bandwidth: Rate
+
+
+class Network(_Part):
+    """Between devices: bytes a second in one direction, seconds of a message."""
+
+    bandwidth: Rate
+    latency: Annotated[float, Field(ge=0)]
+
+
+class Efficiency(_Part):
+    """The share of the peak rates that good kernels reach."""
+
+    compute: Annotated[float, Field(gt=0, le=1)]
+    memory: Annotated[float, Field(gt=0, le=1)]
+
+
+class Power(_Part):
+    """Watts."""
+
+    idle: Annotated[float, Field(ge=0)]
+    peak: Rate
+
+
+class Device(_Part):
+    """One device.
+
+    Attributes:
+        peak: operations a second by format of the products, a multiplication and an addition being two; formats that
+            it has no units for are left out.
+        bandwidth, capacity: of its memory, bytes a second and bytes.
+        network: to others like it; None where there is none.
+        overhead: seconds of starting an operator.
+    """
+
+    name: str
+    peak: dict[Compute, Rate]
+    bandwidth: Rate
+    capacity: Rate
+    cache: Cache
+    network: Network | None = None
+    overhead: Annotated[float, Field(ge=0)]
+    efficiency: Efficiency
+    power: Power
+
+    def computes(self, scheme: Scheme | None, bits: int) -> Compute:
+        """The format in which a layer's products are really computed.
+
+        Weights and activations in formats that the device has no units for are converted to the next wider one that
+        it has: INT4 to INT8, FP4 to FP8 to bfloat16, and to the model's own type where only the weights are narrow.
+
+        Args:
+            bits: of the model's own type, 32 or 16.
+        """
+        for each in _widening(scheme):
+            if each in self.peak:
+                return each
+        own: Compute = "float32" if bits == 32 else "bfloat16"
+        return own if own in self.peak else "float32"
+
+
+def _widening(scheme: Scheme | None) -> tuple[Compute, ...]:
+    if scheme is None or scheme.weights is None or scheme.activations is None:
+        return ()
+    kinds = (scheme.weights.kind, scheme.activations.kind)
+    if all(kind.name.startswith("int") for kind in kinds):
+        return ("int4", "int8") if all(kind.bits == 4 for kind in kinds) else ("int8",)
+    if any(kind.name.startswith("int") or kind.values for kind in kinds):
+        return ()
+    return ("fp4", "fp8") if all(kind.bits == 4 for kind in kinds) else ("fp8",)
+
+
+def device_names() -> list[str]:
+    """Names of the devices that come with the package."""
+    folder = resources.files("jointopt.cost") / "devices"
+    return sorted(each.name.removesuffix(".yaml") for each in folder.iterdir() if each.name.endswith(".yaml"))
+
+
+def load_device(name: str) -> Device:
+    """A device by name, or from a YAML file of one's own.
+
+    Raises:
+        JointoptError: no such device, with the nearest name; a file that lacks a figure, which is named.
+    """
+    if name in device_names():
+        text = (resources.files("jointopt.cost") / "devices" / f"{name}.yaml").read_text(encoding="utf-8")
+    elif name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise JointoptError(f"device: {name!r} cannot be read: {error.strerror}") from None
+    else:
+        near = difflib.get_close_matches(name, device_names(), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        allowed = ", ".join(device_names())
+        raise JointoptError(f"device: found {name!r}{hint}; allowed: {allowed}, or a YAML file of one's own")
+    try:
+        return Device.model_validate(_read(text, name))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise JointoptError(f"device: {name!r}: {where}: {first['msg'].lower()}") from None
+
+
+def _read(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JointoptError(f"device: {name!r} is no YAML: {' '.join(str(error).split())}") from None

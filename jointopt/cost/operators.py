@@ -1,0 +1,101 @@
+"""The operators that a network consists of, as their shapes say, and what a model of latency answers about them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from quant.formats import Scheme
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One module's work for one sample, or one of the products of attention.
+
+    Attributes:
+        kind: "linear", "conv", "embedding", "norm", "attention" (its two products), or "cache": reading keys and values
+            of earlier tokens, in whatever runs attention.
+        rows: outputs at each position; of attention, channels of all query heads.
+        columns: inputs at each position (of a convolution, channels); of attention, channels of all key heads.
+        positions: at which it is applied (tokens, output pixels); of attention, queries.
+        context: keys that each query of attention meets; 0 elsewhere.
+        area: of a convolution's kernel.
+        scheme: its number formats, None where it is not quantized.
+        weight_bytes: of what it stores, scales included.
+        bits: of the model's own numbers, 32 or 16.
+        reduces: whether its outputs are partial sums where the width that it reads is spread over several devices.
+        cache_bytes: of keys and values that it reads, for the whole context.
+    """
+
+    kind: str
+    rows: int
+    columns: int
+    positions: float
+    context: float = 0.0
+    area: int = 1
+    scheme: Scheme | None = None
+    weight_bytes: float = 0.0
+    bits: int = 32
+    reduces: bool = False
+    cache_bytes: float = 0.0
+
+    @property
+    def macs(self) -> float:
+        """Products of one sample."""
+        if self.kind == "attention":
+            return 2 * self.positions * self.context * self.rows
+        return self.positions * self.rows * self.columns * self.area if self.kind in ("linear", "conv") else 0.0
+
+    @property
+    def input_bytes(self) -> float:
+        """Of its inputs, in the format that it reads them in."""
+        scheme = self.scheme
+        bits = scheme.activations.bits if scheme is not None and scheme.activations is not None else self.bits
+        if self.kind == "attention":
+            return self.positions * self.rows * self.bits / 8
+        return self.positions * self.columns * bits / 8
+
+    @property
+    def output_bytes(self) -> float:
+        return self.positions * self.rows * self.bits / 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an operator takes, of a whole batch.
+
+    Attributes:
+        seconds: its time.
+        joules: its energy.
+    """
+
+    seconds: float
+    joules: float
+
+
+def described(model: LatencyModel) -> dict[str, Any]:
+    """All that a model's answers depend on, as JSON can hold it."""
+    return asdict(model, dict_factory=_plain)  # type: ignore[call-overload]
+
+
+def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value.model_dump() if hasattr(value, "model_dump") else value for name, value in pairs}
+
+
+class LatencyModel(Protocol):
+    """Says what an operator takes on a device.
+
+    Attributes:
+        source: where its answers come from, as a report says it: "roofline of NVIDIA A100 80GB SXM".
+        batch: samples that are computed together.
+        context: tokens of a sample, None for as many as a calibration sample has.
+        capacity: bytes of memory of all devices together.
+    """
+
+    source: str
+    batch: int
+    context: int | None
+    capacity: float
+
+    def answer(self, operator: Operator) -> Answer:
+        """What `batch` samples of the operator take."""

@@ -1,0 +1,75 @@
+"""Latency and energy by roofline: an operator takes as long as its products or its bytes, whichever is longer.
+
+Williams et al., CACM 52(4), 2009; for the prefill and decoding of language models as in GenZ (arXiv 2406.01698): the
+weights of an operator are read once for a batch, keys and values once for a sequence, intermediate results stay in the
+cache where they fit, and layers that are spread over several devices end in a ring of partial sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jointopt.cost.device import Device
+from jointopt.cost.operators import Answer, Operator
+from quant.errors import JointoptError
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The roofline of one or several devices.
+
+    Attributes:
+        device: see `load_device`.
+        batch: samples that are computed together.
+        context: tokens of a sample, None for as many as a calibration sample has.
+        parallel: devices over which each layer is spread (tensor parallelism).
+    """
+
+    device: Device
+    batch: int = 1
+    context: int | None = None
+    parallel: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "parallel"):
+            if getattr(self, name) < 1:
+                raise JointoptError(f"roofline: {name} {getattr(self, name)}; allowed: 1 or more")
+        if self.parallel > 1 and self.device.network is None:
+            raise JointoptError(
+                f"roofline: parallel {self.parallel}, and {self.device.name} has no network; allowed: 1"
+            )
+
+    @property
+    def source(self) -> str:
+        several = f"{self.parallel} x " if self.parallel > 1 else ""
+        return f"roofline of {several}{self.device.name}"
+
+    @property
+    def capacity(self) -> float:
+        return self.device.capacity * self.parallel
+
+    def answer(self, operator: Operator) -> Answer:
+        device = self.device
+        rate = device.peak[device.computes(operator.scheme, operator.bits)] * device.efficiency.compute
+        operations = 2 * operator.macs * self.batch / self.parallel
+        moved = (operator.input_bytes + operator.output_bytes) * self.batch / self.parallel
+        stored = (operator.weight_bytes + operator.cache_bytes * self.batch) / self.parallel
+        if operator.kind == "embedding":  # only the rows that are looked up are read
+            stored = operator.output_bytes * self.batch / self.parallel
+        fits = moved <= device.cache.capacity
+        reading = stored / (device.bandwidth * device.efficiency.memory)
+        moving = moved / (device.cache.bandwidth if fits else device.bandwidth * device.efficiency.memory)
+        busy = max(operations / rate, reading + moving)
+        started = 0.0 if operator.kind == "cache" else device.overhead
+        seconds = busy + started + self._reducing(operator)
+        joules = device.power.peak * busy + device.power.idle * (seconds - busy)
+        return Answer(seconds, joules * self.parallel)
+
+    def _reducing(self, operator: Operator) -> float:
+        """A ring of partial sums: all but one of the parts pass each device twice."""
+        network = self.device.network
+        if self.parallel == 1 or not operator.reduces or network is None:
+            return 0.0
+        share = 2 * (self.parallel - 1) / self.parallel
+        moved = operator.output_bytes * self.batch * share
+        return moved / network.bandwidth + 2 * (self.parallel - 1) * network.latency
