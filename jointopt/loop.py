@@ -59,7 +59,8 @@ def search(
         supernet: calibrated.
         quality: model -> a number, higher is better, which is the metric "quality"; or model -> a mapping of metrics.
         objectives: names of metrics ("quality", "accuracy", "loss", "kl", "perplexity"), of costs ("size", "macs",
-            "bops", "parameters"; of a super-network with a model of latency "latency", "energy", "peak_memory"), {name: direction} for a metric of one's own, or `Objective`s.
+            "bops", "parameters"; of a super-network with a model of latency "latency", "energy", "peak_memory"),
+            {name: direction} for a metric of one's own, or `Objective`s.
         evaluations: how many genomes the study has in the end, those of earlier runs counted (default: 200, or
             without limit where `minutes` or `patience` is given).
         storage: the study's file; one that exists is gone on with. None keeps it in memory.

@@ -77,7 +77,15 @@ def test_the_config_is_read_and_shows_every_key(tmp_path):
     file = tmp_path / "shown.yaml"
     file.write_text(shown.text)
     config = load_config(file)
-    for section in (config, config.data, config.data.evaluate, config.space, config.train, config.search, config.finish):
+    for section in (
+        config,
+        config.data,
+        config.data.evaluate,
+        config.space,
+        config.train,
+        config.search,
+        config.finish,
+    ):
         for key in type(section).model_fields:
             # Commented lines show what excludes something else.
             assert re.search(rf"\b{key}\b", shown.text), f"{key} is not in the README's config"

@@ -95,8 +95,9 @@ def extremes_table(costs: Mapping[str, Mapping[str, float]]) -> Table:
     """Name of a sub-network -> its costs, one row each."""
     table = Table()
     table.add_column("sub-network")
-    for name in COSTS:
+    there = [name for name in COSTS if any(name in values for values in costs.values())]
+    for name in there:
         table.add_column(Text(label(name)), justify="right")
     for name, values in costs.items():
-        table.add_row(name, *(_shown(values, each) for each in COSTS))
+        table.add_row(name, *(_shown(values, each) for each in there))
     return table
