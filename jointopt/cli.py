@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .config import Config
+    from .report.devices import OnDevice
     from .study import Study
+    from .supernet import Supernet
 
 PICKS = "knee, size_mb=20, drop=0.01, or the number of an evaluation"
 
@@ -107,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "show the front of a finished or running study, and write its HTML report")
     report.add_argument("study", metavar="OUTPUT", help="a run's output folder, or a study's file")
     report.add_argument("-o", "--out", metavar="FILE", help="the HTML file (default: report.html beside the study)")
+    report.add_argument(
+        "--device", action="append", metavar="DEVICE", help="a device to show the front on, by its roofline; repeatable"
+    )
+    report.add_argument("--batch", type=int, default=None, metavar="N", help="samples computed together there")
+    report.add_argument("--context", type=int, default=None, metavar="N", help="tokens of a sample there")
 
     export = command("export", _export, "export any point of a finished or running study")
     export.add_argument("output", metavar="OUTPUT", help="a run's output folder")
@@ -163,17 +170,11 @@ def _space(options: argparse.Namespace) -> int:
 
     config = load_config(options.config)
     stay_offline(config)
-    from search_spaces.defaults import space_for_model
-
-    from .models import empty_model, find_source, model_task
     from .report.quantities import counted
     from .report.terminal import extremes_table, space_table
-    from .supernet import Supernet
 
-    source = find_source(config.model)
-    model = empty_model(source, config.task or model_task(source), config.dtype)
-    space = space_for_model(model, **config.space.options())
-    supernet = Supernet(model, space, transforms=config.transforms or ())
+    supernet = _without_weights(config)
+    space = supernet.space
     console = Console()
     console.print(space_table(space))
     ends = {"largest": supernet.costs(space.largest), "smallest": supernet.costs(space.smallest)}
@@ -186,7 +187,7 @@ def _report(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from .report.page import write_report
-    from .report.terminal import front_table
+    from .report.terminal import device_table, front_table
     from .study import Study
     from .workflow import REPORT, STUDY
 
@@ -194,12 +195,53 @@ def _report(options: argparse.Namespace) -> int:
     file = given / STUDY if given.is_dir() else given
     study = Study.open(file)
     try:
-        path = write_report(study, Path(options.out) if options.out else file.parent / REPORT)
-        Console().print(front_table(study, study.fact("choice", {}).get("genome")))
+        devices = _on_devices(study, file.parent, options) if options.device else []
+        path = write_report(study, Path(options.out) if options.out else file.parent / REPORT, devices=devices)
+        console = Console()
+        console.print(front_table(study, study.fact("choice", {}).get("genome")))
+        for each in devices:
+            console.print(device_table(study, each))
     finally:
         study.close()
     print(f"report: {path}")
     return 0
+
+
+def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list[OnDevice]:
+    """The study's sub-networks on each device that was asked for; no quality is measured again."""
+    from .config import load_config
+    from .cost.device import load_device
+    from .cost.roofline import Roofline
+    from .report.devices import on_device
+    from .workflow import CONFIG, stay_offline
+
+    if not (output / CONFIG).is_file():
+        raise JointoptError(
+            f"--device: {str(output)!r} holds no {CONFIG}, which names the model; allowed: a run's output"
+        )
+    config = load_config(output / CONFIG)
+    given = config.hardware
+    batch = options.batch or (given.batch if given else 1)
+    context = options.context or (given.context if given else None)
+    models = [Roofline(load_device(name), batch, context) for name in options.device]
+    stay_offline(config)
+    supernet = _without_weights(config)
+    supernet.take_shapes(study.fact("shapes"))
+    return [on_device(study, supernet, name, model) for name, model in zip(options.device, models, strict=True)]
+
+
+def _without_weights(config: Config) -> Supernet:
+    """The config's super-network on the meta device: for its space and its costs."""
+    from search_spaces.defaults import space_for_model
+
+    from .models import empty_model, find_source, model_task
+    from .supernet import Supernet
+    from .workflow import latency_of
+
+    source = find_source(config.model)
+    model = empty_model(source, config.task or model_task(source), config.dtype)
+    space = space_for_model(model, **config.space.options())
+    return Supernet(model, space, transforms=config.transforms or (), latency=latency_of(config))
 
 
 def _export(options: argparse.Namespace) -> int:

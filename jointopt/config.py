@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from jointopt.objectives import DIRECTIONS, EVALUATIONS, constraint
+from jointopt.objectives import DIRECTIONS, EVALUATIONS, ON_HARDWARE, constraint
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES
 
@@ -297,6 +297,22 @@ class Finish(_Section):
         return self
 
 
+class Hardware(_Section):
+    """What a sub-network shall run on, by whose roofline latency, energy and peak memory are objectives.
+
+    Attributes:
+        device: the name of one that comes with the package, or a YAML file of one's own.
+        batch: samples that are computed together.
+        context: tokens of a sample (default: as many as a calibration sample has).
+        parallel: devices over which each layer is spread.
+    """
+
+    device: str
+    batch: Positive = 1
+    context: Positive | None = None
+    parallel: Positive = 1
+
+
 class Config(_Section):
     """A whole run; the README shows one by example.
 
@@ -307,6 +323,7 @@ class Config(_Section):
         transforms: changes of the weights that keep the model's function and make it easier to quantize.
         quality: "package.function", model -> float (or a dict of metrics), instead of the task's own metrics.
         constraints: limits on costs and measured objectives, "<= number" or ">= number" by name; size_mb is in 10^6.
+        hardware: what the exported sub-network shall run on; `device` is what this run computes on.
         output: the folder of everything that the run writes.
     """
 
@@ -323,6 +340,7 @@ class Config(_Section):
     constraints: Annotated[dict[str, str], BeforeValidator(_limits)] | None = None
     choose: Annotated[Choose, BeforeValidator(_choice)] = Choose(knee=True)
     finish: Finish | None = None
+    hardware: Hardware | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     output: str
@@ -363,6 +381,9 @@ class Config(_Section):
         names = [entry.name for entry in self.objectives or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"objectives {', '.join(names)}; allowed: each once")
+        wanting = next((name for name in [*names, *(self.constraints or ())] if name in ON_HARDWARE), None)
+        if wanting is not None and self.hardware is None:
+            raise ValueError(f"{wanting} without hardware; allowed: with hardware: {{device: NAME}}")
         return self
 
     def source(self, entry: str, samples: int | None = None) -> DataSource:

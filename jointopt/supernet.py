@@ -30,7 +30,7 @@ from quant.formats import Scheme, scheme
 from quant.kernels import quantize_and_hold
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
-from search_spaces.family import Layer, structural_clone
+from search_spaces.family import Family, Layer, structural_clone
 from search_spaces.precision import gene_names
 from search_spaces.space import Gene, SearchSpace
 
@@ -51,7 +51,7 @@ from .elastic import check_space, fitted_schemes, plan_of, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
 from .ranges import Ranges
 from .repair import Repaired, Repairs
-from .subnetwork import ActivationStatistics, Plan, build, detach, layout
+from .subnetwork import ActivationStatistics, Plan, build, detach, layout, within
 from .transforms import checked, reread, rotated, scale_links
 from .weight_bank import BankedWeight, WeightBank
 
@@ -317,12 +317,24 @@ class Supernet:
 
     def original_costs(self, latency: LatencyModel | None = None) -> dict[str, int | float]:
         """`costs` of the whole, unquantized model, by another model of latency than its own where one is given."""
+        whole = self._original_tables(latency or self.latency)
+        return {name: values[0].item() for name, values in whole.columns(whole.space.smallest).items()}
+
+    def _original_tables(self, latency: LatencyModel | None) -> ShapeCosts:
         model, family = self._declared(self._given)
         only = SearchSpace([Gene(f"{family.layers[0].name}.precision", ("none",))])
         positions = self._costs.positions
-        wanted = latency or self.latency
-        whole = ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), self._leaving, wanted)
-        return {name: values[0].item() for name, values in whole.columns(only.smallest).items()}
+        return ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), self._leaving, latency)
+
+    def breakdown(self, genome: Any) -> list[dict[str, Any]]:
+        """What each operator of a genome's sub-network takes: its module's "path", "kind" and "block", and its part of
+        every cost. Paths are those of the super-network."""
+        return _by_block(self._costs.breakdown(self.space.canonical(genome)), self.family)
+
+    def original_breakdown(self) -> list[dict[str, Any]]:
+        """`breakdown` of the whole, unquantized model."""
+        whole = self._original_tables(self.latency)
+        return _by_block(whole.breakdown(whole.space.smallest), whole.family)
 
     def cost_columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """`costs` of many genomes at once: name -> one value a row of `genomes`."""
@@ -437,6 +449,13 @@ class Supernet:
         self._scaled = record.get("scaled", False)
         self._condition_space()
         self._forget()
+
+
+def _by_block(records: list[dict[str, Any]], family: Family) -> list[dict[str, Any]]:
+    paths = {block.path: block.name for block in family.blocks}
+    for record in records:
+        record["block"] = next((name for path, name in paths.items() if within(record["path"], path)), None)
+    return records
 
 
 def _own_copy(model: nn.Module) -> nn.Module:

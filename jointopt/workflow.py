@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .checkpoint.verification import Verification
+    from .cost.roofline import Roofline
     from .evaluation import Batch, Quality
     from .finishing import Finished, Finishing
     from .models import LoadedModel
@@ -81,6 +82,7 @@ def prepare(config: Config) -> Prepared:
     from .models import import_function, load_model
     from .tasks import TASKS
 
+    latency_of(config)
     function = import_function(config.quality) if config.quality else None
     loaded = load_model(config.model, config.task, config.device, config.dtype)
     if loaded.untrained and config.train is None:
@@ -107,6 +109,21 @@ def prepare(config: Config) -> Prepared:
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
     unseen = scored_on("test") if config.data.test is not None else None
     return Prepared(loaded, task, quality, objectives, inputs, train, unseen)
+
+
+def latency_of(config: Config) -> Roofline | None:
+    """What answers for time, energy and memory on the config's hardware.
+
+    Raises:
+        JointoptError: an unknown device, a file that lacks a figure, a context for a model that reads no tokens.
+    """
+    from .cost.device import load_device
+    from .cost.roofline import Roofline
+
+    if config.hardware is None:
+        return None
+    wanted = config.hardware
+    return Roofline(load_device(wanted.device), wanted.batch, wanted.context, wanted.parallel)
 
 
 def _objectives(config: Config, task: Task) -> dict[str, str]:
@@ -151,7 +168,8 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     space = space_for_model(model, **config.space.options())
     if space.count() == 1:
         raise JointoptError("space: holds one genome, so there is nothing to search; allowed: two or more")
-    supernet = Supernet(model, space, repair=config.repair, transforms=config.transforms or ())
+    transforms = config.transforms or ()
+    supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
     if config.train is None:
         supernet.calibrate(prepared.inputs)
         return supernet
@@ -328,7 +346,8 @@ def note_choice(
     """Records the chosen genome in the study, with what the report draws of it."""
     rounding = finished.rounding if finished else NEAREST
     layers = {"layers": supernet.layout(genome), "full_layers": supernet.layout(supernet.space.largest)}
-    study.note("choice", {"genome": genome.tolist(), "wanted": dict(wanted), "rounding": rounding, **layers})
+    spent = {"spent": supernet.breakdown(genome), "full_spent": supernet.original_breakdown()}
+    study.note("choice", {"genome": genome.tolist(), "wanted": dict(wanted), "rounding": rounding, **layers, **spent})
 
 
 def finished_genome(

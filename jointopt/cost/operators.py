@@ -92,10 +92,17 @@ class LatencyModel(Protocol):
         capacity: bytes of memory of all devices together.
     """
 
-    source: str
-    batch: int
-    context: int | None
-    capacity: float
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def context(self) -> int | None: ...
+
+    @property
+    def capacity(self) -> float: ...
 
     def answer(self, operator: Operator) -> Answer:
         """What `batch` samples of the operator take."""

@@ -56,9 +56,9 @@ class Roofline:
         stored = (operator.weight_bytes + operator.cache_bytes * self.batch) / self.parallel
         if operator.kind == "embedding":  # only the rows that are looked up are read
             stored = operator.output_bytes * self.batch / self.parallel
-        fits = moved <= device.cache.capacity
-        reading = stored / (device.bandwidth * device.efficiency.memory)
-        moving = moved / (device.cache.bandwidth if fits else device.bandwidth * device.efficiency.memory)
+        reach = device.bandwidth * device.efficiency.memory
+        beyond = max(moved - device.cache.capacity, 0.0)
+        reading, moving = stored / reach, beyond / reach + (moved - beyond) / device.cache.bandwidth
         busy = max(operations / rate, reading + moving)
         started = 0.0 if operator.kind == "cache" else device.overhead
         seconds = busy + started + self._reducing(operator)

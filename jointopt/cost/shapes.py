@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,6 +125,7 @@ class ShapeCosts:
         tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
         tables += [self._attention(width) for width in family.widths if width.attention]
         tables += [self._cache(cache) for cache in family.caches]
+        self.tables = tables
         self._join(tables)
 
     def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
@@ -144,7 +146,7 @@ class ShapeCosts:
                 found["peak_memory"] += found["cache"] * round(self._tokens * self._scale) * self.latency.batch
         return found
 
-    def breakdown(self, genome: np.ndarray) -> list[dict[str, float | str]]:
+    def breakdown(self, genome: np.ndarray) -> list[dict[str, Any]]:
         """Of each operator of one genome: its module's path, and its share of every measure."""
         padded = np.pad(np.atleast_2d(genome), ((0, 0), (0, 1)))
         index = (self._first + (padded[:, self._genes] * self._strides).sum(-1))[0]

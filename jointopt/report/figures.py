@@ -55,7 +55,7 @@ def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequenc
         picked = frame[frame["genome"] == tuple(chosen)]
         marker = {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}
         _add_points(figure, study.space, picked, across, up, "chosen", marker)
-    _style(figure, label(across.name), f"{label(up.name)} ({_better(up)})", height=470)
+    style(figure, label(across.name), f"{label(up.name)} ({_better(up)})", height=470)
     figure.update_xaxes(title_text=f"{label(across.name)} ({_better(across)})")
     for axis, objective in (("xaxis", across), ("yaxis", up)):
         if _spans(frame, objective):
@@ -148,7 +148,7 @@ def layers_figure(layers: Layers, full: Layers | None) -> go.Figure:
         common |= {"hoverinfo": "text", "name": escape(str(scheme)), "legendgroup": str(scheme)}
         figure.add_bar(y=shares, row=1, col=1, **common)
         figure.add_bar(y=[kept[path]["bits"] for path in at], row=2, col=1, showlegend=False, **common)
-    _style(figure, None, None, height=480)
+    style(figure, None, None, height=480)
     figure.update_layout(barmode="overlay", bargap=0.12)
     figure.update_yaxes(title_text="weights kept (%)", range=[0, 104], row=1, col=1)
     figure.update_yaxes(title_text="bits a weight", rangemode="tozero", row=2, col=1)
@@ -211,7 +211,7 @@ def predictions_figure(study: Study) -> go.Figure | None:
         )
         figure.update_xaxes(title_text=f"{label(objective.name)}, predicted", row=1, col=index)
         figure.update_yaxes(title_text=f"{label(objective.name)}, measured", row=1, col=index)
-    _style(figure, None, None, height=400)
+    style(figure, None, None, height=400)
     figure.update_layout(showlegend=False, margin_t=50)
     return figure
 
@@ -228,11 +228,11 @@ def hypervolume_figure(study: Study) -> go.Figure | None:
     history = study.hypervolume_history() / np.prod([scale(objective.name) for objective in study.objectives])
     figure = go.Figure(go.Scatter(x=np.arange(1, len(history) + 1), y=history, line={"color": BLUE, "shape": "hv"}))
     figure.update_traces(hovertemplate="after %{x} evaluations<br>%{y:.5g}<extra></extra>")
-    _style(figure, "evaluations", "hypervolume", height=320)
+    style(figure, "evaluations", "hypervolume", height=320)
     return figure
 
 
-def _style(figure: go.Figure, across: str | None, up: str | None, height: int) -> None:
+def style(figure: go.Figure, across: str | None, up: str | None, height: int) -> None:
     figure.update_layout(
         template="plotly_white",
         height=height,

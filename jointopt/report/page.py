@@ -18,8 +18,10 @@ from jointopt.rescoring import rescored
 from jointopt.study import Study
 from quant.errors import JointoptError
 
+from .devices import OnDevice, device_figure
 from .figures import Layers, front_figure, hypervolume_figure, layers_figure, predictions_figure
 from .quantities import axes, counted, label, on_unseen, scale, written
+from .spent import spent_figure
 from .template import PAGE, SCRIPT, STYLE
 
 
@@ -31,6 +33,7 @@ def write_report(
     layers: Layers | None = None,
     full_layers: Layers | None = None,
     title: str | None = None,
+    devices: Sequence[OnDevice] = (),
 ) -> Path:
     """Writes the report of a finished or a running study.
 
@@ -40,6 +43,7 @@ def write_report(
         chosen: genome to be marked and drawn (default: the one that the study has recorded as its "choice", if any).
         layers, full_layers: `Supernet.layout` of the chosen and of the largest genome (default: as recorded).
         title: heading (default: the model's name in the study's config).
+        devices: the study's sub-networks on devices (`report.devices.on_device`), each with its front and its choice.
 
     Returns:
         The path.
@@ -54,7 +58,8 @@ def write_report(
             chosen = choice.get("genome")
         same = chosen is not None and list(map(int, chosen)) == choice.get("genome")
         layers = layers or (choice.get("layers") if same else None)
-        html = _page(opened, chosen, layers, full_layers or choice.get("full_layers"), title)
+        spent = (choice.get("spent"), choice.get("full_spent")) if same else (None, None)
+        html = _page(opened, chosen, layers, full_layers or choice.get("full_layers"), title, spent, devices)
     finally:
         if opened is not study:
             opened.close()
@@ -79,6 +84,8 @@ def _page(
     layers: Layers | None,
     full: Layers | None,
     title: str | None,
+    spent: tuple[Layers | None, Layers | None],
+    devices: Sequence[OnDevice],
 ) -> str:
     picked = None if chosen is None else tuple(map(int, chosen))
     config = study.config
@@ -95,6 +102,13 @@ def _page(
             "<h2>The chosen sub-network, layer by layer</h2><p>How much of each layer stays, and in which format; an "
             "empty place is a layer that has left.</p>" + _plot(layers_figure(layers, full), "layers")
         )
+    if spent[0] and spent[1]:
+        sections.append(
+            "<h2>Where it spends time and bytes</h2><p>Each block of the chosen sub-network by kind of operator; "
+            f"behind it, in grey, the original's.{_time_source(study)}</p>"
+            + _plot(spent_figure(spent[0], spent[1]), "spent")
+        )
+    sections += [_device_section(study, each, at) for at, each in enumerate(devices)]
     predictions = predictions_figure(study)
     if predictions is not None:
         sections.append(
@@ -161,6 +175,24 @@ def _front_section(study: Study, picked: tuple[int, ...] | None) -> str:
         "<h2>The front</h2><p>Each point is a sub-network that was really measured. Hover over one to see its genome, "
         "click to keep it; choices other than the largest model's are coloured.</p>"
         f'<div class="split front"><div>{plots}</div><div class="scroll" id="genome"></div></div>'
+    )
+
+
+def _time_source(study: Study) -> str:
+    """Where times come from, where there are any."""
+    given = study.config.get("latency")
+    if not given:
+        return " Times were not asked for; MACs stand for them."
+    several = f"{given['parallel']} x " if given["parallel"] > 1 else ""
+    context = f", context {given['context']}" if given.get("context") else ""
+    return f" Times are by the roofline of {several}{escape(given['device']['name'])}, batch {given['batch']}{context}."
+
+
+def _device_section(study: Study, on: OnDevice, at: int) -> str:
+    return (
+        f"<h2>On another device: {escape(on.name)}</h2><p>The {escape(on.source)}: the same evaluations, with the "
+        "times that they would take there. Quality was not measured again.</p>"
+        + _plot(device_figure(study, on), f"device{at}")
     )
 
 

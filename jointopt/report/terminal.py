@@ -12,6 +12,7 @@ from jointopt.rescoring import rescored
 from jointopt.study import Study
 from search_spaces.space import SearchSpace
 
+from .devices import OnDevice
 from .quantities import COSTS, label, on_unseen, scale
 
 ROWS = 30
@@ -52,6 +53,24 @@ def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) 
         table.add_row(Text(f"the {name}"), *values)
     if picked is not None:
         table.caption = "* chosen"
+    return table
+
+
+def device_table(study: Study, on: OnDevice) -> Table:
+    """The front of a study on a device, from fast to slow."""
+    quality = study.quality.name
+    names = [quality, *on.measures, "size"]
+    table = Table(title=Text(f"{on.source}: front of {quality} and {on.measures[0]}"))
+    table.add_column("evaluation", justify="right")
+    for name in names:
+        table.add_column(Text(label(name)), justify="right")
+    for row in on.front.to_dict("records"):
+        mark = " *" if row["genome"] == on.chosen else ""
+        values = (_shown(row, name) for name in names)
+        table.add_row(f"{row['number']}{mark}", *values, style="bold" if mark else None)
+    table.add_section()
+    table.add_row("the original", *(_shown(on.original, name) for name in names))
+    table.caption = "* chosen"
     return table
 
 

@@ -43,7 +43,7 @@ from jointopt.training.elastic import gradients_of, task_loss
 from jointopt.training.loop import endless, schedule
 from jointopt.training.sampling import Sandwich, Uniform, step_seed
 
-STEPS = {"digits_vit": 240, "digits_resnet": 240, "minilm": 160, "smollm2": 24}
+STEPS = {"digits_vit": 240, "digits_resnet": 240, "minilm": 400, "smollm2": 24}
 ARMS = {
     "plain": Recipe(Uniform(0)),
     "sandwich": Recipe(distillation=None),

@@ -1,0 +1,80 @@
+"""A cost as a function of choice probabilities, with gradients (ProxylessNAS, arXiv 1812.00332, equation 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from jointopt.subnetwork import within
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.cost.shapes import ShapeCosts
+    from jointopt.supernet import Supernet
+
+
+def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: str) -> Tensor:
+    """The expected value of an additive cost where each gene is drawn by itself.
+
+    Exact for spaces of widths and formats: each module's cost depends on three genes at most, so that its expectation
+    is a sum over their choices. Where blocks can leave, each module counts with the probability that its block stays.
+
+    Args:
+        probabilities: for each gene of the space a tensor [choices] that sums to 1.
+        measure: "size", "macs", "bops", "parameters", "latency", "energy", "decode_latency", ...
+
+    Returns:
+        A scalar, float64, through which gradients reach the probabilities.
+
+    Raises:
+        JointoptError: an unknown measure, one that is no sum (peak_memory), probabilities of another shape.
+    """
+    tables = supernet.costs_by(supernet.latency)
+    if measure not in tables.measures or measure == "activation":
+        allowed = ", ".join(name for name in tables.measures if name != "activation")
+        raise JointoptError(f"expected_cost: found {measure!r}; allowed: {allowed}")
+    genes = supernet.space.genes
+    if [tuple(each.shape) for each in probabilities] != [(len(gene.choices),) for gene in genes]:
+        raise JointoptError(
+            f"expected_cost: found {len(probabilities)} tensors; allowed: one [choices] for each of {len(genes)} genes"
+        )
+    known = dict(zip(supernet.space.names, (each.double() for each in probabilities), strict=True))
+    by_index = list(known.values())
+    total = torch.zeros((), dtype=torch.float64)
+    for table in tables.tables:
+        value = torch.as_tensor(table.values[measure], dtype=torch.float64)
+        value = value @ by_index[table.precision] if table.precision is not None else value.sum(-1)
+        rows, columns = table.rows.gene, table.columns.gene
+        if rows is not None and rows == columns:
+            value = value.diagonal() @ by_index[rows]
+        else:
+            value = value @ by_index[columns] if columns is not None else value.sum(-1)
+            value = value @ by_index[rows] if rows is not None else value.sum(-1)
+        total = total + value * _stays(table.path, tables, known)
+    return total
+
+
+def _stays(path: str, tables: ShapeCosts, known: Mapping[str, Tensor]) -> Tensor:
+    """The probability that a module's block stays, and its branch."""
+    found = torch.ones((), dtype=torch.float64)
+    choices = {gene.name: gene.choices for gene in tables.space.genes}
+
+    def kept(gene: str) -> Tensor | float:
+        return known[gene][choices[gene].index(True)] if gene in known else 1.0
+
+    for block in tables.family.blocks:
+        if not within(path, block.path):
+            continue
+        found = found * kept(f"{block.name}.keep")
+        if block.removable and block.stage in known:
+            total = len(tables.family.stages()[block.stage])
+            left = tables.leaving[block.stage].index(block.name)
+            stay = torch.tensor([float(left >= total - count) for count in choices[block.stage]], dtype=torch.float64)
+            found = found * (stay @ known[block.stage])
+        for branch in block.branches:
+            if any(within(path, each) for each in branch.replacements):
+                found = found * kept(f"{block.name}.{branch.kind}.keep")
+    return found

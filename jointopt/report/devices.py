@@ -1,0 +1,103 @@
+"""One study on many devices: its evaluations with the times that they would take there, their front, and a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from jointopt.choice import best_of, front_of
+from jointopt.objectives import Objective
+from jointopt.study import Study
+from quant.errors import JointoptError
+
+from .figures import BLUE, GRAY, GREEN, ORANGE, style
+from .quantities import label, scale, written
+
+if TYPE_CHECKING:
+    from jointopt.cost.operators import LatencyModel
+    from jointopt.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A study's sub-networks on a device.
+
+    Attributes:
+        name: as it was asked for.
+        source: where its times come from.
+        measures: of the times, the one that the front is of first: of language models that of one more token.
+        rows: all evaluations that fit into its memory, with the device's costs.
+        front: those that are not dominated in quality and the first measure, fast ones first.
+        chosen: genome of the front's knee.
+        original: quality and costs of the original there.
+    """
+
+    name: str
+    source: str
+    measures: tuple[str, ...]
+    rows: pd.DataFrame
+    front: pd.DataFrame
+    chosen: tuple[int, ...]
+    original: Mapping[str, float]
+
+
+def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) -> OnDevice:
+    """Puts a study on a device.
+
+    Args:
+        supernet: of the study's model and space, with its order of blocks; its weights are not looked at.
+
+    Raises:
+        JointoptError: no evaluation, or none that fits into the device's memory.
+    """
+    rows = study.evaluations()
+    rows = rows[rows["failed"].isna()] if len(rows) else rows
+    if rows.empty:
+        raise JointoptError("report: the study has no evaluation yet")
+    columns = supernet.costs_by(model).columns(np.array(rows["genome"].tolist(), dtype=np.int64))
+    rows = rows.assign(**columns)
+    fits = rows["peak_memory"] <= model.capacity
+    if not fits.any():
+        raise JointoptError(
+            f"device {name!r}: the smallest sub-network takes {rows['peak_memory'].min() / 1e9:.4g} GB; "
+            f"{model.source} has {model.capacity / 1e9:.4g} GB"
+        )
+    rows = rows[fits]
+    measures = ("decode_latency", "latency", "energy") if "decode_latency" in columns else ("latency", "energy")
+    wanted = [study.quality, Objective(measures[0], "min")]
+    front = front_of(rows, wanted).sort_values(measures[0])
+    chosen = tuple(best_of(rows, wanted, None, knee=True).tolist())
+    original = {**study.baselines.get("original", {}), **supernet.original_costs(model)}
+    return OnDevice(name, model.source, (*measures, "peak_memory"), rows, front, chosen, original)
+
+
+def device_figure(study: Study, on: OnDevice) -> go.Figure:
+    """All evaluations in quality and the device's first measure, the front, the original, and the choice."""
+    across, up = on.measures[0], study.quality.name
+    figure = go.Figure()
+    original = pd.DataFrame([{"number": "the original", **on.original}])
+    picked = on.rows[on.rows["genome"] == on.chosen]
+    for rows, name, mode, marker in (
+        (on.rows, f"evaluated ({len(on.rows)})", "markers", {"color": GRAY, "size": 7}),
+        (on.front, f"front ({len(on.front)})", "lines+markers", {"color": BLUE, "size": 9}),
+        (original, "the original", "markers", {"color": GREEN, "size": 14, "symbol": "star"}),
+        (picked, "chosen", "markers", {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}),
+    ):
+        if across in rows and up in rows:
+            told = [
+                f"<b>{row['number']}</b><br>{escape(up)}: {written(up, row[up])}<br>"
+                f"{label(across)}: {row[across] / scale(across):,.4g}"
+                for row in rows.to_dict("records")
+            ]
+            figure.add_scatter(
+                x=rows[across] / scale(across), y=rows[up] / scale(up), name=name, mode=mode, marker=marker,
+                text=told, hovertemplate="%{text}<extra></extra>", line={"color": BLUE, "width": 1.5, "shape": "hv"},
+            )  # fmt: skip
+    style(figure, label(across), label(up), height=420)
+    return figure

@@ -1,0 +1,263 @@
+"""Latency, energy and memory by roofline: what devices say, how operators add up, and reports for many devices."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jointopt
+from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
+from jointopt.cost.device import device_names
+from jointopt.cost.expected import expected_cost
+from jointopt.cost.operators import Operator
+from jointopt.report.devices import on_device
+from quant.formats import scheme
+from tests.zoo import MODELS, batches, make
+
+FAST = Roofline(load_device("h100"))
+
+
+def supernet_of(name: str, latency=FAST, **options) -> Supernet:
+    model = make(name)
+    options = {"schemes": ["none", "W8A8", "W4A16", "FP8_DYNAMIC"], **options}
+    supernet = Supernet(model, SearchSpace.for_model(model, **options), latency=latency)
+    supernet.calibrate(batches(name))
+    return supernet
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_a_device_that_comes_with_the_package_is_whole_and_says_where_from(name):
+    device = load_device(name)
+    assert device.peak["float32"] <= max(device.peak.values())
+    assert device.efficiency.memory <= 1 and device.power.idle < device.power.peak
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "expected"),
+    [
+        ("a100", "FP8_DYNAMIC", "bfloat16"),
+        ("a100", "W8A8", "int8"),
+        ("a100", "W4A4", "int4"),
+        ("h100", "W4A4", "int8"),
+        ("h100", "FP8_DYNAMIC", "fp8"),
+        ("h100", "NVFP4", "fp8"),
+        ("b200", "NVFP4", "fp4"),
+        ("b200", "W4A16", "bfloat16"),
+        ("cpu-avx2", "NVFP4", "float32"),
+        ("orin", "BNB_NF4", "bfloat16"),
+    ],
+)
+def test_a_format_that_a_device_lacks_is_computed_in_the_next_wider_one(device, name, expected):
+    assert load_device(device).computes(scheme(name), 16) == expected
+
+
+def test_a_device_of_one_s_own_is_read_and_a_missing_figure_is_named(tmp_path):
+    content = load_device("l4").model_dump()
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert load_device(str(path)) == load_device("l4")
+    del content["cache"]["bandwidth"]
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(JointoptError, match=r"mine\.yaml.*cache\.bandwidth: field required"):
+        load_device(str(path))
+    path.write_text("name: [")
+    with pytest.raises(JointoptError, match="no YAML"):
+        load_device(str(path))
+    with pytest.raises(JointoptError, match="cannot be read"):
+        load_device(str(tmp_path / "other.yaml"))
+    with pytest.raises(JointoptError, match="did you mean 'h100'"):
+        load_device("h1000")
+
+
+linears = st.builds(
+    Operator,
+    kind=st.just("linear"),
+    rows=st.integers(1, 4096),
+    columns=st.integers(1, 4096),
+    positions=st.floats(1, 4096),
+    weight_bytes=st.floats(1, 1e8),
+)
+
+
+@given(linears, st.integers(1, 64))
+def test_a_larger_batch_takes_no_less(operator, batch):
+    one, many = (Roofline(FAST.device, n).answer(operator) for n in (1, batch))
+    assert one.seconds <= many.seconds * (1 + 1e-9) and one.joules <= many.joules * (1 + 1e-9)
+
+
+@given(linears, st.sampled_from(device_names()))
+def test_no_operator_beats_the_peak_or_the_bandwidth(operator, name):
+    device = load_device(name)
+    seconds = Roofline(device).answer(operator).seconds
+    assert seconds >= 2 * operator.macs / max(device.peak.values())
+    assert seconds >= operator.weight_bytes / device.bandwidth
+
+
+@given(linears)
+def test_two_devices_are_faster_but_for_what_they_send_each_other(operator):
+    alone, both = (Roofline(FAST.device, 8, parallel=n).answer(operator).seconds for n in (1, 2))
+    assert both <= alone
+    sending = Roofline(FAST.device, 8, parallel=2).answer(replace(operator, reduces=True)).seconds
+    assert sending > both
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_smaller_sub_networks_are_no_slower_and_the_parts_add_up(name):
+    supernet = supernet_of(name)
+    small, large = (supernet.costs(genome) for genome in (supernet.space.smallest, supernet.space.largest))
+    for measure in ("latency", "energy", "peak_memory"):
+        assert 0 < small[measure] <= large[measure] * (1 + 1e-9)
+    for genome in supernet.space.sample(3, seed=0):
+        parts = supernet.breakdown(genome)
+        assert sum(part["latency"] for part in parts) == pytest.approx(supernet.costs(genome)["latency"])
+        assert sum(part["size"] for part in parts) == supernet.costs(genome)["size"]
+
+
+def test_latency_is_that_of_each_operator_alone():
+    """Of a ViT on one device, added up by hand."""
+    supernet = supernet_of("vit", schemes=["none"])
+    hidden, mlp, tokens = 128, 256, 17
+    model = Roofline(FAST.device)
+
+    def seconds(kind, rows, columns, positions, stored, **more):
+        return model.answer(Operator(kind, rows, columns, positions, weight_bytes=4 * stored, **more)).seconds
+
+    block = 4 * seconds("linear", hidden, hidden, tokens, hidden**2)
+    block += seconds("linear", mlp, hidden, tokens, hidden * mlp) + seconds("linear", hidden, mlp, tokens, hidden * mlp)
+    block += 2 * seconds("norm", hidden, hidden, tokens, hidden)
+    held = 2 * hidden * tokens * 4
+    block += seconds("attention", hidden, hidden, tokens, 0, context=tokens, cache_bytes=held)
+    total = 3 * block + seconds("norm", hidden, hidden, tokens, hidden) + seconds("linear", 5, hidden, 1, 5 * hidden)
+    total += seconds("conv", hidden, 3, 16, 3 * 16 * hidden, area=16)
+    assert supernet.costs(supernet.space.largest)["latency"] == pytest.approx(total, rel=1e-9)
+
+
+def test_a_longer_context_costs_more_and_a_quantized_cache_less():
+    short, long = (supernet_of("llama_tied", Roofline(FAST.device, 4, n)) for n in (64, 4096))
+    whole = short.space.largest
+    for measure in ("latency", "decode_latency", "peak_memory"):
+        assert short.costs(whole)[measure] < long.costs(whole)[measure]
+    assert long.costs(whole)["decode_latency"] < long.costs(whole)["latency"] / 100
+    held = supernet_of("llama_tied", Roofline(FAST.device, 4, 4096), caches=["INT8", "none"])
+    genomes = [
+        held.space.encode(
+            {**dict(held.space.decode(held.space.largest)), **{f"block{i}.cache": form for i in range(3)}}
+        )
+        for form in ("none", "INT8")
+    ]
+    plain, quantized = (held.costs(genome) for genome in genomes)
+    assert quantized["decode_latency"] < plain["decode_latency"]
+    assert quantized["peak_memory"] < plain["peak_memory"]
+
+
+def test_a_search_has_latency_as_an_objective_and_records_where_it_comes_from(tmp_path):
+    supernet = supernet_of("vit")
+    study = jointopt.search(
+        supernet, lambda m: 1.0, ["quality", "latency"], evaluations=6, storage=tmp_path / "study.db"
+    )
+    assert study.config["latency"]["device"]["name"] == "NVIDIA H100 80GB SXM"
+    assert (study.evaluations()["latency"] > 0).all()
+    study.close()
+    other = supernet_of("vit", Roofline(load_device("a100")))
+    with pytest.raises(JointoptError, match="latency"):
+        jointopt.search(other, lambda m: 1.0, ["quality", "latency"], evaluations=6, storage=tmp_path / "study.db")
+
+
+def test_what_does_not_fit_into_the_memory_is_no_choice(tmp_path):
+    supernet = supernet_of("vit")
+    sizes = [supernet.costs(genome)["peak_memory"] for genome in (supernet.space.smallest, supernet.space.largest)]
+    device = FAST.device.model_copy(update={"capacity": sum(sizes) / 2})
+    study = jointopt.search(supernet_of("vit", Roofline(device)), lambda m: 1.0, ["quality", "size"], evaluations=20)
+    assert (study.evaluations()["peak_memory"] <= sum(sizes) / 2).all()
+    tiny = FAST.device.model_copy(update={"capacity": sizes[0] / 2})
+    with pytest.raises(JointoptError, match=r"the smallest sub-network takes .* GB, roofline of NVIDIA H100"):
+        jointopt.search(supernet_of("vit", Roofline(tiny)), lambda m: 1.0, ["quality", "size"], evaluations=20)
+
+
+def test_one_study_on_many_devices_measures_no_quality_again(tmp_path):
+    supernet = supernet_of("llama_tied", None)
+    calls = []
+    study = jointopt.search(supernet, lambda m: float(len(calls) or calls.append(1) or 1), evaluations=8)
+    asked = len(calls)
+    model = make("llama_tied").to("meta")
+    bare = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16", "FP8_DYNAMIC"]))
+    bare.take_shapes(json.loads(json.dumps(study.fact("shapes"))))
+    found = [on_device(study, bare, name, Roofline(load_device(name), 2, 512)) for name in ("h100", "orin")]
+    assert len(calls) == asked
+    for each, name in zip(found, ("h100", "orin"), strict=True):
+        genome = np.array(each.chosen)
+        with_weights = supernet.costs_by(Roofline(load_device(name), 2, 512)).columns(genome[None])
+        row = each.rows[each.rows["genome"] == each.chosen].iloc[0]
+        assert row["decode_latency"] == pytest.approx(with_weights["decode_latency"][0])
+        assert each.chosen in set(each.front["genome"])
+    assert found[0].front["decode_latency"].min() < found[1].front["decode_latency"].min()
+    page = jointopt.write_report(study, tmp_path / "report.html", devices=found).read_text()
+    assert "On another device: orin" in page and "Jetson AGX Orin" in page
+
+
+def one_hot(space: SearchSpace, genome) -> list[torch.Tensor]:
+    sizes = [len(gene.choices) for gene in space.genes]
+    return [torch.eye(size, dtype=torch.float64)[at] for size, at in zip(sizes, genome, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["vit", "llama_tied", "resnet"])
+def test_expected_cost_of_a_certain_choice_is_its_cost(name):
+    supernet = supernet_of(name)
+    for genome in supernet.space.sample(4, seed=2):
+        found = float(expected_cost(supernet, one_hot(supernet.space, genome), "latency"))
+        assert found == pytest.approx(supernet.costs(genome)["latency"])
+
+
+def test_expected_cost_is_the_mean_over_genomes():
+    model = make("vit")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"], depth=[2, 3], mlp=[128, 256], precision_per="block")
+    supernet = Supernet(model, space, latency=FAST)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [len(gene.choices) for gene in space.genes]
+    free = [torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+    def value() -> torch.Tensor:
+        return expected_cost(supernet, [each.softmax(0) for each in free], "latency")
+
+    chances = [each.detach().softmax(0).numpy() for each in free]
+    every = np.array(list(np.ndindex(*sizes)))
+    weights = np.prod([chance[every[:, at]] for at, chance in enumerate(chances)], axis=0)
+    assert float(value()) == pytest.approx(weights @ supernet.cost_columns(every)["latency"])
+
+
+def test_expected_cost_has_the_gradient_of_finite_differences():
+    model = make("vit")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"], depth=[2, 3], mlp=[128, 256], precision_per="block")
+    supernet = Supernet(model, space, latency=FAST)
+    generator = torch.Generator().manual_seed(1)
+    free = [
+        torch.randn(len(gene.choices), generator=generator, dtype=torch.float64, requires_grad=True)
+        for gene in space.genes
+    ]
+
+    def microseconds(*each: torch.Tensor) -> torch.Tensor:
+        return 1e6 * expected_cost(supernet, [one.softmax(0) for one in each], "latency")
+
+    assert torch.autograd.gradcheck(microseconds, free)
+
+
+def test_impossible_hardware_is_refused():
+    for match, call in {
+        "batch 0": lambda: Roofline(FAST.device, 0),
+        "has no network": lambda: Roofline(load_device("orin"), parallel=2),
+        "context: found 128, and a vit reads no tokens": lambda: supernet_of(
+            "vit", Roofline(FAST.device, 1, 128)
+        ).original_costs(),
+    }.items():
+        with pytest.raises(JointoptError, match=match):
+            call()
+    plain = supernet_of("vit", None)
+    with pytest.raises(JointoptError, match="objective 'latency': found no hardware"):
+        jointopt.search(plain, lambda m: 1.0, ["quality", "latency"], evaluations=2)
