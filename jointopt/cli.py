@@ -119,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("output", metavar="OUTPUT", help="a run's output folder")
     export.add_argument("--pick", required=True, metavar="POINT", help=PICKS)
     export.add_argument("--to", metavar="FOLDER", help="the folder to be made (default: OUTPUT/export)")
+    export.add_argument(
+        "--target", choices=("transformers", "onnxruntime"), help="the library that it is for (default: the config's)"
+    )
     export.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
 
     verify = command(
@@ -240,7 +243,7 @@ def _without_weights(config: Config) -> Supernet:
 
     source = find_source(config.model)
     model = empty_model(source, config.task or model_task(source), config.dtype)
-    space = space_for_model(model, **config.space.options())
+    space = space_for_model(model, **config.space_options())
     return Supernet(model, space, transforms=config.transforms or (), latency=latency_of(config))
 
 
@@ -277,7 +280,8 @@ def _export(options: argparse.Namespace) -> int:
         finished = finished_genome(config, supernet, study, genome, prepared)
         if folder == output / EXPORT:
             note_choice(study, supernet, genome, pick, finished)
-        export_genome(supernet, study, genome, finished, folder, prepared, options.overwrite)
+        target = options.target or config.target
+        export_genome(supernet, study, genome, finished, folder, prepared, options.overwrite, target)
     finally:
         study.close()
     print(f"exported: {folder}; check it: python -m jointopt verify {folder}" + _config_option(folder, output))

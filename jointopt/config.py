@@ -24,6 +24,7 @@ from quant.formats import SCHEMES
 
 from .config_complaints import described, dotted, one_line
 from .rows import DataSource
+from .targets import TARGETS, check_schemes
 from .transforms import TRANSFORMS
 
 TASKS = ("text-classification", "image-classification", "causal-lm")
@@ -323,6 +324,7 @@ class Config(_Section):
         transforms: changes of the weights that keep the model's function and make it easier to quantize.
         quality: "package.function", model -> float (or a dict of metrics), instead of the task's own metrics.
         constraints: limits on costs and measured objectives, "<= number" or ">= number" by name; size_mb is in 10^6.
+        target: the library that the export is for; "onnxruntime" narrows the number formats to those that it computes.
         hardware: what the exported sub-network shall run on; `device` is what this run computes on.
         output: the folder of everything that the run writes.
     """
@@ -340,6 +342,7 @@ class Config(_Section):
     constraints: Annotated[dict[str, str], BeforeValidator(_limits)] | None = None
     choose: Annotated[Choose, BeforeValidator(_choice)] = Choose(knee=True)
     finish: Finish | None = None
+    target: Literal["transformers", "onnxruntime"] = "transformers"
     hardware: Hardware | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -381,10 +384,25 @@ class Config(_Section):
         names = [entry.name for entry in self.objectives or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"objectives {', '.join(names)}; allowed: each once")
+        wanted = TARGETS[self.target]
+        try:
+            check_schemes(wanted, self.space.schemes or ())
+        except JointoptError as error:
+            raise ValueError(f"space.schemes: {error}") from None
+        if self.space.caches and not wanted.caches:
+            raise ValueError(f"space.caches with target {wanted.name}; allowed: leave them out")
+        if self.dtype not in ("auto", *wanted.dtypes):
+            raise ValueError(f"dtype {self.dtype} with target {wanted.name}; allowed: {', '.join(wanted.dtypes)}")
         wanting = next((name for name in [*names, *(self.constraints or ())] if name in ON_HARDWARE), None)
         if wanting is not None and self.hardware is None:
             raise ValueError(f"{wanting} without hardware; allowed: with hardware: {{device: NAME}}")
         return self
+
+    def space_options(self) -> dict[str, Any]:
+        """What the space says, as keywords of `SearchSpace.for_model`; number formats are the target's."""
+        options = self.space.options()
+        default = TARGETS[self.target].default_schemes
+        return options if "schemes" in options or default is None else {**options, "schemes": list(default)}
 
     def source(self, entry: str, samples: int | None = None) -> DataSource:
         """data.train, .calibrate (or .train in its place), .evaluate or .test; `samples` where it has none."""
@@ -400,8 +418,9 @@ class Config(_Section):
     def record(self) -> dict[str, Any]:
         """What determines a study's values, as JSON can hold it: what must not change when it is resumed."""
         content = self.model_dump(exclude_none=True, exclude={"choose", "finish", "output", "device"})
-        if not self.repair:
-            content.pop("repair")
+        for key, default in (("repair", False), ("target", "transformers")):
+            if content[key] == default:
+                content.pop(key)
         for key in ("evaluations", "minutes", "patience", "workers", "ray", "threads"):
             content["search"].pop(key, None)
         content["data"].pop("test", None)

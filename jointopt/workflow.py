@@ -83,6 +83,10 @@ def prepare(config: Config) -> Prepared:
     from .tasks import TASKS
 
     latency_of(config)
+    if config.target == "onnxruntime":
+        from .checkpoint.onnx.writer import check_installed
+
+        check_installed()
     function = import_function(config.quality) if config.quality else None
     loaded = load_model(config.model, config.task, config.device, config.dtype)
     if loaded.untrained and config.train is None:
@@ -165,7 +169,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     from .supernet import Supernet
 
     model = prepared.loaded.model
-    space = space_for_model(model, **config.space.options())
+    space = space_for_model(model, **config.space_options())
     if space.count() == 1:
         raise JointoptError("space: holds one genome, so there is nothing to search; allowed: two or more")
     transforms = config.transforms or ()
@@ -320,7 +324,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
             console.print(finished_table(study, genome))
         note_choice(study, supernet, genome, wanted, finished)
         write_report(study, output / REPORT)
-        export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite)
+        export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite, config.target)
         verification = verify_export(output / EXPORT, prepared)
         study.note("verified", "verified" if verification.ok else "differs")
         write_report(study, output / REPORT)
@@ -389,6 +393,7 @@ def export_genome(
     folder: Path,
     prepared: Prepared,
     overwrite: bool,
+    target: str,
 ) -> None:
     """Exports a genome, or what finishing made of it, unless the folder holds this very one already.
 
@@ -400,7 +405,8 @@ def export_genome(
     if folder.exists() and not overwrite:
         record = _read_json(folder / RECORD)
         rounding = finished.rounding if finished else NEAREST
-        if record and (record.get("genome"), record.get("rounding", NEAREST)) == (genome.tolist(), rounding):
+        there = record and [record.get("genome"), record.get("rounding", NEAREST), record.get("target", "transformers")]
+        if there == [genome.tolist(), rounding, target]:
             return
         raise JointoptError(f"export: {str(folder)!r} exists and holds another model; --overwrite replaces it")
     source = prepared.loaded.source
@@ -412,6 +418,7 @@ def export_genome(
         processor=prepared.loaded.processor,
         base_model=source.name if not source.local else Path(source.location).name,
         overwrite=overwrite,
+        target=target,
     )
 
 

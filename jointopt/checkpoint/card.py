@@ -39,7 +39,7 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
             "| --- | --- | --- |",
             *table,
             "",
-            "Sizes are the bytes of all tensors in the safetensors file, scales included.",
+            *_weighed(record),
             "MACs are those of one sample.",
             "",
             "Layers by number format: " + ", ".join(f"{count} {name}" for name, count in schemes.most_common()) + ".",
@@ -91,3 +91,12 @@ def _weights_made(how: str) -> str:
         f"Weights were trained for {how.removeprefix('trained-')} steps in their number formats, distilled from the "
         "original, then rounded to nearest."
     )
+
+
+def _weighed(record: Mapping[str, Any]) -> list[str]:
+    if "stored" not in record:
+        return ["Sizes are the bytes of all tensors in the safetensors file, scales included."]
+    return [
+        "Sizes are the bytes of all tensors as safetensors would hold them, scales included; the tensors of model.onnx "
+        f"have {record['stored']:,} bytes."
+    ]

@@ -38,19 +38,26 @@ def send(stream, head, tensors):
     stream.flush()
 
 
+def imported(name, path):
+    """The module in a file."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
 def load_model(folder, device="cpu"):
-    """The model of the folder, in eval mode: by its `load` function for timm, else by its auto class.
+    """The model of the folder, in eval mode: by ONNX Runtime, by its `load` function for timm, or by its auto class.
 
     bitsandbytes puts its layers on a GPU where there is one, unless it is told where they go.
     """
+    if os.path.isfile(os.path.join(folder, "model.onnx")):
+        session = imported("session", os.path.join(os.path.dirname(__file__), "onnx", "session.py"))
+        return session.OnnxModel(os.path.join(folder, "model.onnx"))
     with open(os.path.join(folder, "config.json")) as file:
         config = json.load(file)
     if "timm" in config:
-        path = os.path.join(folder, "modeling_jointopt.py")
-        spec = importlib.util.spec_from_file_location("modeling_jointopt", path)
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-        return module.load(folder)
+        return imported("modeling_jointopt", os.path.join(folder, "modeling_jointopt.py")).load(folder)
     import transformers
 
     transformers.logging.set_verbosity_error()

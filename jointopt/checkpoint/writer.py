@@ -17,7 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from jointopt import targets
 from jointopt.checkpoint import card
+from jointopt.checkpoint.onnx.writer import MODEL, SNIPPET, onnx_bytes, write_onnx
 from jointopt.checkpoint.structure import (
     bitsandbytes_config,
     by_bitsandbytes,
@@ -59,6 +61,7 @@ def export(
     processor: Any = None,
     base_model: str | None = None,
     overwrite: bool = False,
+    target: str = "transformers",
 ) -> Path:
     """Writes the sub-network of a genome, or a finished one, as a checkpoint folder.
 
@@ -74,10 +77,14 @@ def export(
         processor: tokenizer, image processor, or None; saved along.
         base_model: name of the original, for the model card.
         overwrite: whether a folder that exists is replaced, whole.
+        target: "transformers" (and timm); or "onnxruntime": model.onnx, with the same codes and scales, in operators
+            that stock ONNX Runtime has kernels for.
 
     Raises:
-        JointoptError: the folder exists, it cannot be written, or the model is of no class that can be loaded.
+        JointoptError: the folder exists, it cannot be written, the model is of no class that can be loaded, or has a
+            number format that the target does not compute.
     """
+    targets.target(target)
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise JointoptError(f"export: {str(folder)!r} exists; choose another folder, or overwrite it explicitly")
@@ -94,8 +101,12 @@ def export(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
             whole = Path(place) / folder.name
             whole.mkdir()
-            _write(whole, model, record, processor)
-            _weigh(whole, model, record["costs"]["size"])
+            if target == "onnxruntime":
+                record |= write_onnx(whole, model)
+                _write_beside(whole, record, processor, SNIPPET.format(folder=folder.name))
+            else:
+                _write(whole, model, record, processor)
+                _weigh(whole, model, record["costs"]["size"])
             _move(whole, folder, Path(place))
     except OSError as error:
         raise JointoptError(f"export: {str(folder)!r} cannot be written: {error.strerror or error}") from None
@@ -177,6 +188,11 @@ def _write(place: Path, model: nn.Module, record: dict[str, Any], processor: Any
     tensors = tensors_of(model)
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
     loading = _write_timm(place, model) if not hasattr(model, "config") else _write_transformers(place, model)
+    _write_beside(place, record, processor, loading)
+
+
+def _write_beside(place: Path, record: dict[str, Any], processor: Any, loading: str) -> None:
+    """What any folder has beside the model: the processor, the record, the card."""
     if processor is not None and hasattr(processor, "save_pretrained"):
         processor.save_pretrained(place)
     (place / RECORD).write_text(json.dumps(record, indent=1))
@@ -351,7 +367,9 @@ def _weigh(place: Path, model: nn.Module, size: int) -> None:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of all tensors in a folder's safetensors files."""
+    """Bytes of all tensors in a folder's safetensors files, or in its ONNX model."""
+    if (folder / MODEL).is_file():
+        return onnx_bytes(folder / MODEL)
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:

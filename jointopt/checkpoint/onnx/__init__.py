@@ -1,0 +1,1 @@
+"""A sub-network as an ONNX model that stock ONNX Runtime runs, and its reload."""

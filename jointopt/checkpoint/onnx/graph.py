@@ -1,0 +1,177 @@
+"""From an extracted model to an ONNX graph: named inputs and outputs, dynamic batch and lengths, a cache of keys."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
+from search_spaces.family import structural_clone
+
+FREE_SIZE = (64, 96)
+"""Of the image that a model of any size is traced with; the two sides differ, so that they are told apart."""
+TWINS = {nn.Embedding: OnnxEmbedding, nn.Linear: OnnxLinear, nn.Conv2d: OnnxConv2d}
+
+
+class ImageGraph(nn.Module):
+    """pixels -> logits."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return first_output(self.model(pixels))
+
+
+class TextGraph(nn.Module):
+    """Token ids and masks -> logits, without a cache."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        given: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if getattr(self.model.config, "use_cache", False):
+            given["use_cache"] = False
+        return first_output(self.model(input_ids=input_ids, attention_mask=attention_mask, **given))
+
+
+class DecoderGraph(nn.Module):
+    """Token ids and the keys and values of earlier ones -> logits, and keys and values of all."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: list[list[Tensor]]
+    ) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=DynamicCache([(keys, values) for keys, values in past_key_values]),
+            use_cache=True,
+        )
+        cached = [each for layer in output.past_key_values.layers for each in (layer.keys, layer.values)]
+        return (output.logits, *cached)
+
+
+def first_output(output: Any) -> Tensor:
+    """The logits, or what a model without a head gives in their place."""
+    if isinstance(output, Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def onnx_program(model: nn.Module, opset: int) -> Any:
+    """The model as a `torch.onnx.ONNXProgram`, its quantized layers as the operators of `layers`.
+
+    Inputs are called as the model's own (`pixel_values`; `x` for timm), for models that generate text those of
+    Optimum: past_key_values.0.key, present.0.key and so on for each attention layer that there is.
+    """
+    graph, inputs, names = _graph(with_twins(model).eval())
+    shapes = _dynamic_shapes(inputs)
+    outputs = ["logits", *(name.replace("past_key_values", "present") for name in names if name.startswith("past"))]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            graph,
+            (),
+            kwargs=inputs,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=names,
+            output_names=outputs,
+            opset_version=opset,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    for node in program.model.graph:
+        # Where in the source each node came from: several times the size of a small model's weights.
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    return program
+
+
+def with_twins(model: nn.Module) -> nn.Module:
+    """The model with an ONNX layer in place of each quantized one; tied ones share their codes."""
+    shell = structural_clone(model)
+    made: dict[int, OnnxLayer] = {}
+    for path, layer in list(shell.named_modules()):
+        if not hasattr(layer, "quantized"):
+            continue
+        kind = next(twin for stock, twin in TWINS.items() if isinstance(layer, stock))
+        weight = id(layer._parameters["weight"])
+        holder, _, name = path.rpartition(".")
+        twin = kind(layer, made.get(weight))
+        made.setdefault(weight, twin)
+        shell.get_submodule(holder)._modules[name] = twin
+    return shell
+
+
+def _graph(model: Any) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """The module that is traced, an example of its inputs, and the names of these in the file."""
+    if not hasattr(model, "config"):
+        first: Any = next(m for m in model.modules() if isinstance(m, nn.Conv2d | OnnxConv2d))
+        size = model.patch_embed.img_size if hasattr(model, "patch_embed") else FREE_SIZE
+        return ImageGraph(model), {"pixels": torch.zeros(2, first.in_channels, *size)}, ["x"]
+    if hasattr(model.config, "image_size") or model.main_input_name == "pixel_values":
+        size = getattr(model.config, "image_size", FREE_SIZE)
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        return ImageGraph(model), {"pixels": torch.zeros(2, model.config.num_channels, *size)}, ["pixel_values"]
+    ids = torch.ones(2, 3, dtype=torch.long)
+    caches = cache_shapes(model)
+    if caches and model.can_generate():
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": torch.ones(2, 8, dtype=torch.long),
+            "position_ids": torch.arange(5, 8).expand(2, 3),
+            "past_key_values": [[torch.zeros(2, heads, 5, size) for _ in range(2)] for heads, size in caches],
+        }
+        past = [f"past_key_values.{at}.{part}" for at in range(len(caches)) for part in ("key", "value")]
+        return DecoderGraph(model), inputs, [*list(inputs)[:3], *past]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    return TextGraph(model), inputs, list(inputs)
+
+
+def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(KV heads, head size) of each attention layer that has a cache, in order."""
+    found = []
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if hasattr(module, "layer_idx") and hasattr(module, "k_proj"):
+            found.append((module.k_proj.out_features // module.head_dim, module.head_dim))
+    return found
+
+
+def _dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
+    batch = "batch"
+    free = "pixels" in inputs and inputs["pixels"].shape[2:] == FREE_SIZE
+    known = {
+        "pixels": {0: batch, 2: "height", 3: "width"} if free else {0: batch},
+        "input_ids": {0: batch, 1: "sequence"},
+        "token_type_ids": {0: batch, 1: "sequence"},
+        "position_ids": {0: batch, 1: "sequence"},
+        "attention_mask": {0: batch, 1: "total" if "past_key_values" in inputs else "sequence"},
+    }
+    shapes: dict[str, Any] = {name: known[name] for name in inputs if name in known}
+    if "past_key_values" in inputs:
+        pasts: Sequence[Any] = inputs["past_key_values"]
+        shapes["past_key_values"] = [[{0: batch, 2: "past"}, {0: batch, 2: "past"}] for _ in pasts]
+    return shapes

@@ -1,0 +1,53 @@
+"""An exported model.onnx as a module: named tensors in, logits out, computed by ONNX Runtime.
+
+Needs torch, NumPy and ONNX Runtime alone, so that a process without jointopt can load it.
+"""
+
+import os
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class OnnxModel(nn.Module):
+    """A session of ONNX Runtime behind the call of a torch model.
+
+    What the file takes and the call leaves out is filled in: masks of ones, positions by the mask, an empty cache.
+    Returns {"logits": ..., "present.0.key": ..., ...}, or the logits alone for models of timm.
+    """
+
+    def __init__(self, path, threads=None):
+        import onnxruntime
+
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        self.wanted = {each.name: each for each in self.session.get_inputs()}
+        self.names = [each.name for each in self.session.get_outputs()]
+        self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, *arguments, **inputs):
+        inputs.update(zip(self.wanted, arguments, strict=False))
+        feed = {name: each.detach().numpy() for name, each in inputs.items() if name in self.wanted}
+        outputs = [torch.from_numpy(each) for each in self.session.run(None, self.completed(feed))]
+        return outputs[0] if "x" in self.wanted else dict(zip(self.names, outputs, strict=True))
+
+    def completed(self, feed):
+        """The inputs, with what can be told from the others."""
+        if "input_ids" not in feed:
+            return feed
+        batch, length = feed["input_ids"].shape
+        caches = [each for name, each in self.wanted.items() if name.startswith("past_key_values")]
+        for each in caches:
+            feed.setdefault(each.name, np.zeros((batch, each.shape[1], 0, each.shape[3]), np.float32))
+        past = feed[caches[0].name].shape[2] if caches else 0
+        mask = feed.setdefault("attention_mask", np.ones((batch, past + length), np.int64))
+        if "position_ids" in self.wanted:
+            counted = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
+            feed.setdefault("position_ids", counted)
+        if "token_type_ids" in self.wanted:
+            feed.setdefault("token_type_ids", np.zeros_like(feed["input_ids"]))
+        return {name: value for name, value in feed.items() if name in self.wanted}

@@ -1,0 +1,92 @@
+"""Writes a sub-network as model.onnx, which stock ONNX Runtime runs, with what goes beside it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jointopt.checkpoint.structure import quantized_layers, timm_recipe
+from jointopt.targets import TARGETS, check_schemes
+from quant.errors import JointoptError
+
+MODEL = "model.onnx"
+OPSETS = (21, 22, 23)
+"""Opset 21 is the first with 4-bit and FP8 types throughout; ONNX Runtime 1.20 and later run it."""
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+
+
+def check_installed() -> None:
+    """Raises JointoptError where a package is missing that ONNX exports need."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise JointoptError(f"target onnxruntime: found no {', '.join(missing)}; pip install 'jointopt[onnx]'")
+
+
+def write_onnx(place: Path, model: Any, opset: int = OPSETS[0]) -> dict[str, Any]:
+    """model.onnx and config.json in a folder. Returns what the record keeps: opset, bytes of all stored tensors.
+
+    Raises:
+        JointoptError: a number format without a form in ONNX, a bfloat16 model, a quantized cache, an opset that is too
+            old, a missing package.
+    """
+    check(model, opset)
+    from jointopt.checkpoint.onnx.graph import onnx_program
+
+    program = onnx_program(model, opset)
+    program.save(str(place / MODEL))
+    if hasattr(model, "config"):
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(place)
+    else:
+        (place / "config.json").write_text(json.dumps({"timm": timm_recipe(model)}, indent=1))
+    return {"target": "onnxruntime", "opset": opset, "stored": onnx_bytes(place / MODEL)}
+
+
+def check(model: Any, opset: int = OPSETS[0]) -> None:
+    """Raises JointoptError for what cannot be written: see `write_onnx`."""
+    check_installed()
+    if opset not in OPSETS:
+        raise JointoptError(f"opset: found {opset}; allowed: {', '.join(map(str, OPSETS))}")
+    wanted = TARGETS["onnxruntime"]
+    layers: dict[str, Any] = quantized_layers(model)
+    for path, layer in layers.items():
+        try:
+            check_schemes(wanted, [layer.scheme.name])
+        except JointoptError as error:
+            raise JointoptError(f"export: {path}: {error}") from None
+    dtype = next(model.parameters()).dtype
+    if dtype != torch.float32:
+        raise JointoptError(f"export: the model is {dtype}; allowed for onnxruntime: float32")
+    held = next((path for path, module in model.named_modules() if "cache_record" in module.__dict__), None)
+    if held is not None:
+        raise JointoptError(f"export: {held} has a quantized cache; allowed for onnxruntime: none")
+
+
+def onnx_bytes(path: Path) -> int:
+    """Bytes of all tensors that an ONNX file stores, wherever they are."""
+    import onnx
+
+    total = 0
+    for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+        count = 1
+        for size in tensor.dims:
+            count *= size
+        bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
+        total += count * bits // 8
+    return total
+
+
+SNIPPET = """Needs ONNX Runtime alone.
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{folder}/model.onnx")
+print({{each.name: each.shape for each in session.get_inputs()}})
+```"""

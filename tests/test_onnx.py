@@ -1,0 +1,198 @@
+"""Exports for ONNX Runtime: the same codes, in operators that it has, give what the extracted model gives."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import jointopt
+from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.checkpoint.onnx import writer
+from jointopt.checkpoint.onnx.session import OnnxModel
+from jointopt.targets import TARGETS
+from tests.zoo import batches, logits, make
+
+pytest.importorskip("onnxruntime")
+SCHEMES = ["none", "W8A8", "W8A8_STATIC", "W8A16_CHANNEL", "W4A16", "W4A16_ASYM", "FP8", "FP8_DYNAMIC", "FP8A16"]
+
+
+@cache
+def supernet_of(name: str) -> Supernet:
+    model = make(name)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=SCHEMES, precision_per="layer"))
+    supernet.calibrate(batches(name))
+    return supernet
+
+
+def mixed(supernet: Supernet):
+    """A genome of unequal blocks in which every number format is used."""
+    return supernet.space.sample(1, seed=7)[0]
+
+
+@cache
+def exported(name: str, place: Path) -> Path:
+    supernet = supernet_of(name)
+    return jointopt.export(supernet, mixed(supernet), place / name, target="onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("onnx")
+
+
+def lost_by_argmax(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """By how much the class that was chosen is below the best, at most: 0 where all agree."""
+    chosen = expected.gather(-1, found.argmax(-1, keepdim=True))[..., 0]
+    return float((expected.amax(-1) - chosen).max())
+
+
+NAMES = [
+    "vit",
+    "bert",
+    "llama_tied",
+    pytest.param("llama_untied", marks=pytest.mark.slow),
+    "resnet",
+    "timm_vit",
+    pytest.param("timm_resnet", marks=pytest.mark.slow),
+    pytest.param("resnet_basic", marks=pytest.mark.slow),
+    pytest.param("roberta", marks=pytest.mark.slow),
+    pytest.param("qwen3", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_onnx_runtime_gives_what_the_extracted_model_gives(name, place):
+    supernet = supernet_of(name)
+    model, session = supernet.extract(mixed(supernet)), OnnxModel(exported(name, place) / "model.onnx", 1)
+    found, expected = [], []
+    for seed in range(10):
+        batch = batches(name, count=1, size=12, seed=seed)[0]
+        output = session(**batch)
+        found.append(output if isinstance(output, torch.Tensor) else output["logits"])
+        expected.append(logits(model, batch))
+    found, expected = torch.cat(found), torch.cat(expected)
+    scale = expected.abs().max()
+    # A last bit can turn into a step of the next layer's rounding, but not often.
+    assert (found - expected).abs().mean() < 2e-3 * scale
+    assert lost_by_argmax(found, expected) < 0.05 * scale
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_weight_is_stored_wider_than_its_format(name, place):
+    folder, supernet = exported(name, place), supernet_of(name)
+    record = json.loads((folder / "jointopt.json").read_text())
+    size = supernet.costs(mixed(supernet))["size"]
+    layers = len(record["layers"])
+    # compressed-tensors keeps the shape of packed weights, ONNX some constants.
+    assert size - 16 * layers <= record["stored"] <= size + 64 * layers
+    assert (folder / "model.onnx").stat().st_size < 1.5 * size + 200_000
+
+
+def test_only_stock_operators_are_used(place):
+    import onnx
+
+    graph = onnx.load(str(exported("llama_tied", place) / "model.onnx"))
+    assert {each.domain for each in graph.opset_import} <= {"", "com.microsoft"}
+    assert {node.op_type for node in graph.graph.node if node.domain == "com.microsoft"} <= {"MatMulNBits"}
+    assert not graph.functions
+
+
+def test_decoding_with_the_cache_gives_what_one_pass_gives(place):
+    session = OnnxModel(exported("llama_tied", place) / "model.onnx", 1)
+    ids = batches("llama_tied", size=2)[0]["input_ids"]
+    whole = session(input_ids=ids)["logits"]
+    step = session(input_ids=ids[:, :9])
+    parts = [step["logits"]]
+    for at in range(9, 16):
+        past = {k.replace("present", "past_key_values"): v for k, v in step.items() if k.startswith("present")}
+        step = session(input_ids=ids[:, at : at + 1], **past)
+        parts.append(step["logits"])
+    found = torch.cat(parts, 1)
+    assert (found - whole).abs().mean() < 2e-3 * whole.abs().max()
+    assert lost_by_argmax(found, whole) < 0.05 * whole.abs().max()
+
+
+def test_a_padded_batch_gives_what_its_samples_give_alone(place):
+    session = OnnxModel(exported("bert", place) / "model.onnx", 1)
+    batch = batches("bert", count=1)[0]
+    together = session(**batch)["logits"]
+    for row in range(4):
+        length = int(batch["attention_mask"][row].sum())
+        alone = session(input_ids=batch["input_ids"][row : row + 1, :length])["logits"]
+        assert (together[row] - alone[0]).abs().max() < 5e-2
+
+
+@pytest.mark.parametrize("name", ["vit", "timm_vit"])
+def test_an_export_verifies_in_a_process_of_its_own(name, place):
+    supernet = supernet_of(name)
+    batch = batches(name, count=1, size=12, seed=3)[0]
+
+    def quality(model) -> float:
+        output = model(**batch)
+        return float((output if isinstance(output, torch.Tensor) else output.logits).argmax(-1).float().mean())
+
+    verification = jointopt.verify(exported(name, place), quality=quality)
+    assert verification.ok, verification.differences
+    assert verification.metrics["quality"] == quality(supernet.extract(mixed(supernet)))
+    assert "onnxruntime" in (exported(name, place) / "README.md").read_text()
+
+
+def test_a_changed_model_does_not_verify(place, tmp_path):
+    import shutil
+
+    import onnx
+
+    folder = tmp_path / "changed"
+    shutil.copytree(exported("vit", place), folder)
+    graph = onnx.load(str(folder / "model.onnx"))
+    bias = next(each for each in graph.graph.initializer if each.name.endswith("classifier.bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
+    onnx.save(graph, str(folder / "model.onnx"))
+    verification = jointopt.verify(folder)
+    assert not verification.ok and "outputs" in verification.differences[0]
+
+
+def test_what_was_finished_exports_too(tmp_path):
+    supernet = supernet_of("vit")
+    finished = jointopt.finish(supernet, mixed(supernet), batches("vit", count=4))
+    folder = jointopt.export(supernet, finished, tmp_path / "finished", target="onnxruntime")
+    batch = batches("vit", count=1, size=12, seed=3)[0]
+    found = OnnxModel(folder / "model.onnx", 1)(**batch)["logits"]
+    expected = logits(finished.model, batch)
+    assert (found - expected).abs().mean() < 2e-3 * expected.abs().max()
+
+
+def test_what_onnx_runtime_cannot_run_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    model = make("vit")
+    for schemes, match in ((["NVFP4"], r"NVFP4 has no form there; allowed: none, W8A8"), (["W8A8_ASYM"], "W8A8_ASYM")):
+        supernet = Supernet(model, SearchSpace.for_model(model, schemes=schemes))
+        supernet.calibrate(batches("vit"))
+        with pytest.raises(JointoptError, match=match):
+            jointopt.export(supernet, supernet.space.smallest, tmp_path / "out", target="onnxruntime")
+    with pytest.raises(JointoptError, match="did you mean 'onnxruntime'"):
+        jointopt.export(supernet, supernet.space.smallest, tmp_path / "out", target="onnxruntimes")
+    half = Supernet(make("vit").bfloat16(), SearchSpace.for_model(make("vit").bfloat16(), schemes=["none", "W8A8"]))
+    half.calibrate([{k: v.bfloat16() for k, v in batch.items()} for batch in batches("vit")])
+    with pytest.raises(JointoptError, match=r"bfloat16; allowed for onnxruntime: float32"):
+        jointopt.export(half, half.space.smallest, tmp_path / "out", target="onnxruntime")
+    held = make("llama_tied")
+    cached = Supernet(held, SearchSpace.for_model(held, schemes=["none", "W8A8"], caches=["INT8"]))
+    cached.calibrate(batches("llama_tied"))
+    with pytest.raises(JointoptError, match="quantized cache"):
+        jointopt.export(cached, cached.space.smallest, tmp_path / "out", target="onnxruntime")
+    with pytest.raises(JointoptError, match="opset: found 13; allowed: 21"):
+        writer.check(make("vit"), 13)
+    monkeypatch.setattr(writer, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(JointoptError, match=r"found no onnxscript; pip install 'jointopt\[onnx\]'"):
+        writer.check_installed()
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_scheme_of_the_target_is_tested_here():
+    assert {"W4A16_CHANNEL", *SCHEMES} == set(TARGETS["onnxruntime"].schemes)
+    assert np.unique(SCHEMES).size == len(SCHEMES)
