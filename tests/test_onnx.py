@@ -196,3 +196,50 @@ def test_what_onnx_runtime_cannot_run_is_refused_before_anything_is_written(tmp_
 def test_every_scheme_of_the_target_is_tested_here():
     assert {"W4A16_CHANNEL", *SCHEMES} == set(TARGETS["onnxruntime"].schemes)
     assert np.unique(SCHEMES).size == len(SCHEMES)
+
+
+def test_a_config_that_targets_onnx_runtime_searches_its_formats_and_exports_model_onnx(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    import yaml
+    from saved import save_vit, write_images
+
+    save_vit(tmp_path / "vit")
+    write_images(tmp_path / "images")
+    config = {
+        "model": "vit",
+        "task": "image-classification",
+        "data": {"calibrate": "images", "evaluate": "images", "batch_size": 12},
+        "space": {"depth": [1, 2]},
+        "target": "onnxruntime",
+        "hardware": {"device": "cpu-avx2"},
+        "objectives": ["accuracy", "latency"],
+        "search": {"evaluations": 6},
+        "device": "cpu",
+        "output": "runs/vit",
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+    def command(*words: str) -> subprocess.CompletedProcess:
+        made = [sys.executable, "-m", "jointopt", *words]
+        return subprocess.run(made, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    ran = command("run", "config.yaml")
+    assert ran.returncode == 0, ran.stderr
+    assert "verified: runs/vit/export" in ran.stdout
+    assert (tmp_path / "runs/vit/export/model.onnx").is_file()
+    assert "roofline of CPU, 2 cores with AVX2" in (tmp_path / "runs/vit/report.html").read_text()
+    report = command("report", "runs/vit", "--device", "orin", "--device", "h100")
+    assert report.returncode == 0, report.stderr
+    assert "Jetson AGX Orin" in report.stdout and "H100" in report.stdout
+    other = command("export", "runs/vit", "--pick", "1", "--to", "plain", "--target", "transformers")
+    assert other.returncode == 0, other.stderr
+    assert (tmp_path / "plain/model.safetensors").is_file()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "space": {"schemes": ["none", "NVFP4"]}}))
+    refused = command("run", "config.yaml")
+    assert refused.returncode == 2
+    assert "target onnxruntime: NVFP4 has no form there; allowed: none, W8A8" in refused.stderr
