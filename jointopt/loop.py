@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,6 @@ import torch
 
 from jointopt import strategies
 from jointopt import workers as workplaces
-from jointopt.cost.operators import described
 from jointopt.evaluation import Evaluation, Quality, measured
 from jointopt.objectives import COSTS, ON_HARDWARE, Constraint, Objective, constraint, named
 from jointopt.sensitivity import quality_prior
@@ -116,7 +116,7 @@ def search(
         "strategy_options": dict(strategy_options or {}),
         "batch": batch,
         "supernet": supernet.fingerprint(),
-        **({"latency": described(supernet.latency)} if supernet.latency else {}),
+        **({"latency": supernet.latency.described()} if supernet.latency else {}),
         **({"warm_start": True} if warm_start else {}),
         **({"asynchronous": True} if asynchronous else {}),
         **({"constraints": {each.name: f"{each.relation} {each.limit:.15g}" for each in limits}} if limits else {}),
@@ -161,6 +161,8 @@ def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[st
             raise JointoptError(
                 f"objective {name!r}: found no hardware; allowed: with Supernet(..., latency=Roofline(...))"
             )
+        if name in known and not math.isfinite(known[name]):
+            raise JointoptError(f"objective {name!r}: {supernet.latency.source} has no figure for it")  # type: ignore[union-attr]
         if name not in known:
             raise JointoptError(f"objective {name!r}: found no cache in this model; allowed costs: {', '.join(known)}")
         return lambda genomes: supernet.cost_columns(genomes)[name]

@@ -305,6 +305,11 @@ class Supernet:
             self.model, self.family, self.space, positions, self._precision_gene, scheme_of, self._leaving, latency
         )
 
+    def use_latency(self, latency: LatencyModel) -> None:
+        """Has another model of latency answer from now on."""
+        self.latency = latency
+        self.__dict__.pop("_costs", None)
+
     def costs(self, genome: Any) -> dict[str, int | float]:
         """`parameters`, `size` in bytes, `macs` and `bops` of one genome, from shapes alone; where there is a model of
         latency also `latency` in seconds and `energy` in joules of its batch, and `peak_memory` in bytes; of language

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from quant.formats import Scheme
@@ -20,6 +20,7 @@ class Operator:
         positions: at which it is applied (tokens, output pixels); of attention, queries.
         context: keys that each query of attention meets; 0 elsewhere.
         area: of a convolution's kernel.
+        heads: of attention, of its queries; of a convolution, groups.
         scheme: its number formats, None where it is not quantized.
         weight_bytes: of what it stores, scales included.
         bits: of the model's own numbers, 32 or 16.
@@ -33,6 +34,7 @@ class Operator:
     positions: float
     context: float = 0.0
     area: int = 1
+    heads: int = 1
     scheme: Scheme | None = None
     weight_bytes: float = 0.0
     bits: int = 32
@@ -73,15 +75,6 @@ class Answer:
     joules: float
 
 
-def described(model: LatencyModel) -> dict[str, Any]:
-    """All that a model's answers depend on, as JSON can hold it."""
-    return asdict(model, dict_factory=_plain)  # type: ignore[call-overload]
-
-
-def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value.model_dump() if hasattr(value, "model_dump") else value for name, value in pairs}
-
-
 class LatencyModel(Protocol):
     """Says what an operator takes on a device.
 
@@ -103,6 +96,9 @@ class LatencyModel(Protocol):
 
     @property
     def capacity(self) -> float: ...
+
+    def described(self) -> dict[str, Any]:
+        """All that its answers depend on, as JSON can hold it."""
 
     def answer(self, operator: Operator) -> Answer:
         """What `batch` samples of the operator take."""

@@ -8,6 +8,7 @@ cache where they fit, and layers that are spread over several devices end in a r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from jointopt.cost.device import Device
 from jointopt.cost.operators import Answer, Operator
@@ -47,6 +48,16 @@ class Roofline:
     @property
     def capacity(self) -> float:
         return self.device.capacity * self.parallel
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "model": "roofline",
+            "source": self.source,
+            "device": self.device.model_dump(),
+            "batch": self.batch,
+            "context": self.context,
+            "parallel": self.parallel,
+        }
 
     def answer(self, operator: Operator) -> Answer:
         device = self.device

@@ -311,6 +311,7 @@ class ShapeCosts:
             0 if kind == "embedding" else columns,
             positions * self._scale if positions == self._tokens else positions,
             area=weight[0, 0].numel() if kind == "conv" else 1,
+            heads=module.groups if isinstance(module, nn.Conv2d) else 1,
             scheme=scheme if scheme is not None and scheme.weights is not None else None,
             weight_bytes=stored,
             bits=weight.element_size() * 8,
@@ -358,7 +359,8 @@ class ShapeCosts:
         for at, row in enumerate(rows.sizes):
             keys = round(row * share)
             held = 2 * keys * tokens * bits / 8
-            operator = Operator("attention", row, keys, tokens, tokens, bits=bits)
+            heads = row // min(part.channels for part in width.producers)
+            operator = Operator("attention", row, keys, tokens, tokens, heads=heads, bits=bits)
             if not self.family.caches:
                 operator = replace(operator, cache_bytes=held)
             for measure, value in self._timed(operator).items():

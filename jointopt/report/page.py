@@ -183,9 +183,8 @@ def _time_source(study: Study) -> str:
     given = study.config.get("latency")
     if not given:
         return " Times were not asked for; MACs stand for them."
-    several = f"{given['parallel']} x " if given["parallel"] > 1 else ""
     context = f", context {given['context']}" if given.get("context") else ""
-    return f" Times are by the roofline of {several}{escape(given['device']['name'])}, batch {given['batch']}{context}."
+    return f" Times are by the {escape(given['source'])}, batch {given['batch']}{context}."
 
 
 def _device_section(study: Study, on: OnDevice, at: int) -> str:

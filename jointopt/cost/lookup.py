@@ -1,0 +1,261 @@
+"""Latency by look-up: every distinct operator timed once in ONNX Runtime on this machine, and kept in a file.
+
+    lookup = jointopt.Lookup.of(supernet, batch=1, threads=2)      # times what the file lacks
+    supernet.use_latency(lookup)
+
+What a graph adds to its operators (activations, residual sums, fusions) is fitted from a few sub-networks that are
+timed end to end: `fit`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from jointopt.cost.operators import Answer, Operator
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+TOGETHER = 40
+"""Operators that are timed in turns, so that what else the machine does falls on all of them."""
+Key = str
+
+
+def fingerprint(threads: int) -> str:
+    """The machine, as far as its times depend on it: processor, cores, ONNX Runtime, threads."""
+    from importlib.metadata import version
+
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass  # not Linux: the platform module's name it is
+    return f"{model}, {os.cpu_count()} cores, ONNX Runtime {version('onnxruntime')}, {threads} threads"
+
+
+def default_path() -> Path:
+    """Where timings of this machine are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jointopt" / "operators.json"
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Times of operators on one machine.
+
+    Attributes:
+        machine: its `fingerprint`.
+        batch, context: see `LatencyModel`.
+        seconds: `key_of` an operator -> its time for the batch.
+        factors: feature -> what its sum is multiplied by, as `fit` finds them: "operators" (their times), "attention"
+            (again those of attention), "layers" (seconds for each linear layer or convolution).
+        error: mean absolute relative error of the fit, end to end; None where nothing was fitted.
+    """
+
+    machine: str
+    batch: int = 1
+    context: int | None = None
+    seconds: Mapping[Key, float] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=lambda: {"operators": 1.0, "attention": 0.0, "layers": 0.0})
+    error: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        supernet: Supernet,
+        batch: int = 1,
+        context: int | None = None,
+        threads: int = 1,
+        path: str | Path | None = None,
+    ) -> Lookup:
+        """The look-up for all sub-networks of a super-network; operators that the file lacks are timed now.
+
+        Args:
+            threads: of ONNX Runtime.
+            path: the file of timings (default: one for all in the user's cache folder).
+
+        Raises:
+            JointoptError: a file of another machine, or one that cannot be read or written.
+        """
+        path = Path(path) if path is not None else default_path()
+        machine = fingerprint(threads)
+        known = _read(path, machine)
+        asked = _Asked(batch, context)
+        supernet.costs_by(asked)
+        missing = {key_of(each, batch): each for each in asked.operators if key_of(each, batch) not in known}
+        known |= _timed(missing, batch, threads)
+        if missing:
+            _write(path, machine, known)
+        wanted = {key_of(each, batch) for each in asked.operators}
+        return cls(machine, batch, context, {key: known[key] for key in sorted(wanted)})
+
+    @property
+    def source(self) -> str:
+        off = "" if self.error is None else f", {self.error:.0%} off where it was fitted end to end"
+        return f"look-up on {self.machine}{off}"
+
+    @property
+    def capacity(self) -> float:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "model": "lookup",
+            "source": self.source,
+            "batch": self.batch,
+            "context": self.context,
+            "parallel": 1,
+            "factors": dict(self.factors),
+        }
+
+    def answer(self, operator: Operator) -> Answer:
+        """Energy is not a number: nothing measures it."""
+        if operator.kind == "cache":
+            return Answer(0.0, float("nan"))
+        time = self.time_of(operator)
+        total = time * self.factors["operators"]
+        if operator.kind == "attention":
+            total += time * self.factors["attention"]
+        if operator.kind in ("linear", "conv"):
+            total += self.factors["layers"]
+        return Answer(total, float("nan"))
+
+    def time_of(self, operator: Operator) -> float:
+        """As it was timed alone; of a width that was not, on the line between its neighbours.
+
+        Raises:
+            JointoptError: neither it nor wider and narrower ones were timed.
+        """
+        found = self.seconds.get(key_of(operator, self.batch))
+        return self._between(operator) if found is None else found
+
+    def _between(self, operator: Operator) -> float:
+        for side in ("rows", "columns"):
+            near = []
+            for key, seconds in self.seconds.items():
+                record = json.loads(key)
+                if {**_record(operator, self.batch), side: None} == {**record, side: None}:
+                    near.append((record[side], seconds))
+            widths = sorted(near)
+            wanted = getattr(operator, side)
+            if widths and widths[0][0] <= wanted <= widths[-1][0]:
+                sizes, times = zip(*widths, strict=True)
+                return float(np.interp(wanted, sizes, times))
+        scheme = operator.scheme.name if operator.scheme else "none"
+        raise JointoptError(
+            f"lookup: no timing of {operator.kind} {operator.rows} x {operator.columns} in {scheme} at "
+            f"{operator.positions:g} positions; allowed: widths between those timed; Lookup.of(supernet) times all"
+        )
+
+    def fit(self, supernet: Supernet, genomes: Sequence[Any], seconds: Sequence[float]) -> Lookup:
+        """The look-up with factors by which sums over operators come closest to end-to-end times.
+
+        Args:
+            genomes: whose exports were timed.
+            seconds: end to end, for the batch; three or more.
+
+        Raises:
+            JointoptError: fewer than three.
+        """
+        if len(seconds) < 3 or len(genomes) != len(seconds):
+            raise JointoptError(f"lookup: found {len(seconds)} times to fit by; allowed: three or more, one a genome")
+        alone = replace(self, factors={"operators": 1.0, "attention": 0.0, "layers": 0.0})
+        tables = supernet.costs_by(alone)
+        features = np.array([_features(tables.breakdown(supernet.space.canonical(each))) for each in genomes])
+        times = np.array(seconds)
+        weights, _ = nnls(features / times[:, None], np.ones(len(times)))  # relative errors, nothing negative
+        error = float(np.abs(features @ weights / times - 1).mean())
+        names = ("operators", "attention", "layers")
+        return replace(self, factors=dict(zip(names, weights.tolist(), strict=True)), error=error)
+
+
+def _features(parts: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Of a network: the sum of its operators' times, of attention's, and the number of its layers."""
+    attention = sum(each["latency"] for each in parts if each["kind"] == "attention")
+    layers = sum(each["kind"] in ("linear", "conv") for each in parts)
+    return [sum(each["latency"] for each in parts), attention, float(layers)]
+
+
+@dataclass
+class _Asked:
+    """Stands in for a model of latency, and notes what it is asked."""
+
+    batch: int
+    context: int | None
+    operators: list[Operator] = field(default_factory=list)
+    source: str = "nothing"
+    capacity: float = float("inf")
+
+    def described(self) -> dict[str, Any]:
+        return {}
+
+    def answer(self, operator: Operator) -> Answer:
+        if operator.kind != "cache":
+            self.operators.append(operator)
+        return Answer(0.0, 0.0)
+
+
+def _record(operator: Operator, batch: int) -> dict[str, Any]:
+    return {
+        "kind": operator.kind,
+        "rows": operator.rows,
+        "columns": operator.columns,
+        "positions": operator.positions,
+        "context": operator.context,
+        "area": operator.area,
+        "heads": operator.heads,
+        "scheme": operator.scheme.name if operator.scheme else "none",
+        "batch": batch,
+    }
+
+
+def key_of(operator: Operator, batch: int) -> Key:
+    """What a timing depends on, as JSON."""
+    return json.dumps(_record(operator, batch), sort_keys=True)
+
+
+def _timed(missing: Mapping[Key, Operator], batch: int, threads: int) -> dict[Key, float]:
+    from jointopt.cost.timing import time_operators
+
+    found: dict[Key, float] = {}
+    keys = list(missing)
+    for at in range(0, len(keys), TOGETHER):
+        part = keys[at : at + TOGETHER]
+        found |= dict(zip(part, time_operators([missing[key] for key in part], batch, threads), strict=True))
+    return found
+
+
+def _read(path: Path, machine: str) -> dict[Key, float]:
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        machines = record["machines"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JointoptError(f"lookup: {str(path)!r} cannot be read: {error}") from None
+    processor = machine.partition(", ONNX")[0]
+    if machines and machine not in machines and not any(each.startswith(processor) for each in machines):
+        told = "; ".join(machines)
+        raise JointoptError(f"lookup: {str(path)!r} was timed on another machine ({told}); allowed: another path")
+    return dict(machines.get(machine, {}))
+
+
+def _write(path: Path, machine: str, known: Mapping[Key, float]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text())["machines"] if path.is_file() else {}
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(json.dumps({"machines": {**before, machine: dict(known)}}, indent=1))
+        beside.replace(path)
+    except OSError as error:
+        raise JointoptError(f"lookup: {str(path)!r} cannot be written: {error.strerror}") from None

@@ -1,0 +1,148 @@
+"""Times single operators in ONNX Runtime, each written by the code that writes them into an export."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jointopt.cost.operators import Operator
+from quant.kernels import quantize
+from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+
+WORDS = 1000
+"""Rows of the table that an embedding is timed with: those that are looked up count."""
+_QUANTIZED = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d, nn.Embedding: QuantizedEmbedding}
+
+
+class Attention(nn.Module):
+    """Queries [batch, tokens, channels], keys and values -> their products, heads parted and joined again."""
+
+    def __init__(self, heads: int, groups: int):
+        super().__init__()
+        self.heads, self.groups = heads, groups
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        size = queries.shape[-1] // self.heads
+        q = queries.unflatten(-1, (self.heads, size)).transpose(1, 2)
+        k, v = (each.unflatten(-1, (self.groups, size)).transpose(1, 2) for each in (keys, values))
+        k, v = (each.repeat_interleave(self.heads // self.groups, 1) for each in (k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def module_of(operator: Operator, batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A module that does an operator's work, with random weights, and inputs for it."""
+    positions = max(1, round(operator.positions))
+    rows, columns = operator.rows, operator.columns
+    if operator.kind == "attention":
+        groups = max(1, operator.heads * columns // rows)
+        context = max(1, round(operator.context))
+        inputs = (torch.randn(batch, positions, rows), *(torch.randn(batch, context, columns) for _ in range(2)))
+        return Attention(operator.heads, groups), inputs
+    if operator.kind == "embedding":
+        module: nn.Module = nn.Embedding(WORDS, rows)
+        inputs = (torch.randint(WORDS, (batch, positions)),)
+    elif operator.kind == "norm":
+        return nn.LayerNorm(rows), (torch.randn(batch, positions, rows),)
+    elif operator.kind == "conv":
+        side, kernel = max(1, round(math.sqrt(positions))), round(math.sqrt(operator.area))
+        module = nn.Conv2d(columns * operator.heads, rows, kernel, padding=kernel // 2, groups=operator.heads)
+        inputs = (torch.randn(batch, columns * operator.heads, side, side),)
+    else:
+        module, inputs = nn.Linear(columns, rows), (torch.randn(batch, positions, columns),)
+    return _quantized(module, operator), inputs
+
+
+def _quantized(module: Any, operator: Operator) -> nn.Module:
+    scheme = operator.scheme
+    if scheme is None or scheme.weights is None:
+        return module
+    kind = type(module)
+    codes = quantize(module.weight.detach(), scheme.weights)
+    module.__class__ = _QUANTIZED[kind]
+    static = torch.tensor([0.05]) if scheme.activations is not None and not scheme.activations.dynamic else None
+    constants = {"input_scale": static, "input_zero_point": None, "input_global_scale": None}
+    module.__dict__.update(scheme=scheme, quantized=codes, **constants)
+    return module
+
+
+class _Each(nn.Module):
+    """Many modules side by side, so that they are traced together."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        super().__init__()
+        self.each = nn.ModuleList(modules)
+
+    def forward(self, inputs: list[list[Tensor]]) -> list[Tensor]:
+        return [module(*given) for module, given in zip(self.each, inputs, strict=True)]
+
+
+def time_operators(operators: Sequence[Operator], batch: int, threads: int, rounds: int = 30) -> list[float]:
+    """Seconds that each operator takes for a batch: medians, without what calling ONNX Runtime costs."""
+    modules, inputs = zip(*(module_of(each, batch) for each in operators), strict=True)
+    runs = _sessions(modules, inputs, threads)
+    empty = _sessions((nn.Identity(),), ((torch.zeros(1),),), threads)[0]
+    calls: list[Callable[[], Any]] = [*runs, empty]
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, kept in zip(calls, seconds, strict=True):
+            started = time.perf_counter()
+            call()
+            kept.append(time.perf_counter() - started)
+    medians = [float(np.median(kept[2:])) for kept in seconds]
+    return [max(each - medians[-1], 0.0) for each in medians[:-1]]
+
+
+def _sessions(
+    modules: Sequence[nn.Module], inputs: Sequence[Sequence[Tensor]], threads: int
+) -> list[Callable[[], Any]]:
+    """A call for each module, which runs it alone in ONNX Runtime."""
+    import onnx
+    import onnxruntime
+
+    from jointopt.checkpoint.onnx.graph import with_twins
+    from jointopt.checkpoint.onnx.writer import OPSETS
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program: Any = torch.onnx.export(
+            with_twins(_Each(modules).eval()), ([list(each) for each in inputs],), dynamo=True, opset_version=OPSETS[0],
+            optimize=False, verbose=False,
+        )  # fmt: skip
+    whole = program.model_proto
+    names = iter([each.name for each in whole.graph.input])
+    extractor = onnx.utils.Extractor(whole)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    calls: list[Callable[[], Any]] = []
+    for given, output in zip(inputs, whole.graph.output, strict=True):
+        feed = {next(names): each.numpy() for each in given}
+        part = extractor.extract_model(list(feed), [output.name])
+        session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        calls.append(partial(session.run, None, feed))
+    return calls
+
+
+def time_model(folder: str | Path, inputs: Sequence[dict[str, Tensor]], threads: int, rounds: int = 20) -> float:
+    """Median seconds of an exported folder's model.onnx for a batch, end to end."""
+    from jointopt.checkpoint.onnx.session import OnnxModel
+    from jointopt.checkpoint.onnx.writer import MODEL
+
+    model = OnnxModel(Path(folder) / MODEL, threads)
+    seconds = []
+    for at in range(rounds + 2):
+        feed = model.completed({name: each.numpy() for name, each in inputs[at % len(inputs)].items()})
+        started = time.perf_counter()
+        model.session.run(None, feed)
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[2:]))

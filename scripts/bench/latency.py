@@ -1,0 +1,153 @@
+"""How far latencies can be believed: look-up and roofline beside sub-networks timed end to end in ONNX Runtime.
+
+    python scripts/assets.py assets digits minilm movies smollm2 text
+    python scripts/bench/latency.py --assets assets --json latency.json
+    python scripts/bench/latency.py --assets assets --cases minilm --genomes 40
+
+For each case random sub-networks are exported to ONNX, and timed in turns, medians, on one thread. A first few of them
+fit the look-up (and a roofline of this machine, its rates by the same operators' times); the errors are those on all
+others: mean absolute relative error (MAPE), and Kendall's tau. Exports are kept in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import networks
+import numpy as np
+import torch
+from networks import Network
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import kendalltau
+
+import jointopt
+from jointopt import Lookup, Roofline, SearchSpace, Supernet, load_device
+from jointopt.checkpoint.onnx.session import OnnxModel
+from jointopt.models import load_model
+from jointopt.tasks import TASKS
+
+SCHEMES = ("none", "W8A8", "W8A8_STATIC", "W4A16")
+FIT = 8
+"""Sub-networks that the look-up and the roofline are fitted by."""
+BATCHES = {"digits_vit": 8, "digits_resnet": 8, "minilm": 1, "smollm2": 1}
+LENGTHS = {"minilm": 128, "smollm2": 128}
+
+
+def supernet_of(name: str, network: Network, arguments: argparse.Namespace) -> tuple[Supernet, dict]:
+    """An untrained super-network, which is timed like a trained one, and a batch of inputs."""
+    folder = arguments.assets / network.model
+    if network.model == "resnet-digits":
+        folder = arguments.work / network.model
+        if not folder.is_dir():
+            networks.resnet_for_digits(arguments.assets / "digits" / "train", folder, epochs=1)
+    loaded = load_model(str(folder), network.task, device="cpu", dtype="float32")
+    task = TASKS[network.task]
+    source = replace(network.calibrate, samples=16, length=LENGTHS.get(name))
+    batch = task.batches(source, loaded.processor, loaded.model, BATCHES[name])[0]
+    batch = {key: value for key, value in batch.items() if key != "labels"}
+    if "attention_mask" in batch:
+        batch["attention_mask"] = torch.ones(BATCHES[name], LENGTHS[name], dtype=torch.long)
+        batch = {key: nn_pad(value, LENGTHS[name]) for key, value in batch.items()}
+    space = SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space)
+    supernet = Supernet(loaded.model, space)
+    supernet.calibrate([batch])
+    return supernet, batch
+
+
+def nn_pad(value: torch.Tensor, length: int) -> torch.Tensor:
+    """Columns of ones up to a length."""
+    return torch.nn.functional.pad(value[:, :length], (0, max(0, length - value.shape[1])), value=1)
+
+
+def exported(supernet: Supernet, genomes: np.ndarray, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for genome in genomes:
+        path = folder / "-".join(map(str, genome))[-120:]
+        if not path.is_dir():
+            jointopt.export(supernet, genome, path, target="onnxruntime")
+        paths.append(path)
+    return paths
+
+
+def timed(paths: list[Path], batch: dict, threads: int, rounds: int) -> np.ndarray:
+    """Median seconds of each export, all of them in turns."""
+    models = [OnnxModel(path / "model.onnx", threads) for path in paths]
+    feeds = [model.completed({name: each.numpy() for name, each in batch.items()}) for model in models]
+    seconds = np.zeros((rounds, len(models)))
+    for at in range(rounds):
+        for index, (model, feed) in enumerate(zip(models, feeds, strict=True)):
+            started = time.perf_counter()
+            model.session.run(None, feed)
+            seconds[at, index] = time.perf_counter() - started
+    return np.median(seconds[1:], axis=0)
+
+
+def fitted_roofline(supernet: Supernet, genomes: np.ndarray, seconds: np.ndarray, batch: int) -> Roofline:
+    """cpu-avx2's roofline with the efficiencies and the overhead that come closest to these times."""
+    device = load_device("cpu-avx2")
+    best, least = None, np.inf
+    for compute in (0.1, 0.15, 0.2, 0.3, 0.45, 0.6):
+        for gain in (1.0, 1.5, 2.0, 3.0):
+            for overhead in (5e-6, 2e-5, 5e-5, 1e-4, 2e-4):
+                peak = {"float32": device.peak["float32"], "int8": device.peak["float32"] * gain}
+                efficiency = device.efficiency.model_copy(update={"compute": compute})
+                tried = device.model_copy(update={"peak": peak, "efficiency": efficiency, "overhead": overhead})
+                found = predicted(supernet, Roofline(tried, batch), genomes)
+                error = np.abs(found / seconds - 1).mean()
+                if error < least:
+                    best, least = Roofline(tried, batch), error
+    assert best is not None
+    return best
+
+
+def predicted(supernet: Supernet, model: Lookup | Roofline, genomes: np.ndarray) -> np.ndarray:
+    return supernet.costs_by(model).columns(genomes)["latency"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser.add_argument("--work", type=Path, default=Path("runs/latency"))
+    parser.add_argument("--cases", nargs="+", choices=list(BATCHES), default=list(BATCHES))
+    parser.add_argument("--genomes", type=int, default=40, help="timed end to end, beside those that fit")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--export-only", action="store_true", help="times nothing: for later, on a quiet machine")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    console, rows = Console(), []
+    table = Table("case", "genomes", "end to end, ms", "look-up MAPE", "tau", "roofline MAPE", "tau")
+    for name in arguments.cases:
+        supernet, batch = supernet_of(name, networks.networks(arguments.assets)[name], arguments)
+        genomes = supernet.space.sample(FIT + arguments.genomes, seed=0)
+        paths = exported(supernet, genomes, arguments.work / name)
+        if arguments.export_only:
+            continue
+        lookup = Lookup.of(supernet, BATCHES[name], threads=arguments.threads, path=arguments.work / "operators.json")
+        seconds = timed(paths, batch, arguments.threads, arguments.rounds)
+        lookup = lookup.fit(supernet, list(genomes[:FIT]), list(seconds[:FIT]))
+        roofline = fitted_roofline(supernet, genomes[:FIT], seconds[:FIT], BATCHES[name])
+        cells = [name, str(arguments.genomes), f"{seconds.min() * 1e3:.3g} to {seconds.max() * 1e3:.3g}"]
+        for kind, model, aims in (("look-up", lookup, (0.1, 0.9)), ("roofline", roofline, (0.25, 0.8))):
+            found = predicted(supernet, model, genomes)[FIT:]
+            mape = float(np.abs(found / seconds[FIT:] - 1).mean())
+            tau = float(kendalltau(found, seconds[FIT:]).statistic)
+            cells += [f"{mape:.1%}", f"{tau:.3f}"]
+            rows.append({"case": name, "measure": f"{kind}, MAPE", "value": mape, "aim": aims[0], "better": "lower"})
+            rows.append({"case": name, "measure": f"{kind}, tau", "value": tau, "aim": aims[1], "better": "higher"})
+        console.print(name, {key: f"{value:.3g}" for key, value in lookup.factors.items()}, highlight=False)
+        table.add_row(*cells)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1))
+    if not arguments.export_only:
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
