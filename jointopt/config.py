@@ -299,19 +299,22 @@ class Finish(_Section):
 
 
 class Hardware(_Section):
-    """What a sub-network shall run on, by whose roofline latency, energy and peak memory are objectives.
+    """What a sub-network shall run on, so that latency, energy and peak memory can be objectives.
 
     Attributes:
-        device: the name of one that comes with the package, or a YAML file of one's own.
+        device: the name of one that comes with the package, or a YAML file of one's own, for its roofline; or "this":
+            this machine, whose operators are timed in ONNX Runtime (with target onnxruntime).
         batch: samples that are computed together.
         context: tokens of a sample (default: as many as a calibration sample has).
         parallel: devices over which each layer is spread.
+        threads: of ONNX Runtime, for "this".
     """
 
     device: str
     batch: Positive = 1
     context: Positive | None = None
     parallel: Positive = 1
+    threads: Positive = 1
 
 
 class Config(_Section):
@@ -393,6 +396,10 @@ class Config(_Section):
             raise ValueError(f"space.caches with target {wanted.name}; allowed: leave them out")
         if self.dtype not in ("auto", *wanted.dtypes):
             raise ValueError(f"dtype {self.dtype} with target {wanted.name}; allowed: {', '.join(wanted.dtypes)}")
+        if self.hardware is not None and self.hardware.device == "this" and self.target != "onnxruntime":
+            raise ValueError(
+                "hardware.device this with target transformers; allowed: target: onnxruntime, which is timed"
+            )
         wanting = next((name for name in [*names, *(self.constraints or ())] if name in ON_HARDWARE), None)
         if wanting is not None and self.hardware is None:
             raise ValueError(f"{wanting} without hardware; allowed: with hardware: {{device: NAME}}")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
 NEAREST = "nearest"
+THIS = "this"
+"""Hardware: this machine, by the times of its operators in ONNX Runtime."""
 WEIGHTS, TRAINED, CHECKPOINT = "supernet.safetensors", "supernet.json", "training.safetensors"
 
 
@@ -116,7 +118,7 @@ def prepare(config: Config) -> Prepared:
 
 
 def latency_of(config: Config) -> Roofline | None:
-    """What answers for time, energy and memory on the config's hardware.
+    """What answers for time, energy and memory on the config's hardware, where that is a device and not this machine.
 
     Raises:
         JointoptError: an unknown device, a file that lacks a figure, a context for a model that reads no tokens.
@@ -124,7 +126,7 @@ def latency_of(config: Config) -> Roofline | None:
     from .cost.device import load_device
     from .cost.roofline import Roofline
 
-    if config.hardware is None:
+    if config.hardware is None or config.hardware.device == THIS:
         return None
     wanted = config.hardware
     return Roofline(load_device(wanted.device), wanted.batch, wanted.context, wanted.parallel)
@@ -176,6 +178,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
     if config.train is None:
         supernet.calibrate(prepared.inputs)
+        _look_up(config, supernet)
         return supernet
     output = Path(config.output)
     wanted = {key: config.record().get(key) for key in ("model", "data", "space", "train", "dtype")}
@@ -191,7 +194,17 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         _train(config, prepared, supernet)
         _keep(output, supernet, wanted)
     supernet.calibrate(prepared.inputs)
+    _look_up(config, supernet)
     return supernet
+
+
+def _look_up(config: Config, supernet: Supernet) -> None:
+    """Has this machine's own times answer, where the config's hardware is this machine."""
+    from .cost.lookup import Lookup
+
+    wanted = config.hardware
+    if wanted is not None and wanted.device == THIS:
+        supernet.use_latency(Lookup.of(supernet, wanted.batch, wanted.context, wanted.threads))
 
 
 def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:

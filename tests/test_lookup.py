@@ -1,0 +1,133 @@
+"""Look-up latency: operators timed for real, kept with the machine that they were timed on, fitted end to end."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+import jointopt
+from jointopt import JointoptError, Lookup, SearchSpace, Supernet
+from jointopt.cost.lookup import fingerprint, key_of
+from jointopt.cost.operators import Operator
+from jointopt.cost.timing import module_of, time_model, time_operators
+from quant.formats import scheme
+from quant.layers import QuantizedLinear
+from tests.zoo import batches, make
+
+pytest.importorskip("onnxruntime")
+
+
+@cache
+def supernet() -> Supernet:
+    model = make("vit")
+    found = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"], depth=[2, 3], mlp=[128, 256]))
+    found.calibrate(batches("vit"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory) -> tuple[Lookup, object]:
+    path = tmp_path_factory.mktemp("lookup") / "operators.json"
+    return Lookup.of(supernet(), batch=2, path=path), path
+
+
+def test_wider_operators_take_longer():
+    narrow, wide = time_operators([Operator("linear", 64, 64, 64), Operator("linear", 2048, 2048, 64)], 1, 1)
+    assert 0 <= narrow < wide
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        Operator("linear", 64, 32, 5, scheme=scheme("W8A8")),
+        Operator("linear", 64, 32, 5, scheme=scheme("W4A16_G32")),
+        Operator("conv", 8, 4, 16, area=9, scheme=scheme("W8A8_STATIC")),
+        Operator("conv", 8, 1, 16, area=9, heads=8),
+        Operator("embedding", 32, 0, 5),
+        Operator("norm", 32, 32, 5),
+        Operator("attention", 64, 32, 5, context=9, heads=4),
+    ],
+    ids=lambda each: each.kind,
+)
+def test_an_operator_s_module_makes_what_the_operator_says(operator):
+    module, inputs = module_of(operator, 3)
+    if isinstance(module, QuantizedLinear):
+        assert module.scheme == operator.scheme
+    with torch.no_grad():
+        output = torch.nn.Linear.forward(module, *inputs) if isinstance(module, QuantizedLinear) else module(*inputs)
+    if operator.kind == "conv":
+        assert output.shape == (3, operator.rows, 4, 4)
+    else:
+        assert output.shape == (3, 5, operator.rows)
+
+
+def test_every_operator_of_the_space_is_timed_once_and_kept(timed, monkeypatch):
+    lookup, path = timed
+    record = json.loads(path.read_text())["machines"]
+    assert list(record) == [fingerprint(1)] and record[fingerprint(1)] == dict(lookup.seconds)
+
+    def never(*given):
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr("jointopt.cost.timing.time_operators", never)
+    assert Lookup.of(supernet(), batch=2, path=path).seconds == lookup.seconds
+
+
+def test_costs_are_sums_of_what_was_timed(timed):
+    lookup, _ = timed
+    columns = supernet().costs_by(lookup).columns(supernet().space.largest)
+    parts = supernet().costs_by(lookup).breakdown(supernet().space.largest)
+    assert columns["latency"][0] == pytest.approx(sum(part["latency"] for part in parts))
+    assert columns["latency"][0] > 0 and np.isnan(columns["energy"][0])
+
+
+def test_a_width_between_those_timed_is_interpolated_and_one_beyond_is_refused():
+    seconds = {key_of(Operator("linear", rows, 64, 10), 1): rows * 1e-6 for rows in (64, 128)}
+    lookup = Lookup("here", seconds=seconds)
+    assert lookup.time_of(Operator("linear", 96, 64, 10)) == pytest.approx(96e-6)
+    with pytest.raises(JointoptError, match=r"no timing of linear 256 x 64 in none at 10 positions"):
+        lookup.time_of(Operator("linear", 256, 64, 10))
+    with pytest.raises(JointoptError, match="in W8A8 at 10"):
+        lookup.time_of(Operator("linear", 96, 64, 10, scheme=scheme("W8A8")))
+
+
+def test_a_fit_finds_what_a_graph_adds_to_its_operators(timed):
+    lookup, _ = timed
+    genomes = list(supernet().space.sample(12, seed=0))
+    tables = supernet().costs_by(lookup)
+    sums = tables.columns(np.array(genomes))["latency"]
+    layers = [sum(p["kind"] in ("linear", "conv") for p in tables.breakdown(genome)) for genome in genomes]
+    fitted = lookup.fit(supernet(), genomes, [0.8 * s + 5e-6 * n for s, n in zip(sums, layers, strict=True)])
+    assert fitted.error < 0.01
+    found = supernet().costs_by(fitted).columns(np.array(genomes))["latency"]
+    np.testing.assert_allclose(found, 0.8 * sums + 5e-6 * np.array(layers), rtol=0.02)
+    assert "off where it was fitted end to end" in fitted.source
+    with pytest.raises(JointoptError, match="three or more"):
+        lookup.fit(supernet(), genomes[:2], [1.0, 2.0])
+
+
+def test_timings_of_another_machine_are_refused(tmp_path):
+    path = tmp_path / "operators.json"
+    path.write_text(json.dumps({"machines": {"Another CPU, 64 cores, ONNX Runtime 1.0, 1 threads": {}}}))
+    with pytest.raises(JointoptError, match="timed on another machine"):
+        Lookup.of(supernet(), path=path)
+    path.write_text("{")
+    with pytest.raises(JointoptError, match="cannot be read"):
+        Lookup.of(supernet(), path=path)
+
+
+def test_energy_by_look_up_is_no_objective(timed):
+    model = make("vit")
+    found = Supernet(model, supernet().space, latency=timed[0])
+    found.calibrate(batches("vit"))
+    with pytest.raises(JointoptError, match=r"objective 'energy': look-up on .* has no figure"):
+        jointopt.search(found, lambda m: 1.0, ["quality", "energy"], evaluations=2)
+
+
+def test_an_export_is_timed_end_to_end(tmp_path):
+    folder = jointopt.export(supernet(), supernet().space.smallest, tmp_path / "out", target="onnxruntime")
+    assert 0 < time_model(folder, batches("vit"), 1, rounds=3) < 5
