@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -161,7 +160,7 @@ def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[st
             raise JointoptError(
                 f"objective {name!r}: found no hardware; allowed: with Supernet(..., latency=Roofline(...))"
             )
-        if name in known and not math.isfinite(known[name]):
+        if name in ON_HARDWARE and name not in known:
             raise JointoptError(f"objective {name!r}: {supernet.latency.source} has no figure for it")  # type: ignore[union-attr]
         if name not in known:
             raise JointoptError(f"objective {name!r}: found no cache in this model; allowed costs: {', '.join(known)}")

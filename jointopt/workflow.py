@@ -1,7 +1,8 @@
 """From a config to a verified export: what `jointopt run` does, in an output folder that a later run goes on with.
 
 The folder holds config.yaml, study.db, report.html, export/ and, where the config trains, supernet.safetensors with
-supernet.json, which says what it was trained with; training.safetensors, from which training goes on, while it trains.
+supernet.json, which says what it was trained with; training.safetensors, from which training goes on, while it trains;
+latency.json, what was timed of this machine, where the config asks for that.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ NEAREST = "nearest"
 THIS = "this"
 """Hardware: this machine, by the times of its operators in ONNX Runtime."""
 WEIGHTS, TRAINED, CHECKPOINT = "supernet.safetensors", "supernet.json", "training.safetensors"
+LATENCY = "latency.json"
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
     if config.train is None:
         supernet.calibrate(prepared.inputs)
-        _look_up(config, supernet)
+        _look_up(config, prepared, supernet)
         return supernet
     output = Path(config.output)
     wanted = {key: config.record().get(key) for key in ("model", "data", "space", "train", "dtype")}
@@ -194,17 +196,31 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         _train(config, prepared, supernet)
         _keep(output, supernet, wanted)
     supernet.calibrate(prepared.inputs)
-    _look_up(config, supernet)
+    _look_up(config, prepared, supernet)
     return supernet
 
 
-def _look_up(config: Config, supernet: Supernet) -> None:
+def _look_up(config: Config, prepared: Prepared, supernet: Supernet) -> None:
     """Has this machine's own times answer, where the config's hardware is this machine."""
-    from .cost.lookup import Lookup
+    from .cost.here import lookup_here
 
     wanted = config.hardware
     if wanted is not None and wanted.device == THIS:
-        supernet.use_latency(Lookup.of(supernet, wanted.batch, wanted.context, wanted.threads))
+        kept, seed = Path(config.output) / LATENCY, config.search.seed
+        supernet.use_latency(lookup_here(supernet, wanted.batch, wanted.threads, prepared.inputs, kept, seed))
+
+
+def _measure_latency(config: Config, prepared: Prepared, supernet: Supernet, study: Study, genome: np.ndarray) -> str:
+    """What the export takes on this machine, end to end, beside what the search reckoned with: a line."""
+    from .cost.here import batch_of
+    from .cost.timing import time_model
+
+    assert config.hardware is not None
+    batch, threads = config.hardware.batch, config.hardware.threads
+    found = time_model(Path(config.output) / EXPORT, [batch_of(prepared.inputs, batch)], threads)
+    expected = float(supernet.costs(genome)["latency"])
+    study.note("measured_latency", {"genome": genome.tolist(), "measured": found, "expected": expected})
+    return f"latency of the export: {found * 1e3:.4g} ms measured, {expected * 1e3:.4g} ms by {supernet.latency.source}"  # type: ignore[union-attr]
 
 
 def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
@@ -340,6 +356,8 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
         export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite, config.target)
         verification = verify_export(output / EXPORT, prepared)
         study.note("verified", "verified" if verification.ok else "differs")
+        if config.hardware is not None and config.hardware.device == THIS:
+            console.print(_measure_latency(config, prepared, supernet, study, genome), highlight=False, soft_wrap=True)
         write_report(study, output / REPORT)
         console.print(f"report: {output / REPORT}", f"export: {output / EXPORT}", sep="\n", highlight=False)
         console.print(verdict(verification, study, output / EXPORT), highlight=False, soft_wrap=True)

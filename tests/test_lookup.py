@@ -82,7 +82,7 @@ def test_costs_are_sums_of_what_was_timed(timed):
     columns = supernet().costs_by(lookup).columns(supernet().space.largest)
     parts = supernet().costs_by(lookup).breakdown(supernet().space.largest)
     assert columns["latency"][0] == pytest.approx(sum(part["latency"] for part in parts))
-    assert columns["latency"][0] > 0 and np.isnan(columns["energy"][0])
+    assert columns["latency"][0] > 0 and "energy" not in columns
 
 
 def test_a_width_between_those_timed_is_interpolated_and_one_beyond_is_refused():

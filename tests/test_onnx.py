@@ -198,6 +198,7 @@ def test_every_scheme_of_the_target_is_tested_here():
     assert np.unique(SCHEMES).size == len(SCHEMES)
 
 
+@pytest.mark.slow
 def test_a_config_that_targets_onnx_runtime_searches_its_formats_and_exports_model_onnx(tmp_path):
     import os
     import subprocess
@@ -241,5 +242,12 @@ def test_a_config_that_targets_onnx_runtime_searches_its_formats_and_exports_mod
     assert (tmp_path / "plain/model.safetensors").is_file()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "space": {"schemes": ["none", "NVFP4"]}}))
     refused = command("run", "config.yaml")
+    here = {**config, "hardware": {"device": "this", "batch": 2}, "output": "runs/here"}
+    (tmp_path / "here.yaml").write_text(yaml.safe_dump(here))
+    timed = command("run", "here.yaml")
+    assert timed.returncode == 0, timed.stderr
+    assert "ms measured" in timed.stdout and "off where it was fitted end to end" in timed.stdout
+    again = command("run", "here.yaml", "--evaluations", "8")
+    assert again.returncode == 0, again.stderr
     assert refused.returncode == 2
     assert "target onnxruntime: NVFP4 has no form there; allowed: none, W8A8" in refused.stderr

@@ -144,6 +144,9 @@ class ShapeCosts:
             found["peak_memory"] = found["size"] + found.pop("activation").astype(np.int64)
             if "cache" in found:
                 found["peak_memory"] += found["cache"] * round(self._tokens * self._scale) * self.latency.batch
+            for measure in ("energy", "decode_energy"):  # not every model of latency knows them
+                if measure in found and np.isnan(found[measure]).any():
+                    del found[measure]
         return found
 
     def breakdown(self, genome: np.ndarray) -> list[dict[str, Any]]:

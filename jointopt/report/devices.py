@@ -69,7 +69,7 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
             f"{model.source} has {model.capacity / 1e9:.4g} GB"
         )
     rows = rows[fits]
-    measures = ("decode_latency", "latency", "energy") if "decode_latency" in columns else ("latency", "energy")
+    measures = tuple(name for name in ("decode_latency", "latency", "energy") if name in columns)
     wanted = [study.quality, Objective(measures[0], "min")]
     front = front_of(rows, wanted).sort_values(measures[0])
     chosen = tuple(best_of(rows, wanted, None, knee=True).tolist())

@@ -156,6 +156,9 @@ def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
         if len(rows):
             value = float(measured.get(objective.name, rows.iloc[0][objective.name]))
             cards.append((written(objective.name, value), f"{escape(objective.name)} of the chosen one"))
+    timed = study.fact("measured_latency")
+    if timed and picked is not None and timed["genome"] == list(picked):
+        cards.append((written("latency", timed["measured"]) + " ms", "measured of the export, end to end"))
     verified = study.fact("verified")
     if verified:
         cards.append((escape(str(verified)), "export"))

@@ -1,0 +1,66 @@
+"""This machine's look-up for a run: timed, fitted by a few sub-networks that are exported and run, and kept."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jointopt.batch_norm import first_samples, sample_count
+from jointopt.cost.lookup import Lookup
+from jointopt.cost.timing import time_model
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+FITTED_BY = 4
+"""Random sub-networks that the look-up is fitted by, beside the smallest and the largest."""
+
+
+def lookup_here(
+    supernet: Supernet, batch: int, threads: int, inputs: Sequence[Mapping[str, Any]], kept: Path, seed: int
+) -> Lookup:
+    """The look-up of a calibrated super-network on this machine.
+
+    Args:
+        inputs: batches of the model's inputs, from which what is timed end to end takes its samples.
+        kept: the file of what was fitted, so that a run that goes on goes on with the same numbers.
+    """
+    lookup = Lookup.of(supernet, batch, threads=threads)
+    if kept.is_file():
+        record = json.loads(kept.read_text())
+        if record["machine"] != lookup.machine:
+            raise JointoptError(f"hardware: {str(kept)!r} is of {record['machine']}; this is {lookup.machine}")
+        return replace(lookup, seconds=record["seconds"], factors=record["factors"], error=record["error"])
+    genomes = [supernet.space.smallest, supernet.space.largest, *supernet.space.sample(FITTED_BY, seed)]
+    seconds = []
+    with tempfile.TemporaryDirectory() as place:
+        for at, genome in enumerate(genomes):
+            seconds.append(time_genome(supernet, genome, Path(place) / str(at), batch, threads, inputs))
+    fitted = lookup.fit(supernet, genomes, seconds)
+    record = {name: getattr(fitted, name) for name in ("machine", "seconds", "factors", "error")}
+    kept.write_text(json.dumps(record, indent=1))
+    return fitted
+
+
+def time_genome(
+    supernet: Supernet, genome: Any, folder: Path, batch: int, threads: int, inputs: Sequence[Mapping[str, Any]]
+) -> float:
+    """Seconds that a sub-network's ONNX export takes for a batch, end to end."""
+    from jointopt.checkpoint.writer import export
+
+    export(supernet, genome, folder, target="onnxruntime")
+    return time_model(folder, [batch_of(inputs, batch)], threads)
+
+
+def batch_of(inputs: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
+    """The first samples of the first batch. Raises JointoptError where it has fewer."""
+    if sample_count(inputs[0]) < size:
+        raise JointoptError(
+            f"hardware.batch: found {size}; allowed: up to {sample_count(inputs[0])}, a batch of data.calibrate"
+        )
+    return first_samples(inputs[0], size)
