@@ -135,6 +135,19 @@ class Distill(_Section):
     teacher: str | None = None
 
 
+class Lora(_Section):
+    """Adapters in place of whole weights (PEFT); with the head of a classifier, which is trained whole.
+
+    Attributes:
+        rank, alpha: of each adapter; it counts alpha / rank.
+        targets: names of layers that get one (q_proj, v_proj, fc1, ...).
+    """
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16
+    targets: Annotated[list[str], Field(min_length=1)]
+
+
 class Train(_Section):
     """Super-network training before the search. Give steps or epochs.
 
@@ -147,6 +160,7 @@ class Train(_Section):
         precision_from: share of the steps after which they compute in their number formats (default: never).
         distill: what they learn from the largest; false has each learn the task itself.
         sort_every: steps after which channels and heads are sorted again by importance (default: never).
+        lora: to train adapters alone (default: all weights).
     """
 
     steps: Positive | None = None
@@ -158,6 +172,7 @@ class Train(_Section):
     precision_from: Annotated[float, Field(ge=0, le=1)] | None = None
     distill: Distill | Literal[False] = Distill()
     sort_every: Positive | None = None
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -165,6 +180,8 @@ class Train(_Section):
             raise ValueError(f"{'neither' if self.steps is None else 'both'} of steps and epochs; allowed: one of them")
         if self.sampling == "random" and not self.random_subnetworks:
             raise ValueError("sampling random with random_subnetworks 0; allowed: 1 or more")
+        if self.lora is not None and self.sort_every is not None:
+            raise ValueError("sort_every with lora; allowed: one of them")
         return self
 
 

@@ -106,9 +106,9 @@ def build(
             # Path, and where its weight is cut: a tied layer never is.
             cuts = {path: (rows.get(path), columns.get(path)), **dict.fromkeys(layers[path].tied, (None, None))}
             for each, cut in cuts.items():
-                whole = modules[each].get_parameter("weight")
+                whole = modules[each]._parameters["weight"]
                 quantize_layer(modules[each], scheme, banked, *cut, statistics.get((each, scheme.name), {}), training)
-                if training:
+                if training and whole is not None:
                     pass_gradients(modules[each], whole)
                 elif each != path:
                     modules[each]._parameters["weight"] = module._parameters["weight"]

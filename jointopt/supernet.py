@@ -52,6 +52,7 @@ from .importance import CalibrationPass, sort_width, unit_importance
 from .ranges import Ranges
 from .repair import Repaired, Repairs
 from .subnetwork import ActivationStatistics, Plan, build, detach, layout, within
+from .training.lora import effective, with_adapters
 from .transforms import checked, reread, rotated, scale_links
 from .weight_bank import BankedWeight, WeightBank
 
@@ -231,7 +232,7 @@ class Supernet:
         """
         plan = self.plan(genome)
         plan = Plan(plan.blocks, plan.dropped, plan.units, plan.schemes if precision else {})
-        return build(self.model, self.family, plan, self._banked, self._statistics, {}, training=True)
+        return build(with_adapters(self.model), self.family, plan, self._banked, self._statistics, {}, training=True)
 
     def view(self, plan: Plan) -> nn.Module:
         """What a plan describes, as a view, in eval mode."""
@@ -279,7 +280,9 @@ class Supernet:
 
         def make() -> BankedWeight:
             self.statistics(path, wanted)
-            weight = fitted[0] if fitted else self.model.get_submodule(path).get_parameter("weight").detach()
+            layer = self.model.get_submodule(path)
+            whole = effective(layer) if "lora_A" in layer._parameters else layer.get_parameter("weight")
+            weight = fitted[0] if fitted else whole.detach()
             part = weight[:, :sliced].contiguous()
             try:
                 clip = choose_clip(part, form, self.weight_calibration)

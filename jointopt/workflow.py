@@ -224,7 +224,7 @@ def _measure_latency(config: Config, prepared: Prepared, supernet: Supernet, stu
 
 
 def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
-    from .training.configured import recipe_of
+    from .training.configured import lora_of, recipe_of
     from .training.loop import train_supernet
 
     assert config.train is not None and prepared.train is not None
@@ -238,6 +238,7 @@ def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
         learning_rate=config.train.learning_rate,
         seed=seed,
         sort_every=config.train.sort_every,
+        lora=lora_of(config, supernet),
         checkpoint=Path(config.output) / CHECKPOINT,
         progress=True,
     )

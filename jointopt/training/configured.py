@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jointopt.training.distillation import NUMBERS, Distillation
 from jointopt.training.elastic import Recipe
 from jointopt.training.sampling import STRATEGIES, Attentive, Sampling
 from jointopt.training.sampling.attentive import beyond_limits
+from quant.errors import JointoptError
+from search_spaces.family import has_module
 
 if TYPE_CHECKING:
     from jointopt.config import Config
@@ -35,6 +37,25 @@ def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe
     recipe = Recipe(_sampling(config, supernet), distillation, wanted.precision_from, seed=config.search.seed)
     recipe.check(supernet)
     return recipe
+
+
+HEADS = ("classifier", "score", "fc", "head")
+
+
+def lora_of(config: Config, supernet: Supernet) -> Any:
+    """The `peft.LoraConfig` of a config, None where it has none. Raises JointoptError where peft is missing."""
+    assert config.train is not None
+    wanted = config.train.lora
+    if wanted is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise JointoptError("train.lora: found no peft; pip install 'jointopt[lora]'") from None
+    heads = [name for name in HEADS if has_module(supernet.model, name)]
+    return LoraConfig(
+        r=wanted.rank, lora_alpha=wanted.alpha, target_modules=list(wanted.targets), modules_to_save=heads or None
+    )
 
 
 def _sampling(config: Config, supernet: Supernet) -> Sampling:

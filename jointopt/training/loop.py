@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from jointopt.evaluation import Batch
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import Recipe, gradients_of
+from jointopt.training.lora import attach, merge
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def train_supernet(
     weight_decay: float = 0.01,
     seed: int = 0,
     sort_every: int | None = None,
+    lora: Any = None,
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> list[float]:
@@ -52,6 +54,7 @@ def train_supernet(
         learning_rate, weight_decay: AdamW's.
         seed: of the order of batches and of dropout; of the sub-networks sampled it is the recipe's.
         sort_every: steps after which channels and heads are sorted again, by their importance on the batch at hand.
+        lora: a `peft.LoraConfig`: adapters of its layers alone are trained, and merged at the end (`training.lora`).
         checkpoint: a file from which the same call goes on where an earlier one was killed, with the same result to
             the bit; written every 50 steps, removed at the end. None keeps none.
 
@@ -64,6 +67,10 @@ def train_supernet(
     """
     recipe = recipe or Recipe(seed=seed)
     recipe.check(supernet)
+    if lora is not None:
+        if sort_every is not None:
+            raise JointoptError("sort_every: adapters are not sorted; allowed: without lora")
+        attach(supernet, lora)
     model = supernet.model
     parameters = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -91,6 +98,8 @@ def train_supernet(
                 kept.write(model, optimizer, history)
     optimizer.zero_grad(set_to_none=True)
     supernet.weights_changed()
+    if lora is not None:
+        merge(supernet)
     if kept is not None:
         kept.path.unlink(missing_ok=True)
     return history
@@ -133,6 +142,7 @@ def _described(supernet: Supernet, recipe: Recipe, steps: int, seed: int) -> dic
         "sampling": type(recipe.sampling).__name__,
         "precision_from": recipe.precision_from,
         "distillation": distillation,
+        "trained": sorted(name for name, each in supernet.model.named_parameters() if each.requires_grad),
     }
 
 

@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from jointopt.evaluation import Batch, logits_of
 from jointopt.supernet import Supernet
 from jointopt.training.elastic import Recipe, elastic_loss
+from jointopt.training.lora import NAMES, adapted, attach, merge
 from quant.errors import JointoptError
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
 
-RECORD = "supernet.json"
+RECORD, ADAPTERS = "supernet.json", "adapters.safetensors"
 SAMPLES = 128
 """Of the training data, by which importance and ranges are calibrated where nothing else is given."""
 
@@ -45,6 +47,7 @@ class ElasticTrainer(Trainer):
         calibration: batches of model inputs (default: the first 128 samples of `train_dataset`).
         family: a declaration of one's own (model -> Family).
         sort_every: steps after which channels and heads are sorted again, by their importance on `calibration`.
+        lora: a `peft.LoraConfig`: adapters of its layers alone are trained, and merged when training has ended.
         **options: the Trainer's own: data_collator, processing_class, compute_metrics, callbacks, optimizers, ...
 
     Attributes:
@@ -67,6 +70,7 @@ class ElasticTrainer(Trainer):
         calibration: Iterable[Mapping[str, Any]] | None = None,
         family: Declare | None = None,
         sort_every: int | None = None,
+        lora: Any = None,
         **options: Any,
     ):
         args = args or TrainingArguments(output_dir="tmp_trainer")
@@ -89,6 +93,10 @@ class ElasticTrainer(Trainer):
         if not self.supernet.calibrated and not self.supernet.trained:
             self.supernet.calibrate(self._calibration)
         self.recipe.check(self.supernet)
+        if lora is not None:
+            if sort_every is not None:
+                raise JointoptError("sort_every: adapters are not sorted; allowed: without lora")
+            attach(self.supernet, lora)
 
     def _first_samples(self) -> list[Batch]:
         """Inputs of the training data's first samples, as its collator makes them."""
@@ -110,7 +118,7 @@ class ElasticTrainer(Trainer):
         finally:
             # Mixed precision was put around the model's forward, and is not what a search shall score.
             self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
-        self.supernet.weights_changed()
+        merge(self.supernet)
         self.supernet.calibrate(self._calibration)
         return found
 
@@ -178,8 +186,17 @@ class ElasticTrainer(Trainer):
         """With what a resumed training must have in common."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
             record = {"space": self.supernet.space.to_dict(), "leaving": self.supernet._leaving}
-            (Path(output_dir or self.args.output_dir) / RECORD).write_text(json.dumps(record, default=str))
+            (folder / RECORD).write_text(json.dumps(record, default=str))
+            if adapters := self._adapters():
+                save_file(
+                    {name: each.detach().cpu().contiguous() for name, each in adapters.items()}, folder / ADAPTERS
+                )
+
+    def _adapters(self) -> dict[str, Tensor]:
+        layers = adapted(self.supernet.model).items()
+        return {f"{path}.{name}": layer.get_parameter(name) for path, layer in layers for name in NAMES}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / RECORD
@@ -194,7 +211,11 @@ class ElasticTrainer(Trainer):
         if isinstance(own_model, PreTrainedModel):
             # The Trainer reads names as they are in memory; `save_pretrained` writes those of the checkpoints.
             saved = type(own_model).from_pretrained(resume_from_checkpoint, dtype=own_model.dtype)
-            own_model.load_state_dict(saved.state_dict())
+            own_model.load_state_dict(saved.state_dict(), strict=not self._adapters())
+            if adapters := self._adapters():
+                kept = load_file(path.with_name(ADAPTERS))
+                for name, parameter in adapters.items():
+                    parameter.data.copy_(kept[name])
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, own_model)
         self.supernet.weights_changed()

@@ -1,0 +1,105 @@
+"""LoRA on a super-network: adapters that are sliced with it, and merged before it is searched (arXiv 2106.09685).
+
+PEFT finds the layers, initializes the adapters and says their scale; here they become parameters of the super-network's
+own layers, so that a sub-network computes with W[:rows, :columns] + scale * B[:rows] A[:, :columns].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import JointoptError
+from search_spaces.family import structural_clone
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+NAMES = ("lora_A", "lora_B")
+
+
+def attach(supernet: Supernet, config: Any) -> list[str]:
+    """Freezes a super-network but for adapters of the layers that a `peft.LoraConfig` names.
+
+    Args:
+        config: rank, scale, target_modules; modules_to_save are trained whole. Without dropout and DoRA, which are no
+            part of a weight.
+
+    Returns:
+        Paths of the layers with an adapter.
+
+    Raises:
+        JointoptError: peft is not installed, targets that the model lacks or that share their weight with another
+            layer, an option that cannot be sliced, adapters that are there already.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import Linear
+    except ImportError:
+        raise JointoptError("lora: found no peft; pip install 'jointopt[lora]'") from None
+    if not isinstance(config, LoraConfig):
+        raise JointoptError(f"lora: found {type(config).__name__}; allowed: a peft.LoraConfig")
+    if config.lora_dropout or config.use_dora:
+        raise JointoptError("lora: found lora_dropout or use_dora; allowed: neither, since adapters become weights")
+    if adapted(supernet.model):
+        raise JointoptError("lora: the super-network has adapters already; allowed: one set")
+    try:
+        wrapped = get_peft_model(structural_clone(supernet.model), config)
+    except ValueError as error:
+        raise JointoptError(f"lora: {' '.join(str(error).split())[:300]}") from None
+    found: dict[str, Any] = {
+        name.removeprefix("base_model.model."): module
+        for name, module in wrapped.named_modules()
+        if isinstance(module, Linear)
+    }
+    tied = {path for layer in supernet.family.layers for path in (*layer.tied, *([layer.path] if layer.tied else []))}
+    if shared := sorted(tied & set(found)):
+        raise JointoptError(f"lora: {shared[0]} shares its weight with another layer; allowed: layers with their own")
+    kept = tuple(config.modules_to_save or ())
+    for name, parameter in supernet.model.named_parameters():
+        parameter.requires_grad_(any(part in kept for part in name.split(".")))
+    for path, adapter in found.items():
+        layer = supernet.model.get_submodule(path)
+        weight = layer.get_parameter("weight")
+        for name in NAMES:
+            value = getattr(adapter, name)["default"].weight.detach().to(weight)
+            layer.register_parameter(name, nn.Parameter(value.clone()))
+        layer.__dict__["lora_scale"] = float(adapter.scaling["default"])
+    return list(found)
+
+
+def adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> layer, of those with an adapter."""
+    return {path: module for path, module in model.named_modules() if "lora_A" in module._parameters}
+
+
+def effective(layer: Any) -> Tensor:
+    """A layer's weight with its adapter, through which gradients reach the adapter alone."""
+    return layer.weight + layer.lora_scale * (layer.lora_B @ layer.lora_A)
+
+
+def with_adapters(model: nn.Module) -> nn.Module:
+    """The model in which adapters are part of the weights, for training views; itself where there are none."""
+    if not adapted(model):
+        return model
+    clone = structural_clone(model)
+    for layer in adapted(clone).values():
+        layer._parameters["weight"] = effective(layer)  # type: ignore[assignment]
+        for name in NAMES:
+            del layer._parameters[name]
+    return clone
+
+
+@torch.no_grad()
+def merge(supernet: Supernet) -> None:
+    """Makes adapters part of the weights for good, and everything trainable again."""
+    for layer in adapted(supernet.model).values():
+        layer.get_parameter("weight").copy_(effective(layer))
+        for name in NAMES:
+            del layer._parameters[name]
+        del layer.__dict__["lora_scale"]
+    for parameter in supernet.model.parameters():
+        parameter.requires_grad_(True)
+    supernet.weights_changed()

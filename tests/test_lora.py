@@ -1,0 +1,132 @@
+"""LoRA on a super-network: adapters are sliced with it, trained alone, and merged."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import jointopt
+from jointopt import ElasticTrainer, JointoptError, Recipe
+from jointopt.training import loop
+from jointopt.training.lora import adapted, attach, merge
+from tests.test_trainer import arguments
+from tests.test_training import calibrated, labelled
+from tests.zoo import batches, logits
+
+peft = pytest.importorskip("peft")
+TARGETS = {"llama_tied": ["q_proj", "v_proj", "down_proj"], "vit": ["q_proj", "fc1", "fc2"], "bert": ["query", "dense"]}
+
+
+def config(name: str, **options):
+    kept = None if name.startswith("llama") else ["classifier"]
+    return peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[name], modules_to_save=kept, **options)
+
+
+def stir(supernet) -> None:
+    """Adapters that do something, as after training."""
+    for layer in adapted(supernet.model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_adapters_begin_as_nothing_and_are_sliced_with_their_layers(name):
+    supernet = calibrated(name)
+    genomes = supernet.space.sample(3, seed=1)
+    batch = batches(name)[0]
+    before = [logits(supernet.training_view(genome).eval(), batch) for genome in genomes]
+    attach(supernet, config(name))
+    for genome, expected in zip(genomes, before, strict=True):
+        assert torch.equal(logits(supernet.training_view(genome).eval(), batch), expected)
+    stir(supernet)
+    adapters = [logits(supernet.training_view(genome, precision=True).eval(), batch) for genome in genomes]
+    merge(supernet)
+    assert not adapted(supernet.model)
+    for genome, found in zip(genomes, adapters, strict=True):
+        torch.testing.assert_close(logits(supernet.training_view(genome, precision=True).eval(), batch), found)
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_only_adapters_and_heads_are_trained(name):
+    supernet = calibrated(name)
+    paths = attach(supernet, config(name))
+    jointopt.elastic_loss(supernet, labelled(name)[0], 0, Recipe(precision_from=0.0)).backward()
+    with_gradients = {key for key, each in supernet.model.named_parameters() if each.grad is not None}
+    expected = {f"{path}.{part}" for path in paths for part in ("lora_A", "lora_B")}
+    heads = {key for key, _ in supernet.model.named_parameters() if key.startswith("classifier")}
+    assert with_gradients == expected | (heads if not name.startswith("llama") else set())
+    assert all(each.grad.abs().sum() > 0 for key, each in supernet.model.named_parameters() if key.endswith("lora_B"))
+
+
+def test_training_adapters_lowers_the_loss_and_changes_no_other_weight():
+    supernet = calibrated("llama_tied")
+    before = {key: each.clone() for key, each in supernet.model.state_dict().items()}
+    history = jointopt.train_supernet(
+        supernet, labelled("llama_tied"), 25, learning_rate=1e-2, lora=config("llama_tied"), seed=1
+    )
+    assert history[-1] < history[0]
+    assert not adapted(supernet.model)
+    changed = {key for key, each in supernet.model.state_dict().items() if not torch.equal(each, before[key])}
+    assert changed and all(any(target in key for target in TARGETS["llama_tied"]) for key in changed)
+    supernet.calibrate(batches("llama_tied"))
+    study = jointopt.search(supernet, lambda m: float(logits(m, batches("llama_tied")[0]).std()), evaluations=3)
+    assert len(study) == 3
+
+
+def test_adapters_resume_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "EVERY", 2)
+    data = labelled("vit", count=3)
+    options = {"learning_rate": 1e-2, "lora": config("vit")}
+    torch.manual_seed(0)
+    whole = calibrated("vit")
+    jointopt.train_supernet(whole, data, 6, **options)
+
+    def killed_at(epoch: int):
+        if epoch == 1:
+            raise RuntimeError
+        return [data[index] for index in np.random.default_rng([0, epoch]).permutation(3)]
+
+    file = tmp_path / "training.safetensors"
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError):
+        jointopt.train_supernet(calibrated("vit"), killed_at, 6, checkpoint=file, **options)
+    resumed = calibrated("vit")
+    jointopt.train_supernet(resumed, data, 6, checkpoint=file, **options)
+    assert all(torch.equal(each, resumed.model.state_dict()[key]) for key, each in whole.model.state_dict().items())
+
+
+def test_the_trainer_trains_adapters_resumes_them_and_merges_them(tmp_path):
+    rows = [{key: value[at] for key, value in labelled("vit")[0].items()} for at in range(6)]
+    from tests.zoo import make
+
+    def made(folder: str, **options):
+        torch.manual_seed(3)
+        kept = arguments(tmp_path / folder, max_steps=4, learning_rate=1e-2, **options)
+        return ElasticTrainer(model=make("vit"), args=kept, train_dataset=rows, lora=config("vit"))
+
+    whole = made("whole")
+    whole.train()
+    assert not adapted(whole.supernet.model)
+    first = made("parts", save_strategy="steps", save_steps=2)
+    first.train()
+    resumed = made("parts")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    for key, each in whole.supernet.model.state_dict().items():
+        assert torch.equal(each, resumed.supernet.model.state_dict()[key]), key
+
+
+def test_impossible_adapters_are_refused_at_the_start():
+    supernet = calibrated("llama_tied")
+    for match, wanted in {
+        "lora: .*not_there": peft.LoraConfig(target_modules=["not_there"]),
+        "lm_head shares its weight": peft.LoraConfig(target_modules=["lm_head"]),
+        "lora_dropout": config("llama_tied", lora_dropout=0.1),
+        "found dict": {"r": 4},
+    }.items():
+        with pytest.raises(JointoptError, match=match):
+            jointopt.train_supernet(supernet, labelled("llama_tied"), 1, lora=wanted)
+    with pytest.raises(JointoptError, match="sort_every"):
+        jointopt.train_supernet(supernet, labelled("llama_tied"), 1, lora=config("llama_tied"), sort_every=2)
+    attach(supernet, config("llama_tied"))
+    with pytest.raises(JointoptError, match="adapters already"):
+        attach(supernet, config("llama_tied"))
