@@ -297,7 +297,7 @@ class Finish(_Section):
 
     Attributes:
         rounding: "gptq"; or "descent", which goes on from it column by column.
-        steps: of training each of them alone, in its number formats, distilled from the original on `data.train`.
+        steps: of training each of them alone, in its number formats, distilled from the whole model on `data.train`.
         batch_size, learning_rate: of that training.
         top: how many points are finished and scored again; what is best then is exported.
     """

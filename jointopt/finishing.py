@@ -112,7 +112,7 @@ def finish(
     Rounding runs every batch's forward pass once; memory is that of the sub-network, one block's activations for all
     batches, and one layer's Hessian. Layers that are not quantized, and embeddings, stay as the search scored them.
     Where a layer has a bias, it takes up the mean of the layer's error. Training is of all of the sub-network's
-    weights, on the divergence of its logits from the original's, in its number formats (`training.alone`).
+    weights, on the divergence of its logits from the whole model's, in its number formats (`training.alone`).
 
     Args:
         supernet: calibrated. It stays as it is.

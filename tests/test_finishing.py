@@ -306,3 +306,19 @@ def test_impossible_trainings_of_one_sub_network_are_refused():
     }.items():
         with pytest.raises(JointoptError, match=match):
             jointopt.finish(supernet, supernet.space.smallest, **{"batches": batches("vit"), **options})
+
+
+def test_a_trained_super_network_teaches_what_the_original_does_not_know():
+    supernet = supernet_of("vit", ["W8A8"])
+    data = [{**batch, "labels": torch.arange(6) % 5} for batch in batches("vit", count=2)]
+    jointopt.train_supernet(supernet, data, 20, learning_rate=3e-3)
+    supernet.calibrate(batches("vit", count=2))
+    finished = jointopt.finish(supernet, supernet.space.smallest, data, steps=20, learning_rate=1e-3)
+    whole = supernet.training_view(supernet.space.largest).eval()
+    with supernet.original() as original:
+        given, learned, found = (
+            torch.cat([logits(m, {"pixel_values": batch["pixel_values"]}) for batch in data]).log_softmax(-1)
+            for m in (original, whole, finished.model)
+        )
+    distances = [float(nn.functional.kl_div(found, each, log_target=True)) for each in (learned, given)]
+    assert distances[0] < distances[1]

@@ -89,7 +89,7 @@ def _weights_made(how: str) -> str:
         return f"Weights were rounded by {ROUNDINGS[how]}."
     return (
         f"Weights were trained for {how.removeprefix('trained-')} steps in their number formats, distilled from the "
-        "original, then rounded to nearest."
+        "whole model, then rounded to nearest."
     )
 
 

@@ -1,4 +1,4 @@
-"""Trains one sub-network alone: quantization-aware, distilled from the original.
+"""Trains one sub-network alone: quantization-aware, distilled from the whole model.
 
 What super-network training must share between sub-networks, the chosen one gets back when it is trained by itself for
 some hundred steps (Minitron, arXiv 2407.14679; Puzzle, arXiv 2411.19146). It computes in its number formats from the
@@ -7,7 +7,8 @@ first step on, with scales chosen from the weights as they are, so that what the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -40,9 +41,11 @@ def train_alone(
     seed: int,
     progress: bool = False,
 ) -> nn.Module:
-    """The quantized sub-network of a plan, after some steps of AdamW on the divergence of its logits from the
-    original's. Normalizations keep the statistics that the search gave them, and there is no dropout. A quantized
-    cache is left out while training, and there again afterwards.
+    """The quantized sub-network of a plan, after some steps of AdamW on the divergence of its logits from the whole
+    model's: the original's or, where the super-network was trained, its own.
+
+    Normalizations keep the statistics that the search gave them, and there is no dropout. A quantized cache is left out
+    while training, and there again afterwards.
 
     Args:
         batches: as `train_supernet` takes them; labels are not used.
@@ -58,11 +61,11 @@ def train_alone(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     numbered = zip(range(steps), endless(batches, seed, 0), strict=False)
-    with supernet.original() as original, torch.enable_grad():
+    with _whole(supernet) as teacher, torch.enable_grad():
         for step, batch in track(numbered, "finishing", total=steps, disable=not progress):
             inputs = {k: v for k, v in on_device(batch, supernet.device).items() if k != "labels"}
             with torch.no_grad():
-                target = logits_of(original, inputs)
+                target = logits_of(teacher, inputs)
             view = _quantized(structural_clone(trained).eval(), supernet, plan, layers, training=True)
             loss = soft_labels(logits_of(view, inputs), target, inputs.get("attention_mask"))
             if not torch.isfinite(loss):
@@ -76,6 +79,16 @@ def train_alone(
     finished = detach(supernet.built(replace(plan, schemes={})))
     finished.load_state_dict({**finished.state_dict(), **trained.state_dict()})
     return detach(_quantized(finished, supernet, plan, layers, training=False)).requires_grad_(False)
+
+
+@contextmanager
+def _whole(supernet: Supernet) -> Iterator[nn.Module]:
+    """What is learned from. A super-network may have been trained for a task that the original does not know."""
+    if supernet.trained:
+        yield supernet.built(Plan(supernet.family.blocks, (), {}, {}))
+        return
+    with supernet.original() as original:
+        yield original
 
 
 def _quantized(

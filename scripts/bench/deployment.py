@@ -1,0 +1,228 @@
+"""What leaves jointopt for ONNX Runtime, beside the original there and in torch: speed, file, memory.
+
+    python scripts/assets.py assets minilm movies smollm2 text
+    python scripts/bench/deployment.py --assets assets --json deployment.json
+
+minilm: a super-network fine-tuned on movie snippets, searched for accuracy and latency by the look-up of this machine;
+the fastest sub-network on the front within a point of the whole one's accuracy. vit_b and resnet50 (random weights,
+which take the same time) and smollm2: the original with all layers in one format, a language model's 512 tokens at once
+and one more token. All on one thread (--threads), in turns, medians; memory is what a fresh process has at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import jointopt
+from jointopt import Lookup, SearchSpace, Supernet
+from jointopt.checkpoint.onnx.session import OnnxModel
+from jointopt.models import load_model
+from jointopt.tasks import TASKS
+
+SCHEMES = ("none", "W8A8", "W8A8_STATIC", "W4A16")
+STEPS, EVALUATIONS, TOKENS = 300, 60, 64
+
+
+def vit_b() -> tuple[nn.Module, dict]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig()).eval(), {"pixel_values": torch.randn(1, 3, 224, 224)}
+
+
+def resnet50() -> tuple[nn.Module, dict]:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return ResNetForImageClassification(ResNetConfig()).eval(), {"pixel_values": torch.randn(1, 3, 224, 224)}
+
+
+def in_one_format(model: nn.Module, inputs: dict, name: str, work: Path) -> dict[str, Path]:
+    """The original in float32, and with every layer that takes it in W8A8."""
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed"))
+    supernet.calibrate([inputs])
+    paths = {}
+    for scheme, genome in (("float32", supernet.space.largest), ("W8A8", supernet.space.smallest)):
+        paths[scheme] = work / f"{name}-{scheme}"
+        if not paths[scheme].is_dir():
+            jointopt.export(supernet, genome, paths[scheme], target="onnxruntime")
+    return paths
+
+
+def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, Path], dict[str, float]]:
+    """MiniLM: the whole super-network's largest, the choice, and their accuracies."""
+    network = networks.networks(arguments.assets)["minilm"]
+    loaded = load_model(str(arguments.assets / "minilm"), network.task, device="cpu", dtype="float32")
+    task, tuned = TASKS[network.task], arguments.work / "minilm.safetensors"
+
+    def batches(source: Any, size: int = 64) -> list:
+        return task.batches(source, loaded.processor, loaded.model, size)
+
+    given = batches(replace(network.calibrate, length=TOKENS))
+    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in given]
+    supernet = Supernet(
+        loaded.model, SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space), repair=True
+    )
+    if tuned.is_file():
+        supernet.load(tuned)
+    else:
+        supernet.calibrate(inputs)
+        train = task.samples(network.train, loaded.processor, loaded.model)
+        jointopt.train_supernet(supernet, lambda epoch: train.epoch(epoch, 16, 0), STEPS, learning_rate=1e-4)
+        supernet.save(tuned)
+    supernet.calibrate(inputs)
+    one = {key: value[:1] for key, value in inputs[0].items()}
+    short = {key: max(0, TOKENS - value.shape[1]) for key, value in one.items()}
+    one = {key: nn.functional.pad(value[:, :TOKENS], (0, short[key]), value=1) for key, value in one.items()}
+    lookup = Lookup.of(supernet, 1, threads=arguments.threads, path=arguments.work / "operators.json")
+    supernet.use_latency(lookup)
+    quality = task.quality(batches(replace(network.evaluate, samples=600, length=32)))
+    test = str(arguments.assets / "movies" / "test.csv")
+    unseen = task.quality(batches(replace(network.evaluate, path=test, samples=None, length=32)))
+    study = jointopt.search(
+        supernet,
+        quality,
+        ["accuracy", "latency"],
+        evaluations=EVALUATIONS,
+        seed=0,
+        storage=arguments.work / "minilm.db",
+    )
+    whole = plain(supernet)
+    frame = study.evaluations()
+    with supernet.active(whole) as view:
+        best, best_unseen = quality(view)["accuracy"], unseen(view)["accuracy"]
+    near = frame[frame["accuracy"] >= best - 0.01].sort_values("latency")
+    chosen = np.array(near["genome"].iloc[0])
+    paths = {}
+    for label, genome in (("float32", whole), ("chosen", chosen)):
+        paths[label] = arguments.work / f"minilm-{label}"
+        jointopt.export(supernet, genome, paths[label], target="onnxruntime", overwrite=True)
+    with supernet.active(chosen) as view:
+        found = {"chosen": quality(view)["accuracy"], "chosen, unseen": unseen(view)["accuracy"]}
+    study.close()
+    return supernet.extract(whole), one, paths, {"whole": best, "whole, unseen": best_unseen, **found}
+
+
+def plain(supernet: Supernet) -> np.ndarray:
+    """The largest genome, in no number format."""
+    space = supernet.space
+    at = [
+        gene.choices.index("none") if "none" in gene.choices else index
+        for gene, index in zip(space.genes, space.largest, strict=True)
+    ]
+    return space.canonical(np.array(at))
+
+
+def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, all in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 2):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(each[2:])) for name, each in seconds.items()}
+
+
+def peak(folder: Path, threads: int) -> float:
+    """Bytes that a process has at most which loads a model and does nothing else with it."""
+    script = (
+        "import resource, sys, onnxruntime; "
+        "onnxruntime.InferenceSession(sys.argv[1] + '/model.onnx', providers=['CPUExecutionProvider']); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def measured(name: str, model: nn.Module, inputs: dict, paths: dict[str, Path], arguments: Any, tell: Callable) -> None:
+    """One case: everything beside ONNX Runtime in float32."""
+    sessions = {label: OnnxModel(path / "model.onnx", arguments.threads) for label, path in paths.items()}
+
+    @torch.no_grad()
+    def in_torch() -> Any:
+        return model(**inputs)
+
+    calls: dict[str, Callable[[], Any]] = {"torch float32": in_torch}
+    calls |= {label: (lambda each=each: each(**inputs)) for label, each in sessions.items()}
+    seconds = timed(calls, arguments.rounds)
+    for label, value in seconds.items():
+        aim = 3.0 if (name, label) == ("minilm", "chosen") else None
+        tell(name, f"{label}: times as fast as ONNX Runtime float32", seconds["float32"] / value, aim, "higher")
+    tell(name, "float32: ms", seconds["float32"] * 1e3, None, "lower")
+    for label, path in paths.items():
+        tell(name, f"{label}: file, MB", (path / "model.onnx").stat().st_size / 1e6, None, "lower")
+        tell(name, f"{label}: process, MB", peak(path, arguments.threads) / 1e6, None, "lower")
+    if "input_ids" in inputs and any(each.startswith("past") for each in sessions["float32"].wanted):
+        decoded(name, inputs, sessions, arguments, tell)
+
+
+def decoded(name: str, inputs: dict, sessions: dict[str, OnnxModel], arguments: Any, tell: Callable) -> None:
+    """One more token after the whole context."""
+    calls = {}
+    for label, session in sessions.items():
+        output = session(**inputs)
+        past = {key.replace("present", "past_key_values"): each for key, each in output.items() if "present" in key}
+        feed = {"input_ids": inputs["input_ids"][:, -1:], **past}
+        calls[label] = lambda session=session, feed=feed: session(**feed)
+    seconds = timed(calls, arguments.rounds)
+    for label, value in seconds.items():
+        tell(name, f"{label}: one token, times as fast", seconds["float32"] / value, None, "higher")
+    tell(name, "float32: one token, ms", seconds["float32"] * 1e3, None, "lower")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser.add_argument("--work", type=Path, default=Path("runs/deployment"))
+    parser.add_argument("--cases", nargs="+", default=["minilm", "vit_b", "resnet50", "smollm2"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    console, rows = Console(), []
+
+    def tell(case: str, measure: str, value: float, aim: float | None, better: str) -> None:
+        console.print(f"{case}: {measure} {value:.4g}", highlight=False)
+        rows.append({"case": case, "measure": measure, "value": value, "aim": aim, "better": better})
+
+    for name in arguments.cases:
+        if name == "minilm":
+            model, inputs, paths, accuracies = searched(arguments)
+            for label, value in accuracies.items():
+                tell(name, f"accuracy, {label}", value, None, "higher")
+        elif name == "smollm2":
+            model = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32").model
+            inputs = {"input_ids": torch.randint(3, 1000, (1, 512))}
+            paths = in_one_format(model, inputs, name, arguments.work)
+        else:
+            model, inputs = {"vit_b": vit_b, "resnet50": resnet50}[name]()
+            paths = in_one_format(model, inputs, name, arguments.work)
+        measured(name, model, inputs, paths, arguments, tell)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1))
+    table = Table("case", "measure", "value", "aim")
+    for row in rows:
+        aim = "" if row["aim"] is None else f"{row['aim']:.4g}"
+        table.add_row(row["case"], row["measure"], f"{row['value']:.4g}", aim)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
