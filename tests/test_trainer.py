@@ -161,6 +161,18 @@ def test_every_family_trains(name, tmp_path):
     assert made.supernet.calibrated and made.supernet.trained
 
 
+def test_training_leaves_a_model_that_generates_with_its_cache(tmp_path):
+    from tests.test_training import labelled
+
+    rows = [{key: value[at] for key, value in labelled("llama_tied")[0].items()} for at in range(6)]
+    kept = arguments(tmp_path, max_steps=1, gradient_checkpointing=True)
+    made = ElasticTrainer(model=make("llama_tied"), args=kept, train_dataset=rows)
+    made.train()
+    exported = made.supernet.extract(made.supernet.space.largest)
+    assert exported.config.use_cache
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in exported.modules())
+
+
 def test_channels_are_sorted_again_during_training(tmp_path):
     model = make("vit")
     made = ElasticTrainer(

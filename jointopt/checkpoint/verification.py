@@ -60,7 +60,7 @@ def verify(
     Args:
         quality: the function that the search used; its model's forward passes run in the other process.
         tolerance: how far metrics may be apart, times the larger of 1 and the recorded value.
-        device: where the other process runs the model.
+        device: where the other process runs the model; ONNX Runtime runs it on the CPU.
 
     Raises:
         JointoptError: no such folder or no record in it, a quality function that fails, or an export for bitsandbytes
@@ -69,6 +69,8 @@ def verify(
     folder = Path(folder)
     record = read_record(folder)
     _check_installed(folder, record)
+    if record.get("target") == "onnxruntime":
+        device = "cpu"
     differences = []
     size = stored_bytes(folder)
     recorded_size = record.get("stored", record["costs"]["size"])

@@ -81,6 +81,7 @@ class ElasticTrainer(Trainer):
         self.supernet = _supernet(model, space, supernet, family)
         self.recipe = recipe or Recipe(seed=args.seed)
         self.sort_every = sort_every
+        self._use_cache = getattr(getattr(self.supernet.model, "config", None), "use_cache", None)
         super().__init__(
             model=self.supernet.model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options
         )
@@ -116,11 +117,18 @@ class ElasticTrainer(Trainer):
         try:
             found = super().train(*args, **options)
         finally:
-            # Mixed precision was put around the model's forward, and is not what a search shall score.
-            self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            self._undo()
         merge(self.supernet)
         self.supernet.calibrate(self._calibration)
         return found
+
+    def _undo(self) -> None:
+        """What the Trainer does to a model for training alone, which a search shall not score nor an export keep."""
+        model: Any = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        if self.args.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        if self._use_cache is not None:
+            model.config.use_cache = self._use_cache
 
     def compute_loss(
         self,

@@ -37,7 +37,7 @@ class OnnxLayer(nn.Module):
         for name, value in vars(layer).items():  # which code around a layer may read: stride, in_features
             if isinstance(value, int | tuple | str) and not name.startswith("_"):
                 setattr(self, name, value)
-        quantized: QuantizedTensor = layer.quantized
+        quantized: QuantizedTensor = layer.quantized.to(torch.device("cpu"))
         self.weights, self.shape = quantized.format, quantized.shape
         self.activations: Format | None = None
         self.input_scale: Tensor | None
@@ -50,7 +50,7 @@ class OnnxLayer(nn.Module):
         if not isinstance(layer, nn.Embedding):
             self.activations = layer.scheme.activations
             scale = layer.input_scale
-            self.register_buffer("input_scale", None if scale is None else scale.to(torch.bfloat16))
+            self.register_buffer("input_scale", None if scale is None else scale.cpu().to(torch.bfloat16))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):

@@ -37,6 +37,8 @@ def write_onnx(place: Path, model: Any, opset: int = OPSETS[0]) -> dict[str, Any
     check(model, opset)
     from jointopt.checkpoint.onnx.graph import onnx_program
 
+    if next(model.parameters()).device.type != "cpu":
+        model = copy.deepcopy(model).cpu()
     program = onnx_program(model, opset)
     program.save(str(place / MODEL))
     if hasattr(model, "config"):
