@@ -120,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--pick", required=True, metavar="POINT", help=PICKS)
     export.add_argument("--to", metavar="FOLDER", help="the folder to be made (default: OUTPUT/export)")
     export.add_argument(
-        "--target", choices=("transformers", "onnxruntime"), help="the library that it is for (default: the config's)"
+        "--target",
+        choices=("transformers", "onnxruntime", "gguf"),
+        help="the library that it is for (default: the config's)",
     )
     export.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
 

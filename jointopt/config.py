@@ -30,6 +30,9 @@ from .transforms import TRANSFORMS
 TASKS = ("text-classification", "image-classification", "causal-lm")
 TaskName = Literal["text-classification", "image-classification", "causal-lm"]
 
+UNEVEN = ("heads", "mlp", "bottleneck", "stage", "keep", "attention_keep", "mlp_keep")
+"""Keys of a space by which blocks can differ."""
+
 Positive = Annotated[int, Field(gt=0)]
 Choices = list[int | float]
 
@@ -362,7 +365,7 @@ class Config(_Section):
     constraints: Annotated[dict[str, str], BeforeValidator(_limits)] | None = None
     choose: Annotated[Choose, BeforeValidator(_choice)] = Choose(knee=True)
     finish: Finish | None = None
-    target: Literal["transformers", "onnxruntime"] = "transformers"
+    target: Literal["transformers", "onnxruntime", "gguf"] = "transformers"
     hardware: Hardware | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -409,6 +412,12 @@ class Config(_Section):
             check_schemes(wanted, self.space.schemes or ())
         except JointoptError as error:
             raise ValueError(f"space.schemes: {error}") from None
+        narrowed = [key for key in UNEVEN if getattr(self.space, key)]
+        if wanted.uniform and (narrowed or self.space.preset not in (None, "fixed")):
+            found = narrowed[0] if narrowed else f"preset {self.space.preset}"
+            raise ValueError(
+                f"space.{found} with target {wanted.name}, whose blocks are all of one size; allowed: depth"
+            )
         if self.space.caches and not wanted.caches:
             raise ValueError(f"space.caches with target {wanted.name}; allowed: leave them out")
         if self.dtype not in ("auto", *wanted.dtypes):
@@ -424,9 +433,12 @@ class Config(_Section):
 
     def space_options(self) -> dict[str, Any]:
         """What the space says, as keywords of `SearchSpace.for_model`; number formats are the target's."""
-        options = self.space.options()
-        default = TARGETS[self.target].default_schemes
-        return options if "schemes" in options or default is None else {**options, "schemes": list(default)}
+        options, wanted = self.space.options(), TARGETS[self.target]
+        if "schemes" not in options and wanted.default_schemes is not None:
+            options["schemes"] = list(wanted.default_schemes)
+        if wanted.uniform and not {"depth", "preset"} & set(options):
+            options["preset"] = "fixed"
+        return options
 
     def source(self, entry: str, samples: int | None = None) -> DataSource:
         """data.train, .calibrate (or .train in its place), .evaluate or .test; `samples` where it has none."""

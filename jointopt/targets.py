@@ -18,6 +18,7 @@ class Target:
         default_schemes: those of a space that names none; None for the usual ones.
         caches: whether quantized caches can be exported for it.
         dtypes: of models.
+        uniform: whether all blocks must be of one size, so that of the architecture only depth can be searched.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Target:
     default_schemes: tuple[str, ...] | None = None
     caches: bool = True
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    uniform: bool = False
 
 
 TARGETS = {
@@ -49,6 +51,13 @@ TARGETS = {
             caches=False,
             dtypes=("float32",),
         ),
+        Target(
+            "gguf",
+            ("none", "W8A16_G32", "W4A16_G32"),
+            default_schemes=("none", "W8A16_G32", "W4A16_G32"),
+            caches=False,
+            uniform=True,
+        ),
     )
 }
 
@@ -64,5 +73,5 @@ def check_schemes(wanted: Target, schemes: Iterable[str]) -> None:
     """Raises JointoptError for a number format that the target does not compute."""
     for name in schemes:
         base = name if name in SCHEMES else name.rpartition("_G")[0]
-        if base not in wanted.schemes:
+        if name not in wanted.schemes and base not in wanted.schemes:
             raise JointoptError(f"target {wanted.name}: {name} has no form there; allowed: {', '.join(wanted.schemes)}")

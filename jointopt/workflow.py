@@ -91,6 +91,10 @@ def prepare(config: Config) -> Prepared:
         from .checkpoint.onnx.writer import check_installed
 
         check_installed()
+    if config.target == "gguf":
+        from .checkpoint import gguf_writer
+
+        gguf_writer.check_installed()
     function = import_function(config.quality) if config.quality else None
     loaded = load_model(config.model, config.task, config.device, config.dtype)
     if loaded.untrained and config.train is None:

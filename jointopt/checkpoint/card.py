@@ -97,6 +97,6 @@ def _weighed(record: Mapping[str, Any]) -> list[str]:
     if "stored" not in record:
         return ["Sizes are the bytes of all tensors in the safetensors file, scales included."]
     return [
-        "Sizes are the bytes of all tensors as safetensors would hold them, scales included; the tensors of model.onnx "
+        "Sizes are the bytes of all tensors as safetensors would hold them, scales included; those of the model's file "
         f"have {record['stored']:,} bytes."
     ]

@@ -64,6 +64,10 @@ def load_model(folder, device="cpu"):
     transformers.utils.logging.disable_progress_bar()
     named = config.get("auto_map") or config["architectures"]
     kind = getattr(transformers, next(iter(named)))
+    if os.path.isfile(os.path.join(folder, "model.gguf")):
+        import torch
+
+        return kind.from_pretrained(folder, gguf_file="model.gguf", local_files_only=True, dtype=torch.float32).eval()
     options = {"trust_remote_code": True, "local_files_only": True, "dtype": config["dtype"]}
     if config.get("quantization_config", {}).get("quant_method") == "bitsandbytes":
         options["device_map"] = {"": device}

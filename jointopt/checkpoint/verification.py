@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from jointopt.checkpoint import gguf_writer
 from jointopt.checkpoint.onnx.writer import check_installed
 from jointopt.checkpoint.writer import RECORD, probe_inputs, probed, stored_bytes
 from jointopt.evaluation import Quality, measured
@@ -105,6 +106,8 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 def _check_installed(folder: Path, record: Mapping[str, Any]) -> None:
     if record.get("target") == "onnxruntime":
         check_installed()
+    if record.get("target") == "gguf":
+        gguf_writer.check_installed()
     wanted = next((layer["scheme"] for layer in record["layers"] if scheme(layer["scheme"]).bitsandbytes), None)
     if wanted and find_spec("bitsandbytes") is None:
         raise JointoptError(

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt import targets
-from jointopt.checkpoint import card
+from jointopt.checkpoint import card, gguf_writer
 from jointopt.checkpoint.onnx.writer import MODEL, SNIPPET, onnx_bytes, write_onnx
 from jointopt.checkpoint.structure import (
     bitsandbytes_config,
@@ -78,7 +78,8 @@ def export(
         base_model: name of the original, for the model card.
         overwrite: whether a folder that exists is replaced, whole.
         target: "transformers" (and timm); or "onnxruntime": model.onnx, with the same codes and scales, in operators
-            that stock ONNX Runtime has kernels for.
+            that stock ONNX Runtime has kernels for; or "gguf": model.gguf for llama.cpp, of LLaMAs whose blocks are
+            all of one size, in W8A16_G32 (Q8_0), W4A16_G32 (Q4_0) or unquantized.
 
     Raises:
         JointoptError: the folder exists, it cannot be written, the model is of no class that can be loaded, or has a
@@ -104,6 +105,9 @@ def export(
             if target == "onnxruntime":
                 record |= write_onnx(whole, model)
                 _write_beside(whole, record, processor, SNIPPET.format(folder=folder.name))
+            elif target == "gguf":
+                record |= gguf_writer.write_gguf(whole, model, processor)
+                _write_beside(whole, record, processor, gguf_writer.SNIPPET.format(folder=folder.name))
             else:
                 _write(whole, model, record, processor)
                 _weigh(whole, model, record["costs"]["size"])
@@ -367,7 +371,9 @@ def _weigh(place: Path, model: nn.Module, size: int) -> None:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of all tensors in a folder's safetensors files, or in its ONNX model."""
+    """Bytes of all tensors in a folder's safetensors files, or in its ONNX or GGUF model."""
+    if (folder / gguf_writer.MODEL).is_file():
+        return gguf_writer.gguf_bytes(folder / gguf_writer.MODEL)
     if (folder / MODEL).is_file():
         return onnx_bytes(folder / MODEL)
     total = 0

@@ -4,7 +4,8 @@
 
 GenZ's figures (arXiv 2406.01698) are what its package genz-llm 0.0.16 gives for the same models, batches, contexts and
 tensor parallelism, in bfloat16, one beam, with the rates that it lists for the A100 80GB and the H100; it has no time
-for starting a kernel, so ours is left out of the comparison. No weight is loaded: the models are on torch's meta device.
+for starting a kernel, so ours is left out of the comparison. No weight is loaded: the models are on torch's meta
+device.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def finished(made: Case, supernet: Supernet, study: jointopt.Study, tell: Callab
         genome = np.array(front["genome"].iloc[at])
         made_so = jointopt.finish(
             supernet, genome, made.train, quality=made.quality, steps=made.steps,
-            learning_rate=made.network.learning_rate,
+            learning_rate=made.network.learning_rate / 5,
         )  # fmt: skip
         assert made_so.metrics is not None
         tell("finished", f"loss of {points[at, 1] / 1e6:.3g} MB (was {points[at, 0]:.4g})", made_so.metrics["loss"],

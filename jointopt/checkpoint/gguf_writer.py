@@ -1,0 +1,201 @@
+"""Writes a sub-network of the LLaMA family as a GGUF file, whose blocks hold the search's own codes and scales.
+
+INT8 in groups of 32 is a Q8_0 block, INT4 in groups of 32 a Q4_0 block; their scales are float16, in which a bfloat16
+scale is the same number (of what is no smaller than 2^-14). The file is written by the `gguf` package, llama.cpp's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jointopt.checkpoint.structure import quantized_layers
+from jointopt.targets import TARGETS, check_schemes
+from quant.errors import JointoptError
+from quant.reference import QuantizedTensor
+
+MODEL = "model.gguf"
+KINDS = ("llama", "mistral")
+GROUP = 32
+LEAST_SCALE = 2.0**-14
+"""Of normal float16 numbers; smaller ones lose bits."""
+
+SNIPPET = """For llama.cpp: `llama-cli -m {folder}/model.gguf`. It also rounds a layer's inputs to
+blocks of INT8 while it runs, which is not scored here. transformers reads it into float32:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="model.gguf")
+```"""
+
+
+def check_installed() -> None:
+    """Raises JointoptError where the gguf package is missing."""
+    if find_spec("gguf") is None:
+        raise JointoptError("target gguf: found no gguf; pip install 'jointopt[gguf]'")
+
+
+def write_gguf(place: Path, model: Any, processor: Any) -> dict[str, Any]:
+    """model.gguf and config.json in a folder. Returns what the record keeps: the bytes of all stored tensors.
+
+    Raises:
+        JointoptError: a model of another family, blocks of unequal size, a number format or a tokenizer that GGUF has
+            no place for, a scale that float16 cannot hold.
+    """
+    check_installed()
+    check(model)
+    import gguf
+
+    writer = gguf.GGUFWriter(place / MODEL, "llama")
+    _add_sizes(writer, model)
+    _add_tokenizer(writer, processor)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    stored = 0
+    for name, values, kind in _tensors(model):
+        path, _, last = name.rpartition(".")
+        target = names.get_name(path)
+        if target is None:
+            raise JointoptError(f"target gguf: {name} has no name there")
+        writer.add_tensor(
+            f"{target}.{last}", values, raw_dtype=None if kind is None else gguf.GGMLQuantizationType[kind]
+        )
+        stored += values.nbytes
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(place)
+    return {"target": "gguf", "stored": stored}
+
+
+def check(model: Any) -> None:
+    """Raises JointoptError for a model that a GGUF file of the LLaMA architecture cannot describe."""
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in KINDS or not hasattr(model, "lm_head"):
+        raise JointoptError(f"target gguf: found a {kind}; allowed: language models of {', '.join(KINDS)}")
+    if getattr(model.config, "sliding_window", None) is not None:
+        raise JointoptError("target gguf: found a sliding window of attention; allowed: none")
+    from jointopt.checkpoint.writer import block_sizes
+
+    sizes = block_sizes(model, copy.deepcopy(model.config))
+    if any(each != sizes[0] for each in sizes) or len(sizes[0]) < 3:
+        raise JointoptError("target gguf: blocks differ in size; allowed: all alike (a space of depth and schemes)")
+    if any("cache_record" in module.__dict__ for module in model.modules()):
+        raise JointoptError("target gguf: found a quantized cache; allowed: none (llama.cpp has its own)")
+    layers: dict[str, Any] = quantized_layers(model)
+    for path, layer in layers.items():
+        try:
+            check_schemes(TARGETS["gguf"], [layer.scheme.name])
+        except JointoptError as error:
+            raise JointoptError(f"export: {path}: {error}") from None
+
+
+def _add_sizes(writer: Any, model: Any) -> None:
+    from jointopt.checkpoint.writer import block_sizes
+
+    config = model.config
+    sizes = block_sizes(model, copy.deepcopy(config))[0]
+    head_dim = model.get_submodule("model.layers.0.self_attn").head_dim
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise JointoptError(f"target gguf: found rope_type {rope['rope_type']}; allowed: default")
+    writer.add_block_count(len(model.get_submodule("model.layers")))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(sizes["intermediate_size"])
+    writer.add_head_count(sizes["num_attention_heads"])
+    writer.add_head_count_kv(sizes["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add_tokenizer(writer: Any, processor: Any) -> None:
+    """Of byte-level BPE, with its merges; none where there is no processor."""
+    if processor is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    backend = getattr(processor, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend is not None else {"model": {}}
+    if content["model"].get("type") != "BPE" or "ByteLevel" not in json.dumps(content.get("pre_tokenizer")):
+        found = content["model"].get("type", type(processor).__name__)
+        raise JointoptError(f"target gguf: found a {found} tokenizer; allowed: byte-level BPE, as GPT-2's")
+    words = {**content["model"]["vocab"], **{each["content"]: each["id"] for each in content["added_tokens"]}}
+    special = {each["id"]: each["special"] for each in content["added_tokens"]}
+    ordered = sorted(words, key=words.__getitem__)
+    types = [(3 if special[words[word]] else 4) if words[word] in special else 1 for word in ordered]
+    merges = [each if isinstance(each, str) else " ".join(each) for each in content["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(ordered)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    for name in ("bos", "eos", "pad"):
+        number = getattr(processor, f"{name}_token_id", None)
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, np.ndarray, str | None]]:
+    """(name in transformers, values or blocks, kind of block), tied ones once."""
+    layers: dict[str, Any] = quantized_layers(model)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    for name, tensor in model.state_dict().items():
+        path, _, last = name.rpartition(".")
+        if tied and path == "lm_head":
+            continue
+        if last == "weight" and path in layers:
+            blocks, kind = _blocks(layers[path].quantized, path)
+            yield name, _reordered(model, path, blocks), kind
+        elif tensor.dtype == torch.bfloat16:
+            yield name, _reordered(model, path, tensor.cpu().view(torch.uint8).numpy()), "BF16"
+        else:
+            yield name, _reordered(model, path, tensor.cpu().float().numpy()), None
+
+
+def _blocks(quantized: QuantizedTensor, path: str) -> tuple[np.ndarray, str]:
+    """[rows, bytes]: of each group its scale, float16, then its codes."""
+    rows, groups = quantized.scale.shape[0], quantized.scale.shape[-1]
+    scale = quantized.scale.float().cpu().reshape(rows, groups, 1)
+    if (scale < LEAST_SCALE).any() or (scale > torch.finfo(torch.float16).max).any():
+        least = float(scale.min())
+        raise JointoptError(
+            f"target gguf: {path}: a scale of {least:.3g} is none of float16; allowed: none or fewer bits"
+        )
+    codes = quantized.codes.cpu().reshape(rows, groups, GROUP)
+    if quantized.format.bits == 4:
+        low, high = (codes[..., :16] + 8).to(torch.uint8), (codes[..., 16:] + 8).to(torch.uint8)
+        body, kind = low | (high << 4), "Q4_0"
+    else:
+        body, kind = codes.to(torch.int8).view(torch.uint8), "Q8_0"
+    head = scale.to(torch.float16).view(torch.uint8).reshape(rows, groups, 2)
+    return torch.cat((head, body), -1).reshape(rows, -1).contiguous().numpy(), kind
+
+
+def _reordered(model: Any, path: str, rows: np.ndarray) -> np.ndarray:
+    """Rows of queries and keys in llama.cpp's order: the two numbers that are rotated together are neighbours."""
+    if not path.endswith(("q_proj", "k_proj")):
+        return rows
+    head_dim = model.get_submodule(path.rpartition(".")[0]).head_dim
+    parted = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return np.ascontiguousarray(parted.swapaxes(1, 2).reshape(rows.shape))
+
+
+def gguf_bytes(path: Path) -> int:
+    """Bytes of all tensors in a GGUF file."""
+    import gguf
+
+    return sum(int(each.n_bytes) for each in gguf.GGUFReader(path).tensors)

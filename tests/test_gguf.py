@@ -1,0 +1,138 @@
+"""Exports for llama.cpp: blocks that hold the search's codes, read back by transformers' own GGUF reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import jointopt
+from jointopt import JointoptError, SearchSpace, Supernet, load_config
+from tests.zoo import batches, logits, make
+
+gguf = pytest.importorskip("gguf")
+SCHEMES = ["none", "W8A16_G32", "W4A16_G32"]
+
+
+def supernet_of(name: str, schemes=SCHEMES, **options) -> Supernet:
+    model = make(name)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=schemes, **{"depth": [2, 3], **options}))
+    supernet.calibrate(batches(name))
+    return supernet
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])
+def test_transformers_reads_back_the_sub_network_that_was_scored(name, tmp_path):
+    supernet = supernet_of(name)
+    genome = supernet.space.sample(1, seed=4)[0]
+    folder = jointopt.export(supernet, genome, tmp_path / "out", target="gguf")
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
+    batch = batches(name, seed=2)[0]
+    torch.testing.assert_close(logits(model, batch), logits(supernet.extract(genome), batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["W8A16_G32", "W4A16_G32"])
+def test_a_block_s_values_are_the_layer_s_to_the_bit(scheme, tmp_path):
+    supernet = supernet_of("llama_tied", [scheme])
+    genome = supernet.space.largest
+    folder = jointopt.export(supernet, genome, tmp_path / "out", target="gguf")
+    tensors = {each.name: each for each in gguf.GGUFReader(folder / "model.gguf").tensors}
+    kept = tensors["blk.1.ffn_up.weight"]
+    assert kept.tensor_type.name == {"W8A16_G32": "Q8_0", "W4A16_G32": "Q4_0"}[scheme]
+    values = gguf.quants.dequantize(kept.data, kept.tensor_type)
+    expected = supernet.extract(genome).model.layers[1].mlp.up_proj.weight.detach().numpy()
+    assert np.array_equal(values, expected)
+
+
+def test_an_export_weighs_what_was_reported_and_verifies(tmp_path):
+    supernet = supernet_of("llama_tied")
+    genome = supernet.space.sample(1, seed=4)[0]
+    folder = jointopt.export(supernet, genome, tmp_path / "out", target="gguf")
+    batch = batches("llama_tied", seed=2)[0]
+
+    def quality(model) -> float:
+        return float(model(**batch).logits.detach().square().mean())
+
+    verification = jointopt.verify(folder, quality=quality)
+    assert verification.ok, verification.differences
+    quantized = sum(layer["scheme"] != "none" for layer in supernet.layout(genome))
+    assert 0 <= supernet.costs(genome)["size"] - verification.size <= 16 * quantized
+    assert verification.metrics["quality"] == pytest.approx(quality(supernet.extract(genome)), rel=1e-4)
+
+
+def test_a_tokenizer_goes_into_the_file(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: at for at, letter in enumerate(["<end>", *"abcdefgh", "ab", "cd"])}
+    tokenizer = Tokenizer(models.BPE(letters, [("a", "b"), ("c", "d")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    processor = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    supernet = supernet_of("llama_tied")
+    folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf", processor=processor)
+    fields = gguf.GGUFReader(folder / "model.gguf").fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert [bytes(tokens.parts[at]).decode() for at in tokens.data] == list(letters)
+    assert int(fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == 0
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(JointoptError, match="WordLevel tokenizer; allowed: byte-level BPE"):
+        jointopt.export(
+            supernet,
+            supernet.space.largest,
+            tmp_path / "other",
+            target="gguf",
+            processor=PreTrainedTokenizerFast(tokenizer_object=words),
+        )
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_gguf_has_no_place_for_is_refused(tmp_path):
+    uneven = supernet_of("llama_tied", mlp=[128, 256])
+    genome = uneven.space.encode({**dict(uneven.space.decode(uneven.space.largest)), "block0.mlp": 128})
+    vit = Supernet(make("vit"), SearchSpace.for_model(make("vit"), schemes=["none"]))
+    vit.calibrate(batches("vit"))
+    for match, given in {
+        "blocks differ in size": (uneven, genome),
+        "W8A8 has no form there; allowed: none, W8A16_G32": (supernet_of("llama_tied", ["W8A8"]), None),
+        "W4A16_G128 has no form": (supernet_of("llama_tied", ["W4A16"]), None),
+        "found a sliding window": (supernet_of("mistral"), None),
+        "found a vit; allowed: language models of llama": (vit, None),
+    }.items():
+        supernet, wanted = given
+        with pytest.raises(JointoptError, match=match):
+            jointopt.export(
+                supernet, supernet.space.smallest if wanted is None else wanted, tmp_path / "out", target="gguf"
+            )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("space", "match"),
+    [
+        ("{mlp: [0.5, 1.0]}", r"space\.mlp with target gguf.*allowed: depth"),
+        ("{preset: llama}", r"space\.preset llama with target gguf"),
+        ("{schemes: [none, W8A8]}", r"target gguf: W8A8 has no form there"),
+        ("{caches: [INT8]}", r"space\.caches with target gguf"),
+    ],
+)
+def test_a_space_that_gguf_has_no_place_for_is_refused_at_once(space, match, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"model: ./llama\ntask: causal-lm\ndata: {{calibrate: a.txt, evaluate: b.txt}}\nspace: {space}\n"
+        "target: gguf\noutput: runs/x\n"
+    )
+    with pytest.raises(JointoptError, match=match):
+        load_config(path)
+
+
+def test_a_space_that_says_nothing_is_narrowed_to_the_target(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: ./llama\ntask: causal-lm\ndata: {calibrate: a.txt, evaluate: b.txt}\ntarget: gguf\noutput: runs/x\n"
+    )
+    options = load_config(path).space_options()
+    space = SearchSpace.for_model(make("llama_tied"), **options)
+    assert {choice for gene in space.genes for choice in gene.choices} == set(SCHEMES)
