@@ -239,9 +239,9 @@ def _without_weights(config: Config) -> Supernet:
     """The config's super-network on the meta device: for its space and its costs."""
     from search_spaces.defaults import space_for_model
 
+    from .cost.configured import latency_of
     from .models import empty_model, find_source, model_task
     from .supernet import Supernet
-    from .workflow import latency_of
 
     source = find_source(config.model)
     model = empty_model(source, config.task or model_task(source), config.dtype)

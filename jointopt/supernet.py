@@ -10,8 +10,6 @@ with supernet.active(space.sample(1, seed=0)[0]) as small:
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -20,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant.calibration import check_activation_method, choose_clip
@@ -52,6 +48,7 @@ from .importance import CalibrationPass, sort_width, unit_importance
 from .ranges import Ranges
 from .repair import Repaired, Repairs
 from .subnetwork import ActivationStatistics, Plan, build, detach, layout, within
+from .supernet_state import fingerprint, load, save
 from .training.lora import effective, with_adapters
 from .transforms import checked, reread, rotated, scale_links
 from .weight_bank import BankedWeight, WeightBank
@@ -413,50 +410,15 @@ class Supernet:
 
     def fingerprint(self) -> str:
         """SHA-256 over weights, order, space and calibration: equal for super-networks with equal sub-networks."""
-        choices = [self.space.to_dict(), self._leaving, self.weight_calibration, self.activation_calibration]
-        choices += self.transforms
-        digest = hashlib.sha256(json.dumps(choices, sort_keys=True, default=str).encode())
-        tensors = dict(self.model.state_dict())
-        for (path, name), constants in self._statistics.items():
-            tensors.update({f"{path}:{name}:{key}": value for key, value in constants.items()})
-        for (path, channels), fitted in self._repaired.items():
-            tensors.update({f"{path}:{channels}:{at}": each for at, each in enumerate(fitted) if each is not None})
-        for number, batch in enumerate(self.samples if self._has_batch_norm else ()):
-            tensors.update({f"{number}:{key}": value for key, value in batch.items() if isinstance(value, Tensor)})
-        for name, tensor in sorted(tensors.items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self)
 
     def save(self, path: str | Path) -> None:
         """Writes weights and order, to be loaded into a super-network of the same model and space."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _distinct(self.model).items()}
-        record = {"leaving": self._leaving, "trained": self.trained}
-        if self.transforms:
-            record |= {"transforms": self.transforms, "scaled": self._scaled}
-        save_file(tensors, str(path), metadata={"supernet": json.dumps(record)})
+        save(self, path)
 
     def load(self, path: str | Path) -> None:
         """Restores what `save` wrote; calibrate afterwards, which then keeps the order."""
-        with safe_open(str(path), framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get("supernet", "null"))
-            own = _distinct(self.model)
-            made = tuple(record.get("transforms", ())) if record else self.transforms
-            if made != self.transforms:
-                told = [", ".join(each) or "none" for each in (made, self.transforms)]
-                raise JointoptError(f"{path}: saved with transforms {told[0]}; this super-network has {told[1]}")
-            if record is None or set(file.keys()) != set(own):
-                raise JointoptError(f"{path}: not a saved super-network of this model")
-            for name in file.keys():  # noqa: SIM118 - safetensors' own
-                tensor = file.get_tensor(name)
-                if tensor.shape != own[name].shape:
-                    found, wanted = tuple(tensor.shape), tuple(own[name].shape)
-                    raise JointoptError(f"{path}: {name} has shape {found}; this model's has {wanted}")
-                own[name].data.copy_(tensor)
-        self._leaving, self.trained, self.calibrated = record["leaving"], record["trained"], False
-        self._scaled = record.get("scaled", False)
-        self._condition_space()
-        self._forget()
+        load(self, path)
 
 
 def _by_block(records: list[dict[str, Any]], family: Family) -> list[dict[str, Any]]:
@@ -473,11 +435,6 @@ def _own_copy(model: nn.Module) -> nn.Module:
 
 def _lookup(schemes: Mapping[tuple[str, str], Scheme], layer: Layer, choice: str) -> Scheme:
     return schemes.get((layer.path, choice)) or scheme("none")
-
-
-def _distinct(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters and buffers by name, tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 __all__ = ["Supernet", "gene_names"]

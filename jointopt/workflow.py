@@ -20,13 +20,13 @@ import numpy as np
 from quant.errors import JointoptError
 
 from .config import Config, load_config
+from .cost.configured import THIS, latency_of, look_up, measured_beside
 from .rows import is_hub_id
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .checkpoint.verification import Verification
-    from .cost.roofline import Roofline
     from .evaluation import Batch, Quality
     from .finishing import Finished, Finishing
     from .models import LoadedModel
@@ -37,10 +37,7 @@ if TYPE_CHECKING:
 
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
 NEAREST = "nearest"
-THIS = "this"
-"""Hardware: this machine, by the times of its operators in ONNX Runtime."""
 WEIGHTS, TRAINED, CHECKPOINT = "supernet.safetensors", "supernet.json", "training.safetensors"
-LATENCY = "latency.json"
 
 
 @dataclass(frozen=True)
@@ -123,21 +120,6 @@ def prepare(config: Config) -> Prepared:
     return Prepared(loaded, task, quality, objectives, inputs, train, unseen)
 
 
-def latency_of(config: Config) -> Roofline | None:
-    """What answers for time, energy and memory on the config's hardware, where that is a device and not this machine.
-
-    Raises:
-        JointoptError: an unknown device, a file that lacks a figure, a context for a model that reads no tokens.
-    """
-    from .cost.device import load_device
-    from .cost.roofline import Roofline
-
-    if config.hardware is None or config.hardware.device == THIS:
-        return None
-    wanted = config.hardware
-    return Roofline(load_device(wanted.device), wanted.batch, wanted.context, wanted.parallel)
-
-
 def _objectives(config: Config, task: Task) -> dict[str, str]:
     from .objectives import COSTS, DIRECTIONS
 
@@ -184,7 +166,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
     if config.train is None:
         supernet.calibrate(prepared.inputs)
-        _look_up(config, prepared, supernet)
+        look_up(config, prepared.inputs, supernet)
         return supernet
     output = Path(config.output)
     wanted = {key: config.record().get(key) for key in ("model", "data", "space", "train", "dtype")}
@@ -200,31 +182,8 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         _train(config, prepared, supernet)
         _keep(output, supernet, wanted)
     supernet.calibrate(prepared.inputs)
-    _look_up(config, prepared, supernet)
+    look_up(config, prepared.inputs, supernet)
     return supernet
-
-
-def _look_up(config: Config, prepared: Prepared, supernet: Supernet) -> None:
-    """Has this machine's own times answer, where the config's hardware is this machine."""
-    from .cost.here import lookup_here
-
-    wanted = config.hardware
-    if wanted is not None and wanted.device == THIS:
-        kept, seed = Path(config.output) / LATENCY, config.search.seed
-        supernet.use_latency(lookup_here(supernet, wanted.batch, wanted.threads, prepared.inputs, kept, seed))
-
-
-def _measure_latency(config: Config, prepared: Prepared, supernet: Supernet, study: Study, genome: np.ndarray) -> str:
-    """What the export takes on this machine, end to end, beside what the search reckoned with: a line."""
-    from .cost.here import batch_of
-    from .cost.timing import time_model
-
-    assert config.hardware is not None
-    batch, threads = config.hardware.batch, config.hardware.threads
-    found = time_model(Path(config.output) / EXPORT, [batch_of(prepared.inputs, batch)], threads)
-    expected = float(supernet.costs(genome)["latency"])
-    study.note("measured_latency", {"genome": genome.tolist(), "measured": found, "expected": expected})
-    return f"latency of the export: {found * 1e3:.4g} ms measured, {expected * 1e3:.4g} ms by {supernet.latency.source}"  # type: ignore[union-attr]
 
 
 def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
@@ -362,7 +321,8 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
         verification = verify_export(output / EXPORT, prepared)
         study.note("verified", "verified" if verification.ok else "differs")
         if config.hardware is not None and config.hardware.device == THIS:
-            console.print(_measure_latency(config, prepared, supernet, study, genome), highlight=False, soft_wrap=True)
+            line = measured_beside(config, prepared.inputs, supernet, study, genome, output / EXPORT)
+            console.print(line, highlight=False, soft_wrap=True)
         write_report(study, output / REPORT)
         console.print(f"report: {output / REPORT}", f"export: {output / EXPORT}", sep="\n", highlight=False)
         console.print(verdict(verification, study, output / EXPORT), highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt.evaluation import Batch
+from jointopt.supernet_state import distinct_tensors
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import Recipe, gradients_of
 from jointopt.training.lora import attach, merge
@@ -154,7 +155,7 @@ class _Checkpoint:
 
     def write(self, model: nn.Module, optimizer: torch.optim.Optimizer, history: Sequence[float]) -> None:
         """Beside, then into place: a reader never sees half of it."""
-        tensors = {f"model.{name}": each.detach() for name, each in _tensors(model).items()}
+        tensors = {f"model.{name}": each.detach() for name, each in distinct_tensors(model).items()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
         tensors["random"] = torch.get_rng_state()
@@ -182,7 +183,7 @@ class _Checkpoint:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safetensors' own
         with torch.no_grad():
-            for name, own in _tensors(model).items():
+            for name, own in distinct_tensors(model).items():
                 own.copy_(tensors[f"model.{name}"])
         state: dict[int, dict[str, Tensor]] = {}
         for name in tensors:
@@ -194,8 +195,3 @@ class _Checkpoint:
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
         return list(record["history"])
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,0 +1,67 @@
+"""From a config's `hardware:` to the model of latency that it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jointopt.config import Config
+    from jointopt.evaluation import Batch
+    from jointopt.study import Study
+    from jointopt.supernet import Supernet
+
+    from .roofline import Roofline
+
+THIS = "this"
+"""Hardware: this machine, by the times of its operators in ONNX Runtime."""
+LATENCY = "latency.json"
+"""In a run's output: what was timed and fitted of this machine."""
+
+
+def latency_of(config: Config) -> Roofline | None:
+    """What answers for time, energy and memory on the config's hardware, where that is a device and not this machine.
+
+    Raises:
+        JointoptError: an unknown device, a file that lacks a figure, a context for a model that reads no tokens.
+    """
+    from .device import load_device
+    from .roofline import Roofline
+
+    if config.hardware is None or config.hardware.device == THIS:
+        return None
+    wanted = config.hardware
+    return Roofline(load_device(wanted.device), wanted.batch, wanted.context, wanted.parallel)
+
+
+def look_up(config: Config, inputs: Sequence[Batch], supernet: Supernet) -> None:
+    """Has this machine's own times answer, where the config's hardware is this machine."""
+    from .here import lookup_here
+
+    wanted = config.hardware
+    if wanted is not None and wanted.device == THIS:
+        kept, seed = Path(config.output) / LATENCY, config.search.seed
+        supernet.use_latency(lookup_here(supernet, wanted.batch, wanted.threads, inputs, kept, seed))
+
+
+def measured_beside(
+    config: Config,
+    inputs: Sequence[Batch],
+    supernet: Supernet,
+    study: Study,
+    genome: np.ndarray,
+    folder: Path,
+) -> str:
+    """What the export takes on this machine, end to end, beside what the search reckoned with: a line."""
+    from .here import batch_of
+    from .timing import time_model
+
+    assert config.hardware is not None
+    batch, threads = config.hardware.batch, config.hardware.threads
+    found = time_model(folder, [batch_of(inputs, batch)], threads)
+    expected = float(supernet.costs(genome)["latency"])
+    study.note("measured_latency", {"genome": genome.tolist(), "measured": found, "expected": expected})
+    return f"latency of the export: {found * 1e3:.4g} ms measured, {expected * 1e3:.4g} ms by {supernet.latency.source}"  # type: ignore[union-attr]

@@ -1,0 +1,78 @@
+"""What tells a super-network from another, and restores it: its fingerprint, and its weights and order in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+
+def fingerprint(supernet: Supernet) -> str:
+    """SHA-256 over weights, order, space and calibration: equal for super-networks with equal sub-networks."""
+    choices = [
+        supernet.space.to_dict(),
+        supernet._leaving,
+        supernet.weight_calibration,
+        supernet.activation_calibration,
+    ]
+    choices += supernet.transforms
+    digest = hashlib.sha256(json.dumps(choices, sort_keys=True, default=str).encode())
+    tensors = dict(supernet.model.state_dict())
+    for (path, name), constants in supernet._statistics.items():
+        tensors.update({f"{path}:{name}:{key}": value for key, value in constants.items()})
+    for (path, channels), fitted in supernet._repaired.items():
+        tensors.update({f"{path}:{channels}:{at}": each for at, each in enumerate(fitted) if each is not None})
+    for number, batch in enumerate(supernet.samples if supernet._has_batch_norm else ()):
+        tensors.update({f"{number}:{key}": value for key, value in batch.items() if isinstance(value, Tensor)})
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(supernet: Supernet, path: str | Path) -> None:
+    """Writes weights and order, to be loaded into a super-network of the same model and space."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in distinct_tensors(supernet.model).items()}
+    record = {"leaving": supernet._leaving, "trained": supernet.trained}
+    if supernet.transforms:
+        record |= {"transforms": supernet.transforms, "scaled": supernet._scaled}
+    save_file(tensors, str(path), metadata={"supernet": json.dumps(record)})
+
+
+def load(supernet: Supernet, path: str | Path) -> None:
+    """Restores what `save` wrote; calibrate afterwards, which then keeps the order."""
+    with safe_open(str(path), framework="pt") as file:
+        record = json.loads((file.metadata() or {}).get("supernet", "null"))
+        own = distinct_tensors(supernet.model)
+        made = tuple(record.get("transforms", ())) if record else supernet.transforms
+        if made != supernet.transforms:
+            told = [", ".join(each) or "none" for each in (made, supernet.transforms)]
+            raise JointoptError(f"{path}: saved with transforms {told[0]}; this super-network has {told[1]}")
+        if record is None or set(file.keys()) != set(own):
+            raise JointoptError(f"{path}: not a saved super-network of this model")
+        for name in file.keys():  # noqa: SIM118 - safetensors' own
+            tensor = file.get_tensor(name)
+            if tensor.shape != own[name].shape:
+                found, wanted = tuple(tensor.shape), tuple(own[name].shape)
+                raise JointoptError(f"{path}: {name} has shape {found}; this model's has {wanted}")
+            own[name].data.copy_(tensor)
+    supernet._leaving, supernet.trained, supernet.calibrated = record["leaving"], record["trained"], False
+    supernet._scaled = record.get("scaled", False)
+    supernet._condition_space()
+    supernet._forget()
+
+
+def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters and buffers by name, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
