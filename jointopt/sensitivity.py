@@ -24,7 +24,7 @@ from jointopt.checkpoint.held_cache import cache_name
 from jointopt.elastic import precision_genes
 from jointopt.evaluation import logits_of
 from jointopt.importance import hidden_input
-from jointopt.objectives import DIRECTIONS, Objective
+from jointopt.objectives import COSTS, DIRECTIONS, Objective
 from jointopt.subnetwork import Plan
 from quant.errors import JointoptError
 from search_spaces.family import Branch, structural_clone
@@ -112,7 +112,8 @@ def quality_prior(supernet: Supernet, objectives: Iterable[Objective]) -> dict[s
     Raises:
         JointoptError: none of the objectives is such a metric; what `estimated_losses` raises.
     """
-    told = [o for o in objectives if o.compute is None and (o.name in DIRECTIONS or o.direction == "max")]
+    own = [o for o in objectives if o.compute is None and o.name not in COSTS]
+    told = [o for o in own if o.name in DIRECTIONS or o.direction == "max"]
     if not told:
         raise JointoptError(
             "warm_start: no objective tells quality; allowed with a known metric, or one to be maximized"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quant.errors import JointoptError, did_you_mean
-from quant.formats import SCHEMES
+from quant.formats import SCHEMES, scheme
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def target(name: str) -> Target:
 def check_schemes(wanted: Target, schemes: Iterable[str]) -> None:
     """Raises JointoptError for a number format that the target does not compute."""
     for name in schemes:
+        scheme(name)
         base = name if name in SCHEMES else name.rpartition("_G")[0]
         if name not in wanted.schemes and base not in wanted.schemes:
             raise JointoptError(f"target {wanted.name}: {name} has no form there; allowed: {', '.join(wanted.schemes)}")

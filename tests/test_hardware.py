@@ -144,7 +144,7 @@ def test_a_longer_context_costs_more_and_a_quantized_cache_less():
     whole = short.space.largest
     for measure in ("latency", "decode_latency", "peak_memory"):
         assert short.costs(whole)[measure] < long.costs(whole)[measure]
-    assert long.costs(whole)["decode_latency"] < long.costs(whole)["latency"] / 100
+    assert long.costs(whole)["decode_latency"] < long.costs(whole)["latency"] / 10
     held = supernet_of("llama_tied", Roofline(FAST.device, 4, 4096), caches=["INT8", "none"])
     genomes = [
         held.space.encode(
