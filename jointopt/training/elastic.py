@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
 from jointopt.evaluation import Batch
+from jointopt.learned_ranges import NAME
 from jointopt.training.distillation import Distillation, Seen, loss_of, seen, teacher_logits
 from jointopt.training.sampling import Sampling, sampling, step_seed
 from quant.errors import JointoptError
@@ -47,6 +48,8 @@ class Recipe:
         distillation: what the sampled sub-networks learn from the largest; None has each learn the task itself.
         precision_from: share of the steps after which sampled sub-networks compute in their number formats (the
             largest never does); None for never. Scales are those of the weights as they are, as the search has them.
+        learned_ranges: whether ranges of quantized weights are trained with these (LSQ, arXiv 1902.08153): a factor
+            for each layer and scheme. In one's own loop call `supernet.learn_ranges()` before the optimizer is made.
         loss: (logits, batch) -> scalar, of the task.
         seed: of the sub-networks sampled.
     """
@@ -54,6 +57,7 @@ class Recipe:
     sampling: str | Sampling = "sandwich"
     distillation: Distillation | None = field(default_factory=Distillation)
     precision_from: float | None = None
+    learned_ranges: bool = False
     loss: Loss = task_loss
     seed: int = 0
 
@@ -61,6 +65,8 @@ class Recipe:
         object.__setattr__(self, "sampling", sampling(self.sampling))
         if self.precision_from is not None and not 0 <= self.precision_from <= 1:
             raise JointoptError(f"precision_from: found {self.precision_from}; allowed: from 0 to 1")
+        if self.learned_ranges and self.precision_from is None:
+            raise JointoptError("learned_ranges: found no precision_from; allowed: with number formats in training")
 
     def check(self, supernet: Supernet) -> None:
         """Raises JointoptError for what this super-network cannot be trained with, before any step."""
@@ -99,6 +105,8 @@ def elastic_loss(
     recipe = recipe or Recipe()
     if supernet.calibrated or not supernet.trained:  # at the first step; later ones go on with what was checked
         recipe.check(supernet)
+    if recipe.learned_ranges and NAME not in supernet.model._parameters:
+        raise JointoptError("learned_ranges: call supernet.learn_ranges() before the optimizer is made")
     progress = _progress(step, steps, recipe)
     losses, gradients, parameters = gradients_of(supernet, batch, step, progress, recipe)
     total = torch.stack(losses).sum()
