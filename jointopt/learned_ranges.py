@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.formats import Scheme
-from quant.learned_ranges import ends, factors, is_learnable, values_of
+from quant.learned_ranges import ends, factors, is_learnable
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -25,7 +25,7 @@ class LearnedRanges:
     """Factors of the ranges of a super-network's weights, all 1 before they are trained.
 
     Attributes:
-        values: float32 [layers and schemes, 2], a factor for each end, as `quant.learned_ranges.factors` takes them.
+        values: float32 [layers and schemes, 2], of the two ends, as `quant.learned_ranges.factors` takes them.
     """
 
     def __init__(self, supernet: Supernet):
@@ -36,16 +36,20 @@ class LearnedRanges:
                 continue
             self._rows[path, scheme.name] = len(self._columns)
             self._columns.append(supernet.model.get_submodule(path).get_parameter("weight")[0].numel())
-        starting = [values_of(torch.ones(2), columns) for columns in self._columns]
-        self.values = torch.stack(starting).to(supernet.device) if starting else torch.zeros(0, 2)
+        self.values = torch.zeros(len(self._columns), 2, device=supernet.device)
 
-    def factor(self, path: str, scheme: Scheme) -> Tensor | None:
+    def value(self, path: str, scheme: Scheme) -> Tensor | None:
         """Of a layer's range in a scheme, [1 or 2, 1, 1]; None where it is not learned."""
         row = self._rows.get((path, scheme.name))
         if row is None:
             return None
         assert scheme.weights is not None
-        return factors(self.values[row, : ends(scheme.weights), None, None], self._columns[row])
+        return self.values[row, : ends(scheme.weights), None, None]
+
+    def factor(self, path: str, scheme: Scheme) -> Tensor | None:
+        """What that range is multiplied by."""
+        value = self.value(path, scheme)
+        return None if value is None else factors(value, self._columns[self._rows[path, scheme.name]])
 
 
 def learn(supernet: Supernet) -> None:

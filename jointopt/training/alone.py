@@ -27,7 +27,7 @@ from quant.calibration import choose_clip
 from quant.errors import JointoptError
 from quant.formats import Scheme
 from quant.kernels import quantize_and_hold
-from quant.learned_ranges import ends, factors, is_learnable, values_of, widened
+from quant.learned_ranges import ends, factors, is_learnable, widened
 from search_spaces.family import structural_clone
 
 if TYPE_CHECKING:
@@ -94,10 +94,10 @@ def _ranges(model: nn.Module, supernet: Supernet, plan: Plan, layers: Mapping[st
         scheme, weight = plan.schemes[path], model.get_submodule(name).get_parameter("weight")
         assert scheme.weights is not None
         if is_learnable(scheme.weights):
-            learned = supernet.learned.factor(path, scheme) if supernet.learned is not None else None
-            factor = torch.ones(ends(scheme.weights), 1, 1).to(weight.device) if learned is None else learned.detach()
+            learned = supernet.learned.value(path, scheme) if supernet.learned is not None else None
+            value = torch.zeros(ends(scheme.weights), 1, 1, device=weight.device) if learned is None else learned
             scales = choose_clip(weight, scheme.weights)[0].shape
-            found[path] = nn.Parameter(values_of(factor, weight[0].numel()).expand(-1, *scales).clone())
+            found[path] = nn.Parameter(value.detach().expand(-1, *scales).clone())
     return found
 
 
