@@ -38,18 +38,13 @@ class LearnedRanges:
             self._columns.append(supernet.model.get_submodule(path).get_parameter("weight")[0].numel())
         self.values = torch.zeros(len(self._columns), 2, device=supernet.device)
 
-    def value(self, path: str, scheme: Scheme) -> Tensor | None:
+    def factor(self, path: str, scheme: Scheme) -> Tensor | None:
         """Of a layer's range in a scheme, [1 or 2, 1, 1]; None where it is not learned."""
         row = self._rows.get((path, scheme.name))
         if row is None:
             return None
         assert scheme.weights is not None
-        return self.values[row, : ends(scheme.weights), None, None]
-
-    def factor(self, path: str, scheme: Scheme) -> Tensor | None:
-        """What that range is multiplied by."""
-        value = self.value(path, scheme)
-        return None if value is None else factors(value, self._columns[self._rows[path, scheme.name]])
+        return factors(self.values[row, : ends(scheme.weights), None, None], self._columns[row])
 
 
 def learn(supernet: Supernet) -> None:

@@ -19,10 +19,6 @@ from torch import Tensor
 from quant.formats import Format
 from quant.reference import Clip, QuantizedTensor, code_values, grouped_view
 
-PACE = 5
-"""How much faster than weights, by share, ranges move, since trainings here have some hundred steps and not LSQ's 90
-epochs. Where rounding costs little no pace up to 5 mattered, and 10 was a little worse; SmolLM2 with INT4 rows, finished
-for 48 steps, had a divergence of 1.30 with fixed ranges, 1.20 at pace 1, 1.03 at 3 and 0.85 at 10."""
 LEAST = 1 / 16
 """Of a calibrated range: the least that may be left of it."""
 
@@ -37,13 +33,16 @@ def ends(format: Format) -> int:
     return 1 if format.symmetric else 2
 
 
-def factors(values: Tensor, columns: int) -> Tensor:
+def factors(values: Tensor, columns: int, pace: float = 1.0) -> Tensor:
     """What ranges are multiplied by, from the values that are trained, which begin as 0.
 
     A weight is about 1 / sqrt(columns) large, and AdamW moves whatever it trains by about its learning rate: with
-    sqrt(columns) ranges and weights change by the same share (LSQ, section 2.2: the ratio R is 1), and `PACE` times it.
+    sqrt(columns) ranges and weights change by the same share (LSQ, section 2.2: the ratio R is 1), and `pace` times it.
+
+    Args:
+        columns: of the whole layer, however narrow the slice is.
     """
-    return (1 + PACE * math.sqrt(columns) * values).clamp(min=LEAST)
+    return (1 + pace * math.sqrt(columns) * values).clamp(min=LEAST)
 
 
 def widened(clip: Clip, factor: Tensor) -> Clip:
