@@ -161,6 +161,8 @@ class Config(Section):
         for key, default in (("repair", False), ("target", "transformers")):
             if content[key] == default:
                 content.pop(key)
+        if self.train is not None and not self.train.learned_ranges:
+            content["train"].pop("learned_ranges")
         for key in ("evaluations", "minutes", "patience", "workers", "ray", "threads"):
             content["search"].pop(key, None)
         content["data"].pop("test", None)

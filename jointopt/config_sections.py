@@ -149,6 +149,7 @@ class Train(Section):
             (depth, then widths, then number formats).
         random_subnetworks: how many of them are random.
         precision_from: share of the steps after which they compute in their number formats (default: never).
+        learned_ranges: whether the ranges of quantized weights are trained too (LSQ), with precision_from.
         distill: what they learn from the largest; false has each learn the task itself.
         sort_every: steps after which channels and heads are sorted again by importance (default: never).
         lora: to train adapters alone (default: all weights).
@@ -161,6 +162,7 @@ class Train(Section):
     sampling: Literal["sandwich", "random", "attentive", "progressive"] = "sandwich"
     random_subnetworks: Annotated[int, Field(ge=0)] = 2
     precision_from: Annotated[float, Field(ge=0, le=1)] | None = None
+    learned_ranges: bool = False
     distill: Distill | Literal[False] = Distill()
     sort_every: Positive | None = None
     lora: Lora | None = None
@@ -173,6 +175,8 @@ class Train(Section):
             raise ValueError("sampling random with random_subnetworks 0; allowed: 1 or more")
         if self.lora is not None and self.sort_every is not None:
             raise ValueError("sort_every with lora; allowed: one of them")
+        if self.learned_ranges and self.precision_from is None:
+            raise ValueError("learned_ranges without precision_from; allowed: both, or neither")
         return self
 
 
@@ -290,6 +294,7 @@ class Finish(Section):
         rounding: "gptq"; or "descent", which goes on from it column by column.
         steps: of training each of them alone, in its number formats, distilled from the whole model on `data.train`.
         batch_size, learning_rate: of that training.
+        learned_ranges: whether it trains the ranges of quantized weights too (LSQ).
         top: how many points are finished and scored again; what is best then is exported.
     """
 
@@ -297,12 +302,15 @@ class Finish(Section):
     steps: Positive | None = None
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learned_ranges: bool = False
     top: Positive = 3
 
     @model_validator(mode="after")
     def _one(self) -> Finish:
         if self.rounding is not None and self.steps is not None:
             raise ValueError("both rounding and steps; allowed: one of them")
+        if self.learned_ranges and self.steps is None:
+            raise ValueError("learned_ranges without steps; allowed: both, or neither")
         return self
 
 

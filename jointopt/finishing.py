@@ -16,16 +16,17 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from quant.calibration import choose_clip
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
 from quant.kernels import fake_quantize_activation
+from quant.reference import Clip
 from quant.rounding.descent import descent
 from quant.rounding.gptq import gptq
 from quant.rounding.moments import NEVER_REACHED, InputMoments
@@ -55,12 +56,14 @@ class Finishing:
         rounding: "gptq"; or "descent", which goes on from it column by column and takes about three times as long.
         steps: of training in place of such a rounding, None for none.
         learning_rate, seed: of the training.
+        learned_ranges: whether the range of each scale is trained with the weights (LSQ, arXiv 1902.08153).
     """
 
     rounding: str = "gptq"
     steps: int | None = None
     learning_rate: float = 1e-4
     seed: int = 0
+    learned_ranges: bool = False
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
@@ -70,11 +73,15 @@ class Finishing:
             raise JointoptError(f"finish: found {self.steps} steps; allowed: 1 or more")
         if not self.learning_rate > 0:
             raise JointoptError(f"finish: found learning_rate {self.learning_rate}; allowed: above 0")
+        if self.learned_ranges and self.steps is None:
+            raise JointoptError("finish: found learned_ranges without steps; allowed: both, or neither")
 
     @property
     def name(self) -> str:
-        """Under which a study records it: "gptq", "descent", "trained-500"."""
-        return self.rounding if self.steps is None else f"trained-{self.steps}"
+        """Under which a study records it: "gptq", "descent", "trained-500", "learned-500"."""
+        if self.steps is None:
+            return self.rounding
+        return f"{'learned' if self.learned_ranges else 'trained'}-{self.steps}"
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ def finish(
     steps: int | None = None,
     learning_rate: float = 1e-4,
     seed: int = 0,
+    learned_ranges: bool = False,
 ) -> Finished:
     """Gives one sub-network its last weights: rounded by the expensive method, or trained.
 
@@ -123,12 +131,13 @@ def finish(
         quality: scores the finished sub-network: `Finished.metrics`.
         steps: of training, in place of the rounding; with `learning_rate` (AdamW's, 10% warm-up, then a cosine) and
             `seed` (of the order of batches).
+        learned_ranges: of that training: whether the range of each scale is trained too (LSQ, arXiv 1902.08153).
 
     Raises:
         JointoptError: an unknown rounding, no batch, a layer that no batch reaches, a Hessian that cannot be used;
             with the layer's name.
     """
-    how = Finishing(rounding, steps, learning_rate, seed)
+    how = Finishing(rounding, steps, learning_rate, seed, learned_ranges)
     return finish_by(how, supernet, genome, batches, quality)
 
 
@@ -145,7 +154,9 @@ def finish_by(
     genome = supernet.space.canonical(genome)
     plan = supernet.plan(genome)
     if how.steps is not None:
-        model = train_alone(supernet, plan, batches, how.steps, how.learning_rate, how.seed, progress)
+        model = train_alone(
+            supernet, plan, batches, how.steps, how.learning_rate, how.seed, how.learned_ranges, progress
+        )
     elif callable(batches):
         raise JointoptError(
             f"finish: found a function of epochs to round by {how.rounding}; allowed: a list of batches"
@@ -178,7 +189,7 @@ def _rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str,
         scheme, constants = rounded[path], supernet.statistics(path, rounded[path])
         try:
             moments = shared.of(module, scheme, constants, arrived)
-            weight, shift = _rounded(module, scheme, moments, supernet.weight_calibration, rounding)
+            weight, shift = _rounded(module, scheme, moments, partial(supernet.clip, path, scheme), rounding)
         except JointoptError as error:
             raise JointoptError(f"finish: {path}: {error}") from None
         quantize_layer(module, scheme, weight, None, None, constants)
@@ -287,7 +298,7 @@ def _nearest_on_front(study: Study, genome: np.ndarray, top: int) -> list[np.nda
 
 
 def _rounded(
-    module: nn.Module, scheme: Scheme, moments: InputMoments, calibration: str, rounding: str
+    module: nn.Module, scheme: Scheme, moments: InputMoments, clip_of: Callable[[Tensor, Tensor], Clip], rounding: str
 ) -> tuple[BankedWeight, Tensor | None]:
     """A layer's weight rounded for its inputs, and what is to be added to its bias, if it has one.
 
@@ -300,8 +311,7 @@ def _rounded(
     has_bias = module._parameters.get("bias") is not None
     hessian = moments.hessian(centred=has_bias)
     energy = hessian.diagonal(dim1=-2, dim2=-1).repeat_interleave(len(weight) // len(hessian), 0)
-    clip = choose_clip(weight, scheme.weights, calibration, energy)
-    quantized = ROUNDINGS[rounding](weight, hessian, scheme.weights, clip)
+    quantized = ROUNDINGS[rounding](weight, hessian, scheme.weights, clip_of(weight, energy))
     values = quantized.dequantize(weight.dtype)
     shift = None
     if has_bias:

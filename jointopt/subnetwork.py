@@ -17,11 +17,13 @@ from quant.cache import CacheFormat, input_group
 from quant.errors import JointoptError
 from quant.formats import Scheme
 from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+from quant.learned_ranges import learn_range
 from quant.reference import straight_through
 from search_spaces.family import Block, Branch, Cache, Family, Layer, structural_clone
 
 from .batch_norm import keep_statistics
 from .checkpoint.held_cache import hold_cache
+from .learned_ranges import NAME, LearnedRanges
 from .repair import Repaired
 from .weight_bank import BankedWeight
 
@@ -79,14 +81,16 @@ def build(
     statistics: ActivationStatistics,
     repaired: Mapping[tuple[str, int], Repaired],
     training: bool = False,
+    learned: LearnedRanges | None = None,
 ) -> nn.Module:
     """A module tree of its own whose tensors are leading slices of `model`'s, in eval mode unless `training`.
 
     What `repaired` has for a layer and its number of input channels stands in for the slice of its weight, and bias.
     With `training`, slices keep their link to the whole parameters, so that gradients reach them: of a quantized weight
-    straight through its rounding (Bengio et al., arXiv 1308.3432).
+    straight through its rounding (Bengio et al., arXiv 1308.3432), or as the `learned` factors of ranges have it.
     """
     shell = structural_clone(model)
+    shell._parameters.pop(NAME, None)
     modules = dict(shell.named_modules())
     rows, columns = _cuts(family, plan)
     gone = _gone(family, plan)
@@ -109,7 +113,7 @@ def build(
                 whole = modules[each]._parameters["weight"]
                 quantize_layer(modules[each], scheme, banked, *cut, statistics.get((each, scheme.name), {}), training)
                 if training and whole is not None:
-                    pass_gradients(modules[each], whole)
+                    pass_gradients(modules[each], whole, learned.factor(path, scheme) if learned is not None else None)
                 elif each != path:
                     modules[each]._parameters["weight"] = module._parameters["weight"]
     for path, form in plan.caches.items():
@@ -239,12 +243,16 @@ def quantize_layer(
     module.__dict__.update(scheme=scheme, quantized=quantized, **constants)
 
 
-def pass_gradients(module: nn.Module, whole: Tensor) -> None:
-    """Has the gradient of a layer's quantized weight go to the whole weight of which it is a slice."""
+def pass_gradients(module: nn.Module, whole: Tensor, factor: Tensor | None = None) -> None:
+    """Has the gradient of a quantized weight go to the whole weight of which it is a slice, and to the factor of
+    its range where there is one."""
     values = module._parameters.pop("weight")
     assert values is not None
     part = whole[tuple(slice(size) for size in values.shape)]
-    module.__dict__["weight"] = straight_through(part, values.detach())
+    if factor is None:
+        module.__dict__["weight"] = straight_through(part, values.detach())
+    else:
+        module.__dict__["weight"] = learn_range(part, values.detach(), module.__dict__["quantized"], factor)
 
 
 def _hold_cache(attention: nn.Module, form: CacheFormat, constants: Mapping[str, Tensor]) -> None:

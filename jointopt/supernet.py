@@ -24,6 +24,8 @@ from quant.calibration import check_activation_method, choose_clip
 from quant.errors import JointoptError
 from quant.formats import Scheme, scheme
 from quant.kernels import quantize_and_hold
+from quant.learned_ranges import widened
+from quant.reference import Clip
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
 from search_spaces.family import Family, Layer, structural_clone
@@ -45,6 +47,7 @@ from .cost.operators import LatencyModel
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, plan_of, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
+from .learned_ranges import LearnedRanges, learn, settle
 from .ranges import Ranges
 from .repair import Repaired, Repairs
 from .subnetwork import ActivationStatistics, Plan, build, detach, layout, within
@@ -74,6 +77,7 @@ class Supernet:
 
     Attributes:
         samples: batches of the first samples that it was calibrated with.
+        learned: factors of the ranges of weights, where some were trained.
         scores: canonical genome (its bytes) -> metrics that searches have measured; emptied when the weights or the
             calibration change.
 
@@ -121,6 +125,7 @@ class Supernet:
         self.samples: list[Mapping[str, Any]] = []
         self._repaired: Mapping[tuple[str, int], Repaired] = {}
         self._positions: dict[str, float] | None = None
+        self.learned: LearnedRanges | None = None
         self.scores: dict[bytes, dict[str, float]] = {}
 
     @property
@@ -140,6 +145,7 @@ class Supernet:
         Raises:
             JointoptError: there is no batch, or one is not a dict.
         """
+        settle(self)
         self._scale(batches)
         ranges = Ranges(self.model, self.family, self.space, self._schemes, self.activation_calibration)
         repairs = Repairs(self.model, self.family, self.space if self.repair else None)
@@ -225,11 +231,26 @@ class Supernet:
 
         Args:
             precision: whether it computes in its number formats (gradients go straight through the rounding, scales
-                are chosen from the weights as they are); else unquantized. Unrepaired and with its cache as it was.
+                are chosen from the weights as they are, times what `learn_ranges` learns); else unquantized.
+                Unrepaired and with its cache as it was.
         """
         plan = self.plan(genome)
         plan = Plan(plan.blocks, plan.dropped, plan.units, plan.schemes if precision else {})
-        return build(with_adapters(self.model), self.family, plan, self._banked, self._statistics, {}, training=True)
+        model = with_adapters(self.model)
+        return build(model, self.family, plan, self._banked, self._statistics, {}, training=True, learned=self.learned)
+
+    def learn_ranges(self) -> None:
+        """Adds to the model's parameters, until it is calibrated again, a factor of each range of quantized weights,
+        for an optimizer that is made after this to train (LSQ, arXiv 1902.08153)."""
+        learn(self)
+
+    def clip(self, path: str, wanted: Scheme, weight: Tensor, importance: Tensor | None = None) -> Clip:
+        """The range that a scheme holds of a layer's weight, whole, a slice or changed: the calibration's
+        (`quant.calibration.choose_clip`), times what was learned."""
+        assert wanted.weights is not None
+        found = choose_clip(weight, wanted.weights, self.weight_calibration, importance)
+        factor = self.learned.factor(path, wanted) if self.learned is not None else None
+        return found if factor is None else widened(found, factor.detach())
 
     def view(self, plan: Plan) -> nn.Module:
         """What a plan describes, as a view, in eval mode."""
@@ -282,8 +303,7 @@ class Supernet:
             weight = fitted[0] if fitted else whole.detach()
             part = weight[:, :sliced].contiguous()
             try:
-                clip = choose_clip(part, form, self.weight_calibration)
-                return BankedWeight(*quantize_and_hold(part, form, clip))
+                return BankedWeight(*quantize_and_hold(part, form, self.clip(path, wanted, part)))
             except JointoptError as error:
                 raise JointoptError(f"{path}: {error}") from None
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from jointopt.learned_ranges import NAME, LearnedRanges, settle
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def fingerprint(supernet: Supernet) -> str:
         tensors.update({f"{path}:{name}:{key}": value for key, value in constants.items()})
     for (path, channels), fitted in supernet._repaired.items():
         tensors.update({f"{path}:{channels}:{at}": each for at, each in enumerate(fitted) if each is not None})
+    if supernet.learned is not None:
+        tensors[NAME] = supernet.learned.values
     for number, batch in enumerate(supernet.samples if supernet._has_batch_norm else ()):
         tensors.update({f"{number}:{key}": value for key, value in batch.items() if isinstance(value, Tensor)})
     for name, tensor in sorted(tensors.items()):
@@ -44,6 +47,8 @@ def fingerprint(supernet: Supernet) -> str:
 def save(supernet: Supernet, path: str | Path) -> None:
     """Writes weights and order, to be loaded into a super-network of the same model and space."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in distinct_tensors(supernet.model).items()}
+    if supernet.learned is not None:
+        tensors[NAME] = supernet.learned.values.detach().cpu()
     record = {"leaving": supernet._leaving, "trained": supernet.trained}
     if supernet.transforms:
         record |= {"transforms": supernet.transforms, "scaled": supernet._scaled}
@@ -54,7 +59,11 @@ def load(supernet: Supernet, path: str | Path) -> None:
     """Restores what `save` wrote; calibrate afterwards, which then keeps the order."""
     with safe_open(str(path), framework="pt") as file:
         record = json.loads((file.metadata() or {}).get("supernet", "null"))
+        settle(supernet)
+        supernet.learned = LearnedRanges(supernet) if NAME in file.keys() else None  # noqa: SIM118 - safetensors' own
         own = distinct_tensors(supernet.model)
+        if supernet.learned is not None:
+            own[NAME] = supernet.learned.values
         made = tuple(record.get("transforms", ())) if record else supernet.transforms
         if made != supernet.transforms:
             told = [", ".join(each) or "none" for each in (made, supernet.transforms)]

@@ -369,7 +369,8 @@ def finishing_of(config: Config) -> Finishing:
 
     assert config.finish is not None
     wanted = config.finish
-    return Finishing(wanted.rounding or "gptq", wanted.steps, wanted.learning_rate, config.search.seed)
+    rounding, seed = wanted.rounding or "gptq", config.search.seed
+    return Finishing(rounding, wanted.steps, wanted.learning_rate, seed, wanted.learned_ranges)
 
 
 def _finishing_batches(config: Config, prepared: Prepared) -> Batches:

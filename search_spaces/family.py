@@ -237,26 +237,30 @@ class SkipPostNormOutput(nn.Module):
         return input_tensor
 
 
+_CONTAINERS = frozenset((dict, OrderedDict, set))
+
+
 def structural_clone(module: nn.Module) -> nn.Module:
     """A module tree of its own that shares every tensor with `module`: what is set on the clone is not set on it.
 
     Methods that someone has put in place of the class's own (accelerate does, for mixed precision) are the clone's.
     """
     clone = object.__new__(type(module))
+    state = clone.__dict__
+    state.update(module.__dict__)
     for name, value in module.__dict__.items():
-        own = isinstance(value, MethodType) and value.__self__ is module
-        clone.__dict__[name] = MethodType(value.__func__, clone) if own else _own_container(value)
+        kind = type(value)
+        if kind in _CONTAINERS:
+            state[name] = value.copy()  # 5x as fast as copy.copy, and a model has thousands of them
+        elif kind is MethodType:
+            if value.__self__ is module:
+                state[name] = MethodType(value.__func__, clone)
+        elif isinstance(value, dict | set):
+            state[name] = copy.copy(value)
     for name, child in module._modules.items():
         if child is not None:
             clone._modules[name] = structural_clone(child)
     return clone
-
-
-def _own_container(value: Any) -> Any:
-    """Dicts and sets (of tensors, modules, hooks) copied, all else as it is."""
-    if type(value) in (dict, OrderedDict, set):
-        return value.copy()  # 5x as fast as copy.copy, and a model has thousands of them
-    return copy.copy(value) if isinstance(value, dict | set) else value
 
 
 def parent_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -93,6 +93,8 @@ def test_the_written_out_config_reads_back_the_same(tmp_path):
         ("quality: accuracy", "quality: found 'accuracy'; allowed: my_package.my_function"),
         ("train: {epochs: 1}", "train without data.train"),
         ("train: {batch_size: 8}", "train: found neither of steps and epochs"),
+        ("finish: {learned_ranges: true}", "finish: found learned_ranges without steps; allowed: both, or neither"),
+        ("train: {steps: 5, learned_ranges: true}", "learned_ranges without precision_from; allowed: both"),
         ("model: other", "line 5: model: found twice"),
         ("model2: [", "not YAML"),
     ],
@@ -125,6 +127,13 @@ def test_a_missing_file_is_named(tmp_path):
 def test_overrides_take_the_place_of_the_files_values(tmp_path):
     config = load_config(written(tmp_path, MINIMAL), {"search.evaluations": 7, "output": "elsewhere"})
     assert (config.search.evaluations, config.output) == (7, "elsewhere")
+
+
+def test_a_run_without_learned_ranges_is_that_of_an_older_version(tmp_path):
+    path = written(tmp_path, EXAMPLE)
+    assert "learned_ranges" not in load_config(path, {"train": {"steps": 5}}).record()["train"]
+    learned = load_config(path, {"train": {"steps": 5, "precision_from": 0.5, "learned_ranges": True}})
+    assert learned.record()["train"]["learned_ranges"] is True
 
 
 def test_the_record_leaves_out_what_may_change_between_runs(tmp_path):

@@ -87,9 +87,11 @@ def _weights_made(how: str) -> str:
     """How the weights came about, by the name that `Finishing` gives it."""
     if how in ROUNDINGS:
         return f"Weights were rounded by {ROUNDINGS[how]}."
+    kind, _, steps = how.partition("-")
+    ranges = " and the ranges of their scales (LSQ, arXiv 1902.08153)" if kind == "learned" else ""
     return (
-        f"Weights were trained for {how.removeprefix('trained-')} steps in their number formats, distilled from the "
-        "whole model, then rounded to nearest."
+        f"Weights{ranges} were trained for {steps} steps in their number formats, distilled from the whole model, then "
+        "rounded to nearest."
     )
 
 

@@ -34,7 +34,9 @@ def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe
         if given is not None:
             teacher = load_model(given, loaded.task, str(supernet.device), config.dtype).model
         distillation = Distillation(**numbers, teacher=teacher)
-    recipe = Recipe(_sampling(config, supernet), distillation, wanted.precision_from, seed=config.search.seed)
+    recipe = Recipe(
+        _sampling(config, supernet), distillation, wanted.precision_from, wanted.learned_ranges, seed=config.search.seed
+    )
     recipe.check(supernet)
     return recipe
 

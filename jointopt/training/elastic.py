@@ -10,7 +10,7 @@ itself gone back from: accumulation, loss scaling and clipping work as with any 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
 from jointopt.evaluation import Batch
+from jointopt.learned_ranges import NAME
 from jointopt.training.distillation import Distillation, Seen, loss_of, seen, teacher_logits
 from jointopt.training.sampling import Sampling, sampling, step_seed
 from quant.errors import JointoptError
@@ -47,6 +48,8 @@ class Recipe:
         distillation: what the sampled sub-networks learn from the largest; None has each learn the task itself.
         precision_from: share of the steps after which sampled sub-networks compute in their number formats (the
             largest never does); None for never. Scales are those of the weights as they are, as the search has them.
+        learned_ranges: whether ranges of quantized weights are trained with these (LSQ, arXiv 1902.08153): a factor
+            for each layer and scheme. In one's own loop call `supernet.learn_ranges()` before the optimizer is made.
         loss: (logits, batch) -> scalar, of the task.
         seed: of the sub-networks sampled.
     """
@@ -54,6 +57,7 @@ class Recipe:
     sampling: str | Sampling = "sandwich"
     distillation: Distillation | None = field(default_factory=Distillation)
     precision_from: float | None = None
+    learned_ranges: bool = False
     loss: Loss = task_loss
     seed: int = 0
 
@@ -61,6 +65,8 @@ class Recipe:
         object.__setattr__(self, "sampling", sampling(self.sampling))
         if self.precision_from is not None and not 0 <= self.precision_from <= 1:
             raise JointoptError(f"precision_from: found {self.precision_from}; allowed: from 0 to 1")
+        if self.learned_ranges and self.precision_from is None:
+            raise JointoptError("learned_ranges: found no precision_from; allowed: with number formats in training")
 
     def check(self, supernet: Supernet) -> None:
         """Raises JointoptError for what this super-network cannot be trained with, before any step."""
@@ -99,6 +105,8 @@ def elastic_loss(
     recipe = recipe or Recipe()
     if supernet.calibrated or not supernet.trained:  # at the first step; later ones go on with what was checked
         recipe.check(supernet)
+    if recipe.learned_ranges and NAME not in supernet.model._parameters:
+        raise JointoptError("learned_ranges: call supernet.learn_ranges() before the optimizer is made")
     progress = _progress(step, steps, recipe)
     losses, gradients, parameters = gradients_of(supernet, batch, step, progress, recipe)
     total = torch.stack(losses).sum()
@@ -125,26 +133,36 @@ def gradients_of(
     if "labels" not in batch:
         raise JointoptError(f"train: a batch has no 'labels'; found {', '.join(batch)}")
     parameters = [each for each in supernet.model.parameters() if each.requires_grad]
+    places = {id(each): at for at, each in enumerate(parameters)}
     if not parameters:
         raise JointoptError("train: no parameter of the model needs a gradient; allowed: one or more")
     supernet.weights_changed()
     gradients: list[Tensor | None] = [None] * len(parameters)
 
-    def learn(loss: Tensor) -> Tensor:
+    def learn(loss: Tensor, slices: list[tuple[Tensor, int]]) -> Tensor:
         if not torch.isfinite(loss):
             raise JointoptError(f"train: the loss is {loss.item()}; a smaller learning_rate may help")
         if torch.is_grad_enabled():
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for at, (held, new) in enumerate(zip(gradients, found, strict=True)):
+            wanted = [*parameters, *(part for part, _ in slices)]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+            for at, (held, new) in enumerate(zip(gradients, found[: len(parameters)], strict=True)):
                 gradients[at] = new if held is None else held if new is None else held.add_(new)
+            for (part, at), new in zip(slices, found[len(parameters) :], strict=True):
+                held = gradients[at]
+                if held is None:
+                    held = gradients[at] = torch.zeros_like(parameters[at])
+                if new is not None:
+                    held[tuple(map(slice, part.shape))].add_(new)
         return loss.detach()
 
     losses, target = [], None
     for student in _students(supernet, step, progress, recipe):
-        loss, shown = _loss(supernet, student, batch, target, recipe)
-        losses.append(learn(loss))
+        view = supernet.training_view(student.genome, student.precision)
+        slices = _as_leaves(view, places)
+        loss, shown = _loss(supernet, student, view, batch, target, recipe)
+        losses.append(learn(loss, slices))
         target = target or shown.detached()
-        del loss, shown
+        del loss, shown, view, slices
     return losses, gradients, parameters
 
 
@@ -161,13 +179,28 @@ def _students(supernet: Supernet, step: int, progress: float, recipe: Recipe) ->
     return [_Student(supernet.space.largest, False), *(_Student(genome, precision) for genome in genomes)]
 
 
+def _as_leaves(view: nn.Module, places: Mapping[int, int]) -> list[tuple[Tensor, int]]:
+    """Cuts a training view's slices of parameters off from these, and returns them with their parameters' places: a
+    slice's gradient can be added to the leading block of the whole one's, where autograd would fill it up with zeros.
+
+    Args:
+        places: id of a parameter -> its place.
+    """
+    found = []
+    for module in view.modules():
+        for name, part in module.__dict__.items():
+            if isinstance(part, Tensor) and part._is_view() and id(part._base) in places:
+                module.__dict__[name] = leaf = part.detach().requires_grad_()
+                found.append((leaf, places[id(part._base)]))
+    return found
+
+
 def _loss(
-    supernet: Supernet, student: _Student, batch: Batch, target: Seen | None, recipe: Recipe
+    supernet: Supernet, student: _Student, view: nn.Module, batch: Batch, target: Seen | None, recipe: Recipe
 ) -> tuple[Tensor, Seen]:
     """Of one sub-network; of the largest where there is no target yet."""
     wanted = recipe.distillation
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    view = supernet.training_view(student.genome, student.precision)
     shown = seen(view, inputs, supernet.family, supernet.plan(student.genome), wanted or Distillation())
     if wanted is None:
         return recipe.loss(shown.logits, batch), shown

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt.evaluation import Batch
+from jointopt.learned_ranges import learn, settle
 from jointopt.supernet_state import distinct_tensors
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import Recipe, gradients_of
@@ -72,6 +73,8 @@ def train_supernet(
         if sort_every is not None:
             raise JointoptError("sort_every: adapters are not sorted; allowed: without lora")
         attach(supernet, lora)
+    if recipe.learned_ranges:
+        learn(supernet)
     model = supernet.model
     parameters = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -101,6 +104,7 @@ def train_supernet(
     supernet.weights_changed()
     if lora is not None:
         merge(supernet)
+    settle(supernet)
     if kept is not None:
         kept.path.unlink(missing_ok=True)
     return history

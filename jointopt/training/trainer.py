@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from jointopt.evaluation import Batch, logits_of
+from jointopt.learned_ranges import NAME as RANGES
+from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
 from jointopt.training.elastic import Recipe, elastic_loss
 from jointopt.training.lora import NAMES, adapted, attach, merge
@@ -27,7 +29,7 @@ from quant.errors import JointoptError
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
 
-RECORD, ADAPTERS = "supernet.json", "adapters.safetensors"
+RECORD, ADDED = "supernet.json", "added.safetensors"
 SAMPLES = 128
 """Of the training data, by which importance and ranges are calibrated where nothing else is given."""
 
@@ -98,6 +100,8 @@ class ElasticTrainer(Trainer):
             if sort_every is not None:
                 raise JointoptError("sort_every: adapters are not sorted; allowed: without lora")
             attach(self.supernet, lora)
+        if self.recipe.learned_ranges:
+            learn(self.supernet)
 
     def _first_samples(self) -> list[Batch]:
         """Inputs of the training data's first samples, as its collator makes them."""
@@ -197,14 +201,18 @@ class ElasticTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             record = {"space": self.supernet.space.to_dict(), "leaving": self.supernet._leaving}
             (folder / RECORD).write_text(json.dumps(record, default=str))
-            if adapters := self._adapters():
-                save_file(
-                    {name: each.detach().cpu().contiguous() for name, each in adapters.items()}, folder / ADAPTERS
-                )
+            if added := self._added():
+                save_file({name: each.detach().cpu().contiguous() for name, each in added.items()}, folder / ADDED)
 
-    def _adapters(self) -> dict[str, Tensor]:
+    def _added(self) -> dict[str, Tensor]:
+        """Parameters that the model's own class does not know: adapters and learned ranges."""
         layers = adapted(self.supernet.model).items()
-        return {f"{path}.{name}": layer.get_parameter(name) for path, layer in layers for name in NAMES}
+        found: dict[str, Tensor] = {
+            f"{path}.{name}": layer.get_parameter(name) for path, layer in layers for name in NAMES
+        }
+        if self.recipe.learned_ranges:
+            found[RANGES] = self.supernet.model.get_parameter(RANGES)
+        return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / RECORD
@@ -219,10 +227,10 @@ class ElasticTrainer(Trainer):
         if isinstance(own_model, PreTrainedModel):
             # The Trainer reads names as they are in memory; `save_pretrained` writes those of the checkpoints.
             saved = type(own_model).from_pretrained(resume_from_checkpoint, dtype=own_model.dtype)
-            own_model.load_state_dict(saved.state_dict(), strict=not self._adapters())
-            if adapters := self._adapters():
-                kept = load_file(path.with_name(ADAPTERS))
-                for name, parameter in adapters.items():
+            own_model.load_state_dict(saved.state_dict(), strict=not self._added())
+            if added := self._added():
+                kept = load_file(path.with_name(ADDED))
+                for name, parameter in added.items():
                     parameter.data.copy_(kept[name])
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, own_model)

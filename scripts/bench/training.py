@@ -6,7 +6,8 @@
 
 Arms: "plain" fine-tunes the whole model and cuts it afterwards; "repaired" is the same with least-squares repair;
 "sandwich" trains sub-networks on the task; "distilled" has them learn from the largest; "precision" has them compute in
-their number formats from half of the steps on; "finished" trains the point that "precision" chose alone. Losses are
+their number formats from half of the steps on; "learned" trains the ranges of these as well. "finished" trains points
+of the front of "precision" alone; "finished, learned" with their ranges. Losses are
 those of the smallest, a middle and the largest sub-network, unquantized, on data that is not trained on; hypervolume is
 that of a guided search over loss and size, as a share of the box between the whole model's size and the loss of
 knowing nothing (of a language model: of twice the perplexity).
@@ -49,6 +50,7 @@ ARMS = {
     "sandwich": Recipe(distillation=None),
     "distilled": Recipe(),
     "precision": Recipe(precision_from=0.5),
+    "learned": Recipe(precision_from=0.5, learned_ranges=True),
 }
 
 
@@ -185,7 +187,7 @@ def rows_of(made: Case, arguments: argparse.Namespace, tell: Callable[[str, str,
     kept: dict[str, tuple[Supernet, jointopt.Study]] = {}
     plain = None
     for arm, repair in (("plain", False), ("repaired", True), ("sandwich", False), ("distilled", False),
-                        ("precision", False)):  # fmt: skip
+                        ("precision", False), ("learned", False)):  # fmt: skip
         supernet = trained(made, ARMS.get(arm, ARMS["plain"]), repair)
         for name, value in losses(made, supernet).items():
             limit = plain - 0.005 if plain is not None and name == "accuracy, largest" else None
@@ -196,7 +198,8 @@ def rows_of(made: Case, arguments: argparse.Namespace, tell: Callable[[str, str,
         kept[arm] = (supernet, study)
         tell(arm, "hypervolume", share, None, "higher")
     supernet, study = kept["precision"]
-    finished(made, supernet, study, tell)
+    for learned_ranges in (False, True):
+        finished(made, supernet, study, tell, learned_ranges)
     supernet, study = kept["distilled"]
     front = study.front().sort_values("size")
     for at in sorted({0, len(front) // 2, len(front) - 1}):
@@ -205,8 +208,9 @@ def rows_of(made: Case, arguments: argparse.Namespace, tell: Callable[[str, str,
         tell("alone", f"loss of {size:.3g} MB, super-network's over its own", own - alone(made, genome), 0.0, "lower")
 
 
-def finished(made: Case, supernet: Supernet, study: jointopt.Study, tell: Callable) -> None:
-    """The whole front's smaller half, each point trained alone: the hypervolume with what was better."""
+def finished(made: Case, supernet: Supernet, study: jointopt.Study, tell: Callable, learned_ranges: bool) -> None:
+    """Some points of the front, each trained alone: the hypervolume with what was better."""
+    arm = "finished, learned" if learned_ranges else "finished"
     front = study.front().sort_values("size")
     points = front[["loss", "size"]].to_numpy(dtype=float, copy=True)
     started = time.perf_counter()
@@ -214,15 +218,15 @@ def finished(made: Case, supernet: Supernet, study: jointopt.Study, tell: Callab
         genome = np.array(front["genome"].iloc[at])
         made_so = jointopt.finish(
             supernet, genome, made.train, quality=made.quality, steps=made.steps,
-            learning_rate=made.network.learning_rate / 5,
+            learning_rate=made.network.learning_rate / 5, learned_ranges=learned_ranges,
         )  # fmt: skip
         assert made_so.metrics is not None
-        tell("finished", f"loss of {points[at, 1] / 1e6:.3g} MB (was {points[at, 0]:.4g})", made_so.metrics["loss"],
+        tell(arm, f"loss of {points[at, 1] / 1e6:.3g} MB (was {points[at, 0]:.4g})", made_so.metrics["loss"],
              float(points[at, 0]), "lower")  # fmt: skip
         points[at, 0] = min(points[at, 0], made_so.metrics["loss"])
     whole = supernet.original_costs()["size"]
-    tell("finished", "hypervolume", hypervolume(points, [made.worst, whole]) / (made.worst * whole), None, "higher")
-    tell("finished", "seconds", time.perf_counter() - started, None, "lower")
+    tell(arm, "hypervolume", hypervolume(points, [made.worst, whole]) / (made.worst * whole), None, "higher")
+    tell(arm, "seconds", time.perf_counter() - started, None, "lower")
 
 
 def main() -> None:
