@@ -40,6 +40,7 @@ from .batch_norm import (
     reestimate,
     running_statistics,
     sample_count,
+    shift_by_whole_products,
 )
 from .cost.operators import LatencyModel
 from .cost.shapes import ShapeCosts, measure_positions
@@ -47,7 +48,7 @@ from .elastic import check_space, fitted_schemes, plan_of, precision_genes
 from .importance import CalibrationPass, sort_width, unit_importance
 from .ranges import Ranges
 from .repair import Repaired, Repairs
-from .subnetwork import ActivationStatistics, Plan, build, detach, layout, within
+from .subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
 from .supernet_state import fingerprint, load, save
 from .training.lora import effective, with_adapters
 from .transforms import checked, reread, rotated, scale_links
@@ -249,6 +250,10 @@ class Supernet:
             reestimate(shell, self.samples)
             if not plan.cut(self.family):
                 move(shell, running_statistics(self.model), self._whole_statistics)
+            for layer in staying_layers(self.family, plan):
+                if layer.norm is not None and layer.path in plan.schemes:
+                    paths = (renamed(each, self.family, plan.blocks) for each in (layer.path, layer.norm))
+                    shift_by_whole_products(*map(shell.get_submodule, paths))
         return shell
 
     @cached_property
