@@ -76,7 +76,7 @@ def _quantized(module: Any, operator: Operator) -> nn.Module:
 
 class _Read(nn.Module):
     """A convolution between static integers: its readers round its output like its input, so that one kernel does
-    both. Only kernels of 1 x 1 are fast without (`jointopt.checkpoint.onnx.convolutions`)."""
+    both (`jointopt.checkpoint.onnx.convolutions`)."""
 
     def __init__(self, twin: Any):
         super().__init__()
@@ -129,7 +129,7 @@ def _sessions(
 
     graph: Any = with_twins(_Each(modules).eval())
     for at, twin in enumerate(graph.each):
-        if isinstance(twin, OnnxConv2d) and twin.whole and twin.input_scale is not None and twin.shape[2] > 1:
+        if isinstance(twin, OnnxConv2d) and twin.whole and twin.input_scale is not None:
             graph.each[at] = _Read(twin)
     program = traced(graph, ([list(each) for each in inputs],), opset_version=OPSETS[0])
     whole = program.model_proto
