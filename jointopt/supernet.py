@@ -250,10 +250,17 @@ class Supernet:
             reestimate(shell, self.samples)
             if not plan.cut(self.family):
                 move(shell, running_statistics(self.model), self._whole_statistics)
-            for layer in staying_layers(self.family, plan):
-                if layer.norm is not None and layer.path in plan.schemes:
-                    paths = (renamed(each, self.family, plan.blocks) for each in (layer.path, layer.norm))
-                    shift_by_whole_products(*map(shell.get_submodule, paths))
+            self.with_whole_shifts(shell, plan)
+        return shell
+
+    def with_whole_shifts(self, shell: nn.Module, plan: Plan) -> nn.Module:
+        """The view of a plan, what normalizations add after its static integer layers as integer kernels add it."""
+        for layer in staying_layers(self.family, plan):
+            if layer.norm is not None and layer.path in plan.schemes:
+                paths = (renamed(each, self.family, plan.blocks) for each in (layer.path, layer.norm))
+                module, norm = map(shell.get_submodule, paths)
+                if hasattr(module, "quantized"):  # finishing does one after the other
+                    shift_by_whole_products(module, norm)
         return shell
 
     @cached_property

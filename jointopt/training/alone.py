@@ -78,7 +78,8 @@ def train_alone(
             optimizer.step()
     finished = detach(supernet.built(replace(plan, schemes={})))
     finished.load_state_dict({**finished.state_dict(), **trained.state_dict()})
-    return detach(_quantized(finished, supernet, plan, layers, training=False)).requires_grad_(False)
+    finished = _quantized(finished, supernet, plan, layers, training=False)
+    return detach(supernet.with_whole_shifts(finished, plan)).requires_grad_(False)
 
 
 @contextmanager
