@@ -93,3 +93,22 @@ def move(model: nn.Module, given: Statistics, estimated: Statistics) -> None:
         mean.add_(given_mean - estimated_mean)
         ratio = given_variance / estimated_variance
         variance.copy_(torch.where(estimated_variance > 0, variance * ratio, variance))
+
+
+@torch.no_grad()
+def shift_by_whole_products(layer: Any, norm: Any) -> None:
+    """Rounds what a normalization adds to a whole number of the products that the layer before it sums up, where these
+    are products of integers with static scales.
+
+    Integer kernels add a bias as such a number (Jacob et al., arXiv 1712.05877, section 2.4), so that a kernel that
+    computes layer, normalization and the rounding after it at once gives what is computed here.
+    """
+    form = layer.scheme.activations
+    if form is None or form.kind.is_float or form.dynamic or norm.bias is None or norm.bias.dtype != torch.float32:
+        return
+    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    product = layer.input_scale.double() * layer.quantized.effective_scale().double().reshape(-1) * factor
+    centre = norm.running_mean.double() * factor
+    shift = norm.bias.double() - centre
+    whole = torch.where(product == 0, shift, (shift / product).round() * product)
+    norm._parameters["bias"] = nn.Parameter((whole + centre).float(), requires_grad=norm.bias.requires_grad)

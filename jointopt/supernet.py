@@ -42,6 +42,7 @@ from .batch_norm import (
     reestimate,
     running_statistics,
     sample_count,
+    shift_by_whole_products,
 )
 from .cost.operators import LatencyModel
 from .cost.shapes import ShapeCosts, measure_positions
@@ -50,7 +51,7 @@ from .importance import CalibrationPass, sort_width, unit_importance
 from .learned_ranges import LearnedRanges, learn, settle
 from .ranges import Ranges
 from .repair import Repaired, Repairs
-from .subnetwork import ActivationStatistics, Plan, build, detach, layout, within
+from .subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
 from .supernet_state import fingerprint, load, save
 from .training.lora import effective, with_adapters
 from .transforms import checked, reread, rotated, scale_links
@@ -270,6 +271,17 @@ class Supernet:
             reestimate(shell, self.samples)
             if not plan.cut(self.family):
                 move(shell, running_statistics(self.model), self._whole_statistics)
+            self.with_whole_shifts(shell, plan)
+        return shell
+
+    def with_whole_shifts(self, shell: nn.Module, plan: Plan) -> nn.Module:
+        """The view of a plan, what normalizations add after its static integer layers as integer kernels add it."""
+        for layer in staying_layers(self.family, plan):
+            if layer.norm is not None and layer.path in plan.schemes:
+                paths = (renamed(each, self.family, plan.blocks) for each in (layer.path, layer.norm))
+                module, norm = map(shell.get_submodule, paths)
+                if hasattr(module, "quantized"):  # finishing does one after the other
+                    shift_by_whole_products(module, norm)
         return shell
 
     @cached_property

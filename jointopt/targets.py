@@ -39,6 +39,7 @@ TARGETS = {
                 "none",
                 "W8A8",
                 "W8A8_STATIC",
+                "W8A8_STATIC_ASYM",
                 "W8A16_CHANNEL",
                 "W4A16",
                 "W4A16_ASYM",

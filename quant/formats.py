@@ -190,6 +190,9 @@ SCHEMES = {
         Scheme("none"),
         Scheme("W8A8", Format("int8", "channel"), _INT8_TOKEN, "int-quantized"),
         Scheme("W8A8_STATIC", Format("int8", "channel"), Format("int8", "tensor"), "int-quantized"),
+        Scheme(
+            "W8A8_STATIC_ASYM", Format("int8", "channel"), Format("int8", "tensor", symmetric=False), "int-quantized"
+        ),
         Scheme("W8A8_ASYM", Format("int8", "channel"), replace(_INT8_TOKEN, symmetric=False), "int-quantized"),
         Scheme("W8A8_ASYM_BOTH", Format("int8", "channel", symmetric=False), replace(_INT8_TOKEN, symmetric=False)),
         Scheme("W8A16", Format("int8", "group"), None, "pack-quantized"),

@@ -101,6 +101,7 @@ class Layer:
         tied: paths of other modules that hold the same weight.
         tokens: False where the layer's input is one vector a sample: no scheme with activations is offered there,
             since a dynamic scale would be shared by the whole batch.
+        norm: path of the batch normalization that alone reads its output, if any.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Layer:
     branch: str | None = None
     tied: tuple[str, ...] = ()
     tokens: bool = True
+    norm: str | None = None
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def _family(
 ) -> Family:
     has_head = has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear)
     blocks, widths, links = [], [], []
-    layers = [Layer("stem", stem[0], "stem")]
+    layers = [Layer("stem", stem[0], "stem", norm=stem[1])]
     for number, stage in enumerate(stages, 1):
         following = stages[number] if number < len(stages) else None
         joined = stem if number == 1 and stage[0].shortcut is None else None
@@ -123,10 +123,11 @@ def _family(
             blocks.append(Block(block, names.path, f"stage{number}.depth", removable=index > 0))
             widths.extend(_inner_widths(model, block, names))
             links.extend(_links(model, names))
-            for i, (convolution, _) in enumerate(names.convolutions, 1):
-                layers.append(Layer(f"{block}.conv{i}", convolution, f"{block}.conv{i}", block))
+            parts = {f"{block}.conv{i}": paths for i, paths in enumerate(names.convolutions, 1)}
             if names.shortcut:
-                layers.append(Layer(f"{block}.shortcut", names.shortcut[0], f"{block}.shortcut", block))
+                parts[f"{block}.shortcut"] = names.shortcut
+            for part, (convolution, norm) in parts.items():
+                layers.append(Layer(part, convolution, part, block, norm=norm))
     if has_head:
         layers.append(Layer("head", head, "head", tokens=False))
     return Family(

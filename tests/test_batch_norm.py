@@ -41,3 +41,13 @@ def test_a_channel_that_never_varies_keeps_finite_statistics():
     supernet.calibrate(batches("resnet"))
     with supernet.active(supernet.space.largest) as view:
         assert torch.isfinite(logits(view, batches("resnet", seed=1)[0])).all()
+
+
+def test_under_static_integers_a_normalization_adds_whole_products():
+    supernet, _ = supernet_in("W8A8_STATIC_ASYM", 2)
+    with supernet.active(supernet.space.largest) as view:
+        layer, norm = view.resnet.embedder.embedder.convolution, view.resnet.embedder.embedder.normalization
+    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    product = layer.input_scale.double() * layer.quantized.scale.double()[:, 0] * factor
+    whole = (norm.bias.double() - norm.running_mean.double() * factor) / product
+    assert (whole - whole.round()).abs().max() < 0.02 and whole.abs().max() > 100

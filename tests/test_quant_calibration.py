@@ -283,5 +283,5 @@ def test_an_unknown_method_is_refused_with_the_nearest():
 
 def test_a_scheme_says_whether_it_needs_statistics():
     needing = {name for name, each in SCHEMES.items() if each.needs_statistics}
-    assert needing == {"W8A8_STATIC", "FP8", "NVFP4"}
+    assert needing == {"W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8", "NVFP4"}
     assert not scheme("MXFP4").needs_statistics

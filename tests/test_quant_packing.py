@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jointopt.checkpoint.structure import _arguments
-from quant import SCHEMES, Format, JointoptError, Scheme, quantize, scheme
+from quant import SCHEMES, JointoptError, Scheme, quantize, scheme
 from quant.calibration import ActivationObserver
 from quant.packing import (
     pack_int32,
@@ -70,9 +70,7 @@ def test_the_bytes_counted_from_the_shape_are_those_of_the_tensors(name, shape):
 
 
 def test_a_static_asymmetric_input_has_a_zero_point_of_a_byte():
-    wanted = Scheme(
-        "W8A8_STATIC_ASYM", SCHEMES["W8A8"].weights, Format("int8", "tensor", symmetric=False), "int-quantized"
-    )
+    wanted = SCHEMES["W8A8_STATIC_ASYM"]
     assert statistics_bytes(wanted) == sum(tensor.nbytes for tensor in statistics(wanted).values()) == 3
 
 

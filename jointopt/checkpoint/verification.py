@@ -125,10 +125,10 @@ def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[st
     # bitsandbytes computes 4-bit layers in bfloat16 wherever a CPU has it, whatever the model's dtype.
     schemes = [scheme(layer["scheme"]) for layer in record["layers"]]
     # ONNX Runtime adds whole numbers where torch adds their products with a scale: a last bit apart, which the next
-    # layer's rounding can turn into a step.
+    # layer's rounding can turn into a step: up to 0.047 of a random ViT's largest output with all layers in FP8.
     rounds = record.get("target") == "onnxruntime" and any(each.activations for each in schemes)
     exact = dtype == torch.float32 and not rounds and not any(each.bitsandbytes for each in schemes)
-    allowed = (1e-4 if exact else 2e-2) * max(1.0, float(expected.abs().max()))
+    allowed = (1e-4 if exact else 5e-2 if rounds else 2e-2) * max(1.0, float(expected.abs().max()))
     if found.shape != expected.shape:
         return [f"outputs: {tuple(found.shape)} reloaded, {tuple(expected.shape)} recorded"]
     apart = float((found - expected).abs().max())

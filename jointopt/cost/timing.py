@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -70,9 +68,25 @@ def _quantized(module: Any, operator: Operator) -> nn.Module:
     codes = quantize(module.weight.detach(), scheme.weights)
     module.__class__ = _QUANTIZED[kind]
     static = torch.tensor([0.05]) if scheme.activations is not None and not scheme.activations.dynamic else None
-    constants = {"input_scale": static, "input_zero_point": None, "input_global_scale": None}
+    centre = None if scheme.activations is None or scheme.activations.symmetric else torch.tensor([-128]).char()
+    constants = {"input_scale": static, "input_zero_point": centre, "input_global_scale": None}
     module.__dict__.update(scheme=scheme, quantized=codes, **constants)
     return module
+
+
+class _Read(nn.Module):
+    """A convolution between static integers: its readers round its output like its input, so that one kernel does
+    both (`jointopt.checkpoint.onnx.convolutions`)."""
+
+    def __init__(self, twin: Any):
+        super().__init__()
+        self.twin = twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        from jointopt.checkpoint.onnx.layers import integers
+
+        output = nn.functional.relu(self.twin(x))
+        return integers(output, self.twin.activations, self.twin.input_scale, self.twin.input_zero_point)[0]
 
 
 class _Each(nn.Module):
@@ -109,16 +123,15 @@ def _sessions(
     import onnx
     import onnxruntime
 
-    from jointopt.checkpoint.onnx.graph import with_twins
+    from jointopt.checkpoint.onnx.graph import traced, with_twins
+    from jointopt.checkpoint.onnx.layers import OnnxConv2d
     from jointopt.checkpoint.onnx.writer import OPSETS
 
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program: Any = torch.onnx.export(
-            with_twins(_Each(modules).eval()), ([list(each) for each in inputs],), dynamo=True, opset_version=OPSETS[0],
-            optimize=False, verbose=False,
-        )  # fmt: skip
+    graph: Any = with_twins(_Each(modules).eval())
+    for at, twin in enumerate(graph.each):
+        if isinstance(twin, OnnxConv2d) and twin.whole and twin.input_scale is not None:
+            graph.each[at] = _Read(twin)
+    program = traced(graph, ([list(each) for each in inputs],), opset_version=OPSETS[0])
     whole = program.model_proto
     names = iter([each.name for each in whole.graph.input])
     extractor = onnx.utils.Extractor(whole)

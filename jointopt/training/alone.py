@@ -88,7 +88,8 @@ def train_alone(
             optimizer.step()
     finished = detach(supernet.built(replace(plan, schemes={})))
     finished.load_state_dict({**finished.state_dict(), **trained.state_dict()})
-    return detach(_quantized(finished, supernet, plan, layers, ranges, training=False)).requires_grad_(False)
+    finished = _quantized(finished, supernet, plan, layers, ranges, training=False)
+    return detach(supernet.with_whole_shifts(finished, plan)).requires_grad_(False)
 
 
 def _ranges(model: nn.Module, plan: Plan, layers: Mapping[str, str]) -> dict[str, nn.Parameter]:

@@ -46,14 +46,13 @@ def loaded(name: str) -> float:
     import onnxruntime
     import torch
 
-    from jointopt.checkpoint.onnx.graph import with_twins
+    from jointopt.checkpoint.onnx.graph import traced, with_twins
     from jointopt.cost.timing import module_of
 
     module, inputs = module_of(layer(name, WIDE, 1), 1)
     with tempfile.TemporaryDirectory() as place:
         holder = torch.nn.Sequential(module)
-        options = {"dynamo": True, "opset_version": 21, "optimize": False, "verbose": False}
-        program = torch.onnx.export(with_twins(holder), inputs, **options)
+        program = traced(with_twins(holder), inputs, opset_version=21)
         path = f"{place}/model.onnx"
         program.save(path)
         del program, holder, module

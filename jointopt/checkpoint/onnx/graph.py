@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
 from search_spaces.family import structural_clone
 
@@ -83,22 +84,21 @@ def onnx_program(model: nn.Module, opset: int) -> Any:
     graph, inputs, names = _graph(with_twins(model).eval())
     shapes = _dynamic_shapes(inputs)
     outputs = ["logits", *(name.replace("past_key_values", "present") for name in names if name.startswith("past"))]
+    return traced(
+        graph, (), inputs, dynamic_shapes=shapes, input_names=names, output_names=outputs, opset_version=opset
+    )
+
+
+def traced(graph: nn.Module, arguments: tuple, inputs: dict[str, Any] | None = None, **options: Any) -> Any:
+    """A module that holds ONNX layers as a `torch.onnx.ONNXProgram`; `options` are those of `torch.onnx.export`."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            graph,
-            (),
-            kwargs=inputs,
-            dynamo=True,
-            dynamic_shapes=shapes,
-            input_names=names,
-            output_names=outputs,
-            opset_version=opset,
-            optimize=False,
-            verbose=False,
+            graph, arguments, kwargs=inputs, dynamo=True, optimize=False, verbose=False, **options
         )
     assert program is not None
+    write_convolutions(program.model)
     for node in program.model.graph:
         # Where in the source each node came from: several times the size of a small model's weights.
         node.metadata_props.clear()

@@ -2,8 +2,8 @@
 
 Each stands in for a layer of the extracted model while that is exported, and holds its codes and scales as they are
 stored. What PyTorch has no operator for is named by `torch.onnx.ops.symbolic`, whose result outside an export means
-nothing. Scales are bfloat16 on disk, as everywhere; their casts, transposes and the unpacking of weights without a
-kernel of their own are folded by ONNX Runtime when it loads the model.
+nothing. Scales of weights are bfloat16 on disk, as everywhere; their casts, transposes and the unpacking of weights
+without a kernel of their own are folded by ONNX Runtime when it loads the model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
+from jointopt.checkpoint.onnx.convolutions import DOMAIN, MARKER
 from quant.formats import Format
 from quant.packing import pack_nibbles
 from quant.reference import QuantizedTensor
@@ -41,6 +42,7 @@ class OnnxLayer(nn.Module):
         self.weights, self.shape = quantized.format, quantized.shape
         self.activations: Format | None = None
         self.input_scale: Tensor | None
+        self.input_zero_point: Tensor
         if source is None:
             self.codes, self.weight_scale, self.weight_zero_point = stored(quantized)
         else:
@@ -49,8 +51,10 @@ class OnnxLayer(nn.Module):
         self.bias = getattr(layer, "bias", None)
         if not isinstance(layer, nn.Embedding):
             self.activations = layer.scheme.activations
-            scale = layer.input_scale
-            self.register_buffer("input_scale", None if scale is None else scale.cpu().to(torch.bfloat16))
+            scale, zero_point = layer.input_scale, layer.input_zero_point
+            self.register_buffer("input_scale", None if scale is None else scale.cpu().float().reshape(()))
+            shifted = torch.tensor(128) if zero_point is None else zero_point.cpu().int().reshape(()) + 128
+            self.register_buffer("input_zero_point", shifted.to(torch.uint8))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -136,7 +140,7 @@ class OnnxLinear(OnnxLayer):
 
     def _integer_product(self, x: Tensor) -> Tensor:
         assert self.activations is not None
-        codes, scale, zero_point = integers(x, self.activations, self.input_scale)
+        codes, scale, zero_point = integers(x, self.activations, self.input_scale, self.input_zero_point)
         weight = self.codes.T
         shape = (*x.shape[:-1], self.shape[0])
         inputs = (codes, weight, zero_point, torch.tensor(0, dtype=torch.int8))
@@ -166,20 +170,27 @@ class OnnxLinear(OnnxLayer):
 
 
 class OnnxConv2d(OnnxLayer):
-    """ConvInteger where the input is INT8, else a convolution in float32."""
+    """Integer products where the input is INT8 (see `convolutions`), else a convolution in float32."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
 
+    def __init__(self, layer: Any, source: OnnxLayer | None = None):
+        super().__init__(layer, source)
+        self.whole = self.activations is not None and not self.activations.kind.is_float
+        if self.whole:
+            self.codes = self.codes.reshape(self.shape)
+
     def forward(self, x: Tensor) -> Tensor:
         options = (self.stride, self.padding, self.dilation, self.groups)
-        if self.activations is None or self.activations.kind.is_float:
+        if self.activations is None or not self.whole:
             return nn.functional.conv2d(held(x, self.activations, self.input_scale), self.values(), self.bias, *options)
-        shape = nn.functional.conv2d(x, self.codes.float().reshape(self.shape), None, *options).shape
-        codes, scale, zero_point = integers(x, self.activations, self.input_scale)
-        inputs = (codes, self.codes.reshape(self.shape), zero_point, torch.tensor(0, dtype=torch.int8))
+        shape = nn.functional.conv2d(x, self.codes.float(), None, *options).shape
+        codes, scale, zero_point = integers(x, self.activations, self.input_scale, self.input_zero_point)
+        static = (None, None) if self.activations.dynamic else (self.input_scale, self.bias)
+        inputs = (codes, self.codes, zero_point, self.weight_scale, *static)
         top, left = self.padding
         attributes: dict[str, Any] = {
             "strides": list(self.stride),
@@ -187,23 +198,23 @@ class OnnxConv2d(OnnxLayer):
             "dilations": list(self.dilation),
             "group": self.groups,
         }
-        products = ops.symbolic("ConvInteger", inputs, attributes, dtype=torch.int32, shape=shape)
-        output = products.float() * scale * self.weight_scale.float().reshape(1, -1, 1, 1)
+        output = ops.symbolic(f"{DOMAIN}::{MARKER}", inputs, attributes, dtype=torch.float32, shape=shape, version=1)
+        if not self.activations.dynamic:
+            return output
+        output = output * scale
         return output if self.bias is None else output + self.bias.reshape(1, -1, 1, 1)
 
 
-def integers(x: Tensor, format: Format, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def integers(x: Tensor, format: Format, scale: Tensor | None, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's input as uint8 codes, with their scale and zero point."""
     if format.dynamic and format.granularity == "tensor":
         types, shapes = (torch.uint8, torch.float32, torch.uint8), (x.shape, (), ())
         return tuple(ops.symbolic_multi_out("DynamicQuantizeLinear", (x,), dtypes=types, shapes=shapes))  # type: ignore[return-value]
-    zero_point = torch.tensor(128, dtype=torch.uint8)
     if format.dynamic:
         scale = dynamic_scale(x, format)
         codes = _quantize_linear(x / scale, torch.tensor(1.0), zero_point)
     else:
         assert scale is not None
-        scale = scale.float().reshape(())
         codes = _quantize_linear(x, scale, zero_point)
     return codes, scale, zero_point
 
@@ -223,6 +234,7 @@ def held(x: Tensor, format: Format | None, scale: Tensor | None) -> Tensor:
     """A layer's input with the values that FP8 holds, in float32."""
     if format is None:
         return x
-    scale = dynamic_scale(x, format) if format.dynamic else scale.float()  # type: ignore[union-attr]
+    scale = dynamic_scale(x, format) if format.dynamic else scale
+    assert scale is not None
     rounded = (x / scale).clamp(format.kind.min, format.kind.max).to(format.kind.dtype)
     return rounded.float() * scale
