@@ -173,33 +173,15 @@ template <int KIND> void find_steps(const Job& job, Steps& at, int64_t count, fl
     for (int64_t i = 0; i < count; i++) at.stored[i] = at.used[i] = at.stored[i] == 0 ? never_zero : at.stored[i];
 }
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-constexpr bool HAS_FMA = true;
-#else
-constexpr bool HAS_FMA = false;
-#endif
-
-// x / scale, correctly rounded, from inverse = 1 / scale: the first correction brings the quotient within a unit in the
-// last place, the second rounds it as a division would (Markstein 1990; Muller et al., Handbook of Floating-Point
-// Arithmetic, 2nd ed., theorem 4.8). It takes half the time of the vector unit's division. Beyond `bound` every format
-// clamps; what is so small that a residual underflows is zero in every format, and keeps its sign.
-inline float quotient(float x, float scale, float inverse, float bound) {
-    float a = clamped(x, -bound, bound), q = a * inverse;
-    q = __builtin_fmaf(__builtin_fmaf(-q, scale, a), inverse, q);
-    q = __builtin_fmaf(__builtin_fmaf(-q, scale, a), inverse, q);
-    return number(bits(q) | (bits(x) & SIGN));
-}
-
-// What leaves: values in the type of the input, or codes, or both; either may be null. FAST: by `quotient`.
-template <int KIND, bool STEPS, bool FAST, class T>
-ALWAYS_INLINE void convert_by(const Job& job, const T* __restrict x, T* __restrict values, uint8_t* __restrict codes,
-                              int64_t size, Step step) {
+// What leaves: values in the type of the input, or codes, or both; either may be null.
+template <int KIND, bool STEPS, class T>
+ALWAYS_INLINE void convert(const Job& job, const T* __restrict x, T* __restrict values, uint8_t* __restrict codes,
+                           int64_t size, Step step) {
     const float low = job.low, high = job.high, scale = step.used, point = step.zero_point, zero = job.zero;
     const int mantissa = job.mantissa, exponent_min = job.exponent_min;
     const int sign_bit = high == 6.0f ? 3 : 7;
-    const float inverse = 1.0f / scale, bound = scale * 0x1p17f;
     auto held = [=](T number) {
-        float v = FAST ? quotient(load(number), scale, inverse, bound) : load(number) / scale;
+        float v = load(number) / scale;
         if (STEPS) v = rounded<T>(v);
         if (KIND == ASYMMETRIC) {
             v = v + point;
@@ -228,15 +210,6 @@ ALWAYS_INLINE void convert_by(const Job& job, const T* __restrict x, T* __restri
             values[i] = value(v);
             codes[i] = code(v);
         }
-    }
-}
-
-template <int KIND, bool STEPS, class T>
-ALWAYS_INLINE void convert(const Job& job, const T* x, T* values, uint8_t* codes, int64_t size, Step step) {
-    if (HAS_FMA && step.used > 0x1p-60f && step.used < 0x1p60f) {
-        convert_by<KIND, STEPS, true>(job, x, values, codes, size, step);
-    } else {
-        convert_by<KIND, STEPS, false>(job, x, values, codes, size, step);
     }
 }
 
