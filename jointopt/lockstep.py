@@ -8,6 +8,7 @@ whatever the model's forward passes look like, and memory holds one block's acti
 from __future__ import annotations
 
 import contextvars
+import itertools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Arrived = list[tuple[Tensor, Tensor | None]]
-"""A layer's input in each of the passes, and that pass's attention mask where it has one."""
+from quant.errors import JointoptError
+
+Arrived = list[tuple[Tensor, Tensor, Tensor | None]]
+"""A layer's input in each batch's pass, what the original's same layer gets (without an original, the same again), and
+the batch's attention mask where it has one."""
 
 
 class _Cancelled(BaseException):
@@ -80,6 +84,7 @@ def in_step(
     batches: Sequence[Mapping[str, Any]],
     layers: Collection[str],
     change: Callable[[str, nn.Module, Arrived], None],
+    original: nn.Module | None = None,
 ) -> None:
     """Runs `model` on every batch once, and calls `change` when a layer is first reached.
 
@@ -87,8 +92,11 @@ def in_step(
         layers: paths of modules that are called with one tensor. Each call is halted until the layer was changed.
         change: called once with each layer that is reached, in the order of the forward pass: its path, the module
             (to be changed in place, its class too), and its inputs. Without gradients.
+        original: a model of the same structure that stays as it is and runs beside it.
     """
-    passes = [_Pass(model, batch) for batch in batches]
+    models = [model] if original is None else [model, original]
+    passes = [_Pass(owner, batch) for owner in models for batch in batches]
+    pairs = list(zip(passes[: len(batches)], passes[-len(batches) :], strict=True))
     by_thread = {each.thread: each for each in passes}
     waiting = set(layers)
 
@@ -100,8 +108,8 @@ def in_step(
 
         return forward
 
-    for path in layers:
-        module = model.get_submodule(path)
+    for owner, path in itertools.product(models, layers):
+        module = owner.get_submodule(path)
         module.__dict__["forward"] = halted(path, module)
     try:
         for each in passes:
@@ -110,15 +118,18 @@ def in_step(
         while standing := [each for each in passes if each.at is not None]:
             reached = standing[0].at
             assert reached is not None
-            here = [each for each in standing if each.at == reached]
+            here = [pair for pair in pairs if pair[0].at == reached]
+            if any(beside.at != reached for _, beside in here):
+                raise JointoptError(f"{reached}: a batch reaches it in the sub-network, and not in the original")
             with torch.no_grad():
-                change(reached, model.get_submodule(reached), [(each.input, each.mask) for each in here])  # type: ignore[misc]
+                change(reached, model.get_submodule(reached), [(a.input, b.input, a.mask) for a, b in here])  # type: ignore[misc]
             waiting.discard(reached)
-            for each in here:
-                each.advance()
+            for each in standing:
+                if each.at == reached:
+                    each.advance()
     finally:
         for each in passes:
             if each.thread.ident is not None:
                 each.cancel()
-        for path in layers:
-            model.get_submodule(path).__dict__.pop("forward", None)
+        for owner, path in itertools.product(models, layers):
+            owner.get_submodule(path).__dict__.pop("forward", None)

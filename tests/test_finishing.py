@@ -142,6 +142,21 @@ def test_passes_that_reach_the_layers_in_another_order_do_not_wait_for_each_othe
     assert "forward" not in vars(model.first)
 
 
+def test_an_original_beside_is_seen_as_it_was():
+    model, original = TwoWays(), TwoWays()
+    original.load_state_dict(model.state_dict())
+    x, seen = torch.ones(1, 2), {}
+
+    def change(path, module, arrived):
+        seen[path] = arrived[0]
+        nn.init.zeros_(module.weight)
+
+    in_step(model, [{"x": x, "turned": False}], ["first", "second"], change, original)
+    assert seen["first"][0] is x and seen["first"][1] is x
+    assert torch.equal(seen["second"][0][0], model.first.bias)
+    assert torch.equal(seen["second"][1], original.first(x))
+
+
 @pytest.mark.parametrize("where", ["change", "forward"])
 def test_an_error_in_the_middle_ends_every_pass(where):
     model = TwoWays()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,8 @@ class InputMoments:
 
     Attributes:
         gram: sum of x x^T, float32 [groups, columns, columns].
+        lost: sum of (o - x) x^T, o what the original's layer gets in place of x; None where none was ever given.
+        lost_total: sum of o - x, float32 [groups, columns].
         total: sum of x, float32 [groups, columns].
         count: number of inputs.
     """
@@ -28,16 +32,30 @@ class InputMoments:
         device = layer.get_parameter("weight").device
         self.gram = torch.zeros(groups, columns, columns, device=device)
         self.total = torch.zeros(groups, columns, device=device)
+        self.lost: Tensor | None = None
+        self.lost_total = torch.zeros_like(self.total)
         self.count = 0
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Adds inputs: [..., features] of a linear layer, [N, C, H, W] of a convolution (a sample at a time)."""
-        for part in x if isinstance(self.layer, nn.Conv2d) else (x,):
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Adds inputs: [..., features] of a linear layer, [N, C, H, W] of a convolution (a sample at a time).
+
+        Args:
+            original: what the original's layer gets in their place.
+        """
+        convolution = isinstance(self.layer, nn.Conv2d)
+        for at, part in enumerate(x if convolution else (x,)):
             columns = input_columns(part, self.layer).float()
             self.gram.baddbmm_(columns.mT, columns)
             self.total += columns.sum(1)
             self.count += columns.shape[1]
+            if original is not None:
+                beside = original[at] if convolution else original
+                lost = input_columns(beside, self.layer).float() - columns
+                if self.lost is None:
+                    self.lost = torch.zeros_like(self.gram)
+                self.lost.baddbmm_(lost.mT, columns)
+                self.lost_total += lost.sum(1)
 
     def reorder(self, order: Tensor) -> None:
         """The weight's columns, of one group, in another order."""
@@ -63,6 +81,29 @@ class InputMoments:
     def mean(self) -> Tensor:
         """[groups, columns]."""
         return self.total / self.count
+
+    def original_mean(self) -> Tensor:
+        """Of what the original's layer gets, [groups, columns]."""
+        return (self.total + self.lost_total) / self.count
+
+    def loss(self, centred: bool = False) -> Tensor:
+        """Mean of (o - x) x^T, [groups, columns, columns]; 0 where no original was given. `centred` as `hessian`."""
+        if self.lost is None:
+            return torch.zeros_like(self.gram)
+        mean = self.lost / self.count
+        shift = self.lost_total[:, :, None] / self.count
+        return mean.baddbmm_(shift, self.mean()[:, None], alpha=-1) if centred else mean
+
+
+def joined(halves: Sequence[InputMoments]) -> InputMoments:
+    """The moments of all inputs of one layer, without `lost`."""
+    whole = InputMoments(halves[0].layer)
+    for each in halves:
+        whole.gram += each.gram
+        whole.total += each.total
+        whole.lost_total += each.lost_total
+        whole.count += each.count
+    return whole
 
 
 def input_columns(x: Tensor, layer: nn.Module) -> Tensor:
