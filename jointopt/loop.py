@@ -18,7 +18,7 @@ from jointopt import workers as workplaces
 from jointopt.evaluation import Evaluation, Quality, measured
 from jointopt.objectives import COSTS, ON_HARDWARE, Constraint, Objective, constraint, named
 from jointopt.sensitivity import quality_prior
-from jointopt.sharing import evaluation_order
+from jointopt.sharing import evaluation_order, parts_of
 from jointopt.stopping import Budget, Watch, check_count, heeding_ctrl_c
 from jointopt.study import Study
 from quant.errors import JointoptError
@@ -107,7 +107,8 @@ def search(
     prior = {"prior": quality_prior(supernet, wanted)} if warm_start else {}
     limits = _constraints(supernet, wanted, constraints or {}, original)
     constrained = {"constraints": limits} if limits else {}
-    options = {**(strategy_options or {}), **prior, **constrained}
+    shared = {"parts": parts_of(supernet)} if strategy == "guided" else {}
+    options = {**shared, **(strategy_options or {}), **prior, **constrained}
     asking = strategies.create(strategy, space, wanted, seed=seed, **options)
     record = {
         "seed": seed,

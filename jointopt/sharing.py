@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batch_norm import has_batch_norm
+from jointopt.elastic import precision_genes
 from jointopt.evaluation import Evaluation, Quality, evaluate
 from jointopt.subnetwork import Plan, renamed
 from quant.errors import JointoptError
@@ -62,6 +63,27 @@ def block_signatures(family: Family, plan: Plan) -> Prefix:
         if held.block in found and held.attention in plan.caches:
             found[held.block].append((held.attention, plan.caches[held.attention].name))
     return tuple(map(repr, found.values()))
+
+
+def parts_of(supernet: Supernet) -> list[list[int]]:
+    """Places of the genes on which each part of the model hangs, in the order in which parts run: what is before the
+    blocks, then every block. None where nothing can be shared."""
+    if not can_share(supernet):
+        return []
+    family, precision = supernet.family, precision_genes(supernet.family, supernet.space)
+    hangs: dict[str | None, set[str | None]] = {None: set()}
+    for block in family.blocks:
+        hangs[block.name] = {f"{block.name}.keep", *(f"{block.name}.{branch.kind}.keep" for branch in block.branches)}
+    for width in family.widths:
+        hangs[width.block].add(width.gene)
+    for held in family.caches:
+        hangs[held.block].add(held.name)
+    begun = False
+    for layer in family.layers:
+        begun |= layer.block is not None
+        if layer.block is not None or not begun:
+            hangs[layer.block].add(precision.get(layer.path))
+    return [[at for at, name in enumerate(supernet.space.names) if name in genes] for genes in hangs.values()]
 
 
 def evaluation_order(supernet: Supernet, genomes: np.ndarray) -> np.ndarray:

@@ -288,7 +288,7 @@ def test_finishing_goes_on_from_the_ranges_of_the_super_network():
 
 
 def test_rounding_by_gptq_keeps_to_the_learned_ranges():
-    supernet = trained("vit", ["W4A16"], steps=10)
+    supernet = trained("vit", ["W8A8"], steps=10)
     finished = jointopt.finish(supernet, supernet.space.smallest, batches("vit"))
     with supernet.active(supernet.space.smallest) as view:
         for path, module in view.named_modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import evaluate
-from jointopt.sharing import HiddenStates, SharedEvaluator, block_signatures, can_share, evaluation_order
+from jointopt.sharing import HiddenStates, SharedEvaluator, block_signatures, can_share, evaluation_order, parts_of
 from search_spaces.family import structural_clone
 from tests.zoo import batches, logits, make
 
@@ -95,11 +96,33 @@ def test_shared_results_are_those_of_one_by_one_to_the_bit_and_each_prefix_is_ru
     assert runs[0] == 2 * len(distinct) < 2 * sum(map(len, prefixes))
 
 
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_genomes_with_the_same_genes_in_the_first_parts_have_the_same_first_blocks(name):
+    supernet = supernet_of(name)
+    genomes, parts, names = relatives(supernet, 40), parts_of(supernet), [b.name for b in supernet.family.blocks]
+    assert len(parts) == 1 + len(names)
+    chosen = np.where(supernet.space.active(genomes), genomes, -1)
+    plans = [supernet.plan(genome) for genome in genomes]
+    signatures = [block_signatures(supernet.family, plan) for plan in plans]
+    agreed = 0
+    for one, other in itertools.combinations(range(len(genomes)), 2):
+        differ = [at for at, part in enumerate(parts) if (chosen[one, part] != chosen[other, part]).any()]
+        alike = names[: min(differ, default=len(parts)) - 1] if 0 not in differ else []
+        first, second = (
+            [found for block, found in zip(plans[at].blocks, signatures[at], strict=True) if block.name in alike]
+            for at in (one, other)
+        )
+        assert first == second
+        agreed += len(first)
+    assert agreed > 0
+
+
 @pytest.mark.parametrize("name", ["resnet", "timm_resnet"])
 def test_a_family_whose_statistics_are_estimated_anew_is_evaluated_plainly(name):
     supernet = supernet_of(name)
     genomes = relatives(supernet, 4)
-    assert not can_share(supernet) and evaluation_order(supernet, genomes).tolist() == [0, 1, 2, 3]
+    assert not can_share(supernet) and not parts_of(supernet)
+    assert evaluation_order(supernet, genomes).tolist() == [0, 1, 2, 3]
     assert shared(supernet, genomes, scored(name)) == one_by_one(supernet, genomes, scored(name))
 
 

@@ -107,6 +107,26 @@ def test_guided_finds_more_in_40_evaluations_than_evolutionary_in_200():
     assert volume(searched("guided", 4)) > volume(searched("evolutionary", 20))
 
 
+def test_batches_are_picked_to_share_first_parts_and_the_front_is_no_worse():
+    space = SearchSpace([Gene(f"block{at // 5}.{at % 5}", (1, 2, 3, 4)) for at in range(40)])
+    weights = np.random.default_rng(0).lognormal(0, 1, 40)
+    objectives = (Objective("loss", "min"), Objective("size", "min", compute=lambda genomes: genomes.sum(1) + 0.0))
+
+    def found(**options) -> tuple[float, float]:
+        strategy = strategies.create("guided", space, objectives, seed=3, **options)
+        beginnings: list[set[bytes]] = []
+        for _ in range(5):
+            genomes = strategy.ask(10)
+            strategy.tell(genomes, np.stack([(3 - genomes) ** 1.5 @ weights, genomes.sum(1)], axis=1))
+            beginnings.append({row[: 5 * depth].tobytes() for row in genomes for depth in range(1, 9)})
+        run = sum(map(len, beginnings[1:])) / (4 * 10 * 8)
+        return run, hypervolume(minimized(strategy.values, objectives), [3**1.5 * weights.sum(), 160])
+
+    alone, volume = found()
+    shared, as_good = found(parts=[[], *np.arange(40).reshape(8, 5).tolist()])
+    assert shared < 0.7 < 0.9 < alone and as_good > 0.98 * volume
+
+
 def test_one_objective_alone_is_minimized():
     strategy = searched("guided", 5, (Objective("loss", "min"),))
     assert strategy.values.min() == 0

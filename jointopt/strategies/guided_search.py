@@ -14,6 +14,7 @@ import numpy as np
 
 from jointopt.objectives import Constraint, Objective, non_dominated
 from jointopt.predictors import LIMIT, Choices, Predictor
+from jointopt.strategies.batches import Areas, Points, Times, crossed, pick
 from jointopt.strategies.genetic import distinct, evolve, handicapped
 from jointopt.strategies.strategy import Strategy
 from quant.errors import JointoptError
@@ -23,7 +24,8 @@ FEWEST = 5
 """Evaluations without which nothing is learned."""
 GOLDEN = 0.6180339887
 WEIGHTINGS = 20
-POINTS = 2000
+CROSSED = 24, 3000
+"""Of how many of the best genomes beginnings and ends are put together, to about how many."""
 BOLDNESS = 0.3
 """How far the drawn functions go from the mean, as a share of the posterior's width. At 1 a search in hundreds of
 dimensions explores for ever."""
@@ -40,6 +42,9 @@ class GuidedSearch(Strategy):
         prior: measured objective -> for each gene an array [choices], an estimate of how much each choice worsens that
             objective (less is better, whichever its direction) in any unit. It shapes the initial design; how far it
             is believed after that, the evaluations decide.
+        parts: of what is evaluated, in the order in which they run, each the places of the genes that it hangs on: one
+            that all others follow, then those that take the time. Genomes of a batch that agree on the first parts
+            share what these compute, and a batch is picked for what it adds in its time. None: nothing is shared.
 
     Raises:
         JointoptError: a prior for what is no measured objective, of other shapes or not finite; what `Strategy` raises.
@@ -56,9 +61,11 @@ class GuidedSearch(Strategy):
         generations: int = 20,
         draws: int = 32,
         prior: Mapping[str, Sequence[np.ndarray]] | None = None,
+        parts: Sequence[Sequence[int]] = (),
     ):
         super().__init__(space, objectives, seed, constraints)
         self.initial, self.population, self.generations, self.draws = initial, population, generations, draws
+        self.parts = parts
         self.beliefs = Beliefs
         self.choices = Choices(space, objectives)
         self.signs = np.array([objective.sign for objective in self.objectives])
@@ -98,12 +105,20 @@ class GuidedSearch(Strategy):
             yield from self._design(n)
             return
         beliefs = self.beliefs(self, self.told[known], self.costs()[known], self.noise[known])
-        found = self._candidates(beliefs)
-        found = found[[genome.tobytes() not in self._seen for genome in found]]
-        found = found[self._safe(found)]
-        picked = beliefs.picked(found, n)
+        found = self._askable(self._candidates(beliefs))
+        if self.parts and n > 1 and len(found):
+            best = found[beliefs.picked(found, CROSSED[0])]
+            more = np.vstack([found, crossed(self.space, self.parts, best, CROSSED[1])])
+            found = self._askable(more[distinct(more)])
+        picked = beliefs.picked(found, n, self.parts)
         self.predicted[: len(picked)] = beliefs.foreseen(found[picked]) * self.signs
         yield from found[picked]
+
+    def _askable(self, genomes: np.ndarray) -> np.ndarray:
+        """Those that were not asked, keep to the exact constraints and are likely to succeed."""
+        unseen = np.array([genome.tobytes() not in self._seen for genome in genomes], dtype=bool)
+        found = genomes[unseen & (self.feasible.excess(genomes) == 0)]
+        return found[self._safe(found)]
 
     def _safe(self, genomes: np.ndarray) -> np.ndarray:
         """Whether they are more likely than not to succeed, by what failed before."""
@@ -281,9 +296,10 @@ class Beliefs:
             compressed[..., at] = self.predictors[at].scale.forward(np.clip(values[..., at], -LIMIT, LIMIT))
         return compressed
 
-    def picked(self, found: np.ndarray, n: int) -> list[int]:
-        """Indices of up to n genomes, each the one expected to add most hypervolume to what is there by then; what
-        exceeds a constraint adds none, and where nothing adds any, that which exceeds least is next."""
+    def picked(self, found: np.ndarray, n: int, parts: Sequence[Sequence[int]] = ()) -> list[int]:
+        """Indices of up to n genomes, each the one expected to add most hypervolume to what is there by then, for the
+        time that it takes where `parts` are shared; what exceeds a constraint adds none, and where nothing adds any,
+        that which exceeds least is next."""
         costs = self._compressed(self.costs)
         low, high = costs.min(0), costs.max(0)
         imagined = self.imagined(np.vstack([self.told, found]))
@@ -293,57 +309,12 @@ class Beliefs:
         values[excess > 0] = reference
         handicap = 1e-9 * excess[:, len(self.told) :].mean(0) / max(excess.max(), 1e-300)
         told, candidates = values[:, : len(self.told)], values[:, len(self.told) :]
-        fronts = [each[non_dominated(each)] for each in told]
         if len(reference) > 2:
-            return _picked_by_points(fronts, candidates, reference, handicap, min(n, len(found)), self.search.random)
-        picked: list[int] = []
-        while len(picked) < min(n, len(found)):
-            gains = np.mean([_gains(f, c, reference) for f, c in zip(fronts, candidates, strict=True)], axis=0)
-            gains -= handicap
-            gains[picked] = -1
-            picked.append(int(gains.argmax()))
-            fronts = [_joined(f, c[picked[-1]]) for f, c in zip(fronts, candidates, strict=True)]
-        return picked
-
-
-def _picked_by_points(
-    fronts: list[np.ndarray],
-    candidates: np.ndarray,
-    reference: np.ndarray,
-    handicap: np.ndarray,
-    n: int,
-    random: np.random.Generator,
-) -> list[int]:
-    """The same for three objectives and more, where volumes are counted in random points of the box.
-
-    Args:
-        candidates: [draws, candidates, objectives].
-    """
-    low = candidates.min(axis=(0, 1))
-    points = low + (reference - low) * random.random((20 * POINTS, len(reference)))
-    points = points[~_dominated(points, fronts[0])][:POINTS]
-    covers = np.stack([_dominated_by_each(points, each) for each in candidates])
-    free = np.stack([~_dominated(points, front) for front in fronts])
-    picked: list[int] = []
-    while len(picked) < n:
-        gains = np.array([each[:, left].sum(1) for each, left in zip(covers, free, strict=True)]).mean(0)
-        gains -= handicap
-        gains[picked] = -1
-        picked.append(int(gains.argmax()))
-        free &= ~covers[:, picked[-1]]
-    return picked
-
-
-def _dominated_by_each(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[rows, points], whether a row is at least as good as a point everywhere."""
-    found = np.ones((len(rows), len(points)), dtype=bool)
-    for column in range(points.shape[1]):
-        found &= rows[:, column, None] <= points[:, column]
-    return found
-
-
-def _dominated(points: np.ndarray, front: np.ndarray) -> np.ndarray:
-    return np.any(_dominated_by_each(points, front), axis=0)
+            volume: Areas | Points = Points(told, candidates, reference, self.search.random)
+        else:
+            volume = Areas(told, candidates, reference)
+        times = Times(self.search.space, parts, found) if parts else None
+        return pick(volume, handicap, times, min(n, len(found)))
 
 
 def _explodes(costs: np.ndarray) -> bool:
@@ -355,23 +326,3 @@ def _path(first: int, last: int, size: int) -> list[int]:
     """A gene's choices from its small end to its large one."""
     between = [at for at in range(size) if at not in (first, last)]
     return [first, *between, last] if first != last else [first, *between]
-
-
-def _joined(front: np.ndarray, row: np.ndarray) -> np.ndarray:
-    if (front <= row).all(axis=1).any():
-        return front
-    return np.vstack([front[~(row <= front).all(axis=1)], row])
-
-
-def _gains(front: np.ndarray, candidates: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Length or area that each candidate alone would add to a front of one or two objectives: [n]."""
-    if candidates.shape[1] == 1:
-        return np.clip(min(front.min(initial=np.inf), reference[0]) - candidates[:, 0], 0, None)
-    front = front[(front < reference).all(1)]
-    front = front[np.argsort(front[:, 0])]
-    left = np.concatenate([[-np.inf], front[:, 0]])
-    right = np.concatenate([front[:, 0], reference[:1]])
-    height = np.concatenate([reference[1:], front[:, 1]])
-    x, y = candidates[:, :1], candidates[:, 1:]
-    width = np.clip(right - np.maximum(left, x), 0, None)
-    return (width * np.clip(height - y, 0, None)).sum(1)
