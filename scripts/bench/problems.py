@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,15 @@ class Problem:
     noise: Callable[[np.ndarray, np.random.Generator], np.ndarray]
     ideal: np.ndarray
     reference: np.ndarray
+
+    @cached_property
+    def parts(self) -> list[list[int]]:
+        """Places of the genes of what runs before all blocks, then of each block, by their names: what genomes that
+        agree on the first of them would share (`GuidedSearch`); none where genes are of no block."""
+        blocks = [_block_of(name) for name in self.space.names]
+        named = list(dict.fromkeys(block for block in blocks if block is not None and block.startswith("block")))
+        before = [at for at, name in enumerate(self.space.names) if name.startswith("embedding")]
+        return [before, *([at for at, of in enumerate(blocks) if of == block] for block in named)] if named else []
 
     def volume(self, values: np.ndarray) -> float:
         """Share of the box between the corners that these values [n, objectives] dominate."""

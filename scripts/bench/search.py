@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +51,7 @@ SPEED_BLOCKS = (7, 14, 29, 57)
 class FromTheFront(Beliefs):
     """A batch drawn at random from the predicted front, in place of one picked for what it adds together."""
 
-    def picked(self, found: np.ndarray, n: int) -> list[int]:
+    def picked(self, found: np.ndarray, n: int, parts: Sequence[Sequence[int]] = ()) -> list[int]:
         front = np.flatnonzero(non_dominated(self.constrained(found)))
         rest = np.setdiff1d(np.arange(len(found)), front)
         random = self.search.random
@@ -92,11 +92,17 @@ def with_prior(problem: Problem, seed: int) -> GuidedSearch:
     return GuidedSearch(space, problem.objectives, seed, prior=estimates)
 
 
+def with_sharing(problem: Problem, seed: int) -> GuidedSearch:
+    """As `jointopt.search` has it where blocks can be shared: batches picked for what they add in their time."""
+    return GuidedSearch(problem.space, problem.objectives, seed, parts=problem.parts)
+
+
 ABLATIONS = {
     "guided_without_features": without_features,
     "guided_without_batch_choice": without_batch_choice,
     "guided_without_exact": without_exact,
     "guided_with_prior": with_prior,
+    "guided_with_sharing": with_sharing,
 }
 
 
@@ -216,10 +222,11 @@ def row(case: str, measure: str, value, aim, better: str) -> dict:
 
 
 def own_speed(blocks: int, evaluations: int = 500) -> tuple[list[dict], list]:
-    """Guided's own time as evaluations come in, and how many genomes its predictors take a second in the end."""
+    """Guided's own time as evaluations come in, batches picked for sharing, and how many genomes its predictors take a
+    second in the end."""
     problem = transformer("speed", blocks, 4, interactions=0.2, noise=0.03)
     genes = len(problem.space)
-    _, clock = followed(problem, makers()["guided"], 0, evaluations, STEP)
+    _, clock = followed(problem, with_sharing, 0, evaluations, STEP)
     rows = []
     for mark in (50, 100, 200, evaluations):
         seconds = dict(clock)[mark] / mark
