@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -63,6 +64,39 @@ def test_an_operator_s_module_makes_what_the_operator_says(operator):
         assert output.shape == (3, operator.rows, 4, 4)
     else:
         assert output.shape == (3, 5, operator.rows)
+
+
+def test_an_integer_convolution_is_fused_with_its_reader_s_rounding_and_no_other_is():
+    static, dynamic = scheme("W8A8_STATIC"), scheme("W8A8")
+    inside = Operator("conv", 64, 64, 1024, area=9, scheme=static, reader=scheme("W8A8_STATIC_ASYM"))
+    others = [
+        replace(inside, **given)
+        for given in ({"reader": None}, {"reader": dynamic}, {"scheme": dynamic}, {"reader": scheme("FP8")})
+    ]
+    assert inside.fused and not any(each.fused for each in others)
+    assert len({key_of(each, 1) for each in (inside, *others)}) == 3
+    fused, apart = time_operators([inside, others[0]], 1, 1, rounds=8)
+    assert 0 < fused < apart  # by far: ConvInteger is slow
+
+
+def test_a_convolution_s_time_follows_from_its_reader_s_format():
+    model = make("resnet")
+    space = SearchSpace.for_model(model, schemes=["W8A8_STATIC", "W8A8"], preset="fixed", precision_per="layer")
+    supernet = Supernet(model, space)
+    supernet.calibrate(batches("resnet"))
+    block = supernet.family.blocks[0].name
+    path = next(layer.path for layer in supernet.family.layers if layer.name == f"{block}.conv1")
+
+    class Told(Lookup):
+        def time_of(self, operator: Operator) -> float:
+            return 1.0 if operator.fused else 2.0
+
+    def latency(**chosen: str) -> float:
+        choices = dict.fromkeys(space.names, "W8A8_STATIC") | {f"{block}.{k}.precision": v for k, v in chosen.items()}
+        parts = supernet.costs_by(Told("here")).breakdown(supernet.space.encode(choices))
+        return next(part["latency"] for part in parts if part["path"] == path)
+
+    assert (latency(), latency(conv2="W8A8"), latency(conv1="W8A8")) == (1.0, 2.0, 2.0)
 
 
 def test_every_operator_of_the_space_is_timed_once_and_kept(timed, monkeypatch):

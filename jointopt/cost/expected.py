@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: str) -> Tensor:
     """The expected value of an additive cost where each gene is drawn by itself.
 
-    Exact for spaces of widths and formats: each module's cost depends on three genes at most, so that its expectation
+    Exact for spaces of widths and formats: each module's cost depends on four genes at most, so that its expectation
     is a sum over their choices. Where blocks can leave, each module counts with the probability that its block stays.
 
     Args:
@@ -46,6 +46,7 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
     total = torch.zeros((), dtype=torch.float64)
     for table in tables.tables:
         value = torch.as_tensor(table.values[measure], dtype=torch.float64)
+        value = value @ by_index[table.reader] if table.reader is not None else value.sum(-1)
         value = value @ by_index[table.precision] if table.precision is not None else value.sum(-1)
         rows, columns = table.rows.gene, table.columns.gene
         if rows is not None and rows == columns:

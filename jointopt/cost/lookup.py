@@ -216,6 +216,7 @@ def _record(operator: Operator, batch: int) -> dict[str, Any]:
         "heads": operator.heads,
         "scheme": operator.scheme.name if operator.scheme else "none",
         "batch": batch,
+        **({"fused": operator.fused} if operator.kind == "conv" else {}),
     }
 
 

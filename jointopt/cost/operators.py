@@ -22,6 +22,7 @@ class Operator:
         area: of a convolution's kernel.
         heads: of attention, of its queries; of a convolution, groups.
         scheme: its number formats, None where it is not quantized.
+        reader: of a convolution that another one alone reads, through a ReLU at most: that one's number formats.
         weight_bytes: of what it stores, scales included.
         bits: of the model's own numbers, 32 or 16.
         reduces: whether its outputs are partial sums where the width that it reads is spread over several devices.
@@ -36,6 +37,7 @@ class Operator:
     area: int = 1
     heads: int = 1
     scheme: Scheme | None = None
+    reader: Scheme | None = None
     weight_bytes: float = 0.0
     bits: int = 32
     reduces: bool = False
@@ -49,6 +51,12 @@ class Operator:
         return self.positions * self.rows * self.columns * self.area if self.kind in ("linear", "conv") else 0.0
 
     @property
+    def fused(self) -> bool:
+        """Whether a convolution and the rounding of its output for its reader are one kernel in ONNX Runtime, which
+        takes both in static integers (`jointopt.checkpoint.onnx.convolutions`)."""
+        return self.kind == "conv" and _static_integers(self.scheme) and _static_integers(self.reader)
+
+    @property
     def input_bytes(self) -> float:
         """Of its inputs, in the format that it reads them in."""
         scheme = self.scheme
@@ -60,6 +68,11 @@ class Operator:
     @property
     def output_bytes(self) -> float:
         return self.positions * self.rows * self.bits / 8
+
+
+def _static_integers(scheme: Scheme | None) -> bool:
+    form = None if scheme is None else scheme.activations
+    return form is not None and not form.dynamic and not form.kind.is_float
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Parameters, bytes, MACs and BOPs of any sub-network, from shapes alone: exact, and for many genomes at once.
 
-Every stored tensor and every product belongs to a module whose cost depends on three genes at most: the one of its
-rows, the one of its columns, the one of its precision. Each module is a small table; a genome is a sum of look-ups.
+Every stored tensor and every product belongs to a module whose cost depends on four genes at most: the one of its
+rows, the one of its columns, the one of its precision, and for a convolution's time that of what reads it. Each module
+is a small table; a genome is a sum of look-ups.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Table:
-    """Cost of one module: measure -> array [row choices, column choices, precision choices]."""
+    """Cost of one module: measure -> array [row choices, column choices, precision choices, its reader's]."""
 
     path: str
     kind: str
     rows: Axis
     columns: Axis
     precision: int | None
+    reader: int | None
     values: Mapping[str, np.ndarray]
 
 
@@ -183,14 +185,14 @@ class ShapeCosts:
     def _join(self, tables: Sequence[Table]) -> None:
         """All tables as one column of values a measure, in which a genome's value is one entry of each table.
 
-        The entry is at `_first` + indices of the table's three genes x `_strides`; a gene that a table does not
+        The entry is at `_first` + indices of the table's four genes x `_strides`; a gene that a table does not
         depend on is the one past the last.
         """
         none = len(self.space)
-        genes = [(table.rows.gene, table.columns.gene, table.precision) for table in tables]
+        genes = [(table.rows.gene, table.columns.gene, table.precision, table.reader) for table in tables]
         shapes = np.array([table.values["macs"].shape for table in tables])
-        self._genes = np.array([[none if gene is None else gene for gene in three] for three in genes])
-        self._strides = np.stack([shapes[:, 1] * shapes[:, 2], shapes[:, 2], np.ones(len(tables), dtype=int)], axis=1)
+        self._genes = np.array([[none if gene is None else gene for gene in four] for four in genes])
+        self._strides = np.cumprod(np.pad(shapes[:, :0:-1], ((0, 0), (1, 0)), constant_values=1), axis=1)[:, ::-1]
         self._first = np.cumsum(shapes.prod(1)) - shapes.prod(1)
         self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in self.measures}
         self._paths, self._kinds = [table.path for table in tables], [table.kind for table in tables]
@@ -238,18 +240,34 @@ class ShapeCosts:
         full_columns = 0 if weight is None or weight.dim() < 2 or embedding else weight.shape[1]
         rows = self._axis(self._producer.get(path), full_rows)
         columns = self._axis(self._consumer.get(path), full_columns)
-        gene = self._precision_gene.get(layer.path) if layer else None
-        choices = self.space.genes[self._index[gene]].choices if gene else ("none",)
-        schemes = [self._scheme_of(layer, str(choice)) if layer else None for choice in choices]
-        shape = (len(rows.sizes), len(columns.sizes), len(schemes))
+        gene, schemes = self._schemes(layer)
+        reader = self._reader(path, module)
+        reader_gene, readers = self._schemes(reader)
+        own = reader is not None and reader_gene == gene  # then its scheme is that of the same choice
+        shape = (len(rows.sizes), len(columns.sizes), len(schemes), 1 if own else len(readers))
         values = self._zeros(shape)
-        for r, row in enumerate(rows.sizes):
-            for c, column in enumerate(columns.sizes):
-                for s, scheme in enumerate(schemes):
-                    cost = self._module_cost(path, module, owned, row, column, scheme)
-                    for measure, value in cost.items():
-                        values[measure][r, c, s] = value
-        return Table(path, kind_of(module) or "other", rows, columns, self._index[gene] if gene else None, values)
+        for at in np.ndindex(shape):
+            r, c, s, read = at
+            by = readers[s if own else read]
+            cost = self._module_cost(path, module, owned, rows.sizes[r], columns.sizes[c], schemes[s], by)
+            for measure, value in cost.items():
+                values[measure][at] = value
+        return Table(path, kind_of(module) or "other", rows, columns, gene, None if own else reader_gene, values)
+
+    def _schemes(self, layer: Layer | None) -> tuple[int | None, list[Scheme | None]]:
+        """A layer's precision gene, and the schemes of its choices; of one without: None, and a single scheme."""
+        name = self._precision_gene.get(layer.path) if layer else None
+        gene = self._index[name] if name else None
+        choices = ("none",) if gene is None else self.space.genes[gene].choices
+        return gene, [self._scheme_of(layer, str(choice)) if layer else None for choice in choices]
+
+    def _reader(self, path: str, module: nn.Module) -> Layer | None:
+        """What alone reads a convolution: the one that consumes the width inside a block that it produces. Only times
+        depend on it."""
+        width = self._producer[path][0] if path in self._producer else None
+        if self.latency is None or not isinstance(module, nn.Conv2d) or width is None or width.block is None:
+            return None
+        return self._layers.get(width.consumers[0].module)
 
     def _zeros(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         whole = ("parameters", "size", "macs", "cache", "decode_macs")
@@ -267,7 +285,14 @@ class ShapeCosts:
         return found
 
     def _module_cost(
-        self, path: str, module: nn.Module, owned: Mapping[str, Tensor], rows: int, columns: int, scheme: Scheme | None
+        self,
+        path: str,
+        module: nn.Module,
+        owned: Mapping[str, Tensor],
+        rows: int,
+        columns: int,
+        scheme: Scheme | None,
+        reader: Scheme | None,
     ) -> dict[str, float]:
         parameters = size = 0
         quantized = scheme is not None and scheme.weights is not None
@@ -293,7 +318,8 @@ class ShapeCosts:
         if self.family.caches:
             cost["decode_macs"] = rows * columns if macs else 0
         if self.latency is not None and (kind := kind_of(module)) is not None and path in self.positions:
-            cost |= self._timed(self._operator(kind, path, module, rows, columns, scheme))
+            operator = self._operator(kind, path, module, rows, columns, scheme)
+            cost |= self._timed(replace(operator, reader=reader))
         return cost
 
     def _operator(
@@ -342,13 +368,13 @@ class ShapeCosts:
         tokens = self.positions.get(part.module, 0.0)
         weight = self._model.get_submodule(part.module).get_parameter("weight")
         bits = weight.element_size() * 8
-        macs = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1) * 2 * tokens * tokens
+        macs = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1, 1) * 2 * tokens * tokens
         values = self._zeros(macs.shape) | {"macs": np.round(macs).astype(np.int64), "bops": macs * bits * bits}
         if self.family.caches:
             values["decode_macs"] = np.round(macs / max(tokens, 1)).astype(np.int64)
         if self.latency is not None:
             self._time_attention(width, rows, tokens * self._scale, bits, values)
-        return Table(part.module, "attention", rows, Axis(None, (0,)), None, values)
+        return Table(part.module, "attention", rows, Axis(None, (0,)), None, None, values)
 
     def _time_attention(
         self, width: Width, rows: Axis, tokens: float, bits: int, values: Mapping[str, np.ndarray]
@@ -377,19 +403,19 @@ class ShapeCosts:
         head_dim = self._producer[keys][1]
         gene = self._index.get(cache.name)
         choices = self.space.genes[gene].choices if gene is not None else ("none",)
-        values = self._zeros((len(rows.sizes), 1, len(choices)))
+        values = self._zeros((len(rows.sizes), 1, len(choices), 1))
         for r, row in enumerate(rows.sizes):
             for c, choice in enumerate(choices):
                 form = cache_format(str(choice))
                 values["size"][r, 0, c] = form.constant_bytes(row // head_dim, head_dim)
                 values["cache"][r, 0, c] = form.token_bytes(row // head_dim, head_dim, hidden, weight.element_size())
                 if self.latency is not None:
-                    held = values["cache"][r, 0, c] * self._tokens * self._scale
+                    held = values["cache"][r, 0, c, 0] * self._tokens * self._scale
                     answer = self.latency.answer(Operator("cache", 0, 0, 0.0, cache_bytes=held))
                     values["decode_latency"][r, 0, c], values["decode_energy"][r, 0, c] = answer.seconds, answer.joules
                 if form.inputs:
                     values["decode_macs"][r, 0, c] = round(self.positions.get(keys, 0.0)) * 2 * row * hidden
-        return Table(keys, "cache", rows, Axis(None, (0,)), gene, values)
+        return Table(keys, "cache", rows, Axis(None, (0,)), gene, None, values)
 
 
 def _stores(module: nn.Module) -> bool:
