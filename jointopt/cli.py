@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", metavar="FOLDER", help="the folder to be made (default: OUTPUT/export)")
     export.add_argument(
         "--target",
-        choices=("transformers", "onnxruntime", "gguf"),
+        choices=("transformers", "onnxruntime", "gguf", "vllm"),
         help="the library that it is for (default: the config's)",
     )
     export.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")

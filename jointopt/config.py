@@ -69,7 +69,7 @@ class Config(Section):
     constraints: Annotated[dict[str, str], BeforeValidator(limits)] | None = None
     choose: Annotated[Choose, BeforeValidator(choice)] = Choose(knee=True)
     finish: Finish | None = None
-    target: Literal["transformers", "onnxruntime", "gguf"] = "transformers"
+    target: Literal["transformers", "onnxruntime", "gguf", "vllm"] = "transformers"
     hardware: Hardware | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -122,6 +122,11 @@ class Config(Section):
             raise ValueError(
                 f"space.{found} with target {wanted.name}, whose blocks are all of one size; allowed: depth"
             )
+        if wanted.fused and self.space.precision_per == "layer":
+            raise ValueError(
+                f"space.precision_per layer with target {wanted.name}, where q, k, v are one layer; "
+                "allowed: projection, block"
+            )
         if self.space.caches and not wanted.caches:
             raise ValueError(f"space.caches with target {wanted.name}; allowed: leave them out")
         if self.dtype not in ("auto", *wanted.dtypes):
@@ -142,6 +147,8 @@ class Config(Section):
             options["schemes"] = list(wanted.default_schemes)
         if wanted.uniform and not {"depth", "preset"} & set(options):
             options["preset"] = "fixed"
+        if wanted.unquantized:
+            options["unquantized"] = sorted({*wanted.unquantized, *options.get("unquantized", ())})
         return options
 
     def source(self, entry: str, samples: int | None = None) -> DataSource:

@@ -91,6 +91,7 @@ class Space(Section):
     schemes: list[str] | None = None
     precision_per: Literal["layer", "projection", "block"] | None = None
     caches: list[str] | None = None
+    unquantized: list[str] | None = None
 
     def options(self) -> dict[str, Any]:
         """What is set, as keywords of `SearchSpace.for_model`."""

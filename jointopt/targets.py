@@ -19,6 +19,8 @@ class Target:
         caches: whether quantized caches can be exported for it.
         dtypes: of models.
         uniform: whether all blocks must be of one size, so that of the architecture only depth can be searched.
+        fused: whether it computes q, k, v as one layer, and gate, up as another, so that these share a format.
+        unquantized: layers that keep their numbers as they are.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Target:
     caches: bool = True
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     uniform: bool = False
+    fused: bool = False
+    unquantized: tuple[str, ...] = ()
 
 
 TARGETS = {
@@ -58,6 +62,27 @@ TARGETS = {
             default_schemes=("none", "W8A16_G32", "W4A16_G32"),
             caches=False,
             uniform=True,
+        ),
+        Target(
+            "vllm",
+            # Where weights have one scale a tensor (FP8, NVFP4), vLLM makes those of q, k, v one: that was not scored.
+            (
+                "none",
+                "W8A8",
+                "W8A8_STATIC",
+                "W8A8_STATIC_ASYM",
+                "W8A8_ASYM",
+                "W8A16",
+                "W8A16_CHANNEL",
+                "W4A16",
+                "W4A16_CHANNEL",
+                "FP8_DYNAMIC",
+            ),
+            default_schemes=("none", "W8A8", "W4A16", "FP8_DYNAMIC"),
+            caches=False,
+            uniform=True,
+            fused=True,
+            unquantized=("embedding", "head"),
         ),
     )
 }

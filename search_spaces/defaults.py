@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from quant.cache import by_bytes, cache_format, input_group
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 from quant.formats import scheme
 from search_spaces.families import Declare, declare
 from search_spaces.family import Block, Family, Layer, Width, extent
@@ -46,6 +46,7 @@ def space_for_model(
     precision_per: str | None = None,
     preset: str | None = None,
     caches: Iterable[str] | None = None,
+    unquantized: Iterable[str] = (),
     family: Declare | None = None,
     **architecture: Any,
 ) -> SearchSpace:
@@ -59,6 +60,8 @@ def space_for_model(
         preset: name of a file in search_spaces/presets; "fixed" leaves the architecture as it is.
         caches: names of the formats that the cache of each attention layer may choose from: none, INT8, INT4, FP8, FP4
             (of keys and values), X_INT8, X_INT4 (of the layer's input in their place). Left out, they stay as they are.
+        unquantized: what keeps its numbers as they are, by the names that genes begin with: "embedding", "head",
+            "block0", "block3.qkv".
         family: a declaration of one's own (model -> Family).
         **architecture: choices written out, which then are all that is elastic: depth, heads, mlp, bottleneck, stage
             (widths): lists of counts, or of fractions of the full one (floats), depth also of blocks less than
@@ -83,7 +86,7 @@ def space_for_model(
     chosen = options or (default_architecture(declared) if preset is None else {})
     genes = _depth_genes(declared, chosen) + _keep_genes(declared, chosen)
     widths = _width_genes(clone, declared, chosen, schemes, explicit=bool(options))
-    genes += widths + _precision_genes(clone, declared, widths, schemes, precision_per)
+    genes += widths + _precision_genes(clone, declared, widths, schemes, precision_per, set(unquantized))
     genes += _cache_genes(clone, declared, caches)
     if not genes:
         raise JointoptError("space: nothing is elastic and no scheme is offered; give schemes, depth, heads, mlp, ...")
@@ -243,14 +246,26 @@ def _fits(name: str, layer: Layer, module: nn.Module, columns: Collection[int]) 
 
 
 def _precision_genes(
-    model: nn.Module, family: Family, widths: list[Gene], schemes: tuple[str, ...], precision_per: str
+    model: nn.Module,
+    family: Family,
+    widths: list[Gene],
+    schemes: tuple[str, ...],
+    precision_per: str,
+    unquantized: set[str],
 ) -> list[Gene]:
     check_whole_model({"space.schemes": schemes})
+    named = {name for layer in family.layers for name in (layer.name, layer.projection, layer.block) if name}
+    if any(layer.tied for layer in family.layers):
+        named.add("head")
+    for name in sorted(unquantized - named):
+        near = did_you_mean(name, sorted(named))
+        raise JointoptError(f"space.unquantized: found {name!r}{near}; allowed: names of layers, projections, blocks")
     choices = {gene.name: gene.choices for gene in widths}
     at = PRECISION_PER.index(precision_per)
     groups: dict[str, list[Layer]] = {}
     for layer in family.layers:
-        groups.setdefault(gene_names(layer)[at], []).append(layer)
+        if not unquantized & {layer.name, layer.projection, layer.block}:
+            groups.setdefault(gene_names(layer)[at], []).append(layer)
     genes: list[Gene] = []
     unmet, left = set(schemes), list[str]()
     for gene, layers in groups.items():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointopt.checkpoint.structure import quantized_layers
+from jointopt.checkpoint.structure import check_uniform, quantized_layers
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
 from quant.reference import QuantizedTensor
@@ -80,18 +80,9 @@ def write_gguf(place: Path, model: Any, processor: Any) -> dict[str, Any]:
 
 def check(model: Any) -> None:
     """Raises JointoptError for a model that a GGUF file of the LLaMA architecture cannot describe."""
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in KINDS or not hasattr(model, "lm_head"):
-        raise JointoptError(f"target gguf: found a {kind}; allowed: language models of {', '.join(KINDS)}")
+    check_uniform(model, "gguf", KINDS)
     if getattr(model.config, "sliding_window", None) is not None:
         raise JointoptError("target gguf: found a sliding window of attention; allowed: none")
-    from jointopt.checkpoint.writer import block_sizes
-
-    sizes = block_sizes(model, copy.deepcopy(model.config))
-    if any(each != sizes[0] for each in sizes) or len(sizes[0]) < 3:
-        raise JointoptError("target gguf: blocks differ in size; allowed: all alike (a space of depth and schemes)")
-    if any("cache_record" in module.__dict__ for module in model.modules()):
-        raise JointoptError("target gguf: found a quantized cache; allowed: none (llama.cpp has its own)")
     layers: dict[str, Any] = quantized_layers(model)
     for path, layer in layers.items():
         try:

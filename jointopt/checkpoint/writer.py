@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt import targets
-from jointopt.checkpoint import card, gguf_writer
+from jointopt.checkpoint import card, gguf_writer, vllm
 from jointopt.checkpoint.onnx.writer import MODEL, SNIPPET, onnx_bytes, write_onnx
 from jointopt.checkpoint.structure import (
     bitsandbytes_config,
@@ -79,7 +79,9 @@ def export(
         overwrite: whether a folder that exists is replaced, whole.
         target: "transformers" (and timm); or "onnxruntime": model.onnx, with the same codes and scales, in operators
             that stock ONNX Runtime has kernels for; or "gguf": model.gguf for llama.cpp, of LLaMAs whose blocks are
-            all of one size, in W8A16_G32 (Q8_0), W4A16_G32 (Q4_0) or unquantized.
+            all of one size, in W8A16_G32 (Q8_0), W4A16_G32 (Q4_0) or unquantized; or "vllm": the folder of
+            transformers, of LLaMAs whose blocks are all of one size and whose fused layers (q, k, v; gate, up) share a
+            format that vLLM computes as it was scored.
 
     Raises:
         JointoptError: the folder exists, it cannot be written, the model is of no class that can be loaded, or has a
@@ -109,6 +111,9 @@ def export(
                 record |= gguf_writer.write_gguf(whole, model, processor)
                 _write_beside(whole, record, processor, gguf_writer.SNIPPET.format(folder=folder.name))
             else:
+                if target == "vllm":
+                    vllm.check(model)
+                    record["target"] = target
                 _write(whole, model, record, processor)
                 _weigh(whole, model, record["costs"]["size"])
             _move(whole, folder, Path(place))
@@ -192,6 +197,8 @@ def _write(place: Path, model: nn.Module, record: dict[str, Any], processor: Any
     tensors = tensors_of(model)
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
     loading = _write_timm(place, model) if not hasattr(model, "config") else _write_transformers(place, model)
+    if record.get("target") == "vllm":
+        loading = f"{vllm.SNIPPET.format(folder=place.name)}\n\nFor transformers:\n\n{loading}"
     _write_beside(place, record, processor, loading)
 
 
