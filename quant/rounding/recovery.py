@@ -31,19 +31,20 @@ def recovered(weight: Tensor, halves: Sequence[InputMoments], centred: bool = Fa
     if any(half.lost is None for half in halves):
         return weight
     whole = weight.detach().float().flatten(1).unflatten(0, (len(halves[0].gram), -1))
-    changes = [whole @ _least_squares(half, centred) for half in halves]
+    lost = [whole @ half.loss(centred) for half in halves]
+    changes = [_least_squares(half, each, centred) for half, each in zip(halves, lost, strict=True)]
     gained = energy = torch.zeros((), device=weight.device)
-    for change, other in zip(changes, reversed(halves), strict=True):
-        gained = gained + (change * (whole @ other.loss(centred))).sum()
+    for change, other, wanted in zip(changes, reversed(halves), reversed(lost), strict=True):
+        gained = gained + (change * wanted).sum()
         energy = energy + (change * (change @ other.hessian(centred))).sum()
     share = (gained / energy).clamp(0, 1) if energy > 0 else energy
     return (whole + share * (changes[0] + changes[1]) / 2).reshape(weight.shape).to(weight.dtype)
 
 
-def _least_squares(moments: InputMoments, centred: bool) -> Tensor:
-    """M, [groups, columns, columns]."""
+def _least_squares(moments: InputMoments, lost: Tensor, centred: bool) -> Tensor:
+    """W M, of W E[(o - x) x^T]; both [groups, rows, columns]."""
     hessian = moments.hessian(centred)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     pull = DAMPING * diagonal.mean(-1, keepdim=True)
     diagonal += torch.where(pull > 0, pull, 1.0)
-    return torch.linalg.solve(hessian, moments.loss(centred), left=False)
+    return torch.linalg.solve(hessian, lost, left=False)

@@ -11,8 +11,8 @@ images, or 32 pieces of 256 tokens. What a tool's weights stand for comes back a
 the same code and with the same quantized inputs as jointopt's, so that formats and bytes are equal; bitsandbytes' INT8
 and 4-bit formats are its own, and their bytes are stated. Inputs of LLM.int8 are those of its kernels.
 
-jointopt's row is the way (to nearest, GPTQ, descent) whose KL divergence from the original on the calibration batches
-is least; --way also tries GPTQ after a transform of the weights. Its seconds are those of that way, calibration
+jointopt's row is the way (to nearest, GPTQ, descent, GPTQ after scaling channels by SmoothQuant or AWQ) whose KL
+divergence from the original on the calibration batches is least. Its seconds are those of that way, calibration
 included. The aim of a KL is the best neighbour's. A neighbour that cannot do a case, or takes longer than --limit
 seconds, has no row but a line that says so. Results are kept in --work: a bench that was stopped goes on.
 """
@@ -128,13 +128,14 @@ WAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "rotate, gptq": (("rotate",), "gptq"),
 }
 """Name -> transforms of the super-network, and what `finish` rounds by (None: to nearest)."""
+USUAL_WAYS = ["nearest", "gptq", "descent", "smooth, gptq", "awq, gptq"]
 
 
 def ours(name: str, given: Original, ways: list[str] | None) -> Metrics:
     """The best of jointopt's ways by its KL on the calibration batches; each is printed with what it scores."""
     best: Metrics = {}
     least = float("inf")
-    for way in ways or ["nearest", "gptq", "descent"]:
+    for way in ways or USUAL_WAYS:
         transforms, rounding = WAYS[way]
         started = time.perf_counter()
         try:
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument("--case", choices=["minilm", "vit", "resnet", "smollm2"], action="append", help="default: all")
     parser.add_argument("--format", choices=FORMATS, action="append", help="default: all")
     parser.add_argument("--tool", choices=["jointopt", *NEIGHBOURS], action="append", help="default: all")
-    parser.add_argument("--way", choices=WAYS, action="append", help="of jointopt's; default: nearest, gptq, descent")
+    parser.add_argument("--way", choices=WAYS, action="append", help="of jointopt's; default: all but rotate")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/originals"))
     parser.add_argument("--environments", type=Path, default=Path("runs/quantizers/environments"))
