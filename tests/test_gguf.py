@@ -77,6 +77,8 @@ def test_a_tokenizer_goes_into_the_file(tmp_path):
     tokens = fields["tokenizer.ggml.tokens"]
     assert [bytes(tokens.parts[at]).decode() for at in tokens.data] == list(letters)
     assert int(fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == 0
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    assert not fields["tokenizer.ggml.add_bos_token"].contents()
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(JointoptError, match="WordLevel tokenizer; allowed: byte-level BPE"):
         jointopt.export(
@@ -87,6 +89,41 @@ def test_a_tokenizer_goes_into_the_file(tmp_path):
             processor=PreTrainedTokenizerFast(tokenizer_object=words),
         )
     assert not (tmp_path / "other").exists()
+
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("parted", ["smollm", "llama-bpe", "qwen2", "alone", "prefix"])
+def test_how_a_tokenizer_parts_texts_goes_into_the_file_or_is_refused(parted, tmp_path):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = {"llama-bpe": WORDS, "qwen2": WORDS.replace("{1,3}", ""), "alone": r"\s+"}
+    steps = {
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "prefix": [pre_tokenizers.ByteLevel(add_prefix_space=True)],
+        **{name: [pre_tokenizers.Split(Regex(each), "isolated"), whole] for name, each in split.items()},
+    }[parted]
+    model = models.BPE({"<end>": 0, "a": 1}, [], ignore_merges=parted == "llama-bpe")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    processor = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    supernet = supernet_of("llama_tied")
+
+    def exported():
+        return jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf", processor=processor)
+
+    if parted in ("alone", "prefix"):
+        with pytest.raises(JointoptError, match="parts texts in a way of its own; allowed: gpt-2, smollm"):
+            exported()
+    else:
+        fields = gguf.GGUFReader(exported() / "model.gguf").fields
+        assert fields["tokenizer.ggml.pre"].contents() == parted
 
 
 def test_what_gguf_has_no_place_for_is_refused(tmp_path):

@@ -24,6 +24,15 @@ from quant.reference import QuantizedTensor
 MODEL = "model.gguf"
 KINDS = ("llama", "mistral")
 GROUP = 32
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {
+    ("ByteLevel", True): "gpt-2",
+    ("Digits", True, "ByteLevel", True): "smollm",
+    ("Split", _WORDS % r"\p{N}{1,3}", "ByteLevel", False): "llama-bpe",
+    ("Split", _WORDS % r"\p{N}", "ByteLevel", False): "qwen2",
+}
+"""How a tokenizer parts a text before its merges (of Digits whether each is alone, of ByteLevel whether it uses GPT-2's
+expression): llama.cpp's name for it, without which it would make other tokens of the same text."""
 LEAST_SCALE = 2.0**-14
 """Of normal float16 numbers; smaller ones lose bits."""
 
@@ -124,13 +133,17 @@ def _add_tokenizer(writer: Any, processor: Any) -> None:
     if content["model"].get("type") != "BPE" or "ByteLevel" not in json.dumps(content.get("pre_tokenizer")):
         found = content["model"].get("type", type(processor).__name__)
         raise JointoptError(f"target gguf: found a {found} tokenizer; allowed: byte-level BPE, as GPT-2's")
+    parted = PRE_TOKENIZERS.get(_parting(content["pre_tokenizer"]))
+    if parted is None or (parted == "llama-bpe") != bool(content["model"].get("ignore_merges")):
+        allowed = ", ".join(PRE_TOKENIZERS.values())
+        raise JointoptError(f"target gguf: found a tokenizer that parts texts in a way of its own; allowed: {allowed}")
     words = {**content["model"]["vocab"], **{each["content"]: each["id"] for each in content["added_tokens"]}}
     special = {each["id"]: each["special"] for each in content["added_tokens"]}
     ordered = sorted(words, key=words.__getitem__)
     types = [(3 if special[words[word]] else 4) if words[word] in special else 1 for word in ordered]
     merges = [each if isinstance(each, str) else " ".join(each) for each in content["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(parted)
     writer.add_token_list(ordered)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
@@ -138,6 +151,23 @@ def _add_tokenizer(writer: Any, processor: Any) -> None:
         number = getattr(processor, f"{name}_token_id", None)
         if number is not None:
             getattr(writer, f"add_{name}_token_id")(number)
+    ends = processor("a")["input_ids"]
+    writer.add_add_bos_token(ends[0] == processor.bos_token_id)
+    writer.add_add_eos_token(ends[-1] == processor.eos_token_id)
+
+
+def _parting(pre_tokenizer: dict[str, Any]) -> tuple[Any, ...]:
+    """A pre-tokenizer as a key of PRE_TOKENIZERS."""
+    found: list[Any] = []
+    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+        found.append(step["type"])
+        if step["type"] == "ByteLevel":
+            found.append(step["use_regex"] if not step["add_prefix_space"] else "prefix")
+        elif step["type"] == "Digits":
+            found.append(step["individual_digits"])
+        elif step["type"] == "Split":
+            found.append(step["pattern"].get("Regex"))
+    return tuple(found)
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, np.ndarray, str | None]]:

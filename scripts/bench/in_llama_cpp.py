@@ -1,0 +1,90 @@
+"""Whether llama.cpp itself computes what was exported for it: logits and tokens beside the sub-network's own.
+
+    pip install -e '.[gguf]' llama-cpp-python
+    python scripts/assets.py assets smollm2 text
+    python scripts/bench/in_llama_cpp.py --assets assets --json llama_cpp.json
+
+SmolLM2-135M, whole and unquantized, all in W8A16_G32 (Q8_0), all in W4A16_G32 (Q4_0), and a random genome of depth and
+formats, each written by `target: gguf` and loaded by llama.cpp. The KL divergence is that of llama.cpp's distributions
+from the sub-network's, over the tokens of one text; llama.cpp rounds inputs of quantized layers, which is its part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from llama_cpp import Llama
+from rich.console import Console
+from rich.table import Table
+
+import jointopt
+from jointopt import SearchSpace, Supernet
+from jointopt.models import load_model
+from jointopt.rows import DataSource
+from jointopt.tasks import TASKS
+
+SCHEMES = ["none", "W8A16_G32", "W4A16_G32"]
+TOKENS = 256
+
+
+def genomes(space: SearchSpace) -> dict[str, np.ndarray]:
+    whole = space.decode(space.largest)
+    alike = {
+        name: space.encode({gene: name if gene.endswith(".precision") else choice for gene, choice in whole.items()})
+        for name in SCHEMES
+    }
+    return {**alike, "random": space.sample(1, seed=3)[0]}
+
+
+def compared(file: Path, text: str, ids: list[int], logits: np.ndarray) -> dict[str, float]:
+    """What llama.cpp makes of a text, beside its tokens and logits [tokens, vocabulary] in the sub-network."""
+    model = Llama(str(file), n_ctx=TOKENS, logits_all=True, verbose=False)
+    tokens = model.tokenize(text.encode(), add_bos=False, special=False)[: len(ids)]
+    model.eval(ids)
+    found, given = (torch.tensor(each).log_softmax(-1) for each in (np.array(model.scores[: len(ids)]), logits))
+    divergence = torch.nn.functional.kl_div(found, given, log_target=True, reduction="none").sum(-1).mean()
+    return {
+        "same tokens": float(np.mean(np.array(tokens) == np.array(ids))),
+        "same next token": float((found.argmax(-1) == given.argmax(-1)).float().mean()),
+        "KL": float(divergence),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    loaded = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
+    source = DataSource(str(arguments.assets / "text" / "calibrate.txt"), samples=4, length=128)
+    batches = TASKS["causal-lm"].batches(source, loaded.processor, loaded.model, 2)
+    supernet = Supernet(loaded.model, SearchSpace.for_model(loaded.model, schemes=SCHEMES, depth=[26, 28, 30]))
+    supernet.calibrate([{k: v for k, v in batch.items() if k != "labels"} for batch in batches])
+    text = (arguments.assets / "text" / "evaluate.txt").read_text()[: 8 * TOKENS]
+    ids = loaded.processor(text)["input_ids"][:TOKENS]
+    table, rows = Table("sub-network", "same tokens", "same next token", "KL"), []
+    for name, genome in genomes(supernet.space).items():
+        with tempfile.TemporaryDirectory() as place:
+            folder = jointopt.export(
+                supernet, genome, Path(place) / "out", target="gguf", processor=loaded.processor, base_model="SmolLM2"
+            )
+            with supernet.active(genome) as model, torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0].float().numpy()
+            found = compared(folder / "model.gguf", text, ids, logits)
+        table.add_row(name, *(f"{value:.4g}" for value in found.values()))
+        for measure, value in found.items():
+            better = "lower" if measure == "KL" else "higher"
+            rows.append({"case": name, "measure": measure, "value": value, "aim": None, "better": better})
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
