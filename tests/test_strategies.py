@@ -132,13 +132,16 @@ def test_one_objective_alone_is_minimized():
     assert strategy.values.min() == 0
 
 
-def test_a_space_smaller_than_the_budget_is_finished():
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("parts", [[], [[], [0, 2], [1]]])
+def test_a_space_smaller_than_the_budget_is_finished(count, parts):
     space = SearchSpace([Gene("a", (1, 2)), Gene("b", (1, 2, 3)), Gene("c", (1, 2), {"a": (2,)})])
-    strategy = strategies.create("guided", space, (Objective("loss", "min"),))
+    objectives = tuple(Objective(name, "min") for name in "xyz"[:count])
+    strategy = strategies.create("guided", space, objectives, initial=5, parts=parts)
     asked = []
     while len(genomes := strategy.ask(4)):
         asked += genomes.tolist()
-        strategy.tell(genomes, genomes.sum(1)[:, None])
+        strategy.tell(genomes, np.stack([genomes.sum(1), -genomes[:, 0], genomes[:, 1] % 2], axis=1)[:, :count])
     assert len(asked) == space.count() == 9
 
 

@@ -300,6 +300,8 @@ class Beliefs:
         """Indices of up to n genomes, each the one expected to add most hypervolume to what is there by then, for the
         time that it takes where `parts` are shared; what exceeds a constraint adds none, and where nothing adds any,
         that which exceeds least is next."""
+        if not len(found):
+            return []
         costs = self._compressed(self.costs)
         low, high = costs.min(0), costs.max(0)
         imagined = self.imagined(np.vstack([self.told, found]))
