@@ -39,6 +39,8 @@ EXPECTATION_WIDTH = 1.5
 """Standard deviation of the logarithms of those shares."""
 LATEST = 200
 """Evaluations, the last ones, by which scale and shares are chosen; all are learned from."""
+TOGETHER = 512
+"""Genomes that are summed at a time, so that what is worked on stays in the processor's cache."""
 LIMIT = 1e100
 """Values beyond are taken as this, so that their squares are finite."""
 
@@ -75,10 +77,14 @@ class Choices:
     def sums(self, genomes: np.ndarray, table: np.ndarray) -> np.ndarray:
         """The sum of a table [slots] or [slots, k] over each genome's choices: [n] or [n, k]."""
         padded = np.concatenate([table, np.zeros_like(table[:1])])
-        slots = self.slots(genomes)
         total = np.zeros((len(genomes), *table.shape[1:]))
-        for at in range(slots.shape[1]):
-            total += padded[slots[:, at]]
+        for at in range(0, len(genomes), TOGETHER):
+            slots, part = self.slots(genomes[at : at + TOGETHER]), slice(at, at + TOGETHER)
+            if table.ndim == 1:
+                total[part] = padded[slots].sum(1)
+            else:
+                for column in slots.T:
+                    total[part] += padded[column]
         return total
 
     def encoded(self, genomes: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ seeds it has by then, whose number is in the table.
 
 Derived: the fewest evaluations with which guided's median reaches what NSGA-II has after 500 and LINAS after 300; how
 far it is ahead of TPE and GP; what each of its parts is worth (`--searches guided guided_without_features ...`); and
-its own time an evaluation by genes and evaluations, which `--plot FILE.png` draws.
+its own time an evaluation (of the processor, all threads) by genes and evaluations, which `--plot FILE.png` draws.
 """
 
 from __future__ import annotations
@@ -121,20 +121,20 @@ def makers() -> dict[str, Callable]:
 
 def followed(problem: Problem, make: Callable, seed: int, evaluations: int, batch: int) -> tuple[np.ndarray, list]:
     """Noise-free values of what was evaluated, in order [evaluations, objectives]; after each batch, how many there
-    were and the seconds that the search itself had taken."""
+    were and the processor's seconds that the search itself had taken."""
     random = np.random.default_rng([seed, 1])
-    started = time.perf_counter()
+    started = time.process_time()
     search = make(problem, seed)
-    own, values, clock = time.perf_counter() - started, np.empty((0, len(problem.objectives))), []
+    own, values, clock = time.process_time() - started, np.empty((0, len(problem.objectives))), []
     while len(values) < evaluations:
-        started = time.perf_counter()
+        started = time.process_time()
         genomes = search.ask(min(batch, evaluations - len(values)))
-        own += time.perf_counter() - started
+        own += time.process_time() - started
         exact = problem.exact(genomes)
         values = np.vstack([values, exact])
-        started = time.perf_counter()
+        started = time.process_time()
         search.tell(genomes, problem.noise(exact, random))
-        own += time.perf_counter() - started
+        own += time.process_time() - started
         clock.append((len(values), own))
     return values[:evaluations], clock
 
@@ -249,7 +249,7 @@ def plot(clocks: dict[int, list], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="evaluations", ylabel="guided's own seconds an evaluation")
+    axes = figure.add_subplot(xlabel="evaluations", ylabel="guided's own processor seconds each")
     for genes, clock in clocks.items():
         counts, seconds = np.array(clock).T
         each = np.diff(seconds, prepend=0) / np.diff(counts, prepend=0)
