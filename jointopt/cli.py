@@ -237,15 +237,13 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
 
 def _without_weights(config: Config) -> Supernet:
     """The config's super-network on the meta device: for its space and its costs."""
-    from search_spaces.defaults import space_for_model
-
     from .cost.configured import latency_of
     from .models import empty_model, find_source, model_task
     from .supernet import Supernet
 
     source = find_source(config.model)
     model = empty_model(source, config.task or model_task(source), config.dtype)
-    space = space_for_model(model, **config.space_options())
+    space = config.search_space(model)
     return Supernet(model, space, transforms=config.transforms or (), latency=latency_of(config))
 
 

@@ -18,11 +18,12 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from jointopt.objectives import ON_HARDWARE
 from quant.errors import JointoptError, did_you_mean
+from search_spaces.defaults import ARCHITECTURE, space_for_model
+from search_spaces.space import SearchSpace
 
 from .config_complaints import described, dotted, one_line
 from .config_sections import (
     TASKS,
-    UNEVEN,
     Choose,
     Data,
     Finish,
@@ -37,7 +38,7 @@ from .config_sections import (
     limits,
 )
 from .rows import DataSource
-from .targets import TARGETS, check_schemes
+from .targets import TARGETS, UNEVEN, check_schemes, closed_key, narrowed
 from .transforms import TRANSFORMS
 
 
@@ -116,12 +117,10 @@ class Config(Section):
             check_schemes(wanted, self.space.schemes or ())
         except JointoptError as error:
             raise ValueError(f"space.schemes: {error}") from None
-        narrowed = [key for key in UNEVEN if getattr(self.space, key)]
-        if wanted.uniform and (narrowed or self.space.preset not in (None, "fixed")):
-            found = narrowed[0] if narrowed else f"preset {self.space.preset}"
-            raise ValueError(
-                f"space.{found} with target {wanted.name}, whose blocks are all of one size; allowed: depth"
-            )
+        found = closed_key(wanted, self.space.options())
+        if found is not None:
+            allowed = ", ".join(key for key in ("depth", *UNEVEN) if key not in wanted.closed)
+            raise ValueError(f"space.{found} with target {wanted.name}; allowed: {allowed}")
         if wanted.fused and self.space.precision_per == "layer":
             raise ValueError(
                 f"space.precision_per layer with target {wanted.name}, where q, k, v are one layer; "
@@ -145,11 +144,15 @@ class Config(Section):
         options, wanted = self.space.options(), TARGETS[self.target]
         if "schemes" not in options and wanted.default_schemes is not None:
             options["schemes"] = list(wanted.default_schemes)
-        if wanted.uniform and not {"depth", "preset"} & set(options):
-            options["preset"] = "fixed"
+        if not any(options.get(key) for key in (*ARCHITECTURE, "preset")):
+            options.update(wanted.open)
         if wanted.unquantized:
             options["unquantized"] = sorted({*wanted.unquantized, *options.get("unquantized", ())})
         return options
+
+    def search_space(self, model: Any) -> SearchSpace:
+        """The space of a model, without what the target has no place for."""
+        return narrowed(TARGETS[self.target], space_for_model(model, **self.space_options()))
 
     def source(self, entry: str, samples: int | None = None) -> DataSource:
         """data.train, .calibrate (or .train in its place), .evaluate or .test; `samples` where it has none."""

@@ -16,9 +16,6 @@ from quant.formats import SCHEMES
 TASKS = ("text-classification", "image-classification", "causal-lm")
 TaskName = Literal["text-classification", "image-classification", "causal-lm"]
 
-UNEVEN = ("heads", "mlp", "bottleneck", "stage", "keep", "attention_keep", "mlp_keep")
-"""Keys of a space by which blocks can differ."""
-
 Positive = Annotated[int, Field(gt=0)]
 Choices = list[int | float]
 

@@ -92,7 +92,7 @@ def starter_config(name: str) -> str:
         "search: {strategy: guided, evaluations: 200, seed: 0}  # guided, evolutionary, random",
         "choose: knee  # or {size_mb: 20}: the best at or under 20 * 10^6 bytes; or {drop: 0.01}: the smallest",
         "# finish: {rounding: gptq}  # the choice rounded anew; or {steps: 500}: trained alone on data.train",
-        "target: transformers  # or onnxruntime (model.onnx); gguf (llama.cpp), vllm: with blocks of one size",
+        "target: transformers  # or onnxruntime (model.onnx); gguf (llama.cpp; blocks of one size), vllm",
         "# hardware: {device: h100, batch: 8}  # then latency, energy and peak_memory are objectives, too",
         "device: auto  # cpu, cuda, mps",
         "dtype: auto  # float32, bfloat16",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES, scheme
+from search_spaces.defaults import presets, with_extremes
+from search_spaces.space import SearchSpace
+
+UNEVEN = ("heads", "mlp", "bottleneck", "stage", "keep", "attention_keep", "mlp_keep")
+"""Keys of a space by which blocks can differ."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +24,11 @@ class Target:
         default_schemes: those of a space that names none; None for the usual ones.
         caches: whether quantized caches can be exported for it.
         dtypes: of models.
-        uniform: whether all blocks must be of one size, so that of the architecture only depth can be searched.
+        closed: keys of a space that cannot be searched for it.
+        open: keys, with their choices, of a space that names nothing of the architecture; empty for the usual ones.
         fused: whether it computes q, k, v as one layer, and gate, up as another, so that these share a format.
         unquantized: layers that keep their numbers as they are.
+        without: genes that no space has for it: what they would choose stays.
     """
 
     name: str
@@ -28,9 +36,11 @@ class Target:
     default_schemes: tuple[str, ...] | None = None
     caches: bool = True
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    uniform: bool = False
+    closed: tuple[str, ...] = ()
+    open: Mapping[str, Any] = field(default_factory=dict)
     fused: bool = False
     unquantized: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 TARGETS = {
@@ -61,7 +71,8 @@ TARGETS = {
             ("none", "W8A16_G32", "W4A16_G32"),
             default_schemes=("none", "W8A16_G32", "W4A16_G32"),
             caches=False,
-            uniform=True,
+            closed=UNEVEN,
+            open={"preset": "fixed"},
         ),
         Target(
             "vllm",
@@ -80,9 +91,11 @@ TARGETS = {
             ),
             default_schemes=("none", "W8A8", "W4A16", "FP8_DYNAMIC"),
             caches=False,
-            uniform=True,
+            closed=("heads",),
+            open={"depth": [0.5, 0.67, 0.83, 1.0], "mlp": [0.5, 0.75, 1.0]},
             fused=True,
             unquantized=("embedding", "head"),
+            without=("block0.attention.keep",),  # a model of its DeciLM begins with attention
         ),
     )
 }
@@ -102,3 +115,24 @@ def check_schemes(wanted: Target, schemes: Iterable[str]) -> None:
         base = name if name in SCHEMES else name.rpartition("_G")[0]
         if name not in wanted.schemes and base not in wanted.schemes:
             raise JointoptError(f"target {wanted.name}: {name} has no form there; allowed: {', '.join(wanted.schemes)}")
+
+
+def closed_key(wanted: Target, options: Mapping[str, Any]) -> str | None:
+    """What a space's options, or their preset, search that cannot be searched for the target."""
+    preset = options.get("preset")
+    named = (presets().get(preset) or {}) if preset else {}
+    if any(key in named for key in wanted.closed):
+        return f"preset {preset}"
+    return next((key for key in wanted.closed if options.get(key)), None)
+
+
+def narrowed(wanted: Target, space: SearchSpace) -> SearchSpace:
+    """The space without the genes that the target has no place for."""
+    if not set(wanted.without) & set(space.names):
+        return space
+    kept = []
+    for gene in space.genes:
+        if gene.name not in wanted.without:
+            requires = {name: choices for name, choices in gene.requires.items() if name not in wanted.without}
+            kept.append(replace(gene, requires=requires))
+    return with_extremes(SearchSpace(kept))

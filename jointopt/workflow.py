@@ -154,12 +154,10 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     Args:
         console: where progress is shown; None trains nothing, and what was not trained is refused.
     """
-    from search_spaces.defaults import space_for_model
-
     from .supernet import Supernet
 
     model = prepared.loaded.model
-    space = space_for_model(model, **config.space_options())
+    space = config.search_space(model)
     if space.count() == 1:
         raise JointoptError("space: holds one genome, so there is nothing to search; allowed: two or more")
     transforms = config.transforms or ()

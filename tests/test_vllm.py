@@ -1,4 +1,4 @@
-"""Exports for vLLM: stock folders of transformers, whose fused layers have one format each that vLLM knows."""
+"""Exports for vLLM: folders of transformers, stock or DeciLM, whose fused layers have one format each."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet, load_config
+from jointopt.checkpoint.vllm import _width
 from jointopt.targets import TARGETS
 from tests.zoo import batches, logits, make
 
@@ -35,6 +37,80 @@ def test_the_stock_class_reloads_the_sub_network_that_was_scored(name, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     batch = batches(name, seed=2)[0]
     torch.testing.assert_close(logits(model, batch), logits(supernet.extract(genome), batch), rtol=1e-4, atol=1e-4)
+
+
+UNEVEN = {"mlp": [128, 256], "attention_keep": True, "mlp_keep": True}
+
+
+def uneven_genome(supernet: Supernet, **choices):
+    """The largest genome but for block0 with half its FFN, block1 without attention, block2 without FFN."""
+    small = {"block0.mlp": 128, "block1.attention.keep": False, "block2.mlp.keep": False}
+    return supernet.space.encode({**dict(supernet.space.decode(supernet.space.largest)), **small, **choices})
+
+
+def expected_by_vllm(config: dict) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the weights that vLLM 0.33's DeciLM builds from a config: of all layers unquantized."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    found = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = (config["vocab_size"], hidden)
+    for at, block in enumerate(config["block_configs"]):
+        path, attention, ffn = f"model.layers.{at}", block["attention"], block["ffn"]
+        if not attention["no_op"]:
+            queries = heads * config["head_dim"]
+            keys = heads // attention["n_heads_in_group"] * config["head_dim"]
+            found[f"{path}.input_layernorm.weight"] = (hidden,)
+            for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+                found[f"{path}.self_attn.{name}_proj.weight"] = (rows, hidden)
+            found[f"{path}.self_attn.o_proj.weight"] = (hidden, queries)
+        if not ffn["no_op"]:
+            if "ffn_mult" in ffn:
+                size = -(int(2 * ffn["ffn_mult"] * hidden / 3) // -256) * 256
+            else:
+                size = ffn["intermediate_size"]
+            found[f"{path}.post_attention_layernorm.weight"] = (hidden,)
+            for name in ("gate", "up"):
+                found[f"{path}.mlp.{name}_proj.weight"] = (size, hidden)
+            found[f"{path}.mlp.down_proj.weight"] = (hidden, size)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])
+def test_blocks_that_differ_hold_what_decilm_builds_from_the_config(name, tmp_path):
+    supernet = supernet_of(name, ["none"], **UNEVEN)
+    genome = uneven_genome(supernet)
+    folder = jointopt.export(supernet, genome, tmp_path / "out", target="vllm")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
+    assert "vllm serve out --trust-remote-code" in (folder / "README.md").read_text()
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - safetensors' own
+    assert stored == expected_by_vllm(config)
+
+
+def test_blocks_that_differ_verify_in_their_formats(tmp_path):
+    supernet = supernet_of("llama_tied", **UNEVEN)
+    genome = uneven_genome(
+        supernet,
+        **{"block0.qkv.precision": "W8A8", "block0.gate_up.precision": "W4A16", "block1.down.precision": "W8A8"},
+    )
+    folder = jointopt.export(supernet, genome, tmp_path / "out", target="vllm")
+    batch = batches("llama_tied", seed=2)[0]
+
+    def quality(model) -> float:
+        return float(model(**batch).logits.detach().square().mean())
+
+    verification = jointopt.verify(folder, quality=quality)
+    assert verification.ok, verification.differences
+    assert verification.metrics["quality"] == pytest.approx(quality(supernet.extract(genome)), rel=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [576, 896, 2048, 4096, 5120])
+def test_ffn_mult_says_every_size_that_is_a_multiple_of_its_step(hidden):
+    for size in range(256, 4 * hidden, 256):
+        said = _width(size, hidden)
+        assert -(int(2 * said["ffn_mult"] * hidden / 3) // -256) * 256 == size
+    assert _width(1152, hidden) == {"intermediate_size": 1152}
 
 
 def known_to_vllm(group: dict) -> bool:
@@ -63,8 +139,12 @@ def test_every_format_of_the_target_meets_a_kernel_s_conditions(scheme, tmp_path
 def test_what_vllm_would_not_load_or_not_compute_alike_is_refused(tmp_path):
     apart = supernet_of("llama_tied", precision_per="layer")
     mixed = {name: "W8A8" for name in apart.space.names if name.endswith("precision")} | {"block0.v.precision": "none"}
-    uneven = supernet_of("llama_tied", mlp=[128, 256])
-    narrow = {**dict(uneven.space.decode(uneven.space.largest)), "block0.mlp": 128}
+    headed = supernet_of("llama_tied", heads=[2, 4])
+    narrow = {**dict(headed.space.decode(headed.space.largest)), "block0.heads": 2}
+    headless = supernet_of("llama_tied", attention_keep=True)
+    first = {**dict(headless.space.decode(headless.space.largest)), "block0.attention.keep": False}
+    relative = supernet_of("qwen2", mlp=[128, 256])
+    half = {**dict(relative.space.decode(relative.space.largest)), "block0.mlp": 128}
     embedded = supernet_of("llama_tied", ["W8A16"], unquantized=[])
     bert = supernet_of("bert", unquantized=[])
     for match, (supernet, genome) in {
@@ -72,7 +152,9 @@ def test_what_vllm_would_not_load_or_not_compute_alike_is_refused(tmp_path):
             apart,
             apart.space.encode({**dict(apart.space.decode(apart.space.largest)), **mixed}),
         ),
-        "blocks differ in size": (uneven, uneven.space.encode(narrow)),
+        "found blocks of 2, 4 heads; allowed: as many": (headed, headed.space.encode(narrow)),
+        "found a first block without attention": (headless, headless.space.encode(first)),
+        "found a qwen2 whose blocks differ": (relative, relative.space.encode(half)),
         r"embed_tokens: target vllm: found it in W8A16.*unquantized": (embedded, embedded.space.smallest),
         "FP8 has no form there": (supernet_of("llama_tied", ["FP8"]), None),
         "found a bert; allowed: language models of llama": (bert, None),
@@ -87,7 +169,8 @@ def test_what_vllm_would_not_load_or_not_compute_alike_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("space", "match"),
     [
-        ("{mlp: [0.5, 1.0]}", r"space\.mlp with target vllm.*allowed: depth"),
+        ("{heads: [0.5, 1.0]}", r"space\.heads with target vllm; allowed: depth, mlp"),
+        ("{preset: vit}", r"space\.preset vit with target vllm"),
         ("{precision_per: layer}", r"space\.precision_per layer with target vllm.*allowed: projection, block"),
         ("{schemes: [none, NVFP4]}", r"target vllm: NVFP4 has no form there"),
         ("{caches: [INT8]}", r"space\.caches with target vllm"),
@@ -104,6 +187,14 @@ def test_a_config_for_vllm_leaves_embedding_and_head_as_they_are(tmp_path):
         genes = SearchSpace.for_model(make(name), **options).names
         assert not any(gene.startswith(("embedding", "head", "block1")) for gene in genes)
         assert "block0.qkv.precision" in genes
+
+
+def test_a_space_for_vllm_has_widths_of_ffns_and_keeps_the_first_attention(tmp_path):
+    silent = load_config(configured(tmp_path, "{}")).search_space(make("llama_tied"))
+    assert {"depth", "block0.mlp"} <= set(silent.names) and not any("heads" in name for name in silent.names)
+    skipping = load_config(configured(tmp_path, "{attention_keep: true}")).search_space(make("llama_tied"))
+    assert "block1.attention.keep" in skipping.names and "block0.attention.keep" not in skipping.names
+    assert "block0.attention.keep" not in skipping.genes[skipping.names.index("block0.qkv.precision")].requires
 
 
 def configured(folder, space: str):

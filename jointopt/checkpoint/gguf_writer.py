@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointopt.checkpoint.structure import check_uniform, quantized_layers
+from jointopt.checkpoint.structure import check_language_model, is_uniform, quantized_layers
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
 from quant.reference import QuantizedTensor
@@ -89,7 +89,9 @@ def write_gguf(place: Path, model: Any, processor: Any) -> dict[str, Any]:
 
 def check(model: Any) -> None:
     """Raises JointoptError for a model that a GGUF file of the LLaMA architecture cannot describe."""
-    check_uniform(model, "gguf", KINDS)
+    check_language_model(model, "gguf", KINDS)
+    if not is_uniform(model):
+        raise JointoptError("target gguf: blocks differ in size; allowed: all alike (a space of depth and schemes)")
     if getattr(model.config, "sliding_window", None) is not None:
         raise JointoptError("target gguf: found a sliding window of attention; allowed: none")
     layers: dict[str, Any] = quantized_layers(model)

@@ -41,21 +41,21 @@ def by_compressed_tensors(model: nn.Module) -> bool:
     return True
 
 
-def check_uniform(model: Any, target: str, kinds: Sequence[str]) -> None:
-    """Raises JointoptError for what is no language model of these kinds with all blocks of one size and a cache as it
-    was."""
-    from jointopt.checkpoint.writer import block_sizes
-
+def check_language_model(model: Any, target: str, kinds: Sequence[str]) -> None:
+    """Raises JointoptError for what is no language model of these kinds with a cache as it was."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in kinds or not hasattr(model, "lm_head"):
         raise JointoptError(f"target {target}: found a {kind}; allowed: language models of {', '.join(kinds)}")
-    sizes = block_sizes(model, copy.deepcopy(model.config))
-    if any(each != sizes[0] for each in sizes) or len(sizes[0]) < 3:
-        raise JointoptError(
-            f"target {target}: blocks differ in size; allowed: all alike (a space of depth and schemes)"
-        )
     if any("cache_record" in module.__dict__ for module in model.modules()):
         raise JointoptError(f"target {target}: found a quantized cache; allowed: none (it has its own)")
+
+
+def is_uniform(model: Any) -> bool:
+    """Whether all blocks of a language model are of one size, and whole."""
+    from jointopt.checkpoint.writer import block_sizes
+
+    sizes = block_sizes(model, copy.deepcopy(model.config))
+    return all(each == sizes[0] for each in sizes) and len(sizes[0]) == 3
 
 
 def by_bitsandbytes(model: nn.Module) -> str | None:

@@ -152,7 +152,8 @@ class RemoteModel(nn.Module):
         if "timm" not in json.loads((folder / "config.json").read_text()):
             from transformers import AutoConfig
 
-            self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            # An export's own file may hold its config's class; the other process ran that file already.
+            self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
 
     @property
     def device(self) -> torch.device:

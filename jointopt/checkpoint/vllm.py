@@ -1,32 +1,93 @@
-"""Checks that a sub-network is one which vLLM loads as it is: a stock LLaMA whose fused layers have one format each.
+"""Writes a sub-network as vLLM loads it: a stock LLaMA, or a DeciLM where blocks differ; fused layers in one format.
 
-What is written is the folder for transformers. vLLM puts q, k, v into one layer and gate, up into another, takes no
-quantized embedding, and builds all blocks by one config (its `llama.py` and `compressed_tensors.py`, as read in 2026).
+vLLM puts q, k, v into one layer and gate, up into another, takes no quantized embedding, and builds all blocks by one
+config, but for those of its DeciLM: their entries in `block_configs` give the width of each FFN and leave out attention
+or FFN (its `llama.py`, `nemotron_nas.py` and `compressed_tensors.py`, as of 0.33). The folder is one for transformers
+too.
 """
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
 from typing import Any
 
-from jointopt.checkpoint.structure import by_compressed_tensors, check_uniform, quantized_layers
+from jointopt.checkpoint.card import transformers_snippet
+from jointopt.checkpoint.structure import (
+    by_compressed_tensors,
+    check_language_model,
+    compressed_config,
+    is_uniform,
+    on_meta,
+    quantized_layers,
+    rebuild_spec,
+)
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
+UNEVEN_KINDS = ("llama",)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-SNIPPET = """For vLLM: `vllm serve {folder}`, or
+FFN_STEP = 256
+"""What `ffn_mult` is rounded up to, as an intermediate size."""
+
+SNIPPET = """For vLLM: `vllm serve {folder}{option}`, or
 
 ```python
 from vllm import LLM
 
-model = LLM("{folder}")
+model = LLM("{folder}"{argument})
 ```"""
+
+_CLASSES = '''
+
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+
+class Entries(dict):
+    """A dict whose entries are attributes too, which is how vLLM reads them."""
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+class DeciLMConfig(LlamaConfig):
+    """LlamaConfig with an entry for each block."""
+
+    model_type = "nemotron-nas"
+
+    def __init__(self, block_configs=(), **kwargs):
+        super().__init__(**kwargs)
+        self.block_configs = [Entries({part: Entries(each[part]) for part in each}) for each in block_configs]
+
+
+class DeciLMForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM with blocks of the sizes that config.json lists. vLLM has its own class of this name."""
+
+    config_class = DeciLMConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        rebuild(self, config.jointopt)
+'''
+
+
+def snippet(folder: str, uneven: bool) -> str:
+    """How vLLM loads the folder."""
+    option, argument = (" --trust-remote-code", ", trust_remote_code=True") if uneven else ("", "")
+    return SNIPPET.format(folder=folder, option=option, argument=argument)
 
 
 def check(model: Any) -> None:
-    """Raises JointoptError for a model of another family, blocks that differ in size, a format that vLLM does not
-    compute or that layers which it fuses do not share, a quantized embedding, head or cache; with the layer's name."""
-    check_uniform(model, "vllm", KINDS)
+    """Raises JointoptError for a model of another family, heads that differ from block to block, a first block
+    without attention, a format that vLLM does not compute or that layers which it fuses do not share, a quantized
+    embedding, head or cache; with the layer's name."""
+    check_language_model(model, "vllm", KINDS)
+    if not is_uniform(model):
+        _check_blocks(model)
     layers: dict[str, Any] = quantized_layers(model)
     for path, layer in layers.items():
         try:
@@ -48,5 +109,90 @@ def check(model: Any) -> None:
     assert by_compressed_tensors(model), "all of the target's formats are compressed-tensors'"
 
 
+def _check_blocks(model: Any) -> None:
+    """What DeciLM in vLLM asks of blocks that differ."""
+    kind = model.config.model_type
+    if kind not in UNEVEN_KINDS:
+        raise JointoptError(
+            f"target vllm: found a {kind} whose blocks differ; allowed: blocks all alike, or {', '.join(UNEVEN_KINDS)}"
+        )
+    blocks = list(model.get_submodule("model.layers"))
+    heads = {_heads(block) for block in blocks if _has_attention(block)}
+    if len(heads) > 1:
+        told = ", ".join(str(queries) for queries, _ in sorted(heads))
+        raise JointoptError(f"target vllm: found blocks of {told} heads; allowed: as many in all blocks")
+    first = next((block for block in blocks if _has_attention(block) or _has_ffn(block)), None)
+    if first is None or not _has_attention(first):
+        raise JointoptError("target vllm: found a first block without attention; allowed: later blocks without")
+
+
 def _scheme_of(layer: Any) -> str:
     return "none" if layer is None else layer.scheme.name
+
+
+def _has_attention(block: Any) -> bool:
+    return hasattr(block.self_attn, "q_proj")
+
+
+def _has_ffn(block: Any) -> bool:
+    return hasattr(block.mlp, "up_proj")
+
+
+def _heads(block: Any) -> tuple[int, int]:
+    """Query heads, key and value heads."""
+    attention = block.self_attn
+    return (
+        attention.q_proj.out_features // attention.head_dim,
+        attention.k_proj.out_features // attention.head_dim,
+    )
+
+
+def block_configs(model: Any) -> list[dict[str, dict[str, Any]]]:
+    """For each block of a sub-network what vLLM's DeciLM builds it from."""
+    found = []
+    for block in model.get_submodule("model.layers"):
+        attention: dict[str, Any] = {"no_op": not _has_attention(block)}
+        if _has_attention(block):
+            queries, keys = _heads(block)
+            attention["n_heads_in_group"] = queries // keys
+        ffn: dict[str, Any] = {"no_op": not _has_ffn(block)}
+        if _has_ffn(block):
+            ffn |= _width(block.mlp.up_proj.out_features, model.config.hidden_size)
+        found.append({"attention": attention, "ffn": ffn})
+    return found
+
+
+def _width(size: int, hidden: int) -> dict[str, Any]:
+    """`ffn_mult`, which every release with DeciLM reads, where it can say the size; else the size, for later ones."""
+    if size % FFN_STEP == 0:
+        return {"ffn_mult": 3 * size / (2 * hidden)}
+    return {"intermediate_size": size}
+
+
+def write_uneven(place: Path, model: Any, modeling: str) -> str:
+    """config.json of a DeciLM, and the modelling file by which transformers reads it. Returns how transformers does.
+
+    Args:
+        modeling: name of that file.
+    """
+    config = copy.deepcopy(model.config)
+    attention = next(block for block in model.get_submodule("model.layers") if _has_attention(block))
+    config.num_attention_heads, config.num_key_value_heads = _heads(attention)
+    config.head_dim = attention.self_attn.head_dim
+    spec = rebuild_spec(model, on_meta(type(model), config), pack=False)
+    config.dtype = next(model.parameters()).dtype
+    if quantized_layers(model):
+        config.quantization_config = compressed_config(model)
+    name = modeling.removesuffix(".py")
+    content = json.loads(config.to_json_string(use_diff=False)) | {
+        "model_type": "nemotron-nas",
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": f"{name}.DeciLMForCausalLM", "AutoConfig": f"{name}.DeciLMConfig"},
+        "block_configs": block_configs(model),
+        "jointopt": spec,
+    }
+    (place / "config.json").write_text(json.dumps(content, indent=2))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(place)
+    (place / modeling).write_text((Path(__file__).parent / "runtime.py").read_text() + _CLASSES)
+    return transformers_snippet("AutoModelForCausalLM", place.name, True)

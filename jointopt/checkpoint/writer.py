@@ -26,6 +26,7 @@ from jointopt.checkpoint.structure import (
     by_compressed_tensors,
     compressed_config,
     from_recipe,
+    is_uniform,
     on_meta,
     quantized_layers,
     rebuild_spec,
@@ -80,8 +81,8 @@ def export(
         target: "transformers" (and timm); or "onnxruntime": model.onnx, with the same codes and scales, in operators
             that stock ONNX Runtime has kernels for; or "gguf": model.gguf for llama.cpp, of LLaMAs whose blocks are
             all of one size, in W8A16_G32 (Q8_0), W4A16_G32 (Q4_0) or unquantized; or "vllm": the folder of
-            transformers, of LLaMAs whose blocks are all of one size and whose fused layers (q, k, v; gate, up) share a
-            format that vLLM computes as it was scored.
+            transformers, of LLaMAs whose fused layers (q, k, v; gate, up) share a format that vLLM computes as it was
+            scored; a DeciLM, with `trust_remote_code`, where widths of FFNs differ or parts of blocks are left out.
 
     Raises:
         JointoptError: the folder exists, it cannot be written, the model is of no class that can be loaded, or has a
@@ -196,9 +197,13 @@ def probed(output: Any) -> Tensor:
 def _write(place: Path, model: nn.Module, record: dict[str, Any], processor: Any) -> None:
     tensors = tensors_of(model)
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    loading = _write_timm(place, model) if not hasattr(model, "config") else _write_transformers(place, model)
+    uneven = record.get("target") == "vllm" and not is_uniform(model)
+    if uneven:
+        loading = vllm.write_uneven(place, model, MODELING)
+    else:
+        loading = _write_timm(place, model) if not hasattr(model, "config") else _write_transformers(place, model)
     if record.get("target") == "vllm":
-        loading = f"{vllm.SNIPPET.format(folder=place.name)}\n\nFor transformers:\n\n{loading}"
+        loading = f"{vllm.snippet(place.name, uneven)}\n\nFor transformers:\n\n{loading}"
     _write_beside(place, record, processor, loading)
 
 
