@@ -38,7 +38,7 @@ from .config_sections import (
     limits,
 )
 from .rows import DataSource
-from .targets import TARGETS, UNEVEN, check_schemes, closed_key, narrowed
+from .targets import TARGETS, UNEVEN, Target, check_schemes, closed_key, narrowed, of_kind
 from .transforms import TRANSFORMS
 
 
@@ -117,10 +117,10 @@ class Config(Section):
             check_schemes(wanted, self.space.schemes or ())
         except JointoptError as error:
             raise ValueError(f"space.schemes: {error}") from None
-        found = closed_key(wanted, self.space.options())
-        if found is not None:
-            allowed = ", ".join(key for key in ("depth", *UNEVEN) if key not in wanted.closed)
-            raise ValueError(f"space.{found} with target {wanted.name}; allowed: {allowed}")
+        try:
+            self._check_open(wanted)
+        except JointoptError as error:
+            raise ValueError(str(error)) from None
         if wanted.fused and self.space.precision_per == "layer":
             raise ValueError(
                 f"space.precision_per layer with target {wanted.name}, where q, k, v are one layer; "
@@ -139,9 +139,19 @@ class Config(Section):
             raise ValueError(f"{wanting} without hardware; allowed: with hardware: {{device: NAME}}")
         return self
 
-    def space_options(self) -> dict[str, Any]:
-        """What the space says, as keywords of `SearchSpace.for_model`; number formats are the target's."""
-        options, wanted = self.space.options(), TARGETS[self.target]
+    def _check_open(self, wanted: Target, kind: str = "") -> None:
+        found = closed_key(wanted, self.space.options())
+        if found is not None:
+            allowed = ", ".join(key for key in ("depth", *UNEVEN) if key not in wanted.closed)
+            raise JointoptError(f"space.{found} with target {wanted.name}{kind}; allowed: {allowed}")
+
+    def space_options(self, kind: str | None = None) -> dict[str, Any]:
+        """What the space says, as keywords of `SearchSpace.for_model`; number formats are the target's.
+
+        Args:
+            kind: the model's type, by its config.
+        """
+        options, wanted = self.space.options(), of_kind(TARGETS[self.target], kind)
         if "schemes" not in options and wanted.default_schemes is not None:
             options["schemes"] = list(wanted.default_schemes)
         if not any(options.get(key) for key in (*ARCHITECTURE, "preset")):
@@ -151,8 +161,15 @@ class Config(Section):
         return options
 
     def search_space(self, model: Any) -> SearchSpace:
-        """The space of a model, without what the target has no place for."""
-        return narrowed(TARGETS[self.target], space_for_model(model, **self.space_options()))
+        """The space of a model, without what the target has no place for.
+
+        Raises:
+            JointoptError: it names what models of this type have no place for there.
+        """
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        wanted = of_kind(TARGETS[self.target], kind)
+        self._check_open(wanted, f" and a {kind}")
+        return narrowed(wanted, space_for_model(model, **self.space_options(kind)))
 
     def source(self, entry: str, samples: int | None = None) -> DataSource:
         """data.train, .calibrate (or .train in its place), .evaluate or .test; `samples` where it has none."""

@@ -26,6 +26,7 @@ class Target:
         dtypes: of models.
         closed: keys of a space that cannot be searched for it.
         open: keys, with their choices, of a space that names nothing of the architecture; empty for the usual ones.
+        uneven: model types whose blocks may differ; None for all. For others what makes blocks differ is closed.
         fused: whether it computes q, k, v as one layer, and gate, up as another, so that these share a format.
         unquantized: layers that keep their numbers as they are.
         without: genes that no space has for it: what they would choose stays.
@@ -38,6 +39,7 @@ class Target:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     closed: tuple[str, ...] = ()
     open: Mapping[str, Any] = field(default_factory=dict)
+    uneven: tuple[str, ...] | None = None
     fused: bool = False
     unquantized: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
@@ -93,6 +95,7 @@ TARGETS = {
             caches=False,
             closed=("heads",),
             open={"depth": [0.5, 0.67, 0.83, 1.0], "mlp": [0.5, 0.75, 1.0]},
+            uneven=("llama",),
             fused=True,
             unquantized=("embedding", "head"),
             without=("block0.attention.keep",),  # a model of its DeciLM begins with attention
@@ -106,6 +109,14 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise JointoptError(f"target: found {name!r}{did_you_mean(name, TARGETS)}; allowed: {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def of_kind(wanted: Target, kind: str | None) -> Target:
+    """The target as it is for models of a type (None: of none that has a name)."""
+    if wanted.uneven is None or kind in wanted.uneven:
+        return wanted
+    opened = {key: choices for key, choices in wanted.open.items() if key not in UNEVEN}
+    return replace(wanted, closed=UNEVEN, open=opened)
 
 
 def check_schemes(wanted: Target, schemes: Iterable[str]) -> None:

@@ -197,6 +197,13 @@ def test_a_space_for_vllm_has_widths_of_ffns_and_keeps_the_first_attention(tmp_p
     assert "block0.attention.keep" not in skipping.genes[skipping.names.index("block0.qkv.precision")].requires
 
 
+def test_blocks_of_what_vllm_has_no_decilm_for_stay_alike(tmp_path):
+    silent = load_config(configured(tmp_path, "{}")).search_space(make("qwen2"))
+    assert "depth" in silent.names and not any("mlp" in name for name in silent.names)
+    with pytest.raises(JointoptError, match=r"space\.mlp with target vllm and a qwen2; allowed: depth$"):
+        load_config(configured(tmp_path, "{mlp: [0.5, 1.0]}")).search_space(make("qwen2"))
+
+
 def configured(folder, space: str):
     path = folder / "config.yaml"
     path.write_text(

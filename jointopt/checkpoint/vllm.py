@@ -27,7 +27,6 @@ from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
-UNEVEN_KINDS = ("llama",)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FFN_STEP = 256
 """What `ffn_mult` is rounded up to, as an intermediate size."""
@@ -111,10 +110,10 @@ def check(model: Any) -> None:
 
 def _check_blocks(model: Any) -> None:
     """What DeciLM in vLLM asks of blocks that differ."""
-    kind = model.config.model_type
-    if kind not in UNEVEN_KINDS:
+    kind, uneven = model.config.model_type, TARGETS["vllm"].uneven or ()
+    if kind not in uneven:
         raise JointoptError(
-            f"target vllm: found a {kind} whose blocks differ; allowed: blocks all alike, or {', '.join(UNEVEN_KINDS)}"
+            f"target vllm: found a {kind} whose blocks differ; allowed: blocks all alike, or {', '.join(uneven)}"
         )
     blocks = list(model.get_submodule("model.layers"))
     heads = {_heads(block) for block in blocks if _has_attention(block)}
