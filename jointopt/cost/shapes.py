@@ -267,7 +267,7 @@ class ShapeCosts:
         width = self._producer[path][0] if path in self._producer else None
         if self.latency is None or not isinstance(module, nn.Conv2d) or width is None or width.block is None:
             return None
-        return self._layers.get(width.consumers[0].module)
+        return self._layers.get(width.consumers[0].module) if len(width.consumers) == 1 else None
 
     def _zeros(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         whole = ("parameters", "size", "macs", "cache", "decode_macs")
