@@ -139,6 +139,22 @@ def unit_importance(model: nn.Module, width: Width, channel_energy: Mapping[str,
     return total
 
 
+def sort_widths(
+    model: nn.Module,
+    family: Family,
+    calibration: CalibrationPass,
+    beside: Mapping[Tensor, Mapping[str, Any]] = MappingProxyType({}),
+) -> list[tuple[Width, Tensor]]:
+    """Sorts all widths of a model by importance, see `sort_width`. Returns each with the order it was brought to."""
+    found = []
+    for width in family.widths:
+        importance = unit_importance(model, width, calibration.channel_energy)
+        order = torch.argsort(importance, descending=True, stable=True)
+        sort_width(model, width, order, beside)
+        found.append((width, order))
+    return found
+
+
 @torch.no_grad()
 def sort_width(
     model: nn.Module, width: Width, order: Tensor, beside: Mapping[Tensor, Mapping[str, Any]] = MappingProxyType({})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,12 @@ from .batch_norm import (
 from .cost.operators import LatencyModel
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, plan_of, precision_genes
-from .importance import CalibrationPass, sort_width, unit_importance
+from .importance import CalibrationPass, sort_widths
 from .learned_ranges import LearnedRanges, learn, settle
 from .ranges import Ranges
 from .repair import Repaired, Repairs
 from .subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
-from .supernet_state import fingerprint, load, save
+from .supernet_state import fingerprint, for_workers, load, save
 from .training.lora import effective, with_adapters
 from .transforms import checked, reread, rotated, scale_links
 from .weight_bank import BankedWeight, WeightBank
@@ -190,10 +190,7 @@ class Supernet:
             yield moved
 
     def _sort(self, calibration: CalibrationPass, ranges: Ranges, repairs: Repairs) -> None:
-        for width in self.family.widths:
-            importance = unit_importance(self.model, width, calibration.channel_energy)
-            order = torch.argsort(importance, descending=True, stable=True)
-            sort_width(self.model, width, order)
+        for width, order in sort_widths(self.model, self.family, calibration):
             ranges.reorder(width, order)
             repairs.reorder(width, order)
         influence = calibration.influence
@@ -419,26 +416,12 @@ class Supernet:
         calibration = CalibrationPass(self.model, self.family)
         if not calibration.run(self._checked(batches, [])):
             raise JointoptError("sort_again: found no batch; allowed: one or more dicts of the model's inputs")
-        for width in self.family.widths:
-            importance = unit_importance(self.model, width, calibration.channel_energy)
-            order = torch.argsort(importance, descending=True, stable=True)
-            sort_width(self.model, width, order, optimizer.state if optimizer is not None else {})
+        sort_widths(self.model, self.family, calibration, optimizer.state if optimizer is not None else {})
         self._bank.clear()
 
     def for_workers(self, count: int) -> Supernet:
-        """The same, to be sent to `count` other processes for evaluations alone: without the model that was given.
-
-        Up to half of the bank is filled before, for all of them to share; each may fill an equal part of the rest.
-        """
-        for (path, _), wanted in self._schemes.items():
-            if wanted.weights is not None and 2 * self._bank.nbytes < self._bank.limit:
-                # What cannot be quantized is the failure of the genomes that ask for it.
-                with suppress(JointoptError):
-                    self._banked(path, wanted, None)
-        sent = copy.copy(self)
-        sent._given, sent.scores = self.model, {}
-        sent._bank = self._bank.copy(self._bank.nbytes + (self._bank.limit - self._bank.nbytes) // count)
-        return sent
+        """The same, to be sent to `count` other processes for evaluations alone: without the model that was given."""
+        return for_workers(self, count)
 
     def fingerprint(self) -> str:
         """SHA-256 over weights, order, space and calibration: equal for super-networks with equal sub-networks."""

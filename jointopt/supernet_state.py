@@ -1,9 +1,11 @@
-"""What tells a super-network from another, and restores it: its fingerprint, and its weights and order in a file."""
+"""What tells a super-network from another, restores it from a file, or sends it to other processes."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +82,23 @@ def load(supernet: Supernet, path: str | Path) -> None:
     supernet._scaled = record.get("scaled", False)
     supernet._condition_space()
     supernet._forget()
+
+
+def for_workers(supernet: Supernet, count: int) -> Supernet:
+    """The same, to be sent to `count` other processes for evaluations alone: without the model that was given.
+
+    Up to half of the bank is filled before, for all of them to share; each may fill an equal part of the rest.
+    """
+    bank = supernet._bank
+    for (path, _), wanted in supernet._schemes.items():
+        if wanted.weights is not None and 2 * bank.nbytes < bank.limit:
+            # What cannot be quantized is the failure of the genomes that ask for it.
+            with suppress(JointoptError):
+                supernet._banked(path, wanted, None)
+    sent = copy.copy(supernet)
+    sent._given, sent.scores = supernet.model, {}
+    sent._bank = bank.copy(bank.nbytes + (bank.limit - bank.nbytes) // count)
+    return sent
 
 
 def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:

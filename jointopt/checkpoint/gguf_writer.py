@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointopt.checkpoint.structure import check_language_model, is_uniform, quantized_layers
-from jointopt.targets import TARGETS, check_schemes
+from jointopt.checkpoint.structure import check_formats, check_language_model, is_uniform, quantized_layers
 from quant.errors import JointoptError
 from quant.reference import QuantizedTensor
 
@@ -94,12 +93,7 @@ def check(model: Any) -> None:
         raise JointoptError("target gguf: blocks differ in size; allowed: all alike (a space of depth and schemes)")
     if getattr(model.config, "sliding_window", None) is not None:
         raise JointoptError("target gguf: found a sliding window of attention; allowed: none")
-    layers: dict[str, Any] = quantized_layers(model)
-    for path, layer in layers.items():
-        try:
-            check_schemes(TARGETS["gguf"], [layer.scheme.name])
-        except JointoptError as error:
-            raise JointoptError(f"export: {path}: {error}") from None
+    check_formats(model, "gguf")
 
 
 def _add_sizes(writer: Any, model: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
 from quant.formats import Format, Scheme
 from quant.packing import layout, packed_tensors
@@ -56,6 +57,16 @@ def is_uniform(model: Any) -> bool:
 
     sizes = block_sizes(model, copy.deepcopy(model.config))
     return all(each == sizes[0] for each in sizes) and len(sizes[0]) == 3
+
+
+def check_formats(model: nn.Module, target: str) -> None:
+    """Raises JointoptError for a layer in a number format that the target does not compute, with its name."""
+    layers: dict[str, Any] = quantized_layers(model)
+    for path, layer in layers.items():
+        try:
+            check_schemes(TARGETS[target], [layer.scheme.name])
+        except JointoptError as error:
+            raise JointoptError(f"export: {path}: {error}") from None
 
 
 def by_bitsandbytes(model: nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 from jointopt.checkpoint.card import transformers_snippet
 from jointopt.checkpoint.structure import (
     by_compressed_tensors,
+    check_formats,
     check_language_model,
     compressed_config,
     is_uniform,
@@ -23,7 +24,7 @@ from jointopt.checkpoint.structure import (
     quantized_layers,
     rebuild_spec,
 )
-from jointopt.targets import TARGETS, check_schemes
+from jointopt.targets import TARGETS
 from quant.errors import JointoptError
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
@@ -88,11 +89,8 @@ def check(model: Any) -> None:
     if not is_uniform(model):
         _check_blocks(model)
     layers: dict[str, Any] = quantized_layers(model)
+    check_formats(model, "vllm")
     for path, layer in layers.items():
-        try:
-            check_schemes(TARGETS["vllm"], [layer.scheme.name])
-        except JointoptError as error:
-            raise JointoptError(f"export: {path}: {error}") from None
         if not path.endswith("_proj"):
             raise JointoptError(
                 f"export: {path}: target vllm: found it in {layer.scheme.name}; allowed: as it is "

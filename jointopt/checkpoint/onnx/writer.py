@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from jointopt.checkpoint.structure import quantized_layers, timm_recipe
-from jointopt.targets import TARGETS, check_schemes
+from jointopt.checkpoint.structure import check_formats, timm_recipe
 from quant.errors import JointoptError
 
 MODEL = "model.onnx"
@@ -55,13 +54,7 @@ def check(model: Any, opset: int = OPSETS[0]) -> None:
     check_installed()
     if opset not in OPSETS:
         raise JointoptError(f"opset: found {opset}; allowed: {', '.join(map(str, OPSETS))}")
-    wanted = TARGETS["onnxruntime"]
-    layers: dict[str, Any] = quantized_layers(model)
-    for path, layer in layers.items():
-        try:
-            check_schemes(wanted, [layer.scheme.name])
-        except JointoptError as error:
-            raise JointoptError(f"export: {path}: {error}") from None
+    check_formats(model, "onnxruntime")
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
         raise JointoptError(f"export: the model is {dtype}; allowed for onnxruntime: float32")
