@@ -116,6 +116,14 @@ def test_singular_hessians_and_dead_channels_are_handled():
     )
 
 
+def test_inputs_that_hardly_vary_have_a_hessian_that_can_be_inverted():
+    torch.manual_seed(0)
+    weight, form = torch.randn(4, 384), SCHEMES["W4A16_CHANNEL"].weights
+    x = torch.randn(384) + 3e-4 * torch.randn(64, 2) @ torch.randn(2, 384)
+    hessian = moments_of(nn.Linear(384, 4), x).hessian(centred=True)
+    assert gptq(weight, hessian, form).dequantize().isfinite().all()
+
+
 @given(seed=st.integers(0, 10**6), columns=st.integers(1, 40))
 @settings(max_examples=20, deadline=None)
 def test_the_inverse_factor_is_one(seed, columns):

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from quant.errors import JointoptError
 
+HARDLY, CANCELLED = 1e-3, 2.0**-15
+"""Variance, as a share of the mean square, below which inputs hardly vary (a classifier's behind few blocks); and what
+sums in float32 may be off by where the mean is subtracted, without which their covariance may not be positive."""
 NEVER_REACHED = "calibration never reached it; allowed: batches that use every layer"
 
 
@@ -66,7 +69,8 @@ class InputMoments:
         """Mean of x x^T, [groups, columns, columns]; `centred`, of (x - mean)(x - mean)^T.
 
         That of the layer's squared output error, up to a factor (GPTQ, arXiv 2210.17323, eq. 3). Centred it belongs to
-        a layer whose bias takes up the mean of the error.
+        a layer whose bias takes up the mean of the error; where inputs hardly vary, its diagonal is raised by what the
+        subtraction may have lost.
 
         Raises:
             JointoptError: there were no inputs, or some that are not finite.
@@ -76,7 +80,13 @@ class InputMoments:
         if not self.gram.isfinite().all():
             raise JointoptError("calibration saw inputs that are not finite; allowed: finite numbers")
         mean = self.gram / self.count
-        return mean.baddbmm_(self.mean()[:, :, None], self.mean()[:, None], alpha=-1) if centred else mean
+        if not centred:
+            return mean
+        square = mean.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        mean.baddbmm_(self.mean()[:, :, None], self.mean()[:, None], alpha=-1)
+        diagonal = mean.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(torch.where(diagonal.mean(-1, keepdim=True) < HARDLY * square, CANCELLED * square, 0.0))
+        return mean
 
     def mean(self) -> Tensor:
         """[groups, columns]."""
