@@ -26,6 +26,8 @@ GOLDEN = 0.6180339887
 WEIGHTINGS = 20
 CROSSED = 24, 3000
 """Of how many of the best genomes beginnings and ends are put together, to about how many."""
+LEAST = 0.01
+"""Of the largest computed cost that was told: below it a ratio counts for little."""
 BOLDNESS = 0.3
 """How far the drawn functions go from the mean, as a share of the posterior's width. At 1 a search in hundreds of
 dimensions explores for ever."""
@@ -244,6 +246,7 @@ class Beliefs:
             for at in search.measured
         }
         self.drawn = {at: p.draw(search.draws, BOLDNESS, search.random) for at, p in self.predictors.items()}
+        self._by_ratio = [at for at in search.exact if 0 <= costs[:, at].min() < costs[:, at].max()]
         self._exploding = [at for at in self.predictors if _explodes(costs[:, at])]
 
     def foreseen(self, genomes: np.ndarray) -> np.ndarray:
@@ -254,10 +257,12 @@ class Beliefs:
         return values
 
     def constrained(self, genomes: np.ndarray) -> np.ndarray:
-        """The same, with what exceeds a constraint worse than all that do not."""
+        """The same on the scales by which they are compared, with what exceeds a constraint worse than all that do
+        not."""
         values = self.foreseen(genomes)
         feasible = self.search.feasible
-        return handicapped(values, feasible.excess(genomes) + feasible.measured_excess(values * self.search.signs))
+        excess = feasible.excess(genomes) + feasible.measured_excess(values * self.search.signs)
+        return handicapped(self._compared(values), excess)
 
     def imagined(self, genomes: np.ndarray) -> np.ndarray:
         """Costs [draws, n, objectives] under each draw."""
@@ -288,13 +293,16 @@ class Beliefs:
                 tables[at] = drawn[:, draw]
             yield tables
 
-    def _compressed(self, values: np.ndarray) -> np.ndarray:
-        """Values [..., objectives] with those that explode on their predictor's scale: in their own unit a few
+    def _compared(self, values: np.ndarray) -> np.ndarray:
+        """Values [..., objectives] on the scales by which they are compared. Computed costs are compared by ratio:
+        from 10 MB to 9 is as far as from 100 to 90. What explodes is on its predictor's scale: in its own unit a few
         hopeless genomes would make all the others look alike."""
-        compressed = values.copy()
+        compared = values.copy()
+        for at in self._by_ratio:
+            compared[..., at] = np.log(np.maximum(values[..., at], 0) + LEAST * self.costs[:, at].max())
         for at in self._exploding:
-            compressed[..., at] = self.predictors[at].scale.forward(np.clip(values[..., at], -LIMIT, LIMIT))
-        return compressed
+            compared[..., at] = self.predictors[at].scale.forward(np.clip(values[..., at], -LIMIT, LIMIT))
+        return compared
 
     def picked(self, found: np.ndarray, n: int, parts: Sequence[Sequence[int]] = ()) -> list[int]:
         """Indices of up to n genomes, each the one expected to add most hypervolume to what is there by then, for the
@@ -302,11 +310,11 @@ class Beliefs:
         that which exceeds least is next."""
         if not len(found):
             return []
-        costs = self._compressed(self.costs)
+        costs = self._compared(self.costs)
         low, high = costs.min(0), costs.max(0)
         imagined = self.imagined(np.vstack([self.told, found]))
         excess = self.search.feasible.measured_excess(imagined * self.search.signs)
-        values = (self._compressed(imagined) - low) / np.where(high > low, high - low, 1.0)
+        values = (self._compared(imagined) - low) / np.where(high > low, high - low, 1.0)
         reference = np.full(values.shape[2], 1.05)
         values[excess > 0] = reference
         handicap = 1e-9 * excess[:, len(self.told) :].mean(0) / max(excess.max(), 1e-300)
