@@ -185,7 +185,8 @@ def test_channels_are_sorted_again_during_training(tmp_path):
     assert calls == [2, 4]
 
 
-def test_two_processes_train_as_one_with_all_of_the_batch(tmp_path):
+@pytest.mark.parametrize("options", ["", ", precision_from=0.0, learned_ranges=True"], ids=["weights", "and ranges"])
+def test_two_processes_train_as_one_with_all_of_the_batch(tmp_path, options):
     script = tmp_path / "two.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -193,10 +194,12 @@ def test_two_processes_train_as_one_with_all_of_the_batch(tmp_path):
         "from safetensors.torch import save_file\n"
         "from tests.test_trainer import Recipe, Sandwich, trainer, weights\n"
         "size, backend = int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None\n"
-        "made = trainer(Path(sys.argv[1]), recipe=Recipe(Sandwich(1)), per_device_train_batch_size=size, max_steps=3,\n"
-        "               ddp_backend=backend)\n"
+        f"made = trainer(Path(sys.argv[1]), recipe=Recipe(Sandwich(1){options}),\n"
+        "               per_device_train_batch_size=size, max_steps=3, ddp_backend=backend)\n"
         "made.train()\n"
-        "save_file({k: v.contiguous() for k, v in weights(made).items()},\n"
+        "learned = made.supernet.learned\n"
+        "found = weights(made) | ({} if learned is None else {'ranges': learned.values})\n"
+        "save_file({k: v.contiguous() for k, v in found.items()},\n"
         "          f'{sys.argv[1]}/rank{made.args.process_index}.safetensors')\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
@@ -211,6 +214,7 @@ def test_two_processes_train_as_one_with_all_of_the_batch(tmp_path):
     one, first, second = (load_file(tmp_path / f) for f in ("one/rank0.safetensors", "two/rank0.safetensors",
                                                             "two/rank1.safetensors"))  # fmt: skip
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert ("ranges" in first) == bool(options) and (not options or first["ranges"].any())
     assert_trained_alike(first, one)
 
 
