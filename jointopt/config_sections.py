@@ -246,7 +246,7 @@ class Search(Section):
     patience: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     warm_start: bool = False
-    batch: Positive = 10
+    batch: Positive = 5
     workers: Positive | None = None
     ray: str | None = None
     threads: Positive | None = None

@@ -27,7 +27,7 @@ from search_spaces.space import SearchSpace
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
-BATCH = 10
+BATCH = 5
 
 
 def search(

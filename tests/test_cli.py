@@ -263,8 +263,8 @@ def test_a_function_that_always_fails_stops_the_run_after_the_first_batch(place,
     own = {"task": None, "objectives": ["quality", "size"], "data": {"calibrate": "images"}}
     write_config(place, output="runs/nan", quality="broken.quality", **own)
     monkeypatch.syspath_prepend(str(place))
-    assert "all 10 evaluations failed" in refused(capsys, place, monkeypatch, "run", "config.yaml")
-    assert len(Study.open(place / "runs/nan/study.db")) == 10
+    assert "all 5 evaluations failed" in refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert len(Study.open(place / "runs/nan/study.db")) == 5
 
 
 def test_another_config_in_the_same_output_is_refused_and_harms_nothing(finished, capsys, monkeypatch):
