@@ -143,6 +143,24 @@ def test_computed_costs_are_compared_by_ratio():
     assert 0.3 < np.mean(strategy.values[10:, 1] < 10) < 0.7
 
 
+def test_every_uniform_number_format_is_among_the_first_that_are_tried():
+    bits = {"none": 32, "W8A8": 8, "W4A16": 4, "FP8": 8, "NVFP4": 4.5}
+    blocks = [f"block{at}" for at in range(6)]
+    widths = [Gene(f"{block}.width", (1, 2, 4)) for block in blocks]
+    formats = [Gene(f"{block}.{layer}", tuple(bits)) for block in blocks for layer in ("in", "out")]
+    space = SearchSpace([Gene("heads", (1, 2)), *widths, *formats])
+    stored = np.array([*bits.values()])
+
+    def bytes_of(genomes: np.ndarray) -> np.ndarray:
+        return (np.repeat(2.0 ** genomes[:, 1:7], 2, axis=1) * stored[genomes[:, 7:]]).sum(1)
+
+    strategy = strategies.create(
+        "guided", space, (Objective("loss", "min"), Objective("size", "min", bytes_of)), seed=0
+    )
+    whole = [genome for genome in strategy.ask(10) if (genome[:7] == space.largest[:7]).all()]
+    assert {(0,), (1,), (2,), (3,), (4,)} <= {tuple(set(genome[7:].tolist())) for genome in whole}
+
+
 def test_one_objective_alone_is_minimized():
     strategy = searched("guided", 5, (Objective("loss", "min"),))
     assert strategy.values.min() == 0

@@ -23,6 +23,8 @@ from search_spaces.space import SearchSpace
 FEWEST = 5
 """Evaluations without which nothing is learned."""
 GOLDEN = 0.6180339887
+UNIFORM = 4
+"""Choices of the leading group of genes that the first design tries before all others."""
 WEIGHTINGS = 20
 CROSSED = 24, 3000
 """Of how many of the best genomes beginnings and ends are put together, to about how many."""
@@ -157,21 +159,22 @@ class GuidedSearch(Strategy):
         return tables
 
     def _grouped(self) -> list[np.ndarray]:
-        """The largest genome with all genes of the same choices at one of these: of each group the middle one, then
-        the smallest, then the others, what most of the costs hang on first."""
+        """The largest genome with all genes of the same choices at one of these. Of the group that most of the costs
+        hang on, number formats as a rule, UNIFORM of them: what is uniform is what anyone would try first. Of each
+        other group the middle one; then the smallest, then the others."""
         groups: dict[tuple, list[int]] = {}
         for at, gene in enumerate(self.space.genes):
             if len(gene.choices) > 1:
                 groups.setdefault(gene.choices, []).append(at)
         ordered = sorted(groups.values(), key=lambda members: -self.choices.share[members].sum())
         found = []
-        for members in ordered:
+        for rank, members in enumerate(ordered):
             path = self._paths[members[0]][:-1]
             middle = path[(len(path)) // 2]
             for turn, choice in enumerate(dict.fromkeys([middle, *path])):
                 genome = self.space.largest.copy()
                 genome[members] = choice
-                found.append((turn, self.space.canonical(genome)))
+                found.append((turn if rank else turn // UNIFORM, self.space.canonical(genome)))
         return [genome for _, genome in sorted(found, key=lambda each: each[0])]
 
     def _strewn(self, level: float) -> np.ndarray:
