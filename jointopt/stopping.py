@@ -168,6 +168,8 @@ class Watch:
         return ", ".join(parts) + self._expected
 
     def ended(self, reason: str) -> None:
+        # What the last evaluation left of the time is gone too: the same call again must not find it there.
+        self.study.note("elapsed", self.elapsed())
         self.study.note("stopped", reason)
         if not self._bar.disable:
             self._bar.print(f"search ended: {reason}", highlight=False)
