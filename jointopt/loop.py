@@ -339,6 +339,9 @@ class _Run:
 
     def _record(self, number: int, generation: int, genome: np.ndarray, found: Evaluation) -> None:
         elapsed = self.watch.elapsed()
+        lacking = [each.name for each in self.study.objectives if each.name not in (found.metrics or {})]
+        if lacking and found.failed is None:
+            found = replace(found, metrics=None, failed=f"quality returned no {lacking[0]!r}")
         self.study.add_evaluation(
             generation, genome, found.metrics, found.failed, found.seconds, number=number, elapsed=elapsed
         )

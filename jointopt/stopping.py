@@ -94,9 +94,14 @@ def _is_number(value: object) -> bool:
 
 def _without_gain(study: Study) -> int:
     """Evaluations since the last that gained hypervolume."""
-    history = study.hypervolume_history()
-    gains = np.flatnonzero(np.diff(history, prepend=0.0) > 1e-12 * max(history.max(initial=0.0), 1e-300))
-    return len(history) - (int(gains[-1]) + 1 if len(gains) else 0)
+    costs, reference = study.costs(), study.reference_point()
+    if reference is None:
+        return len(costs)
+    turned = minimized(np.array([reference]), study.objectives)[0]
+    whole, idle = hypervolume(costs, turned), 0
+    while idle < len(costs) and hypervolume(costs[: len(costs) - idle - 1], turned) >= whole * (1 - 1e-12):
+        idle += 1
+    return idle
 
 
 def expected_gain(study: Study, predicted: np.ndarray) -> float | None:

@@ -32,6 +32,8 @@ CREATE TABLE IF NOT EXISTS evaluations (
 """
 _SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "scikit-learn", "numpy")
 VERSION = 2
+FIRST = 10
+"""Evaluations that the reference point is beyond."""
 
 
 class Study:
@@ -251,21 +253,23 @@ class Study:
         return front_of(self.evaluations(), self.objectives)
 
     def reference_point(self) -> list[float] | None:
-        """The point that hypervolume is measured from, in the objectives' units: 10% beyond the worst of the first
-        generation's values and the original's. None before a generation is complete."""
+        """The point that hypervolume is measured from, in the objectives' units: 10% beyond the worst of the original's
+        values and those of the evaluations up to number FIRST. None before there is one."""
         frame = self.evaluations()
-        first = frame[(frame["generation"] == 0)] if len(frame) else frame
-        costs = costs_of(first, self.objectives) if len(first) else np.empty((0, len(self.objectives)))
+        costs = costs_of(frame[frame["number"] <= FIRST], self.objectives)
         costs = costs[np.isfinite(costs).all(axis=1)]
         if not len(costs):
             return None
+        original = [self.baselines.get("original", {}).get(objective.name, np.nan) for objective in self.objectives]
+        if np.isfinite(original).all():
+            costs = np.vstack([costs, minimized(np.array([original]), self.objectives)])
         worst, best = costs.max(0), costs.min(0)
-        signs = np.array([objective.sign for objective in self.objectives])
-        return ((worst + 0.1 * np.where(worst > best, worst - best, 1.0)) * signs).tolist()
+        span = np.where(worst > best, worst - best, np.where(worst == 0, 1.0, np.abs(worst)))
+        return ((worst + 0.1 * span) * np.array([objective.sign for objective in self.objectives])).tolist()
 
     def hypervolume_history(self, reference: Sequence[float] | None = None) -> np.ndarray:
         """Hypervolume after each evaluation, [evaluations], from `reference` (default: `reference_point`)."""
-        reference = reference or self.reference_point()
+        reference = self.reference_point() if reference is None else reference
         frame = self.evaluations()
         if reference is None:
             return np.zeros(len(frame))

@@ -408,7 +408,7 @@ class Supernet:
         """Sorts channels and heads of a super-network in training by their importance now. The function of the whole
         model is unchanged, and so is the optimizer's next step: what it keeps of a parameter is sorted likewise.
 
-        Blocks keep their order, from which the conditions of the space follow.
+        Blocks keep their order, from which the conditions of the space follow. Calibrate it again afterwards.
 
         Raises:
             JointoptError: there is no batch, or one is not a dict.
@@ -417,7 +417,7 @@ class Supernet:
         if not calibration.run(self._checked(batches, [])):
             raise JointoptError("sort_again: found no batch; allowed: one or more dicts of the model's inputs")
         sort_widths(self.model, self.family, calibration, optimizer.state if optimizer is not None else {})
-        self._bank.clear()
+        self.weights_changed()
 
     def for_workers(self, count: int) -> Supernet:
         """The same, to be sent to `count` other processes for evaluations alone: without the model that was given."""

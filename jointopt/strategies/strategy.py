@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -47,7 +47,8 @@ class Strategy:
     def ask(self, n: int) -> np.ndarray:
         """Canonical genomes, int64 [n, genes], none of them asked or told before.
 
-        Fewer than n, down to none, only where the space has no more that keep to the exact constraints.
+        Fewer than n, down to none, only where the space has no more that keep to the exact constraints; of more than
+        a million genomes, where none of those differs in one gene from any known one that does.
         """
         if n < 1:
             raise JointoptError(f"ask: found {n}; allowed: 1 or more")
@@ -132,13 +133,22 @@ class Strategy:
                 return list(found.values())
             if len(found) == before:
                 break
-        if self.space.count() <= 10**6:
-            everything = self.space.genomes()
-            while len(found) < n and (some := list(islice(everything, 1000))):
-                for genome in np.array(some)[self.feasible.excess(np.array(some)) == 0]:
-                    if genome.tobytes() not in taken and len(found) < n:
-                        found.setdefault(genome.tobytes(), genome)
+        rest = self.space.genomes() if self.space.count() <= 10**6 else self._around(taken | found.keys())
+        while len(found) < n and (some := list(islice(rest, 1000))):
+            for genome in np.array(some)[self.feasible.excess(np.array(some)) == 0]:
+                if genome.tobytes() not in taken and len(found) < n:
+                    found.setdefault(genome.tobytes(), genome)
         return list(found.values())
+
+    def _around(self, known: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """All that differ in one gene from a known genome that keeps to the exact constraints."""
+        genomes = np.array([np.frombuffer(key, dtype=np.int64) for key in sorted(known)]).reshape(-1, len(self.space))
+        genomes = genomes[self.feasible.excess(genomes) == 0]
+        for genome in self.random.permutation(genomes):
+            for gene, size in enumerate(self.space.sizes):
+                changed = np.repeat(genome[None], size, axis=0)
+                changed[:, gene] = np.arange(size)
+                yield from self.space.canonical(changed)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that future asks depend on, as JSON can hold it."""

@@ -10,7 +10,7 @@ itself gone back from: accumulation, loss scaling and clipping work as with any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +144,7 @@ def gradients_of(
             raise JointoptError(f"train: the loss is {loss.item()}; a smaller learning_rate may help")
         if torch.is_grad_enabled():
             wanted = [*parameters, *(part for part, _ in slices)]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+            found = _in_memory_of_their_own(torch.autograd.grad(loss, wanted, allow_unused=True))
             for at, (held, new) in enumerate(zip(gradients, found[: len(parameters)], strict=True)):
                 gradients[at] = new if held is None else held if new is None else held.add_(new)
             for (part, at), new in zip(slices, found[len(parameters) :], strict=True):
@@ -164,6 +164,20 @@ def gradients_of(
         target = target or shown.detached()
         del loss, shown, view, slices
     return losses, gradients, parameters
+
+
+def _in_memory_of_their_own(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What may be added to in place: autograd gives views of one tensor where parameters were added to each other."""
+    taken: set[int] = set()
+    found = []
+    for each in gradients:
+        if each is not None:
+            storage = each.untyped_storage()
+            if storage.data_ptr() in taken or storage.nbytes() != each.numel() * each.element_size():
+                each = each.clone()
+            taken.add(storage.data_ptr())
+        found.append(each)
+    return found
 
 
 @dataclass(frozen=True)
