@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from transformers import BertModel
 
 import jointopt
-from jointopt import SearchSpace, Supernet
+from jointopt import JointoptError, SearchSpace, Supernet
 from jointopt.checkpoint import reload
 from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make
 
@@ -30,7 +34,7 @@ outputs = {}
 for folder in json.loads(sys.argv[2]):
     with torch.no_grad():
         output = reload.load_model(folder)(**batch)
-    outputs[folder] = (output if torch.is_tensor(output) else output.logits).contiguous()
+    outputs[folder] = (output if torch.is_tensor(output) else output[0]).contiguous()
 assert not {"jointopt", "search_spaces", "quant"} & set(sys.modules)
 save_file(outputs, sys.argv[4])
 """
@@ -86,3 +90,82 @@ def test_relatives_of_the_same_layout_are_one_as_well(name, tmp_path):
 @pytest.mark.parametrize("precision_per", ["layer", "block"])
 def test_precision_by_layer_and_by_block(precision_per, tmp_path):
     three_are_one("llama_tied", 2, tmp_path, precision_per=precision_per)
+
+
+def _vit(**options) -> torch.nn.Module:
+    return VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=128, depth=2, num_heads=4, num_classes=5, **options
+    ).eval()
+
+
+def _resnet(**options) -> torch.nn.Module:
+    return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(32, 48, 64, 96), **options).eval()
+
+
+def _small_stem() -> torch.nn.Module:
+    model = _resnet()
+    model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = torch.nn.Identity()
+    return model
+
+
+def _without(model: torch.nn.Module, *layers: str) -> torch.nn.Module:
+    for path in layers:
+        model.get_submodule(path).bias = None
+    return model
+
+
+def _of_other_epsilon(model: torch.nn.Module) -> torch.nn.Module:
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 0.3
+    return model
+
+
+def _without_pooling() -> torch.nn.Module:
+    return BertModel(make("bert").config, add_pooling_layer=False).eval()
+
+
+SET_OTHERWISE = {
+    "vit": [
+        lambda: _vit(norm_layer=partial(torch.nn.LayerNorm, eps=0.3)),
+        lambda: _vit(act_layer=partial(torch.nn.GELU, approximate="tanh")),
+        lambda: _vit(proj_bias=False),
+    ],
+    "resnet": [
+        _small_stem,
+        lambda: _resnet(output_stride=8),
+        lambda: _resnet(down_kernel_size=3),
+        lambda: _of_other_epsilon(_resnet()),
+    ],
+    "bert": [lambda: _of_other_epsilon(make("bert")), lambda: _without(make("bert"), "classifier"), _without_pooling],
+}
+
+
+@pytest.mark.parametrize("kind", SET_OTHERWISE)
+def test_a_model_that_is_set_otherwise_than_its_library_does_is_reloaded_as_it_is(kind, tmp_path):
+    batch = batches({"vit": "timm_vit", "resnet": "timm_resnet"}.get(kind, kind), seed=1)[0]
+    expected, folders = {}, []
+    for at, made in enumerate(SET_OTHERWISE[kind]):
+        torch.manual_seed(at)
+        model = made()
+        supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed"))
+        supernet.calibrate([batch])
+        for genome in (supernet.space.largest, supernet.space.sample(1, seed=0)[0]):
+            folder = jointopt.export(supernet, genome, tmp_path / f"{at}-{len(folders)}")
+            with supernet.active(genome) as view, torch.no_grad():
+                output = view(**batch)
+            expected[str(folder)] = output if torch.is_tensor(output) else output[0]
+            folders.append(folder)
+    for folder, found in reloaded(folders, batch, tmp_path).items():
+        same(found, expected[folder])
+
+
+def test_what_the_library_cannot_build_is_refused_with_its_path(tmp_path):
+    model = _resnet()
+    model.layer1[0].conv1 = torch.nn.Conv2d(64, 32, 3, padding=1, bias=True)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed"))
+    supernet.calibrate(batches("timm_resnet"))
+    with pytest.raises(JointoptError, match=r"layer1\.0\.conv1 has a bias; the Conv2d .* has none"):
+        jointopt.export(supernet, supernet.space.largest, tmp_path / "small")
+    assert not (tmp_path / "small").exists()

@@ -27,7 +27,7 @@ def rebuild(model, spec):
         resize(model.get_submodule(path), shapes)
     for path, values in spec.get("attributes", {}).items():
         for name, value in values.items():
-            setattr(model.get_submodule(path) if path else model, name, value)
+            setattr(model.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
     for path, record in spec.get("quantized", {}).items():
         replace(model, path, Quantized(model.get_submodule(path), record))
     for path, source in spec.get("tied", {}).items():
@@ -103,6 +103,7 @@ class SplitQKV(nn.Module):
 STAND_INS = {
     "Identity": nn.Identity, "SkipBranch": SkipBranch, "SkipAttention": SkipAttention, "SplitQKV": SplitQKV,
     "SkipPostNormAttention": SkipPostNormAttention, "SkipPostNormOutput": SkipPostNormOutput,
+    "None": lambda replaced: None,
 }  # fmt: skip
 
 

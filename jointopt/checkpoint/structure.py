@@ -15,6 +15,12 @@ from quant.formats import Format, Scheme
 from quant.packing import layout, packed_tensors
 from quant.reference import LLM_INT8_OUTLIER
 
+_SET_BY_SIZE = (
+    *("out_features", "out_channels", "num_features", "embedding_dim", "in_features", "in_channels"),
+    "normalized_shape",
+)
+_WITHOUT_EFFECT = ("training", "gradient_checkpointing", "grad_checkpointing", "p", "drop_prob")
+"""Settings that no evaluated output depends on: those of training."""
 STAND_INS = ("Identity", "SkipBranch", "SkipAttention", "SkipPostNormAttention", "SkipPostNormOutput", "SplitQKV")
 
 
@@ -176,6 +182,7 @@ def rebuild_spec(model: nn.Module, built: nn.Module, pack: bool) -> dict[str, An
                 )
             continue
         _compare(path, module, there[path], spec)
+    _left_out(model, there, spec)
     if pack:
         _add_quantized(model, spec)
     spec["caches"] = _caches(model)
@@ -202,20 +209,58 @@ def _made(module: nn.Module, replaced: nn.Module | None) -> nn.Module:
 
 
 def _compare(path: str, module: nn.Module, built: nn.Module, spec: dict[str, dict[str, Any]]) -> None:
-    shapes = {}
-    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        other = getattr(built, name, None)
-        if tensor is not None and other is not None and tensor.shape != other.shape:
+    """Notes what a reload has to set on the module that the library builds: shapes, settings, tensors that are not."""
+    shapes, attributes = {}, {}
+    for name in [*module._parameters, *module._buffers]:
+        tensor, other = getattr(module, name), getattr(built, name, None)
+        if tensor is None and other is not None:
+            attributes[name] = None
+        elif tensor is not None and other is not None and tensor.shape != other.shape:
             shapes[name] = list(tensor.shape)
+        elif tensor is not None and other is None and name in _stored(module):
+            raise JointoptError(
+                f"export: {path or 'the model'} has a {name}; the {type(module).__name__} that the library builds from "
+                "the model's settings has none, and would not load it"
+            )
+    for name, value in vars(module).items():
+        if name.startswith("_") or name in _SET_BY_SIZE or name in _WITHOUT_EFFECT or name not in vars(built):
+            continue
+        if _is_setting(value) and vars(built)[name] != value:
+            attributes[name] = value
     if shapes:
         spec["shapes"][path] = shapes
-    sizes = ("out_features", "out_channels", "num_features", "embedding_dim", "in_features", "in_channels")
-    for name, value in vars(module).items():
-        counted = isinstance(value, int) and not isinstance(value, bool) and name not in sizes
-        if counted and not name.startswith("_") and vars(built).get(name, value) != value:
-            spec["attributes"].setdefault(path, {})[name] = value
-    if type(module).__name__ == "Dropout" or not path:
-        spec["attributes"].get(path, {}).pop("training", None)
+    if attributes:
+        spec["attributes"][path] = attributes
+
+
+def _stored(module: nn.Module) -> set[str]:
+    """Names of the module's own tensors that a checkpoint holds, the constants of a quantized cache aside."""
+    cache = "cache_record" in module.__dict__
+    kept = {name for name in module._buffers if not (cache and name.startswith("key_"))}
+    return {*module._parameters, *(kept - module._non_persistent_buffers_set)}
+
+
+def _is_setting(value: object) -> bool:
+    """Whether JSON holds it and `runtime.rebuild` sets it."""
+    if isinstance(value, tuple):
+        return all(isinstance(each, bool | int | float | str | None) for each in value)
+    return isinstance(value, bool | int | float | str | None)
+
+
+def _left_out(model: nn.Module, there: Mapping[str, nn.Module], spec: dict[str, dict[str, Any]]) -> None:
+    """Notes modules that are None in the model and that the library builds (a pooling layer).
+
+    Raises:
+        JointoptError: the model lacks one altogether.
+    """
+    ours = dict(model.named_modules())
+    for path in there:
+        holder, _, name = path.rpartition(".")
+        if path in ours or holder not in ours or holder in spec["replaced"]:
+            continue
+        if getattr(ours[holder], name, there[path]) is not None:
+            raise JointoptError(f"export: the library builds {path}, {there[path]!s:.60}; the model has none")
+        spec["replaced"][path] = "None"
 
 
 def _add_quantized(model: nn.Module, spec: dict[str, dict[str, Any]]) -> None:
