@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
-from quant.kernels import fake_quantize_activation
+from quant.layers import held_input
 from quant.reference import Clip
 from quant.rounding.descent import descent
 from quant.rounding.gptq import gptq
@@ -355,7 +355,7 @@ class _SharedMoments:
         halves = InputMoments(module), InputMoments(module)
         seen = 0
         for x, original, mask in arrived:
-            held = x if form is None else fake_quantize_activation(x, form, **_arguments(constants))
+            held = x if form is None else held_input(module, x, form, **constants)
             for number, half in enumerate(halves):
                 part = slice((number - seen) % 2, None, 2)
                 chosen: Any = part
@@ -366,10 +366,6 @@ class _SharedMoments:
             seen += len(x)
         self._inputs, self._constants, self._halves = [weakref.ref(x) for x in inputs], values, halves
         return halves
-
-
-def _arguments(constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("input_"): constant for name, constant in constants.items()}
 
 
 @contextmanager

@@ -77,9 +77,9 @@ class CalibrationPass:
         """Hands the attention layer a cache that shows its keys and keeps nothing."""
         return args, {**kwargs, cache_name(kwargs): _SeenKeys(self, keys)}
 
-    def _tokens(self, hidden: Tensor) -> Tensor:
-        """[rows, channels], padding left out."""
-        if hidden.dim() == 4:
+    def _tokens(self, hidden: Tensor, module: nn.Module | None = None) -> Tensor:
+        """[rows, channels], padding left out; channels come second in what a module with convolutions is handed."""
+        if module is not None and hidden.dim() == 4 and any(isinstance(m, nn.Conv2d) for m in module.modules()):
             return hidden.permute(0, 2, 3, 1).reshape(-1, hidden.shape[1])
         if self._mask is not None and hidden.dim() == 3 and self._mask.shape == hidden.shape[:2]:
             return hidden[self._mask.bool()]
@@ -87,7 +87,7 @@ class CalibrationPass:
 
     def _energy_hook(self, path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            energy = self._tokens(hidden_input(args, kwargs)).float().square().sum(0)
+            energy = self._tokens(hidden_input(args, kwargs), module).float().square().sum(0)
             self.channel_energy[path] = self.channel_energy.get(path, torch.zeros_like(energy)) + energy
 
         return hook
@@ -97,7 +97,8 @@ class CalibrationPass:
             after = output[0] if isinstance(output, tuple) else output
             before = hidden_input(args, kwargs)
             if before.shape == after.shape:
-                cosine = nn.functional.cosine_similarity(self._tokens(before).float(), self._tokens(after).float())
+                first, second = (self._tokens(each, module).float() for each in (before, after))
+                cosine = nn.functional.cosine_similarity(first, second)
                 self._cosines.setdefault(name, []).append(cosine)
 
         return hook
@@ -105,7 +106,7 @@ class CalibrationPass:
     def _input_hook(self, listen: Callable[[Tensor], None]) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             hidden = hidden_input(args, kwargs)
-            listen(hidden if hidden.dim() == 4 else self._tokens(hidden))
+            listen(hidden if isinstance(module, nn.Conv2d) else self._tokens(hidden))
 
         return hook
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from quant.formats import Scheme
+from quant.formats import Format, Scheme
 from quant.kernels import fake_quantize_activation
 from quant.reference import QuantizedTensor, llm_int8_codes
 
@@ -25,11 +25,24 @@ class _Quantized:
         return {name: getattr(self, name) for name in names}
 
     def _held(self, x: Tensor) -> Tensor:
-        if self.scheme.activations is None:
-            return x
-        return fake_quantize_activation(
-            x, self.scheme.activations, self.input_scale, self.input_zero_point, self.input_global_scale
-        )
+        form = self.scheme.activations
+        return x if form is None else held_input(self, x, form, **self.statistics())
+
+
+def held_input(
+    layer: object,
+    x: Tensor,
+    format: Format,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    input_global_scale: Tensor | None = None,
+) -> Tensor:
+    """A layer's input as its activation format holds it: four dimensions are a convolution's [N, C, H, W], or for any
+    other layer tokens in a grid, channels last."""
+    constants = (input_scale, input_zero_point, input_global_scale)
+    if x.dim() == 4 and not isinstance(layer, nn.Conv2d):
+        return fake_quantize_activation(x.flatten(0, 2), format, *constants).view(x.shape)
+    return fake_quantize_activation(x, format, *constants)
 
 
 class QuantizedLinear(_Quantized, nn.Linear):

@@ -307,6 +307,12 @@ def check(family: Family, model: nn.Module) -> None:
             raise JointoptError(
                 f"{layer.path}: {type(module).__name__} cannot be quantized; allowed: Linear, Conv2d, Embedding"
             )
+        stock = {kind.forward for kind in (nn.Linear, nn.Conv2d, nn.Embedding)}
+        if type(module).forward not in stock or "forward" in module.__dict__:
+            raise JointoptError(
+                f"{layer.path}: {type(module).__name__} computes its output in its own way, which quantized would be "
+                "lost; allowed: the forward of Linear, Conv2d, Embedding (leave the layer out of the declaration)"
+            )
 
 
 def _check_link(family: Family, model: nn.Module, link: Link) -> None:

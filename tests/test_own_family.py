@@ -126,3 +126,64 @@ def test_a_declared_model_of_transformers_is_exported_and_verified(tmp_path: Pat
     result = jointopt.verify(jointopt.export(supernet, genome, tmp_path / "small"), quality)
     assert result.ok, result.differences
     assert result.metrics["quality"] == pytest.approx(expected, rel=1e-4)
+
+
+class GridBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Grid(nn.Module):
+    """Takes tokens in a row, [N, 16, 64], or as a grid, [N, 4, 4, 64], to the same outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(GridBlock() for _ in range(2)), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).flatten(1, -2)
+
+
+def declare_grid(model: nn.Module) -> Family:
+    blocks, widths, layers = [], [], []
+    for index in range(len(model.blocks)):
+        name, path = f"block{index}", f"blocks.{index}"
+        blocks.append(Block(name, path))
+        widths.append(Width(f"{name}.mlp", "mlp", 128, (Part(f"{path}.up"),), (Part(f"{path}.down"),), block=name))
+        layers += [Layer(f"{name}.{short}", f"{path}.{short}", f"{name}.{short}", name) for short in ("up", "down")]
+    return Family("grid", tuple(blocks), tuple(widths), tuple(layers))
+
+
+def test_tokens_in_a_grid_are_tokens_in_a_row():
+    torch.manual_seed(0)
+    grid, tokens = Grid().eval(), torch.randn(6, 16, 64) * torch.logspace(-1, 1, 64)
+    schemes = ["none", "W8A8", "W8A8_STATIC", "NVFP4", "MXFP4", "FP8_DYNAMIC"]
+    space = SearchSpace.for_model(grid, schemes, family=declare_grid, depth=[1, 2], mlp=[32, 64, 128])
+    found = []
+    for inputs in (tokens, tokens.unflatten(1, (4, 4))):
+        supernet = Supernet(grid, space, family=declare_grid)
+        supernet.calibrate([{"x": inputs}])
+        for genome in space.sample(12, seed=0):
+            with supernet.active(genome) as view, torch.no_grad():
+                found.append((view(inputs), supernet.costs(genome)))
+    for (in_row, costs), (in_grid, same_costs) in zip(found[:12], found[12:], strict=True):
+        torch.testing.assert_close(in_grid, in_row, atol=1e-5, rtol=1e-5)
+        assert same_costs == costs
+
+
+class HalvedLinear(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) / 2
+
+
+def test_a_layer_that_computes_in_its_own_way_is_refused_with_its_path():
+    grid = Grid()
+    grid.blocks[1].down = HalvedLinear(128, 64)
+    with pytest.raises(JointoptError, match=r"blocks\.1\.down: HalvedLinear computes its output in its own way"):
+        SearchSpace.for_model(grid, ["none", "W8A8"], family=declare_grid)

@@ -22,7 +22,7 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 def rebuild(model, spec):
     """Applies `spec`, the "jointopt" entry of config.json, to a freshly built model, in place."""
     for path, kind in spec.get("replaced", {}).items():
-        replace(model, path, STAND_INS[kind](model.get_submodule(path)))
+        replace(model, path, None if kind == "None" else STAND_INS[kind](model.get_submodule(path)))
     for path, shapes in spec.get("shapes", {}).items():
         resize(model.get_submodule(path), shapes)
     for path, values in spec.get("attributes", {}).items():
@@ -103,7 +103,6 @@ class SplitQKV(nn.Module):
 STAND_INS = {
     "Identity": nn.Identity, "SkipBranch": SkipBranch, "SkipAttention": SkipAttention, "SplitQKV": SplitQKV,
     "SkipPostNormAttention": SkipPostNormAttention, "SkipPostNormOutput": SkipPostNormOutput,
-    "None": lambda replaced: None,
 }  # fmt: skip
 
 
@@ -145,7 +144,8 @@ class Quantized(nn.Module):
             return nn.functional.embedding(x, self.weight, **self.options)
         if self.activations is not None:
             constants = (getattr(self, f"input_{name}", None) for name in ("scale", "zero_point", "global_scale"))
-            x = hold(x, self.activations, *constants)
+            tokens = x.flatten(0, 2) if x.dim() == 4 and self.kind == "Linear" else x
+            x = hold(tokens, self.activations, *constants).reshape(x.shape)
         run = nn.functional.conv2d if self.kind == "Conv2d" else nn.functional.linear
         return run(x, self.weight, self.bias, **self.options)
 

@@ -210,7 +210,8 @@ def _made(module: nn.Module, replaced: nn.Module | None) -> nn.Module:
 
 def _compare(path: str, module: nn.Module, built: nn.Module, spec: dict[str, dict[str, Any]]) -> None:
     """Notes what a reload has to set on the module that the library builds: shapes, settings, tensors that are not."""
-    shapes, attributes = {}, {}
+    shapes: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     for name in [*module._parameters, *module._buffers]:
         tensor, other = getattr(module, name), getattr(built, name, None)
         if tensor is None and other is not None:

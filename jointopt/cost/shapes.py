@@ -66,7 +66,7 @@ def measure_positions(model: nn.Module, inputs: Mapping[str, object]) -> dict[st
 
     def counter(path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
+            channels = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
             positions[path] = positions.get(path, 0.0) + output.numel() / channels / batch
 
         return hook

@@ -130,6 +130,8 @@ class OnnxLinear(OnnxLayer):
     """Integer products where the input is INT8, MatMulNBits for INT4 weights, else a product in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:  # tokens in a grid
+            return self(x.flatten(0, 2)).unflatten(0, x.shape[:3])
         if self.weights.bits == 4 and (block := self._block()):
             product = self._block_product(x, block)
         elif self.activations is not None and not self.activations.kind.is_float:
