@@ -74,9 +74,9 @@ def named(objective: str | Objective | dict[str, str]) -> Objective:
         raise JointoptError(f"objectives: found {objective!r}; allowed: a name, or one name with its direction")
     if objective not in DIRECTIONS:
         near = difflib.get_close_matches(objective, DIRECTIONS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise JointoptError(
-            f"objective {objective!r}: has no known direction{hint} Known: {', '.join(DIRECTIONS)}; "
+            f"objective {objective!r}: has no known direction{hint}; known: {', '.join(DIRECTIONS)}; "
             "for a metric of your own: {name: min} or {name: max}"
         )
     return Objective(objective, DIRECTIONS[objective])

@@ -114,6 +114,17 @@ def test_failures_are_recorded_and_the_search_goes_on(supernet):
     assert np.isfinite(study.front()["quality"]).all()
 
 
+def test_an_evaluation_that_lacks_an_objective_has_failed_by_name(supernet):
+    calls = iter(range(1000))
+
+    def forgetful(model: torch.nn.Module) -> dict[str, float]:
+        return {"accuracy": agreement(model)} | ({} if next(calls) == 3 else {"kl": 1.0})
+
+    study = jointopt.search(supernet, forgetful, ["accuracy", "kl", "size"], evaluations=8)
+    assert len(study) == 8
+    assert study.evaluations()["failed"].dropna().tolist() == ["quality returned no 'kl'"]
+
+
 def test_a_function_that_always_fails_stops_the_search(supernet, tmp_path):
     calls = iter(range(1000))
 

@@ -56,6 +56,13 @@ def test_a_search_without_gain_ends_at_the_end_of_a_batch(supernet, tmp_path):
     assert len(jointopt.search(supernet, same, ["quality"], patience=25, storage=tmp_path / "s.db")) == 30
 
 
+def test_patience_counts_gains_in_batches_of_one(supernet):
+    quality = iter(np.linspace(0, 1, 100))
+    study = jointopt.search(supernet, lambda model: next(quality), ["quality"], evaluations=30, patience=15, batch=1)
+    assert len(study) == 30 and study.stopped.startswith("evaluations")
+    assert (np.diff(study.hypervolume_history())[10:] > 0).all()
+
+
 def test_a_space_smaller_than_the_budget_is_finished_and_said():
     model = make("vit")
     space = SearchSpace([Gene("block0.mlp", (64, 128, 256)), Gene("block1.mlp", (128, 256))])

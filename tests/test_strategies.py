@@ -303,6 +303,21 @@ def test_genomes_that_keep_to_a_constraint_are_all_found(name):
     assert sorted(asked) == sorted(genome.tolist() for genome in allowed)
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_few_genomes_that_keep_to_a_constraint_in_a_large_space_are_all_found(name):
+    space = SearchSpace([Gene(f"layer{at}.precision", ("W4A16", "W8A8", "none")) for at in range(14)])
+    total = Objective("total", "min", compute=lambda genomes: genomes.sum(1).astype(float))
+    strategy = strategies.create(
+        name, space, (total,), constraints=(Constraint("total", 3, "<=", total.compute),), seed=1
+    )
+    asked = 0
+    while len(genomes := strategy.ask(100)):
+        asked += len(genomes)
+        strategy.tell(genomes, genomes.sum(1, keepdims=True).astype(float))
+    ways = 1 + 14 + (14 + 14 * 13 // 2) + (14 * 13 + 14 * 13 * 12 // 6)  # that 14 numbers up to 2 sum up to 0, 1, 2, 3
+    assert space.count() == 3**14 and asked == ways
+
+
 def test_evaluations_go_where_a_measured_constraint_holds():
     limit = 4.0
     free, bound = (searched("guided", 5, **options) for options in ({}, {"constraints": (constraint("loss", "<= 4"),)}))
