@@ -73,7 +73,8 @@ def test_training_adapters_lowers_the_loss_and_changes_no_other_weight():
     assert len(study) == 3
 
 
-def test_adapters_resume_to_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["in another process", "on the same object"])
+def test_adapters_resume_to_the_same_weights(where, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "EVERY", 2)
     data = labelled("vit", count=3)
     options = {"learning_rate": 1e-2, "lora": config("vit")}
@@ -88,9 +89,12 @@ def test_adapters_resume_to_the_same_weights(tmp_path, monkeypatch):
 
     file = tmp_path / "training.safetensors"
     torch.manual_seed(0)
+    killed = calibrated("vit")
     with pytest.raises(RuntimeError):
-        jointopt.train_supernet(calibrated("vit"), killed_at, 6, checkpoint=file, **options)
-    resumed = calibrated("vit")
+        jointopt.train_supernet(killed, killed_at, 6, checkpoint=file, **options)
+    assert not adapted(killed.model) and all(each.requires_grad for each in killed.model.parameters())
+    killed.calibrate(batches("vit"))
+    resumed = killed if where == "on the same object" else calibrated("vit")
     jointopt.train_supernet(resumed, data, 6, checkpoint=file, **options)
     assert all(torch.equal(each, resumed.model.state_dict()[key]) for key, each in whole.model.state_dict().items())
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import jointopt
-from jointopt import Distillation, JointoptError, Recipe, SearchSpace, Supernet
+from jointopt import Distillation, Gene, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.evaluation import logits_of
 from jointopt.training import loop
 from jointopt.training.distillation import soft_labels
@@ -88,6 +88,12 @@ def test_attentive_sampling_keeps_to_the_region():
     for seed in range(5):
         genomes = np.stack(strategy.genomes(supernet.space, 0.0, seed))
         assert (supernet.cost_columns(genomes)["size"] <= limit * 1e6).all()
+
+
+def test_attentive_sampling_of_a_space_of_few_genomes_repeats_them():
+    space = SearchSpace([Gene("depth", (1, 2)), Gene("width", (8, 16))])
+    drawn = Attentive(3, front=space.largest[None]).genomes(space, 0.0, 0)
+    assert len(drawn) == 4 and all(space.is_canonical(genome[None]).all() for genome in drawn)
 
 
 def test_attentive_sampling_stays_near_the_front():
@@ -305,8 +311,12 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
 
     with pytest.raises(RuntimeError):
         jointopt.train_supernet(calibrated("vit"), two, 5, checkpoint=file)
-    with pytest.raises(JointoptError, match=r"training\.safetensors.*another training"):
-        jointopt.train_supernet(calibrated("vit"), data, 6, checkpoint=file)
+    for options, named in (({}, "steps"), ({"learning_rate": 1e-4}, "learning_rate"), ({"seed": 1}, "seed")):
+        steps = 5 if options else 6
+        with pytest.raises(JointoptError, match=rf"training\.safetensors.*another training, with another {named}"):
+            jointopt.train_supernet(calibrated("vit"), data, steps, checkpoint=file, **options)
+    with pytest.raises(JointoptError, match="with another sampling"):
+        jointopt.train_supernet(calibrated("vit"), data, 5, checkpoint=file, recipe=Recipe(Sandwich(1)))
 
 
 @pytest.mark.parametrize("name", ["vit", "llama_tied", "resnet"])

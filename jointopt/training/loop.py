@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from jointopt.learned_ranges import learn, settle
 from jointopt.supernet_state import distinct_tensors
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import Recipe, gradients_of
-from jointopt.training.lora import attach, merge
+from jointopt.training.lora import adapted, attach, merge
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def train_supernet(
 
     Raises:
         JointoptError: the super-network is not calibrated, no batch came, labels are missing, a loss is not finite, a
-            checkpoint of another training.
+            checkpoint of another training. Like an interrupt, it leaves what was trained so far.
     """
     recipe = recipe or Recipe(seed=seed)
     recipe.check(supernet)
@@ -78,9 +79,15 @@ def train_supernet(
     model = supernet.model
     parameters = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    kept = None if checkpoint is None else _Checkpoint(Path(checkpoint), _described(supernet, recipe, steps, seed))
+    kept = None
+    if checkpoint is not None:
+        rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "sort_every": sort_every}
+        kept = _Checkpoint(Path(checkpoint), {"steps": steps, "seed": seed, **rates, **_described(supernet, recipe)})
     history: list[float] = []
-    with torch.random.fork_rng(devices=[supernet.device] if supernet.device.type == "cuda" else []):
+    with (
+        _ending(supernet, optimizer),
+        torch.random.fork_rng(devices=[supernet.device] if supernet.device.type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
         if kept is not None:
             history = kept.restore(model, optimizer)
@@ -100,14 +107,22 @@ def train_supernet(
                 supernet.sort_again([{k: v for k, v in batch.items() if k != "labels"}], optimizer)
             if kept is not None and (step + 1) % EVERY == 0:
                 kept.write(model, optimizer, history)
-    optimizer.zero_grad(set_to_none=True)
-    supernet.weights_changed()
-    if lora is not None:
-        merge(supernet)
-    settle(supernet)
     if kept is not None:
         kept.path.unlink(missing_ok=True)
     return history
+
+
+@contextmanager
+def _ending(supernet: Supernet, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """However training ends, adapters and ranges become part of what it has trained, so that it can begin again."""
+    try:
+        yield
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        supernet.weights_changed()
+        if adapted(supernet.model):
+            merge(supernet)
+        settle(supernet)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -137,18 +152,23 @@ def endless(batches: Batches, seed: int, done: int) -> Iterator[Batch]:
         epoch += 1
 
 
-def _described(supernet: Supernet, recipe: Recipe, steps: int, seed: int) -> dict[str, Any]:
+def _described(supernet: Supernet, recipe: Recipe) -> dict[str, Any]:
     """What a checkpoint must have been written with to be gone on from, as far as JSON can hold it."""
-    distillation = recipe.distillation and [getattr(recipe.distillation, name) for name in NUMBERS]
-    return {
-        "space": json.loads(json.dumps(supernet.space.to_dict(), default=str)),
-        "steps": steps,
-        "seeds": [seed, recipe.seed],
-        "sampling": type(recipe.sampling).__name__,
+    sampling = {name: value for name, value in getattr(recipe.sampling, "__dict__", {}).items() if not callable(value)}
+    described = {
+        "space": supernet.space.to_dict(),
+        "the recipe's seed": recipe.seed,
+        "sampling": {"kind": type(recipe.sampling).__name__, **sampling},
         "precision_from": recipe.precision_from,
-        "distillation": distillation,
-        "trained": sorted(name for name, each in supernet.model.named_parameters() if each.requires_grad),
+        "distillation": recipe.distillation and [getattr(recipe.distillation, name) for name in NUMBERS],
+        "lora": {path: layer.lora_scale for path, layer in adapted(supernet.model).items()},
+        "trained": sorted(
+            f"{name} {list(each.shape)}" for name, each in supernet.model.named_parameters() if each.requires_grad
+        ),
     }
+    return json.loads(
+        json.dumps(described, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
+    )
 
 
 class _Checkpoint:
@@ -181,9 +201,11 @@ class _Checkpoint:
             return []
         with safe_open(str(self.path), framework="pt") as file:
             record = json.loads((file.metadata() or {}).get("training", "{}"))
-            if record.get("described") != self._described:
+            differing = [key for key, value in self._described.items() if record.get("described", {}).get(key) != value]
+            if differing:
                 raise JointoptError(
-                    f"train: {str(self.path)!r} was written by another training; allowed: the same, or remove the file"
+                    f"train: {str(self.path)!r} was written by another training, with another {differing[0]}; "
+                    "allowed: the same, or remove the file"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safetensors' own
         with torch.no_grad():

@@ -44,6 +44,8 @@ class Attentive:
             raise JointoptError("sampling attentive: found neither a front nor a region; allowed: one of them, or both")
         random = np.random.default_rng(seed)
         drawn = space.sample(self.count * TRIES, seed)
+        if len(drawn) < self.count * TRIES:
+            drawn = drawn[random.integers(len(drawn), size=self.count * TRIES)]
         if self.front is not None:
             parents = np.asarray(self.front)[random.integers(len(self.front), size=len(drawn))]
             drawn = space.canonical(np.where(random.random(drawn.shape) < self.mutation, drawn, parents))
