@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from jointopt.objectives import DIRECTIONS, EVALUATIONS, constraint
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES
 
 TASKS = ("text-classification", "image-classification", "causal-lm")
@@ -195,11 +194,8 @@ class ObjectiveEntry(Section):
 def _objective(value: Any) -> Any:
     if isinstance(value, str):
         if value not in DIRECTIONS:
-            near = difflib.get_close_matches(value, DIRECTIONS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"{value!r}{hint}; allowed: {', '.join(DIRECTIONS)}, or a metric of one's own as {{{value}: min}}"
-            )
+            allowed = f"{', '.join(DIRECTIONS)}, or a metric of one's own as {{{value}: min}}"
+            raise ValueError(f"{value!r}{did_you_mean(value, DIRECTIONS)}; allowed: {allowed}")
         return {"name": value, "direction": DIRECTIONS[value]}
     if isinstance(value, Mapping) and len(value) == 1 and "name" not in value:
         ((name, direction),) = value.items()
@@ -269,7 +265,7 @@ class Choose(Section):
     Attributes:
         size_mb: the best quality at or under this size.
         drop: the smallest whose quality is at most this much worse than the original's.
-        knee: the point farthest from the line between the ends of the front.
+        knee: the point farthest from the line (of three objectives the plane) between the ends of the front.
     """
 
     size_mb: Annotated[float, Field(gt=0)] | None = None

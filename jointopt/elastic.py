@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from quant.cache import CACHE_FORMATS
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
 from search_spaces.family import Family
 from search_spaces.precision import check_whole_model, fitted_scheme, gene_names, possible_columns
@@ -54,9 +53,9 @@ def check_space(model: nn.Module, family: Family, space: SearchSpace) -> None:
     known = {*widths, *depths, *keeps, *precisions, *caches}
     for gene in space.genes:
         if gene.name not in known:
-            near = difflib.get_close_matches(gene.name, sorted(known), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise JointoptError(f"gene {gene.name!r}: the {family.name} model has no such place{hint}")
+            raise JointoptError(
+                f"gene {gene.name!r}: the {family.name} model has no such place{did_you_mean(gene.name, sorted(known))}"
+            )
         if gene.name in widths:
             width = widths[gene.name]
             _check(

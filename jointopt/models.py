@@ -6,7 +6,6 @@ name that is a path.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import sys
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 
 from .rows import looks_like_hub_id
 from .tasks import TASKS
@@ -124,9 +123,7 @@ def _timm_name(name: str) -> str:
 
     known = [*timm.list_models(), *timm.list_pretrained()]
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise JointoptError(f"model: timm has no {name!r}{hint}")
+        raise JointoptError(f"model: timm has no {name!r}{did_you_mean(name, known)}")
     return name
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 import moocore
 import numpy as np
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 
 DIRECTIONS = {
     "quality": "max",
@@ -73,10 +72,9 @@ def named(objective: str | Objective | dict[str, str]) -> Objective:
     if not isinstance(objective, str):
         raise JointoptError(f"objectives: found {objective!r}; allowed: a name, or one name with its direction")
     if objective not in DIRECTIONS:
-        near = difflib.get_close_matches(objective, DIRECTIONS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        near = did_you_mean(objective, DIRECTIONS)
         raise JointoptError(
-            f"objective {objective!r}: has no known direction{hint}; known: {', '.join(DIRECTIONS)}; "
+            f"objective {objective!r}: has no known direction{near}; known: {', '.join(DIRECTIONS)}; "
             "for a metric of your own: {name: min} or {name: max}"
         )
     return Objective(objective, DIRECTIONS[objective])

@@ -120,7 +120,7 @@ def _table(path: Path, key: str) -> Columns:
         if path.suffix in (".csv", ".tsv"):
             return _rows(_separated(text, "\t" if path.suffix == ".tsv" else ","))
         whole = path.suffix == ".json" and text.lstrip().startswith("[")
-        return _rows(json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()])
+        return _rows(json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()])
     except (OSError, ValueError, csv.Error) as error:
         raise JointoptError(f"{key}: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
 
@@ -128,6 +128,9 @@ def _table(path: Path, key: str) -> Columns:
 def _separated(text: str, delimiter: str) -> list[dict[str, str]]:
     lines = [line for line in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if line]
     header = lines[0] if lines else []
+    for name in header:
+        if header.count(name) > 1:
+            raise ValueError(f"the header has {name!r} twice")
     for number, line in enumerate(lines[1:], 1):
         if len(line) != len(header):
             raise ValueError(f"row {number} has {len(line)} fields, the header {len(header)}")

@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS evaluations (
     metrics TEXT, failed TEXT, seconds REAL NOT NULL);
 """
 _SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "scikit-learn", "numpy")
+TABLES = ("facts", "generations", "evaluations")
 VERSION = 2
 FIRST = 10
 """Evaluations that the reference point is beyond."""
@@ -71,7 +72,7 @@ class Study:
             raise JointoptError(f"storage: the folder {str(path.parent)!r} does not exist")
         lock = None if path is None else _locked(path)
         try:
-            connection = _connect(path)
+            connection = _connect(path, new=True)
             wanted = {
                 "version": VERSION,
                 "space": space.to_dict(),
@@ -99,7 +100,7 @@ class Study:
         path = Path(path)
         if not path.is_file():
             raise JointoptError(f"study: {str(path)!r} does not exist")
-        connection = _connect(path)
+        connection = _connect(path, new=False)
         with _explained(path):
             if not connection.execute("SELECT count(*) FROM facts").fetchone()[0]:
                 raise JointoptError(f"study: {str(path)!r} is empty")
@@ -113,7 +114,7 @@ class Study:
             self._lock = None
 
     def fact(self, key: str, default: Any = None) -> Any:
-        """A recorded fact: "config", "software", "baselines", "reference", or what was noted."""
+        """A recorded fact: "config", "software", "baselines", or what was noted."""
         row = self._connection.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
         return default if row is None else json.loads(row[0])
 
@@ -306,7 +307,8 @@ class Study:
         Args:
             size_mb: the best quality at or under this many 10^6 bytes.
             drop: the smallest whose quality is at most this much worse than the original's, in quality's own unit.
-            knee: the point of the front farthest from the line between its ends. With no argument: the best quality.
+            knee: the point of the front farthest from the line (of three objectives the plane) between its ends. With
+                no argument: the best quality.
             finished: a rounding; genomes finished by it count with their finished quality, where it is better.
 
         Raises:
@@ -324,9 +326,15 @@ class Study:
         return best_of(within(frame, self.constraints), self.objectives, original, size_mb, drop, knee)
 
 
-def _connect(path: Path | None) -> sqlite3.Connection:
+def _connect(path: Path | None, new: bool) -> sqlite3.Connection:
+    """Raises JointoptError before it writes anything into another program's database, or into none where not `new`."""
     with _explained(path):
         connection = sqlite3.connect(":memory:" if path is None else path, timeout=30)
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables - set(TABLES) or not (new or "facts" in tables):
+            connection.close()
+            found = ", ".join(sorted(tables)) or "none"
+            raise JointoptError(f"study: {str(path)!r} is no study; found tables {found}; allowed: {', '.join(TABLES)}")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.executescript(_TABLES)
     return connection

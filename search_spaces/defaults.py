@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import resources
@@ -120,9 +119,9 @@ def _by_bits(gene: Gene) -> list[int]:
 def _options(preset: str | None, architecture: Mapping[str, Any]) -> dict[str, Any]:
     for key in architecture:
         if key not in ARCHITECTURE:
-            near = difflib.get_close_matches(key, ARCHITECTURE, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise JointoptError(f"space.{key}: unknown key{hint}; allowed: {', '.join(ARCHITECTURE)}")
+            raise JointoptError(
+                f"space.{key}: unknown key{did_you_mean(key, ARCHITECTURE)}; allowed: {', '.join(ARCHITECTURE)}"
+            )
     if preset is None:
         return {k: v for k, v in architecture.items() if v not in (None, False)}
     known = presets()

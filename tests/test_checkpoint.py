@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,24 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path):
     assert (folder / "notes.txt").exists()
     jointopt.export(supernet, supernet.space.largest, folder, overwrite=True)
     assert not (folder / "notes.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_an_export_that_cannot_be_put_into_place_leaves_the_old_one(tmp_path, monkeypatch):
+    supernet = supernet_of("bert", schemes=["none", "W8A8"])
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
+    before = (folder / "model.safetensors").read_bytes()
+    rename = os.rename
+
+    def only_aside(source, target) -> None:
+        if Path(target) == folder and Path(source).name != "replaced":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", only_aside)
+    with pytest.raises(JointoptError, match="Input/output error"):
+        jointopt.export(supernet, supernet.space.largest, folder, overwrite=True)
+    assert (folder / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 

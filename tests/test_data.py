@@ -131,6 +131,12 @@ def test_tables_of_every_kind_hold_the_same_rows(tmp_path):
         assert class_indices(found["label"], ["x", "y"], "k") == [1, 0], path
 
 
+def test_a_line_separator_inside_a_row_of_json_lines_is_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two\x85three", "label": 1}\r\n', encoding="utf-8", newline="")
+    found = read_columns(DataSource(str(tmp_path / "a.jsonl")))
+    assert found == {"text": ["one\u2028two\x85three"], "label": [1]}
+
+
 @given(st.integers(1, 200), st.integers(1, 300))
 @settings(max_examples=50)
 def test_some_rows_are_different_rows_and_the_same_each_time(count, samples):
@@ -157,6 +163,7 @@ def test_a_label_that_the_model_lacks_is_named_with_its_row(bad, row):
     ("content", "said"),
     [
         ("text,label\n", "holds no row"),
+        ("text,label,label\ngood,1,0\n", "the header has 'label' twice"),
         ("text,label\ngood\n", "row 1 has 1 fields, the header 2"),
         ("snippets,label\ngood,1\n", "data.train.text: found none of the columns text, .*; there are snippets, label"),
         ("text,stars\ngood,1\n", "data.train.label: found none of the columns label, .*; there are text, stars"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 import jointopt
-from jointopt import JointoptError, SearchSpace, Study, Supernet
+from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet
 from tests.zoo import batches, logits, make
 
 
@@ -183,6 +185,8 @@ def test_errors_name_what_was_found(supernet, tmp_path):
         ({"objectives": ["quality", "quality"]}, "one twice"),
         ({"strategy": "gided"}, "did you mean 'guided'"),
         ({"strategy_options": {"pop": 3}}, "unknown option 'pop'"),
+        ({"strategy": "evolutionary", "strategy_options": {"population": 1}}, "population found 1; allowed: .* from 2"),
+        ({"strategy_options": {"initial": 2.5}}, "initial found 2.5"),
         ({"evaluations": 0}, "found 0"),
         ({"storage": tmp_path / "no" / "study.db"}, "does not exist"),
     ):
@@ -194,6 +198,31 @@ def test_errors_name_what_was_found(supernet, tmp_path):
     uncalibrated = Supernet(make("vit"), SearchSpace.for_model(make("vit")))
     with pytest.raises(JointoptError, match="not calibrated"):
         jointopt.search(uncalibrated, agreement, evaluations=3)
+
+
+def test_another_program_s_database_and_an_empty_one_are_left_as_they_are(supernet, tmp_path):
+    path = tmp_path / "notes.db"
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
+        other.execute("CREATE TABLE notes (text)")
+    before = path.read_bytes()
+    with pytest.raises(JointoptError, match="notes.db' is no study; found tables notes; allowed: facts"):
+        Study.open(path)
+    with pytest.raises(JointoptError, match="is no study"):
+        jointopt.search(supernet, agreement, evaluations=3, storage=path)
+    assert path.read_bytes() == before
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(JointoptError, match="found tables none"):
+        Study.open(tmp_path / "empty.db")
+    assert len(jointopt.search(supernet, agreement, evaluations=3, storage=tmp_path / "empty.db")) == 3
+
+
+def test_the_knee_looks_at_every_objective():
+    objectives = [Objective("loss", "min"), Objective("size", "min"), Objective("latency", "min")]
+    study = Study.create(None, SearchSpace([Gene("depth", tuple(range(1, 6)))]), objectives, {})
+    values = [(0, 10, 1), (10, 0, 1), (1, 1, 10), (3, 3, 0)]
+    for at, each in enumerate(values):
+        study.add_evaluation(0, np.array([at]), dict(zip(("loss", "size", "latency"), each, strict=True)), None, 1.0)
+    assert study.best(knee=True).tolist() == [3]
 
 
 KILLED = """

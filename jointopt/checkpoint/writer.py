@@ -125,9 +125,15 @@ def export(
 
 def _move(whole: Path, folder: Path, aside: Path) -> None:
     """The finished folder into place; an old one is put aside first, and goes with the temporary folder."""
+    replaced = aside / "replaced"
     if folder.exists():
-        os.rename(folder, aside / "replaced")
-    os.rename(whole, folder)
+        os.rename(folder, replaced)
+    try:
+        os.rename(whole, folder)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, folder)
+        raise
 
 
 def _record(

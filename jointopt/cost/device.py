@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
 
 Rate = Annotated[float, Field(gt=0)]
@@ -117,10 +116,8 @@ def load_device(name: str) -> Device:
         except OSError as error:
             raise JointoptError(f"device: {name!r} cannot be read: {error.strerror}") from None
     else:
-        near = difflib.get_close_matches(name, device_names(), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        allowed = ", ".join(device_names())
-        raise JointoptError(f"device: found {name!r}{hint}; allowed: {allowed}, or a YAML file of one's own")
+        near, allowed = did_you_mean(name, device_names()), ", ".join(device_names())
+        raise JointoptError(f"device: found {name!r}{near}; allowed: {allowed}, or a YAML file of one's own")
     try:
         return Device.model_validate(_read(text, name))
     except ValidationError as error:

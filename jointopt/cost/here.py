@@ -17,6 +17,7 @@ from quant.errors import JointoptError
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
+FITTED = ("seconds", "factors", "error")
 FITTED_BY = 4
 """Random sub-networks that the look-up is fitted by, beside the smallest and the largest."""
 
@@ -32,18 +33,28 @@ def lookup_here(
     """
     lookup = Lookup.of(supernet, batch, threads=threads)
     if kept.is_file():
-        record = json.loads(kept.read_text())
-        if record["machine"] != lookup.machine:
-            raise JointoptError(f"hardware: {str(kept)!r} is of {record['machine']}; this is {lookup.machine}")
-        return replace(lookup, seconds=record["seconds"], factors=record["factors"], error=record["error"])
+        return replace(lookup, **_read(kept, lookup.machine))
     genomes = [supernet.space.smallest, supernet.space.largest, *supernet.space.sample(FITTED_BY, seed)]
     seconds = []
     with tempfile.TemporaryDirectory() as place:
         for at, genome in enumerate(genomes):
             seconds.append(time_genome(supernet, genome, Path(place) / str(at), batch, threads, inputs))
     fitted = lookup.fit(supernet, genomes, seconds)
-    record = {name: getattr(fitted, name) for name in ("machine", "seconds", "factors", "error")}
-    kept.write_text(json.dumps(record, indent=1))
+    beside = kept.with_name(f".{kept.name}")
+    beside.write_text(json.dumps({name: getattr(fitted, name) for name in ("machine", *FITTED)}, indent=1))
+    beside.replace(kept)
+    return fitted
+
+
+def _read(kept: Path, machine: str) -> dict[str, Any]:
+    try:
+        record = json.loads(kept.read_text())
+        fitted = {name: record[name] for name in FITTED}
+        found = record["machine"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise JointoptError(f"hardware: {str(kept)!r} cannot be read: {error!r}; allowed: remove it") from None
+    if found != machine:
+        raise JointoptError(f"hardware: {str(kept)!r} is of {found}; this is {machine}")
     return fitted
 
 

@@ -7,7 +7,6 @@ strategy.tell(genomes, values)
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from jointopt.strategies.evolutionary_search import EvolutionarySearch
 from jointopt.strategies.guided_search import GuidedSearch
 from jointopt.strategies.random_search import RandomSearch
 from jointopt.strategies.strategy import Strategy
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 from search_spaces.space import SearchSpace
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -25,6 +24,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "evolutionary": EvolutionarySearch,
     "random": RandomSearch,
 }
+LEAST = {"population": 2, "initial": 2, "generations": 1, "draws": 1}
+"""The least that a strategy's numbers may be."""
 
 
 def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed: int = 0, **options: Any) -> Strategy:
@@ -35,17 +36,23 @@ def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed:
         options: `constraints`, and the strategy's own, see its class.
 
     Raises:
-        JointoptError: an unknown strategy or option, no objective, constraints that no genome meets.
+        JointoptError: an unknown strategy or option, no objective, constraints that no genome
+            meets, a number that is too small.
     """
     if name not in STRATEGIES:
-        near = difflib.get_close_matches(str(name), STRATEGIES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise JointoptError(f"strategy {name!r}: unknown{hint} Allowed: {', '.join(STRATEGIES)}")
+        raise JointoptError(
+            f"strategy {name!r}: unknown{did_you_mean(name, STRATEGIES)}; allowed: {', '.join(STRATEGIES)}"
+        )
     kind = STRATEGIES[name]
     allowed = [key for key in inspect.signature(kind).parameters if key not in ("space", "objectives", "seed")]
     for key in options:
         if key not in allowed:
             raise JointoptError(f"strategy {name!r}: unknown option {key!r}; allowed: {', '.join(allowed) or 'none'}")
+        whole = isinstance(options[key], int) and not isinstance(options[key], bool)
+        if key in LEAST and not (whole and options[key] >= LEAST[key]):
+            raise JointoptError(
+                f"strategy {name!r}: {key} found {options[key]!r}; allowed: whole numbers from {LEAST[key]}"
+            )
     if not objectives:
         raise JointoptError("objectives: found none; allowed: one or more")
     return kind(space, objectives, seed, **options)
