@@ -132,7 +132,7 @@ class Config(Section):
             raise ValueError(f"dtype {self.dtype} with target {wanted.name}; allowed: {', '.join(wanted.dtypes)}")
         if self.hardware is not None and self.hardware.device == "this" and self.target != "onnxruntime":
             raise ValueError(
-                "hardware.device this with target transformers; allowed: target: onnxruntime, which is timed"
+                f"hardware.device this with target {self.target}; allowed: target: onnxruntime, which is timed"
             )
         wanting = next((name for name in [*names, *(self.constraints or ())] if name in ON_HARDWARE), None)
         if wanting is not None and self.hardware is None:

@@ -207,7 +207,12 @@ def weight_groups(weight: Tensor, format: Format) -> Tensor:
         held = held.half().float()  # what LLM.int8 starts from, whatever the model's dtype
     groups = grouped_view(held.flatten(1), format)
     if not groups.isfinite().all():
-        raise JointoptError("weight: found NaN or infinity; allowed: finite numbers")
+        beyond = weight.isfinite().all()
+        raise JointoptError(
+            "weight: found numbers beyond 65504, the largest of LLM.int8's float16"
+            if beyond
+            else "weight: found NaN or infinity; allowed: finite numbers"
+        )
     return groups
 
 

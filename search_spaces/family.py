@@ -265,12 +265,6 @@ def structural_clone(module: nn.Module) -> nn.Module:
     return clone
 
 
-def parent_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds the one at `path`, and the name under which it does."""
-    holder, _, name = path.rpartition(".")
-    return root.get_submodule(holder), name
-
-
 def has_module(root: nn.Module, path: str) -> bool:
     """Whether there is a module at `path`; an attribute that is None counts as none."""
     module: Any = root

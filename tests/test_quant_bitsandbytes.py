@@ -191,6 +191,11 @@ def test_a_sub_network_that_mixes_them_is_refused_with_the_layers_name(tmp_path)
         by_bitsandbytes(model)
 
 
+def test_a_weight_that_float16_cannot_hold_is_refused():
+    with pytest.raises(JointoptError, match="beyond 65504, the largest of LLM.int8's float16"):
+        quantize(torch.tensor([[1.0, 7e4]]), SCHEMES["BNB_INT8"].weights)
+
+
 def test_what_bitsandbytes_cannot_hold_is_refused_by_layer():
     with pytest.raises(JointoptError, match="no layer of the model can take BNB_INT8"):
         SearchSpace.for_model(make("resnet"), schemes=["BNB_INT8"])

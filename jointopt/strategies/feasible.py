@@ -50,10 +50,10 @@ class Feasible:
         return found
 
     def measured_excess(self, values: np.ndarray) -> np.ndarray:
-        """The same of values [..., objectives] under the other constraints, in the objectives' units: [...]."""
+        """The same of values [..., objectives] under the other constraints, in shares of their limits: [...]."""
         found = np.zeros(values.shape[:-1])
         for column, each in self.measured:
-            found += each.excess(values[..., column])
+            found += each.excess(values[..., column]) / (abs(each.limit) or 1.0)
         return found
 
     def repaired(self, genomes: np.ndarray, random: np.random.Generator) -> np.ndarray:
