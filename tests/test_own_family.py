@@ -80,9 +80,10 @@ def test_it_is_searched_like_any_other(own):
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.mixer.state_dict().items())
 
 
-def test_its_export_is_refused_in_one_line_that_says_why(own, tmp_path):
+@pytest.mark.parametrize("target", ["transformers", "onnxruntime"])
+def test_its_export_is_refused_in_one_line_that_says_why(target, own, tmp_path):
     with pytest.raises(JointoptError, match=r"export: no library loads a Mixer.*extract") as caught:
-        jointopt.export(own.supernet, own.space.smallest, tmp_path / "small")
+        jointopt.export(own.supernet, own.space.smallest, tmp_path / "small", target=target)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointopt.checkpoint.structure import check_formats, check_language_model, is_uniform, quantized_layers
+from jointopt.checkpoint.block_sizes import block_sizes, is_uniform
+from jointopt.checkpoint.structure import check_formats, check_language_model, quantized_layers
 from quant.errors import JointoptError
 from quant.reference import QuantizedTensor
 
@@ -97,8 +98,6 @@ def check(model: Any) -> None:
 
 
 def _add_sizes(writer: Any, model: Any) -> None:
-    from jointopt.checkpoint.writer import block_sizes
-
     config = model.config
     sizes = block_sizes(model, copy.deepcopy(config))[0]
     head_dim = model.get_submodule("model.layers.0.self_attn").head_dim

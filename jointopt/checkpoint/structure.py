@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,14 +54,6 @@ def check_language_model(model: Any, target: str, kinds: Sequence[str]) -> None:
         raise JointoptError(f"target {target}: found a {kind}; allowed: language models of {', '.join(kinds)}")
     if any("cache_record" in module.__dict__ for module in model.modules()):
         raise JointoptError(f"target {target}: found a quantized cache; allowed: none (it has its own)")
-
-
-def is_uniform(model: Any) -> bool:
-    """Whether all blocks of a language model are of one size, and whole."""
-    from jointopt.checkpoint.writer import block_sizes
-
-    sizes = block_sizes(model, copy.deepcopy(model.config))
-    return all(each == sizes[0] for each in sizes) and len(sizes[0]) == 3
 
 
 def check_formats(model: nn.Module, target: str) -> None:
@@ -346,81 +337,3 @@ def on_meta(make: Any, *arguments: Any, **options: Any) -> nn.Module:
     """A model without storage."""
     with torch.device("meta"):
         return make(*arguments, **options)
-
-
-def timm_recipe(model: nn.Module) -> dict[str, Any]:
-    """Class and arguments by which timm builds a model of this layout, its dropped blocks not counted.
-
-    Raises:
-        JointoptError: the class is not known here.
-    """
-    recipes = {"VisionTransformer": _vision_transformer, "ResNet": _resnet}
-    name = type(model).__name__
-    if name not in recipes:
-        raise JointoptError(
-            f"export: no library loads a {name} again; allowed: models of transformers, timm's {', '.join(recipes)}; "
-            "supernet.extract(genome) gives the model itself"
-        )
-    return {"class": name, "module": type(model).__module__, "arguments": recipes[name](model)}
-
-
-def _vision_transformer(model: Any) -> dict[str, Any]:
-    head_dim = next((b.attn.head_dim for b in model.blocks if hasattr(b.attn, "head_dim")), model.embed_dim)
-    hidden = max((block.mlp.fc1.out_features for block in model.blocks if hasattr(block.mlp, "fc1")), default=4)
-    scales = [block.ls1 for block in model.blocks if hasattr(block.ls1, "gamma")]
-    return {
-        "img_size": list(model.patch_embed.img_size),
-        "patch_size": list(model.patch_embed.patch_size),
-        "in_chans": model.patch_embed.proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": model.embed_dim // head_dim,
-        "mlp_ratio": hidden / model.embed_dim,
-        "qkv_bias": any(
-            getattr(m, "bias", None) is not None for n, m in model.named_modules() if n.endswith("attn.qkv.q")
-        ),
-        "qk_norm": any(not isinstance(m, nn.Identity) for n, m in model.named_modules() if n.endswith("attn.q_norm")),
-        "init_values": 1e-5 if scales else None,
-        "class_token": model.cls_token is not None,
-        "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
-        "no_embed_class": model.no_embed_class,
-        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
-        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
-        "dynamic_img_size": model.dynamic_img_size,
-    }
-
-
-def _resnet(model: Any) -> dict[str, Any]:
-    stages = [stage for name, stage in model.named_children() if name.startswith("layer")]
-    block = type(stages[0][0]).__name__
-    expansion = stages[0][0].expansion
-    last = "conv2" if block == "BasicBlock" else "conv3"
-    deep = isinstance(model.conv1, nn.Sequential)
-    widths = [model.conv1[i].out_channels for i in (0, 3)] if deep else []
-    return {
-        "block": block,
-        "layers": [len(stage) for stage in stages],
-        "num_classes": model.num_classes,
-        "in_chans": model.in_chans,
-        "global_pool": model.global_pool.pool_type,
-        "channels": [getattr(stage[0], last).out_channels // expansion for stage in stages],
-        "stem_type": ("deep_tiered" if widths[0] != widths[1] else "deep") if deep else "",
-        "stem_width": widths[1] if deep else 64,
-        "replace_stem_pool": isinstance(model.maxpool, nn.Sequential),
-        "avg_down": any(isinstance(m, nn.AvgPool2d) for stage in stages for m in stage.modules()),
-    }
-
-
-def from_recipe(recipe: Mapping[str, Any]) -> nn.Module:
-    """The model that a timm recipe describes, without storage."""
-    import timm.models.resnet
-    import timm.models.vision_transformer
-
-    arguments = copy.deepcopy(dict(recipe["arguments"]))
-    if recipe["class"] == "ResNet":
-        arguments["block"] = getattr(timm.models.resnet, arguments["block"])
-        return on_meta(timm.models.resnet.ResNet, **arguments)
-    return on_meta(timm.models.vision_transformer.VisionTransformer, **arguments)

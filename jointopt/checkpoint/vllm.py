@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jointopt.checkpoint.block_sizes import is_uniform
 from jointopt.checkpoint.card import transformers_snippet
 from jointopt.checkpoint.structure import (
     by_compressed_tensors,
     check_formats,
     check_language_model,
     compressed_config,
-    is_uniform,
     on_meta,
     quantized_layers,
     rebuild_spec,

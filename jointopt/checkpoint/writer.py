@@ -19,20 +19,19 @@ from torch import Tensor, nn
 
 from jointopt import targets
 from jointopt.checkpoint import card, gguf_writer, vllm
+from jointopt.checkpoint.block_sizes import is_uniform, settle_sizes
 from jointopt.checkpoint.onnx.writer import MODEL, SNIPPET, onnx_bytes, write_onnx
 from jointopt.checkpoint.structure import (
     bitsandbytes_config,
     by_bitsandbytes,
     by_compressed_tensors,
     compressed_config,
-    from_recipe,
-    is_uniform,
     on_meta,
     quantized_layers,
     rebuild_spec,
     tensors_of,
-    timm_recipe,
 )
+from jointopt.checkpoint.timm_recipe import from_recipe, timm_recipe
 from jointopt.finishing import Finished
 from quant.errors import JointoptError
 
@@ -231,7 +230,7 @@ def _write_transformers(place: Path, model: Any) -> str:
     config.architectures = [stock.__name__]
     config.dtype = next(model.parameters()).dtype
     compressed, whole = by_compressed_tensors(model), by_bitsandbytes(model)
-    _settle_sizes(model, config)
+    settle_sizes(model, config)
     spec = rebuild_spec(model, on_meta(stock, config), pack=not (compressed or whole))
     if whole:
         config.quantization_config = bitsandbytes_config(model, whole)
@@ -258,60 +257,6 @@ def _auto_class(transformers: Any, stock: type, config: Any) -> str:
     raise JointoptError(
         f"export: no auto class of transformers makes a {stock.__name__}; known: {', '.join(AUTO_CLASSES)}"
     )
-
-
-def _settle_sizes(model: nn.Module, config: Any) -> None:
-    """Writes into the config what the stock class can build: uniform widths at once, others layer by layer.
-
-    Per-layer sizes go under the standard key `per_layer_config`, beside which the global ones stay as they were.
-    """
-    sizes = block_sizes(model, config)
-    keys = {key for each in sizes for key in each}
-    uniform = {key: {each.get(key) for each in sizes} for key in keys}
-    for key, values in uniform.items():
-        if len(values) == 1 and None not in values:
-            setattr(config, key, values.pop())
-    differing = [k for k, values in uniform.items() if len(values) > 1]
-    layered = {
-        at: {key: each[key] for key in differing if key in each and each[key] != getattr(config, key)}
-        for at, each in enumerate(sizes)
-    }
-    layered = {at: each for at, each in layered.items() if each}
-    if layered:
-        config.allow_global_per_layer_attribute_access = True
-        config.per_layer_config = layered
-
-
-def block_sizes(model: nn.Module, config: Any) -> list[dict[str, int]]:
-    """For each block of a transformer, the config entries that describe its widths.
-
-    BERT's heads are not among them: its config derives the head size from their number.
-    """
-    found = []
-    for path, container in model.named_modules():
-        if not isinstance(container, nn.ModuleList) or not path.endswith(("layers", "encoder.layer")):
-            continue
-        for block in container:
-            found.append(_sizes_of(block, config))
-        break
-    return found
-
-
-def _sizes_of(block: nn.Module, config: Any) -> dict[str, int]:
-    sizes = {}
-    for name, module in block.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        if name.endswith(("up_proj", "fc1", "intermediate.dense")):
-            sizes["intermediate_size"] = module.out_features
-        head_dim = getattr(block.get_submodule(name.rpartition(".")[0]), "head_dim", None)
-        if name.endswith("q_proj") and head_dim:
-            sizes["num_attention_heads"] = module.out_features // head_dim
-            if getattr(config, "head_dim", None) != head_dim:
-                config.head_dim = head_dim
-        if name.endswith("k_proj") and head_dim and hasattr(config, "num_key_value_heads"):
-            sizes["num_key_value_heads"] = module.out_features // head_dim
-    return sizes
 
 
 def _modeling_file(stock: type, name: str, packed_head: bool, caches: bool) -> str:

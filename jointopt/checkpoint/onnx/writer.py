@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from jointopt.checkpoint.structure import check_formats, timm_recipe
+from jointopt.checkpoint.structure import check_formats
+from jointopt.checkpoint.timm_recipe import timm_recipe
 from quant.errors import JointoptError
 
 MODEL = "model.onnx"
@@ -54,6 +55,8 @@ def check(model: Any, opset: int = OPSETS[0]) -> None:
     check_installed()
     if opset not in OPSETS:
         raise JointoptError(f"opset: found {opset}; allowed: {', '.join(map(str, OPSETS))}")
+    if not hasattr(model, "config"):
+        timm_recipe(model)
     check_formats(model, "onnxruntime")
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:

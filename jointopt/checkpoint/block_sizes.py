@@ -1,0 +1,68 @@
+"""The widths of a transformer's blocks, as its config lists them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+
+def settle_sizes(model: nn.Module, config: Any) -> None:
+    """Writes into the config what the stock class can build: uniform widths at once, others layer by layer.
+
+    Per-layer sizes go under the standard key `per_layer_config`, beside which the global ones stay as they were.
+    """
+    sizes = block_sizes(model, config)
+    keys = {key for each in sizes for key in each}
+    uniform = {key: {each.get(key) for each in sizes} for key in keys}
+    for key, values in uniform.items():
+        if len(values) == 1 and None not in values:
+            setattr(config, key, values.pop())
+    differing = [k for k, values in uniform.items() if len(values) > 1]
+    layered = {
+        at: {key: each[key] for key in differing if key in each and each[key] != getattr(config, key)}
+        for at, each in enumerate(sizes)
+    }
+    layered = {at: each for at, each in layered.items() if each}
+    if layered:
+        config.allow_global_per_layer_attribute_access = True
+        config.per_layer_config = layered
+
+
+def block_sizes(model: nn.Module, config: Any) -> list[dict[str, int]]:
+    """For each block of a transformer, the config entries that describe its widths.
+
+    BERT's heads are not among them: its config derives the head size from their number.
+    """
+    found = []
+    for path, container in model.named_modules():
+        if not isinstance(container, nn.ModuleList) or not path.endswith(("layers", "encoder.layer")):
+            continue
+        for block in container:
+            found.append(_sizes_of(block, config))
+        break
+    return found
+
+
+def _sizes_of(block: nn.Module, config: Any) -> dict[str, int]:
+    sizes = {}
+    for name, module in block.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if name.endswith(("up_proj", "fc1", "intermediate.dense")):
+            sizes["intermediate_size"] = module.out_features
+        head_dim = getattr(block.get_submodule(name.rpartition(".")[0]), "head_dim", None)
+        if name.endswith("q_proj") and head_dim:
+            sizes["num_attention_heads"] = module.out_features // head_dim
+            if getattr(config, "head_dim", None) != head_dim:
+                config.head_dim = head_dim
+        if name.endswith("k_proj") and head_dim and hasattr(config, "num_key_value_heads"):
+            sizes["num_key_value_heads"] = module.out_features // head_dim
+    return sizes
+
+
+def is_uniform(model: Any) -> bool:
+    """Whether all blocks of a language model are of one size, and whole."""
+    sizes = block_sizes(model, copy.deepcopy(model.config))
+    return all(each == sizes[0] for each in sizes) and len(sizes[0]) == 3
