@@ -21,6 +21,7 @@ and 0.2 points."""
 
 
 def has_batch_norm(model: nn.Module) -> bool:
+    """Whether its sub-networks' statistics have to be estimated anew."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
@@ -76,6 +77,7 @@ Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def running_statistics(model: nn.Module) -> Statistics:
+    """Path -> running mean and variance, of the normalizations that keep them."""
     norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
     return {path: (m.running_mean, m.running_var) for path, m in norms.items() if m.running_mean is not None}  # type: ignore[misc]
 

@@ -67,7 +67,7 @@ def block_signatures(family: Family, plan: Plan) -> Prefix:
 
 def parts_of(supernet: Supernet) -> list[list[int]]:
     """Places of the genes on which each part of the model hangs, in the order in which parts run: what is before the
-    blocks, then every block. None where nothing can be shared."""
+    blocks, then every block. Empty where nothing can be shared."""
     if not can_share(supernet):
         return []
     family, precision = supernet.family, precision_genes(supernet.family, supernet.space)

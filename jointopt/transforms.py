@@ -256,6 +256,7 @@ class ChannelObserver:
         self.kept: list[Tensor] = []
 
     def observe(self, hidden: Tensor) -> None:
+        """Takes in a layer's inputs: [rows, channels], of a convolution [N, C, H, W]."""
         flat = hidden.permute(0, 2, 3, 1).flatten(0, 2) if hidden.dim() == 4 else hidden
         flat = flat.detach().float()
         if not len(flat):

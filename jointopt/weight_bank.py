@@ -23,6 +23,7 @@ class BankedWeight:
 
     @property
     def nbytes(self) -> int:
+        """Of the values and of all that they were made from."""
         stored = (getattr(self.quantized, name) for name in ("codes", "scale", "zero_point", "global_scale"))
         return self.values.nbytes + sum(tensor.nbytes for tensor in stored if tensor is not None)
 
@@ -42,6 +43,8 @@ class WeightBank:
         self._held: OrderedDict[Key, BankedWeight] = OrderedDict()
 
     def get(self, path: str, scheme: Scheme, columns: int | None, make: Callable[[], BankedWeight]) -> BankedWeight:
+        """The entry of a layer, a scheme and a width (`columns` of its input, None for the whole), made where there is
+        none."""
         key = (path, scheme.name, columns)
         if key in self._held:
             self._held.move_to_end(key)
@@ -61,5 +64,6 @@ class WeightBank:
         return made
 
     def clear(self) -> None:
+        """Forgets everything: the weights have changed."""
         self._held.clear()
         self.nbytes = 0

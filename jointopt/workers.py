@@ -91,6 +91,7 @@ class Serial:
 
 @contextmanager
 def threads_of_torch(count: int) -> Iterator[None]:
+    """With this many threads for torch's operators, and as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

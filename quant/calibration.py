@@ -141,6 +141,7 @@ class ActivationObserver:
         self._average: tuple[Tensor, Tensor] | None = None
 
     def observe(self, x: Tensor) -> None:
+        """Takes in a layer's inputs, of any shape."""
         if not x.numel():
             return
         low, high = x.detach().float().aminmax()
