@@ -195,7 +195,8 @@ def rows_of(made: Case, arguments: argparse.Namespace, tell: Callable[[str, str,
             if arm == "plain" and name == "accuracy, largest":
                 plain = value
         study, share = searched(made, supernet, arguments.evaluations)
-        kept[arm] = (supernet, study)
+        if arm in ("distilled", "precision"):
+            kept[arm] = (supernet, study)
         tell(arm, "hypervolume", share, None, "higher")
     supernet, study = kept["precision"]
     for learned_ranges in (False, True):
