@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
@@ -237,3 +238,20 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
             ElasticTrainer(args=arguments(tmp_path), **{"train_dataset": data(), **options})
     with pytest.raises(JointoptError, match="fp16"):
         trainer(tmp_path, fp16=True)
+    with pytest.raises(JointoptError, match="label_smoothing_factor 0.1 beside a recipe's own loss"):
+        trainer(tmp_path, recipe=Recipe(loss=lambda logits, batch: logits.mean()), label_smoothing_factor=0.1)
+    with pytest.raises(JointoptError, match="compute_loss_func"):
+        ElasticTrainer(model=model, args=arguments(tmp_path), train_dataset=data(), compute_loss_func=print)
+
+
+def test_smoothed_labels_are_those_of_the_trainer(tmp_path):
+    made = trainer(tmp_path, label_smoothing_factor=0.2)
+    batch = made.data_collator(data(8, 1))
+    output = make("vit")(**{name: value for name, value in batch.items() if name != "labels"})
+    expected = LabelSmoother(0.2)(output, batch["labels"])
+    assert made.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+    plain = trainer(tmp_path)
+    for each in (made, plain):
+        each.train()
+    losses = [[log["loss"] for log in each.state.log_history if "loss" in log] for each in (made, plain)]
+    assert losses[0] != losses[1]

@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 Loss = Callable[[Tensor, Batch], Tensor]
 
 
-def task_loss(logits: Tensor, batch: Batch) -> Tensor:
+def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of `logits` and batch["labels"]: one label a sample, or for [batch, tokens] of labels the next
-    token's, where -100 counts for nothing."""
+    token's, where -100 counts for nothing.
+
+    Args:
+        smoothing: share of each label that is spread over all classes.
+    """
     labels = batch["labels"]
     if labels.dim() == 2 and logits.dim() == 3:
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-    return nn.functional.cross_entropy(logits.float(), labels)
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from jointopt.evaluation import Batch, logits_of
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
-from jointopt.training.elastic import Recipe, elastic_loss
+from jointopt.training.elastic import Recipe, elastic_loss, task_loss
 from jointopt.training.lora import NAMES, adapted, attach, merge
 from quant.errors import JointoptError
 from search_spaces.families import Declare
@@ -56,7 +58,8 @@ class ElasticTrainer(Trainer):
         supernet: calibrated when `train` has returned, so that it can be searched.
 
     Raises:
-        JointoptError: a model that is wrapped already, a space of another model, data without labels, float16.
+        JointoptError: a model that is wrapped already, a space of another model, data without labels, float16, a
+            loss function that is not the recipe's.
     """
 
     def __init__(
@@ -80,8 +83,10 @@ class ElasticTrainer(Trainer):
             raise JointoptError(
                 "args: fp16, in which gradients of small sub-networks vanish; allowed: bf16, or neither"
             )
+        if options.get("compute_loss_func") is not None:
+            raise JointoptError("compute_loss_func: is not called here; allowed: recipe=Recipe(loss=...)")
         self.supernet = _supernet(model, space, supernet, family)
-        self.recipe = recipe or Recipe(seed=args.seed)
+        self.recipe = _smoothed(recipe or Recipe(seed=args.seed), args.label_smoothing_factor)
         self.sort_every = sort_every
         self._use_cache = getattr(getattr(self.supernet.model, "config", None), "use_cache", None)
         super().__init__(
@@ -235,6 +240,17 @@ class ElasticTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, own_model)
         self.supernet.weights_changed()
+
+
+def _smoothed(recipe: Recipe, smoothing: float) -> Recipe:
+    """The recipe with the labels of its loss smoothed."""
+    if not smoothing:
+        return recipe
+    if recipe.loss is not task_loss:
+        raise JointoptError(
+            f"args: label_smoothing_factor {smoothing} beside a recipe's own loss; allowed: 0 (the loss may smooth)"
+        )
+    return replace(recipe, loss=partial(task_loss, smoothing=smoothing))
 
 
 def _supernet(
