@@ -109,8 +109,6 @@ def _first(frame: pd.DataFrame, least: np.ndarray, then: np.ndarray) -> np.ndarr
 
 
 def _knee(frame: pd.DataFrame, objectives: Sequence[Objective]) -> np.ndarray:
-    if len(objectives) < 2:
-        raise JointoptError("knee: found one objective; allowed: two or more")
     front = front_of(frame, objectives)
     costs = costs_of(front, objectives)
     span = np.where(np.ptp(costs, axis=0) > 0, np.ptp(costs, axis=0), 1.0)

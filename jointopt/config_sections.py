@@ -265,7 +265,8 @@ class Choose(Section):
     Attributes:
         size_mb: the best quality at or under this size.
         drop: the smallest whose quality is at most this much worse than the original's.
-        knee: the point farthest from the line (of three objectives the plane) between the ends of the front.
+        knee: the point farthest from the line (of three objectives the plane) between the ends of the front;
+            of one objective its best.
     """
 
     size_mb: Annotated[float, Field(gt=0)] | None = None

@@ -146,13 +146,17 @@ def _rows(rows: list[Any]) -> Columns:
 
 
 def _image_folder(path: Path, key: str) -> Columns:
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    found = [(str(file), folder.name) for folder in folders for file in _images(folder)]
+    found = [(str(file), name) for name in class_folders(path) for file in _images(path / name)]
     if not found:
         raise JointoptError(
             f"{key}: the folder {str(path)!r} has no images in folders of their class; allowed: {ALLOWED}"
         )
     return {"image": [file for file, _ in found], "label": [name for _, name in found]}
+
+
+def class_folders(path: Path) -> list[str]:
+    """Names of the folders in a folder of images by class, in order."""
+    return sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
 
 
 def _images(folder: Path) -> list[Path]:
@@ -203,25 +207,31 @@ def texts(values: Sequence[Any], key: str) -> list[str]:
     return list(values)
 
 
-def class_indices(values: Sequence[Any], labels: Sequence[str], key: str, by_folder: bool = False) -> list[int]:
+def class_indices(
+    values: Sequence[Any], labels: Sequence[str], key: str, folders: Sequence[str] | None = None
+) -> list[int]:
     """Labels as the model counts them.
 
     Args:
         values: names of the model's labels, or their indices, as numbers or as text.
         labels: the model's, by index.
-        by_folder: the values are names of folders, which number the classes alphabetically where the model's labels
+        folders: which the values are names of, in the order in which they number the classes where the model's labels
             have no names.
 
     Raises:
-        JointoptError: a label that the model does not have.
+        JointoptError: a label that the model does not have; more or fewer folders than classes without names.
     """
     known = {name: index for index, name in enumerate(labels)}
     if all(str(value) in known for value in values):
         return [known[str(value)] for value in values]
-    classes = sorted({str(value) for value in values})
     nameless = all(name == f"LABEL_{i}" or name == str(i) for i, name in enumerate(labels))
-    if by_folder and nameless and len(classes) == len(labels):
-        return [classes.index(str(value)) for value in values]
+    if folders is not None and nameless:
+        if len(folders) != len(labels):
+            raise JointoptError(
+                f"{key}: found {len(folders)} folders, and the model has {len(labels)} classes without names, which "
+                "folders number alphabetically; allowed: one for each class, be it empty"
+            )
+        return [folders.index(str(value)) for value in values]
     indices = []
     for row, value in enumerate(values, 1):
         index = _whole(value)

@@ -70,7 +70,7 @@ class Study:
         path = None if path is None else Path(path)
         if path is not None and not path.parent.is_dir():
             raise JointoptError(f"storage: the folder {str(path.parent)!r} does not exist")
-        lock = None if path is None else _locked(path)
+        lock = None if path is None else locked(Path(f"{path}.lock"), f"study {str(path)!r}")
         try:
             connection = _connect(path, new=True)
             wanted = {
@@ -307,8 +307,8 @@ class Study:
         Args:
             size_mb: the best quality at or under this many 10^6 bytes.
             drop: the smallest whose quality is at most this much worse than the original's, in quality's own unit.
-            knee: the point of the front farthest from the line (of three objectives the plane) between its ends. With
-                no argument: the best quality.
+            knee: the point of the front farthest from the line (of three objectives the plane) between its ends; of
+                one objective its best. With no argument: the best quality.
             finished: a rounding; genomes finished by it count with their finished quality, where it is better.
 
         Raises:
@@ -340,19 +340,24 @@ def _connect(path: Path | None, new: bool) -> sqlite3.Connection:
     return connection
 
 
-def _locked(path: Path) -> sqlite3.Connection:
-    """A lock that dies with the process: an exclusive transaction on a file beside the study."""
+def locked(path: Path, what: str) -> sqlite3.Connection:
+    """A lock on a file of its own, which dies with the process: an exclusive transaction. Closing it lets others in.
+
+    Args:
+        what: is locked, as an error names it.
+
+    Raises:
+        JointoptError: another process holds it.
+    """
     with _explained(path):
-        lock = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None)
+        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
         lock.close()
         if "locked" not in str(error):
-            raise JointoptError(f"study {str(path)!r}: {error}") from None
-        raise JointoptError(
-            f"study {str(path)!r}: another process is writing to it; reports can be read meanwhile"
-        ) from None
+            raise JointoptError(f"{what}: {error}") from None
+        raise JointoptError(f"{what}: another process is writing to it; reports can be read meanwhile") from None
     return lock
 
 

@@ -7,10 +7,12 @@ latency.json, what was timed of this machine, where the config asks for that.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ import numpy as np
 from quant.errors import JointoptError
 
 from .config import Config, load_config
-from .cost.configured import THIS, latency_of, look_up, measured_beside
+from .cost.configured import LATENCY, THIS, latency_of, look_up, measured_beside
 from .rows import is_hub_id
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
 NEAREST = "nearest"
 WEIGHTS, TRAINED, CHECKPOINT = "supernet.safetensors", "supernet.json", "training.safetensors"
+LOCK = ".run.lock"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Prepared:
         objectives: name -> direction.
         inputs: batches to calibrate with.
         train: samples to train or finish with, None where the config does neither.
+        contents: "evaluate", "calibrate" -> digest of its batches.
         unseen: model -> metrics on data that the search does not see, None where the config names none.
     """
 
@@ -58,6 +62,7 @@ class Prepared:
     objectives: dict[str, str]
     inputs: list[Batch]
     train: Samples | None
+    contents: dict[str, str]
     unseen: Quality | None = None
 
 
@@ -107,17 +112,35 @@ def prepare(config: Config) -> Prepared:
 
     objectives = _objectives(config, task)
 
+    contents = {}
+
     def scored_on(entry: str) -> Quality:
-        return task.quality(batches(entry), loaded.model if "kl" in objectives else None)
+        scored = batches(entry)
+        contents[entry] = _digest(scored)
+        return task.quality(scored, loaded.model if "kl" in objectives else None)
 
     quality = _named_failures(function, str(config.quality)) if function is not None else scored_on("evaluate")
     inputs: list[Batch] = [
         {k: v for k, v in batch.items() if k != "labels"} for batch in batches("calibrate", task.calibration)
     ]
+    contents["calibrate"] = _digest(inputs)
     trains = config.train is not None or (config.finish is not None and config.finish.steps is not None)
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
+    seen = dict(contents)
     unseen = scored_on("test") if config.data.test is not None else None
-    return Prepared(loaded, task, quality, objectives, inputs, train, unseen)
+    return Prepared(loaded, task, quality, objectives, inputs, train, seen, unseen)
+
+
+def _digest(batches: Iterable[Batch]) -> str:
+    """Of all numbers in them, so that a run notices other contents under the same name."""
+    import torch
+
+    found = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _objectives(config: Config, task: Task) -> dict[str, str]:
@@ -232,13 +255,13 @@ def check_output(config: Config) -> None:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise JointoptError(f"output: {config.output!r} is a file; allowed: a folder")
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or not any(each.name != LOCK for each in output.iterdir()):
         return
     if not (output / CONFIG).is_file():
         raise JointoptError(
             f"output: {config.output!r} exists and is no run; allowed: a new folder, or a run to go on with"
         )
-    if (output / STUDY).is_file() or (output / TRAINED).is_file():
+    if any((output / name).is_file() for name in (STUDY, TRAINED, CHECKPOINT, LATENCY)):
         before, now = (_flat(each.record()) for each in (load_config(output / CONFIG), config))
         different = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
         if different:
@@ -257,7 +280,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def run(config: Config, console: Console, overwrite: bool = False) -> Verification:
-    """The whole of a config: train, search, choose, export, verify, report. What an earlier run did is not done again.
+    """The whole of a config: train, search, choose, export, verify, report. What an earlier run did is not done again,
+    and no other run works in the folder meanwhile.
 
     Args:
         overwrite: whether an export of another genome in the output folder is replaced.
@@ -265,6 +289,17 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     Raises:
         JointoptError: anything that does not fit, said before the search where it can be known before.
     """
+    check_output(config)
+    stay_offline(config)
+    console.print(f"model {config.model}", highlight=False)
+    prepared = prepare(config)
+    with _alone(Path(config.output)):
+        check_output(config)
+        _begin(Path(config.output), config)
+        return _run(config, prepared, console, overwrite)
+
+
+def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) -> Verification:
     from .finishing import finish_top
     from .loop import search
     from .report.page import write_report
@@ -272,12 +307,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     from .report.terminal import finished_table, front_table
     from .rescoring import rescore_front
 
-    check_output(config)
-    stay_offline(config)
     output = Path(config.output)
-    console.print(f"model {config.model}", highlight=False)
-    prepared = prepare(config)
-    _begin(output, config)
     supernet = make_supernet(config, prepared, console)
     space = supernet.space
     console.print(
@@ -290,7 +320,8 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
         [{name: direction} for name, direction in prepared.objectives.items()],
         storage=output / STUDY,
         constraints=config.constraints,
-        config={k: v for k, v in config.record().items() if k not in ("search", "objectives", "constraints")},
+        config={k: v for k, v in config.record().items() if k not in ("search", "objectives", "constraints")}
+        | {"contents": prepared.contents},
         progress=True,
         **config.search.model_dump(),
     )
@@ -329,9 +360,21 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     return verification
 
 
-def _begin(output: Path, config: Config) -> None:
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Makes the folder and keeps other runs out of it."""
+    from .study import locked
+
     try:
         output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JointoptError(f"output: {str(output)!r} cannot be written: {error.strerror}") from None
+    with closing(locked(output / LOCK, f"output {str(output)!r}")):
+        yield
+
+
+def _begin(output: Path, config: Config) -> None:
+    try:
         (output / f".{CONFIG}").write_text(config.to_yaml(), encoding="utf-8")
         (output / f".{CONFIG}").replace(output / CONFIG)
     except OSError as error:

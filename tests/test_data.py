@@ -150,7 +150,7 @@ def test_labels_are_names_or_indices_in_numbers_or_text():
     names = ["negative", "positive"]
     assert class_indices(["positive", "negative"], names, "k") == [1, 0]
     assert class_indices([1.0, 0], names, "k") == class_indices(["1", "0"], names, "k") == [1, 0]
-    assert class_indices(["b", "a"], ["LABEL_0", "LABEL_1"], "k", by_folder=True) == [1, 0]
+    assert class_indices(["b", "a"], ["LABEL_0", "LABEL_1"], "k", ["a", "b"]) == [1, 0]
 
 
 @pytest.mark.parametrize(("bad", "row"), [("neutral", 2), (2, 2), (-1, 2), (0.5, 2), (None, 2), (float("nan"), 2)])

@@ -75,7 +75,10 @@ def test_a_tokenizer_goes_into_the_file(tmp_path):
     folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf", processor=processor)
     fields = gguf.GGUFReader(folder / "model.gguf").fields
     tokens = fields["tokenizer.ggml.tokens"]
-    assert [bytes(tokens.parts[at]).decode() for at in tokens.data] == list(letters)
+    named = [bytes(tokens.parts[at]).decode() for at in tokens.data]
+    rows = supernet.model.config.vocab_size
+    assert named == [*letters, *(f"[PAD{number}]" for number in range(len(letters), rows))]
+    assert fields["tokenizer.ggml.token_type"].contents()[-1] == gguf.TokenType.UNUSED
     assert int(fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == 0
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert not fields["tokenizer.ggml.add_bos_token"].contents()

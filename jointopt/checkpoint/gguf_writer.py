@@ -65,7 +65,7 @@ def write_gguf(place: Path, model: Any, processor: Any) -> dict[str, Any]:
 
     writer = gguf.GGUFWriter(place / MODEL, "llama")
     _add_sizes(writer, model)
-    _add_tokenizer(writer, processor)
+    _add_tokenizer(writer, processor, model.config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     stored = 0
     for name, values, kind in _tensors(model):
@@ -118,8 +118,9 @@ def _add_sizes(writer: Any, model: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _add_tokenizer(writer: Any, processor: Any) -> None:
-    """Of byte-level BPE, with its merges; none where there is no processor."""
+def _add_tokenizer(writer: Any, processor: Any, rows: int) -> None:
+    """Of byte-level BPE, with its merges; none where there is no processor. The file's list of tokens is as long as the
+    embedding has rows: llama.cpp refuses another. Rows without a token are unused ones."""
     if processor is None:
         writer.add_tokenizer_model("no_vocab")
         return
@@ -134,8 +135,15 @@ def _add_tokenizer(writer: Any, processor: Any) -> None:
         raise JointoptError(f"target gguf: found a tokenizer that parts texts in a way of its own; allowed: {allowed}")
     words = {**content["model"]["vocab"], **{each["content"]: each["id"] for each in content["added_tokens"]}}
     special = {each["id"]: each["special"] for each in content["added_tokens"]}
-    ordered = sorted(words, key=words.__getitem__)
-    types = [(3 if special[words[word]] else 4) if words[word] in special else 1 for word in ordered]
+    import gguf
+
+    named = {number: word for word, number in words.items()}
+    last = max(named)
+    if last >= rows:
+        raise JointoptError(f"target gguf: token {named[last]!r} is number {last}; the embedding has {rows} rows")
+    ordered = [named.get(number, f"[PAD{number}]") for number in range(rows)]
+    kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED, None: gguf.TokenType.NORMAL}
+    types = [kinds[special.get(n)] if n in named else gguf.TokenType.UNUSED for n in range(rows)]
     merges = [each if isinstance(each, str) else " ".join(each) for each in content["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(parted)

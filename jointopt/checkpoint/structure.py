@@ -29,11 +29,14 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def by_compressed_tensors(model: nn.Module) -> bool:
-    """Whether compressed-tensors can store and reload every quantized layer exactly as it computes here.
+    """Whether compressed-tensors can store and reload every quantized layer exactly as it computes here: of models of
+    transformers, which calls it.
 
     It takes Linear layers that are not tied. Its fp4 weights unpack to bfloat16, so a float32 model cannot have them;
     packed zero points of weights do not load in transformers 5.23 (they meet a parameter of unpacked shape).
     """
+    if not hasattr(model, "config"):
+        return False
     layers = quantized_layers(model)
     tied = _tied(model)
     for path, module in layers.items():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from jointopt.rows import IMAGE, LABEL, DataSource, class_indices, column, read_columns
+from jointopt.rows import IMAGE, LABEL, DataSource, class_folders, class_indices, column, read_columns
 from jointopt.tasks.metrics import every
 from jointopt.tasks.task import Samples, Task, place_of
 from jointopt.tasks.text_classification import label_names
@@ -28,7 +28,8 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     images = column(columns, source.image, IMAGE, f"{source.key}.image")
     values = column(columns, source.label, LABEL, f"{source.key}.label")
     base = Path(source.path)
-    labels = class_indices(values, label_names(model), f"{source.key}.label", by_folder=base.is_dir())
+    folders = class_folders(base) if base.is_dir() else None
+    labels = class_indices(values, label_names(model), f"{source.key}.label", folders)
     dtype = next(model.parameters()).dtype
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     kept: dict[int, Tensor] = {}

@@ -26,7 +26,7 @@ from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
 from jointopt.training.elastic import Recipe, elastic_loss, task_loss
-from jointopt.training.lora import NAMES, adapted, attach, merge
+from jointopt.training.lora import NAMES, adapted, attach, merge, with_adapters
 from quant.errors import JointoptError
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
@@ -95,7 +95,7 @@ class ElasticTrainer(Trainer):
         self.label_names: list[str] = self.label_names or ["labels"]
         if train_dataset is not None:
             _check_labels(self.label_names, train_dataset, "train_dataset")
-        # The loss is a mean over the batch, which the Trainer divides by the number of batches in a step.
+        # The Trainer divides what `compute_loss` returns by the number of batches in a step.
         self.loss_is_scaled_for_ga = False
         self._calibration = list(calibration) if calibration is not None else self._first_samples()
         if not self.supernet.calibrated and not self.supernet.trained:
@@ -152,10 +152,25 @@ class ElasticTrainer(Trainer):
             step = self.state.global_step
             if self.sort_every and step and step % self.sort_every == 0 and not self._sorted(step):
                 self.supernet.sort_again(self._calibration, self._inner_optimizer())
-            return elastic_loss(self.supernet, batch, step, self.recipe, self.state.max_steps)
+            loss = elastic_loss(self.supernet, batch, step, self.recipe, self.state.max_steps)
+            return loss * self._share_of_step(batch["labels"], num_items_in_batch)
         logits = logits_of(model, self._inputs(batch))
         loss = self.recipe.loss(logits, batch)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def _share_of_step(self, labels: Tensor, counted: Tensor | int | None) -> Tensor | float:
+        """What a batch weighs among those that a step accumulates, times their number: by its labels, which the Trainer
+        counts where tokens may be masked."""
+        if counted is None:
+            return 1.0
+        shown = labels[..., 1:] if self._loss_shifts_labels else labels
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return shown.ne(-100).sum() / counted * self.current_gradient_accumulation_steps * processes
+
+    def prediction_step(self, model: nn.Module, *args: Any, **options: Any) -> Any:
+        """The Trainer's, with adapters where there are some."""
+        whole: Any = self.supernet.model
+        return super().prediction_step(with_adapters(whole).eval() if adapted(whole) else model, *args, **options)
 
     def _sorted(self, step: int) -> bool:
         """Whether this step has sorted already, for an earlier one of the batches that it accumulates."""
