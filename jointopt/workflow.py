@@ -255,7 +255,7 @@ def check_output(config: Config) -> None:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise JointoptError(f"output: {config.output!r} is a file; allowed: a folder")
-    if not output.is_dir() or not any(each.name != LOCK for each in output.iterdir()):
+    if not output.is_dir() or not any(not each.name.startswith(LOCK) for each in output.iterdir()):
         return
     if not (output / CONFIG).is_file():
         raise JointoptError(

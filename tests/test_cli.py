@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from saved import save_bert, save_timm, save_vit, write_images, write_reviews
 
 from jointopt import Study
 from jointopt.cli import main
 from jointopt.config import load_config
+from jointopt.study import locked
+from jointopt.workflow import CHECKPOINT, LOCK
 
 ROOT = Path(__file__).parents[1]
 
@@ -253,7 +257,9 @@ def test_a_model_of_an_unknown_family_is_named(place, capsys, monkeypatch):
 def test_labels_that_the_model_lacks_are_named(place, capsys, monkeypatch):
     write_images(place / "birds", classes=("crow", "jay", "owl", "tit"))
     write_config(place, data={"calibrate": "images", "evaluate": "birds"}, output="runs/bad")
-    assert "data.evaluate.label: found label " in refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert "data.evaluate.label: found 4 folders, and the model has 3 classes" in refused(
+        capsys, place, monkeypatch, "run", "config.yaml"
+    )
 
 
 def test_a_function_that_always_fails_stops_the_run_after_the_first_batch(place, capsys, monkeypatch):
@@ -274,6 +280,36 @@ def test_another_config_in_the_same_output_is_refused_and_harms_nothing(finished
     assert "was made with another config: space." in refused(capsys, place, monkeypatch, "run", "config.yaml")
     assert (finished / "study.db").read_bytes() == study
     assert (finished / "export/model.safetensors").read_bytes() == export
+
+
+def test_a_second_run_in_an_output_folder_is_refused_and_harms_nothing(finished, capsys, monkeypatch):
+    place = finished.parents[1]
+    write_config(place)
+    before = (finished / "config.yaml").read_bytes()
+    with contextlib.closing(locked(finished / LOCK, "it")):
+        said = refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert "output 'runs/vit': another process is writing to it" in said
+    assert (finished / "config.yaml").read_bytes() == before
+
+
+def test_other_images_under_the_same_name_are_noticed(place, capsys, monkeypatch):
+    write_images(place / "mine")
+    write_config(place, data={"calibrate": "images", "evaluate": "mine"}, output="runs/mine", search={"evaluations": 2})
+    assert command("run", "config.yaml", cwd=place).returncode == 0
+    for path in (place / "mine").rglob("*.png"):
+        Image.new("RGB", (16, 16), "red").save(path)
+    assert "contents.evaluate was" in refused(capsys, place, monkeypatch, "run", "config.yaml")
+
+
+def test_a_training_that_was_killed_goes_on_with_its_own_config_alone(place, capsys, monkeypatch):
+    data = {"train": "images", "evaluate": "images", "batch_size": 12}
+    write_config(place, output="runs/killed", data=data, train={"steps": 3, "batch_size": 4})
+    output = place / "runs/killed"
+    output.mkdir(parents=True)
+    (output / "config.yaml").write_text(load_config(place / "config.yaml").to_yaml())
+    (output / CHECKPOINT).touch()
+    write_config(place, output="runs/killed", data=data, train={"steps": 4, "batch_size": 4})
+    assert "train.steps was 3, is 4" in refused(capsys, place, monkeypatch, "run", "config.yaml")
 
 
 @pytest.mark.parametrize(

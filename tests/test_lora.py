@@ -119,6 +119,17 @@ def test_the_trainer_trains_adapters_resumes_them_and_merges_them(tmp_path):
         assert torch.equal(each, resumed.supernet.model.state_dict()[key]), key
 
 
+def test_adapters_are_evaluated_with_the_model(tmp_path):
+    from tests.zoo import make
+
+    rows = [{key: value[at] for key, value in labelled("vit")[0].items()} for at in range(6)]
+    kept = arguments(tmp_path, max_steps=6, learning_rate=1e-2, eval_strategy="steps", eval_steps=3)
+    made = ElasticTrainer(model=make("vit"), args=kept, train_dataset=rows, eval_dataset=rows, lora=config("vit"))
+    made.train()
+    logged = [log["eval_loss"] for log in made.state.log_history if "eval_loss" in log]
+    assert logged[0] != logged[1] and logged[1] == pytest.approx(made.evaluate()["eval_loss"], rel=1e-4)
+
+
 def test_impossible_adapters_are_refused_at_the_start():
     supernet = calibrated("llama_tied")
     for match, wanted in {

@@ -161,6 +161,23 @@ def test_a_model_that_is_set_otherwise_than_its_library_does_is_reloaded_as_it_i
         same(found, expected[folder])
 
 
+def test_a_timm_model_with_linear_layers_alone_quantized_is_reloaded(tmp_path):
+    model, batch = make("timm_vit"), batches("timm_vit")[0]
+    schemes = ["none", "W8A8", "FP8_DYNAMIC", "W4A16"]
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=schemes, preset="fixed"))
+    supernet.calibrate([batch])
+    folders, expected = [], {}
+    for scheme in schemes:
+        genes = [gene for gene in supernet.space.genes if "patch" not in gene.name and scheme in gene.choices]
+        chosen = {**supernet.space.decode(supernet.space.largest), **{gene.name: scheme for gene in genes}}
+        genome = supernet.space.encode(chosen)
+        folders.append(jointopt.export(supernet, genome, tmp_path / scheme))
+        with supernet.active(genome) as view:
+            expected[str(folders[-1])] = logits(view, batch)
+    for folder, found in reloaded(folders, batch, tmp_path).items():
+        same(found, expected[folder])
+
+
 def test_what_the_library_cannot_build_is_refused_with_its_path(tmp_path):
     model = _resnet()
     model.layer1[0].conv1 = torch.nn.Conv2d(64, 32, 3, padding=1, bias=True)

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.training.sampling import Sandwich
-from tests.zoo import logits, make
+from tests.zoo import batches, logits, make
 
 ROOT = Path(__file__).parents[1]
 
@@ -242,6 +242,29 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
         trainer(tmp_path, recipe=Recipe(loss=lambda logits, batch: logits.mean()), label_smoothing_factor=0.1)
     with pytest.raises(JointoptError, match="compute_loss_func"):
         ElasticTrainer(model=model, args=arguments(tmp_path), train_dataset=data(), compute_loss_func=print)
+
+
+def test_accumulated_batches_weigh_by_the_tokens_that_count(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids.clone()} for ids in batches("llama_tied", 1, 8)[0]["input_ids"]]
+    for row in rows[:4]:
+        row["labels"][:14] = -100
+    found = []
+    for size, parts in ((8, 1), (4, 2)):
+        kept = arguments(
+            tmp_path / str(size), max_steps=1, learning_rate=0.1, optim="sgd", per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts, max_grad_norm=0, lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        model = make("llama_tied")
+        space = SearchSpace.for_model(model, schemes=["none"])
+        made = ElasticTrainer(
+            model=model, space=space, args=kept, train_dataset=rows, recipe=Recipe(distillation=None),
+            calibration=[{"input_ids": rows[0]["input_ids"][None]}],
+        )  # fmt: skip
+        made.train()
+        found.append(weights(made))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_smoothed_labels_are_those_of_the_trainer(tmp_path):
