@@ -168,7 +168,7 @@ def test_a_timm_model_with_linear_layers_alone_quantized_is_reloaded(tmp_path):
     supernet.calibrate([batch])
     folders, expected = [], {}
     for scheme in schemes:
-        genes = [gene for gene in supernet.space.genes if "patch" not in gene.name and scheme in gene.choices]
+        genes = [gene for gene in supernet.space.genes if "block" in gene.name and scheme in gene.choices]
         chosen = {**supernet.space.decode(supernet.space.largest), **{gene.name: scheme for gene in genes}}
         genome = supernet.space.encode(chosen)
         folders.append(jointopt.export(supernet, genome, tmp_path / scheme))
