@@ -218,12 +218,15 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
     from .cost.device import load_device
     from .cost.roofline import Roofline
     from .report.devices import on_device
+    from .stopping import check_count
     from .workflow import CONFIG, stay_offline
 
     if not (output / CONFIG).is_file():
         raise JointoptError(
             f"--device: {str(output)!r} holds no {CONFIG}, which names the model; allowed: a run's output"
         )
+    check_count("--batch", options.batch)
+    check_count("--context", options.context)
     config = load_config(output / CONFIG)
     given = config.hardware
     batch = options.batch or (given.batch if given else 1)

@@ -83,6 +83,8 @@ class ElasticTrainer(Trainer):
             raise JointoptError(
                 "args: fp16, in which gradients of small sub-networks vanish; allowed: bf16, or neither"
             )
+        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise JointoptError("args: gradient_checkpointing_kwargs use_reentrant True; allowed: False")
         if options.get("compute_loss_func") is not None:
             raise JointoptError("compute_loss_func: is not called here; allowed: recipe=Recipe(loss=...)")
         self.supernet = _supernet(model, space, supernet, family)
