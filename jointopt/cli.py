@@ -193,8 +193,8 @@ def _report(options: argparse.Namespace) -> int:
 
     from .report.page import write_report
     from .report.terminal import device_table, front_table
+    from .run_folder import REPORT, STUDY
     from .study import Study
-    from .workflow import REPORT, STUDY
 
     given = Path(options.study)
     file = given / STUDY if given.is_dir() else given
@@ -218,8 +218,9 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
     from .cost.device import load_device
     from .cost.roofline import Roofline
     from .report.devices import on_device
+    from .run_folder import CONFIG
     from .stopping import check_count
-    from .workflow import CONFIG, stay_offline
+    from .workflow import stay_offline
 
     if not (output / CONFIG).is_file():
         raise JointoptError(
@@ -252,11 +253,9 @@ def _without_weights(config: Config) -> Supernet:
 
 def _export(options: argparse.Namespace) -> int:
     from .config import load_config
+    from .run_folder import CONFIG, EXPORT, STUDY
     from .study import Study
     from .workflow import (
-        CONFIG,
-        EXPORT,
-        STUDY,
         export_genome,
         finished_genome,
         finishing_of,
@@ -331,7 +330,8 @@ def picked(study: Study, pick: dict[str, Any], rounding: str | None) -> np.ndarr
 
 def _verify(options: argparse.Namespace) -> int:
     from .config import load_config
-    from .workflow import CONFIG, EXPORT, STUDY, prepare, stay_offline, verify_export
+    from .run_folder import CONFIG, EXPORT, STUDY
+    from .workflow import prepare, stay_offline, verify_export
 
     folder = Path(options.folder)
     if not folder.is_dir():

@@ -1,9 +1,4 @@
-"""From a config to a verified export: what `jointopt run` does, in an output folder that a later run goes on with.
-
-The folder holds config.yaml, study.db, report.html, export/ and, where the config trains, supernet.safetensors with
-supernet.json, which says what it was trained with; training.safetensors, from which training goes on, while it trains;
-latency.json, what was timed of this machine, where the config asks for that.
-"""
+"""From a config to a verified export: what `jointopt run` does, in an output folder that a later run goes on with."""
 
 from __future__ import annotations
 
@@ -11,8 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +15,10 @@ import numpy as np
 
 from quant.errors import JointoptError
 
-from .config import Config, load_config
-from .cost.configured import LATENCY, THIS, latency_of, look_up, measured_beside
+from .config import Config
+from .cost.configured import THIS, latency_of, look_up, measured_beside
 from .rows import is_hub_id
+from .run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,10 +32,7 @@ if TYPE_CHECKING:
     from .tasks.task import Samples, Task
     from .training.loop import Batches
 
-STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
 NEAREST = "nearest"
-WEIGHTS, TRAINED, CHECKPOINT = "supernet.safetensors", "supernet.json", "training.safetensors"
-LOCK = ".run.lock"
 
 
 @dataclass(frozen=True)
@@ -250,35 +242,6 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def check_output(config: Config) -> None:
-    """Refuses an output folder of something else, and one of a run with another config, naming the differences."""
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise JointoptError(f"output: {config.output!r} is a file; allowed: a folder")
-    if not output.is_dir() or not any(not each.name.startswith(LOCK) for each in output.iterdir()):
-        return
-    if not (output / CONFIG).is_file():
-        raise JointoptError(
-            f"output: {config.output!r} exists and is no run; allowed: a new folder, or a run to go on with"
-        )
-    if any((output / name).is_file() for name in (STUDY, TRAINED, CHECKPOINT, LATENCY)):
-        before, now = (_flat(each.record()) for each in (load_config(output / CONFIG), config))
-        different = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
-        if different:
-            told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in different[:6])
-            more = f" and {len(different) - 6} more" if len(different) > 6 else ""
-            raise JointoptError(
-                f"output: {config.output!r} was made with another config: {told}{more}; "
-                "allowed: that config, or another output"
-            )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, each in value.items() for k, v in _flat(each, f"{prefix}.{key}".lstrip(".")).items()}
-    return {prefix: value}
-
-
 def run(config: Config, console: Console, overwrite: bool = False) -> Verification:
     """The whole of a config: train, search, choose, export, verify, report. What an earlier run did is not done again,
     and no other run works in the folder meanwhile.
@@ -293,9 +256,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     stay_offline(config)
     console.print(f"model {config.model}", highlight=False)
     prepared = prepare(config)
-    with _alone(Path(config.output)):
-        check_output(config)
-        _begin(Path(config.output), config)
+    with taken(config):
         return _run(config, prepared, console, overwrite)
 
 
@@ -358,27 +319,6 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     finally:
         study.close()
     return verification
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Makes the folder and keeps other runs out of it."""
-    from .study import locked
-
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise JointoptError(f"output: {str(output)!r} cannot be written: {error.strerror}") from None
-    with closing(locked(output / LOCK, f"output {str(output)!r}")):
-        yield
-
-
-def _begin(output: Path, config: Config) -> None:
-    try:
-        (output / f".{CONFIG}").write_text(config.to_yaml(), encoding="utf-8")
-        (output / f".{CONFIG}").replace(output / CONFIG)
-    except OSError as error:
-        raise JointoptError(f"output: {str(output)!r} cannot be written: {error.strerror}") from None
 
 
 def note_choice(

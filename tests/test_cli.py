@@ -22,8 +22,8 @@ from saved import save_bert, save_timm, save_vit, write_images, write_reviews
 from jointopt import Study
 from jointopt.cli import main
 from jointopt.config import load_config
+from jointopt.run_folder import CHECKPOINT, LOCK
 from jointopt.study import locked
-from jointopt.workflow import CHECKPOINT, LOCK
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,0 +1,79 @@
+"""The output folder of a run: what is in it, whose it is, and that one run at a time works in it.
+
+It holds config.yaml, study.db, report.html, export/ and, where the config trains, supernet.safetensors with
+supernet.json, which says what it was trained with; training.safetensors, from which training goes on, while it trains;
+latency.json, what was timed of this machine, where the config asks for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from quant.errors import JointoptError
+
+from .config import Config, load_config
+from .cost.configured import LATENCY
+
+STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
+WEIGHTS, TRAINED, CHECKPOINT = "supernet.safetensors", "supernet.json", "training.safetensors"
+LOCK = ".run.lock"
+
+
+def check_output(config: Config) -> None:
+    """Refuses an output folder of something else, and one of a run with another config, naming the differences."""
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise JointoptError(f"output: {config.output!r} is a file; allowed: a folder")
+    if not output.is_dir() or all(each.name.startswith(LOCK) for each in output.iterdir()):
+        return
+    if not (output / CONFIG).is_file():
+        raise JointoptError(
+            f"output: {config.output!r} exists and is no run; allowed: a new folder, or a run to go on with"
+        )
+    if any((output / name).is_file() for name in (STUDY, TRAINED, CHECKPOINT, LATENCY)):
+        before, now = (_flat(each.record()) for each in (load_config(output / CONFIG), config))
+        different = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+        if different:
+            told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in different[:6])
+            more = f" and {len(different) - 6} more" if len(different) > 6 else ""
+            raise JointoptError(
+                f"output: {config.output!r} was made with another config: {told}{more}; "
+                "allowed: that config, or another output"
+            )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, each in value.items() for k, v in _flat(each, f"{prefix}.{key}".lstrip(".")).items()}
+    return {prefix: value}
+
+
+@contextmanager
+def taken(config: Config) -> Iterator[None]:
+    """Makes the output folder, keeps other runs out of it, and writes the config into it.
+
+    Raises:
+        JointoptError: another run is in it, what `check_output` refuses, it cannot be written.
+    """
+    from .study import locked  # heavy, and not before the hub is forbidden
+
+    output = Path(config.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JointoptError(f"output: {str(output)!r} cannot be written: {error.strerror}") from None
+    with closing(locked(output / LOCK, f"output {str(output)!r}")):
+        check_output(config)
+        _write_config(output, config)
+        yield
+
+
+def _write_config(output: Path, config: Config) -> None:
+    try:
+        (output / f".{CONFIG}").write_text(config.to_yaml(), encoding="utf-8")
+        (output / f".{CONFIG}").replace(output / CONFIG)
+    except OSError as error:
+        raise JointoptError(f"output: {str(output)!r} cannot be written: {error.strerror}") from None
