@@ -40,9 +40,9 @@ def first_samples(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     return {k: v[:count].clone() if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
 
 
-def keep_statistics(model: nn.Module) -> list[_BatchNorm]:
+def keep_statistics(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
     """Gives every normalization running statistics of its own, so that a slice's do not enter the whole model's."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
     for norm in norms:
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             norm._buffers[name] = torch.clone(norm._buffers[name])  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def reestimate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
 
     The model is in eval mode and stays so: only its normalizations see the batches as training would show them.
     """
-    norms = keep_statistics(model)
+    norms = keep_statistics(model.modules())
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

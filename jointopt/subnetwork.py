@@ -19,12 +19,13 @@ from quant.formats import Scheme
 from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 from quant.learned_ranges import learn_range
 from quant.reference import straight_through
-from search_spaces.family import Block, Branch, Cache, Family, Layer, structural_clone
+from search_spaces.family import Block, Branch, Cache, Family, Layer, structural_clones
 
 from .batch_norm import keep_statistics
 from .checkpoint.held_cache import hold_cache
 from .learned_ranges import NAME, LearnedRanges
 from .repair import Repaired
+from .training.lora import absorb
 from .weight_bank import BankedWeight
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
@@ -89,9 +90,11 @@ def build(
     With `training`, slices keep their link to the whole parameters, so that gradients reach them: of a quantized weight
     straight through its rounding (Bengio et al., arXiv 1308.3432), or as the `learned` factors of ranges have it.
     """
-    shell = structural_clone(model)
+    modules = structural_clones(model)
+    shell = modules[""]
     shell._parameters.pop(NAME, None)
-    modules = dict(shell.named_modules())
+    if training:
+        absorb(modules.values())
     rows, columns = _cuts(family, plan)
     gone = _gone(family, plan)
     layers = {layer.path: layer for layer in family.layers}
@@ -124,11 +127,14 @@ def build(
         for path, name, per_unit in width.attributes:
             if width.gene in plan.units and not _is_in(path, gone):
                 setattr(modules[path], name, plan.units[width.gene] * per_unit)
-    _drop(shell, family, plan)
+    _drop(shell, family, plan, training)
     if training and not plan.whole(family):
-        keep_statistics(shell)
-    family.configure(shell, plan.blocks)
-    return shell.train(training)
+        keep_statistics(modules.values())
+    if not training or len(plan.blocks) < len(family.blocks):
+        family.configure(shell, plan.blocks)
+    if any(module.training != training for module in modules.values()):
+        shell.train(training)
+    return shell
 
 
 def detach(shell: nn.Module) -> nn.Module:
@@ -264,12 +270,12 @@ def _hold_cache(attention: nn.Module, form: CacheFormat, constants: Mapping[str,
     hold_cache(attention, {"element": form.element, "inputs": form.inputs, "group": group})
 
 
-def _drop(shell: nn.Module, family: Family, plan: Plan) -> None:
+def _drop(shell: nn.Module, family: Family, plan: Plan, training: bool) -> None:
     """Takes out branches and blocks, and counts what stays anew: list indices, and the indices of KV caches."""
     for branch in plan.dropped:
         for path, replacement in branch.replacements.items():
             holder, _, name = path.rpartition(".")
-            shell.get_submodule(holder)._modules[name] = replacement()
+            shell.get_submodule(holder)._modules[name] = replacement().train(training)
     caches = 0
     for blocks in family.stages().values():
         container = shell.get_submodule(blocks[0].path.rpartition(".")[0])

@@ -53,7 +53,7 @@ from .ranges import Ranges
 from .repair import Repaired, Repairs
 from .subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
 from .supernet_state import fingerprint, for_workers, load, save
-from .training.lora import effective, with_adapters
+from .training.lora import effective
 from .transforms import checked, reread, rotated, scale_links
 from .weight_bank import BankedWeight, WeightBank
 
@@ -163,6 +163,7 @@ class Supernet:
         self._statistics = ranges.constants()
         self._repaired = repairs.solved()
         self._forget()
+        self.model.eval()
         self.calibrated = True
 
     def _scale(self, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -232,10 +233,14 @@ class Supernet:
                 are chosen from the weights as they are, times what `learn_ranges` learns); else unquantized.
                 Unrepaired and with its cache as it was.
         """
-        plan = self.plan(genome)
+        return self.view_to_train(self.plan(genome), precision)
+
+    def view_to_train(self, plan: Plan, precision: bool) -> nn.Module:
+        """`training_view` of a plan."""
         plan = Plan(plan.blocks, plan.dropped, plan.units, plan.schemes if precision else {})
-        model = with_adapters(self.model)
-        return build(model, self.family, plan, self._banked, self._statistics, {}, training=True, learned=self.learned)
+        return build(
+            self.model, self.family, plan, self._banked, self._statistics, {}, training=True, learned=self.learned
+        )
 
     def learn_ranges(self) -> None:
         """Adds to the model's parameters, until it is calibrated again, a factor of each range of quantized weights,

@@ -240,6 +240,7 @@ class SkipPostNormOutput(nn.Module):
 
 
 _CONTAINERS = frozenset((dict, OrderedDict, set))
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 def structural_clone(module: nn.Module) -> nn.Module:
@@ -247,11 +248,24 @@ def structural_clone(module: nn.Module) -> nn.Module:
 
     Methods that someone has put in place of the class's own (accelerate does, for mixed precision) are the clone's.
     """
-    clone = object.__new__(type(module))
+    return structural_clones(module)[""]
+
+
+def structural_clones(module: nn.Module) -> dict[str, nn.Module]:
+    """A `structural_clone`, under "", and all modules in it by their paths."""
+    found: dict[str, nn.Module] = {}
+    _clone(module, "", found)
+    return found
+
+
+def _clone(module: nn.Module, path: str, found: dict[str, nn.Module]) -> nn.Module:
+    clone = found[path] = object.__new__(type(module))
     state = clone.__dict__
     state.update(module.__dict__)
     for name, value in module.__dict__.items():
         kind = type(value)
+        if kind in _PLAIN:
+            continue
         if kind in _CONTAINERS:
             state[name] = value.copy()  # 5x as fast as copy.copy, and a model has thousands of them
         elif kind is MethodType:
@@ -261,7 +275,7 @@ def structural_clone(module: nn.Module) -> nn.Module:
             state[name] = copy.copy(value)
     for name, child in module._modules.items():
         if child is not None:
-            clone._modules[name] = structural_clone(child)
+            clone._modules[name] = _clone(child, f"{path}.{name}" if path else name, found)
     return clone
 
 

@@ -142,6 +142,6 @@ def configure(model: Model, kept: Sequence[Block]) -> None:
         config.layer_types = [config.layer_types[index] for index in indices]
     config.num_hidden_layers = len(indices)
     for module in model.modules():
-        if getattr(module, "config", None) is model.config and module is not model:
+        if module.__dict__.get("config") is model.config and module is not model:
             module.config = config
     model.config = config

@@ -55,7 +55,7 @@ def _configure(model: Model, kept: Sequence[Block]) -> None:
     config = copy.deepcopy(model.config)
     config.depths = [sum(b.stage == f"stage{i + 1}.depth" for b in kept) for i in range(len(config.depths))]
     for module in model.modules():
-        if getattr(module, "config", None) is model.config and module is not model:
+        if module.__dict__.get("config") is model.config and module is not model:
             module.config = config
     model.config = config
 

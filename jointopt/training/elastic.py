@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from jointopt.batch_norm import on_device
 from jointopt.evaluation import Batch
 from jointopt.learned_ranges import NAME
+from jointopt.subnetwork import Plan
 from jointopt.training.distillation import Distillation, Seen, loss_of, seen, teacher_logits
 from jointopt.training.sampling import Sampling, sampling, step_seed
 from quant.errors import JointoptError
@@ -141,6 +142,8 @@ def gradients_of(
     if not parameters:
         raise JointoptError("train: no parameter of the model needs a gradient; allowed: one or more")
     supernet.weights_changed()
+    if not supernet.model.training:
+        supernet.model.train()  # once, where each view would have to be put in this mode
     gradients: list[Tensor | None] = [None] * len(parameters)
 
     def learn(loss: Tensor, slices: list[tuple[Tensor, int]]) -> Tensor:
@@ -149,8 +152,8 @@ def gradients_of(
         if torch.is_grad_enabled():
             wanted = [*parameters, *(part for part, _ in slices)]
             found = _in_memory_of_their_own(torch.autograd.grad(loss, wanted, allow_unused=True))
-            for at, (held, new) in enumerate(zip(gradients, found[: len(parameters)], strict=True)):
-                gradients[at] = new if held is None else held if new is None else held.add_(new)
+            for at, new in enumerate(found[: len(parameters)]):
+                gradients[at] = _sum(gradients[at], new, parameters[at])
             for (part, at), new in zip(slices, found[len(parameters) :], strict=True):
                 held = gradients[at]
                 if held is None:
@@ -161,7 +164,7 @@ def gradients_of(
 
     losses, target = [], None
     for student in _students(supernet, step, progress, recipe):
-        view = supernet.training_view(student.genome, student.precision)
+        view = supernet.view_to_train(student.plan, student.precision)
         slices = _as_leaves(view, places)
         loss, shown = _loss(supernet, student, view, batch, target, recipe)
         losses.append(learn(loss, slices))
@@ -170,12 +173,21 @@ def gradients_of(
     return losses, gradients, parameters
 
 
+def _sum(held: Tensor | None, new: Tensor | None, whole: Tensor) -> Tensor | None:
+    """Of gradients of `whole`, dense whatever they are, in the memory of the first."""
+    if new is None or (held is None and not new.is_sparse):
+        return held if new is None else new
+    return (torch.zeros_like(whole) if held is None else held).add_(new)
+
+
 def _in_memory_of_their_own(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """What may be added to in place: autograd gives views of one tensor where parameters were added to each other."""
     taken: set[int] = set()
     found = []
     for each in gradients:
-        if each is not None:
+        if each is not None and each.is_sparse:
+            each = each.coalesce()  # the same bits in whichever order a device would add up repeated rows
+        elif each is not None:
             storage = each.untyped_storage()
             if storage.data_ptr() in taken or storage.nbytes() != each.numel() * each.element_size():
                 each = each.clone()
@@ -186,7 +198,7 @@ def _in_memory_of_their_own(gradients: Sequence[Tensor | None]) -> list[Tensor |
 
 @dataclass(frozen=True)
 class _Student:
-    genome: Any
+    plan: Plan
     precision: bool
 
 
@@ -194,12 +206,14 @@ def _students(supernet: Supernet, step: int, progress: float, recipe: Recipe) ->
     """The largest sub-network first, which every other one may learn from."""
     genomes = recipe.sampling.genomes(supernet.space, progress, step_seed(recipe.seed, step))  # type: ignore[union-attr]
     precision = recipe.precision_from is not None and progress >= recipe.precision_from
-    return [_Student(supernet.space.largest, False), *(_Student(genome, precision) for genome in genomes)]
+    largest = _Student(supernet.plan(supernet.space.largest), False)
+    return [largest, *(_Student(supernet.plan(genome), precision) for genome in genomes)]
 
 
 def _as_leaves(view: nn.Module, places: Mapping[int, int]) -> list[tuple[Tensor, int]]:
     """Cuts a training view's slices of parameters off from these, and returns them with their parameters' places: a
     slice's gradient can be added to the leading block of the whole one's, where autograd would fill it up with zeros.
+    Nor does it for words that a batch does not have: gradients of embeddings are sparse.
 
     Args:
         places: id of a parameter -> its place.
@@ -207,9 +221,11 @@ def _as_leaves(view: nn.Module, places: Mapping[int, int]) -> list[tuple[Tensor,
     found = []
     for module in view.modules():
         for name, part in module.__dict__.items():
-            if isinstance(part, Tensor) and part._is_view() and id(part._base) in places:
+            if type(part) is Tensor and part._is_view() and id(part._base) in places:
                 module.__dict__[name] = leaf = part.detach().requires_grad_()
                 found.append((leaf, places[id(part._base)]))
+        if type(module) is nn.Embedding and module.weight.is_leaf and not module.scale_grad_by_freq:
+            module.__dict__["sparse"] = True
     return found
 
 
@@ -219,7 +235,7 @@ def _loss(
     """Of one sub-network; of the largest where there is no target yet."""
     wanted = recipe.distillation
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    shown = seen(view, inputs, supernet.family, supernet.plan(student.genome), wanted or Distillation())
+    shown = seen(view, inputs, supernet.family, student.plan, wanted or Distillation())
     if wanted is None:
         return recipe.loss(shown.logits, batch), shown
     if target is not None:

@@ -6,13 +6,14 @@ own layers, so that a sub-network computes with W[:rows, :columns] + scale * B[:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError
-from search_spaces.family import structural_clone
+from search_spaces.family import structural_clone, structural_clones
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -81,15 +82,21 @@ def effective(layer: Any) -> Tensor:
 
 
 def with_adapters(model: nn.Module) -> nn.Module:
-    """The model in which adapters are part of the weights, for training views; itself where there are none."""
+    """The model in which adapters are part of the weights; itself where there are none."""
     if not adapted(model):
         return model
-    clone = structural_clone(model)
-    for layer in adapted(clone).values():
-        layer._parameters["weight"] = effective(layer)  # type: ignore[assignment]
-        for name in NAMES:
-            del layer._parameters[name]
-    return clone
+    clones = structural_clones(model)
+    absorb(clones.values())
+    return clones[""]
+
+
+def absorb(clones: Iterable[nn.Module]) -> None:
+    """Makes adapters part of the weights, in clones of a model's modules."""
+    for layer in clones:
+        if "lora_A" in layer._parameters:
+            layer._parameters["weight"] = effective(layer)  # type: ignore[assignment]
+            for name in NAMES:
+                del layer._parameters[name]
 
 
 @torch.no_grad()
