@@ -57,6 +57,8 @@ class Device(_Part):
         bandwidth, capacity: of its memory, bytes a second and bytes.
         network: to others like it; None where there is none.
         overhead: seconds of starting an operator.
+        kernels: operations a second that kernels reach where that was measured, by `Operator.kernel` ("conv W8A8"), in
+            place of the peak and the efficiency.
     """
 
     name: str
@@ -68,6 +70,23 @@ class Device(_Part):
     overhead: Annotated[float, Field(ge=0)]
     efficiency: Efficiency
     power: Power
+    kernels: dict[str, Rate] = {}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the YAML file that `load_device` reads."""
+        Path(path).write_text(yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False), encoding="utf-8")
+
+    def slower(self, factor: float) -> Device:
+        """The device on which everything takes so many times as long."""
+        return self.model_copy(
+            update={
+                "peak": {name: rate / factor for name, rate in self.peak.items()},
+                "kernels": {name: rate / factor for name, rate in self.kernels.items()},
+                "bandwidth": self.bandwidth / factor,
+                "cache": Cache(capacity=self.cache.capacity, bandwidth=self.cache.bandwidth / factor),
+                "overhead": self.overhead * factor,
+            }
+        )
 
     def computes(self, scheme: Scheme | None, bits: int) -> Compute:
         """The format in which a layer's products are really computed.

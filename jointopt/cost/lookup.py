@@ -87,17 +87,10 @@ class Lookup:
         Raises:
             JointoptError: a file of another machine, or one that cannot be read or written.
         """
-        path = Path(path) if path is not None else default_path()
-        machine = fingerprint(threads)
-        known = _read(path, machine)
-        asked = _Asked(batch, context)
-        supernet.costs_by(asked)
-        missing = {key_of(each, batch): each for each in asked.operators if key_of(each, batch) not in known}
-        known |= _timed(missing, batch, threads)
-        if missing:
-            _write(path, machine, known)
-        wanted = {key_of(each, batch) for each in asked.operators}
-        return cls(machine, batch, context, {key: known[key] for key in sorted(wanted)})
+        asked = {key_of(each, batch): each for each in operators_of(supernet, batch, context)}
+        wanted = sorted(asked)
+        seconds = times_of([asked[key] for key in wanted], batch, threads, path)
+        return cls(fingerprint(threads), batch, context, dict(zip(wanted, seconds, strict=True)))
 
     @property
     def source(self) -> str:
@@ -184,6 +177,32 @@ def _features(parts: Sequence[Mapping[str, Any]]) -> list[float]:
     attention = sum(each["latency"] for each in parts if each["kind"] == "attention")
     layers = sum(each["kind"] in ("linear", "conv") for each in parts)
     return [sum(each["latency"] for each in parts), attention, float(layers)]
+
+
+def operators_of(supernet: Supernet, batch: int = 1, context: int | None = None) -> list[Operator]:
+    """The distinct operators of all sub-networks of a super-network, but for reading caches."""
+    asked = _Asked(batch, context)
+    supernet.costs_by(asked)
+    return list({key_of(each, batch): each for each in asked.operators}.values())
+
+
+def times_of(
+    operators: Sequence[Operator], batch: int = 1, threads: int = 1, path: str | Path | None = None
+) -> list[float]:
+    """Seconds of each operator on this machine, for a batch: from the file of timings, or timed now and kept there.
+
+    Raises:
+        JointoptError: a file of another machine, or one that cannot be read or written.
+    """
+    path = Path(path) if path is not None else default_path()
+    machine = fingerprint(threads)
+    known = _read(path, machine)
+    keys = [key_of(each, batch) for each in operators]
+    missing = {key: each for key, each in zip(keys, operators, strict=True) if key not in known}
+    known |= _timed(missing, batch, threads)
+    if missing:
+        _write(path, machine, known)
+    return [known[key] for key in keys]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +56,12 @@ class Operator:
         """Whether a convolution and the rounding of its output for its reader are one kernel in ONNX Runtime, which
         takes both in static integers (`jointopt.checkpoint.onnx.convolutions`)."""
         return self.kind == "conv" and _static_integers(self.scheme) and _static_integers(self.reader)
+
+    @property
+    def kernel(self) -> str:
+        """What decides which kernel computes it: "linear W4A16", "conv W8A8_STATIC fused"."""
+        scheme = "none" if self.scheme is None else re.sub(r"_G\d+", "", self.scheme.name)
+        return f"{self.kind} {scheme}{' fused' if self.fused else ''}"
 
     @property
     def input_bytes(self) -> float:

@@ -7,12 +7,18 @@ cache where they fit, and layers that are spread over several devices end in a r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jointopt.cost.device import Device
 from jointopt.cost.operators import Answer, Operator
 from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,14 @@ class Roofline:
         batch: samples that are computed together.
         context: tokens of a sample, None for as many as a calibration sample has.
         parallel: devices over which each layer is spread (tensor parallelism).
+        error: mean absolute relative error where it was fitted, end to end; None where it was not.
     """
 
     device: Device
     batch: int = 1
     context: int | None = None
     parallel: int = 1
+    error: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "parallel"):
@@ -43,7 +51,8 @@ class Roofline:
     @property
     def source(self) -> str:
         several = f"{self.parallel} x " if self.parallel > 1 else ""
-        return f"roofline of {several}{self.device.name}"
+        off = "" if self.error is None else f", {self.error:.0%} off where it was fitted end to end"
+        return f"roofline of {several}{self.device.name}{off}"
 
     @property
     def capacity(self) -> float:
@@ -63,7 +72,9 @@ class Roofline:
         """Seconds: the longer of computing and of moving what the cache does not hold, then what it takes to start and
         to reduce over devices. Joules: at peak power while it computes or moves, at idle power else."""
         device = self.device
-        rate = device.peak[device.computes(operator.scheme, operator.bits)] * device.efficiency.compute
+        rate = device.kernels.get(operator.kernel) if device.kernels else None
+        if rate is None:
+            rate = device.peak[device.computes(operator.scheme, operator.bits)] * device.efficiency.compute
         operations = 2 * operator.macs * self.batch / self.parallel
         moved = (operator.input_bytes + operator.output_bytes) * self.batch / self.parallel
         stored = (operator.weight_bytes + operator.cache_bytes * self.batch) / self.parallel
@@ -77,6 +88,24 @@ class Roofline:
         seconds = busy + started + self._reducing(operator)
         joules = device.power.peak * busy + device.power.idle * (seconds - busy)
         return Answer(seconds, joules * self.parallel)
+
+    def fit(self, supernet: Supernet, genomes: Sequence[Any], seconds: Sequence[float]) -> Roofline:
+        """The roofline with rates and overhead times one factor, by which it comes closest to end-to-end times.
+
+        Args:
+            genomes: whose exports were timed.
+            seconds: end to end, for the batch; two or more.
+
+        Raises:
+            JointoptError: fewer than two.
+        """
+        if len(seconds) < 2 or len(genomes) != len(seconds):
+            raise JointoptError(f"roofline: found {len(seconds)} times to fit by; allowed: two or more, one a genome")
+        times = np.array(seconds)
+        found = supernet.costs_by(self).columns(np.stack(genomes))["latency"]
+        factor = float(np.median(times / found))
+        error = float(np.abs(factor * found / times - 1).mean())
+        return replace(self, device=self.device.slower(factor), error=error)
 
     def _reducing(self, operator: Operator) -> float:
         """A ring of partial sums: all but one of the parts pass each device twice."""

@@ -5,8 +5,7 @@
     python scripts/bench/latency.py --assets assets --cases minilm --genomes 40
 
 For each case random sub-networks are exported to ONNX, and timed in turns, medians, on one thread. A first few of them
-fit the look-up (and a roofline of this machine, its rates by the same operators' times); the errors are those on all
-others: mean absolute relative error (MAPE), and Kendall's tau. Exports are kept in --work; but for smollm2's, which
+fit the look-up, and the roofline whose rates are those of 48 of the operators; the errors are those on all others: mean absolute relative error (MAPE), and Kendall's tau. Exports are kept in --work; but for smollm2's, which
 weigh some 300 MB and take a minute each: one at a time is loaded and timed, in turns with the first, and deleted unless
 --export-only had made it.
 """
@@ -30,7 +29,7 @@ from rich.table import Table
 from scipy.stats import kendalltau
 
 import jointopt
-from jointopt import Lookup, Roofline, SearchSpace, Supernet, load_device
+from jointopt import Lookup, Roofline, SearchSpace, Supernet
 from jointopt.checkpoint.onnx.session import OnnxModel
 from jointopt.models import load_model
 from jointopt.tasks import TASKS
@@ -41,6 +40,8 @@ FIT = 8
 BATCHES = {"digits_vit": 8, "digits_resnet": 8, "minilm": 1, "smollm2": 1}
 LENGTHS = {"minilm": 128, "smollm2": 64}
 LARGE = ("smollm2",)
+LEAST = 30.0
+"""Seconds for which the exports of a case are timed, where they are beside each other."""
 
 
 def supernet_of(name: str, network: Network, arguments: argparse.Namespace) -> tuple[Supernet, dict]:
@@ -85,12 +86,14 @@ def timed(paths: list[Path], batch: dict, threads: int, rounds: int) -> np.ndarr
     """Median seconds of each export, all of them in turns."""
     models = [OnnxModel(path / "model.onnx", threads) for path in paths]
     feeds = [model.completed({name: each.numpy() for name, each in batch.items()}) for model in models]
-    seconds = np.zeros((rounds, len(models)))
-    for at in range(rounds):
-        for index, (model, feed) in enumerate(zip(models, feeds, strict=True)):
+    seconds: list[list[float]] = []
+    ends = time.monotonic() + LEAST
+    while len(seconds) < rounds or (time.monotonic() < ends and len(models) > 2):
+        seconds.append([])
+        for model, feed in zip(models, feeds, strict=True):
             started = time.perf_counter()
             model.session.run(None, feed)
-            seconds[at, index] = time.perf_counter() - started
+            seconds[-1].append(time.perf_counter() - started)
     return np.median(seconds[1:], axis=0)
 
 
@@ -109,24 +112,6 @@ def timed_apart(supernet: Supernet, genomes: np.ndarray, folder: Path, batch: di
     return np.array(ratios) * np.median(reference)
 
 
-def fitted_roofline(supernet: Supernet, genomes: np.ndarray, seconds: np.ndarray, batch: int) -> Roofline:
-    """cpu-avx2's roofline with the efficiencies and the overhead that come closest to these times."""
-    device = load_device("cpu-avx2")
-    best, least = None, np.inf
-    for compute in (0.1, 0.15, 0.2, 0.3, 0.45, 0.6):
-        for gain in (1.0, 1.5, 2.0, 3.0):
-            for overhead in (5e-6, 2e-5, 5e-5, 1e-4, 2e-4):
-                peak = {"float32": device.peak["float32"], "int8": device.peak["float32"] * gain}
-                efficiency = device.efficiency.model_copy(update={"compute": compute})
-                tried = device.model_copy(update={"peak": peak, "efficiency": efficiency, "overhead": overhead})
-                found = predicted(supernet, Roofline(tried, batch), genomes)
-                error = np.abs(found / seconds - 1).mean()
-                if error < least:
-                    best, least = Roofline(tried, batch), error
-    assert best is not None
-    return best
-
-
 def predicted(supernet: Supernet, model: Lookup | Roofline, genomes: np.ndarray) -> np.ndarray:
     return supernet.costs_by(model).columns(genomes)["latency"]
 
@@ -138,7 +123,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(BATCHES), default=list(BATCHES))
     parser.add_argument("--genomes", type=int, default=40, help="timed end to end, beside those that fit")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="of timing, at least")
     parser.add_argument("--export-only", action="store_true", help="times nothing: for later, on a quiet machine")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -152,13 +137,15 @@ def main() -> None:
             paths = [exported(supernet, genome, folder) for genome in genomes]
         if arguments.export_only:
             continue
-        lookup = Lookup.of(supernet, BATCHES[name], threads=arguments.threads, path=arguments.work / "operators.json")
+        operators = arguments.work / "operators.json"
+        lookup = Lookup.of(supernet, BATCHES[name], threads=arguments.threads, path=operators)
         if name in LARGE:
             seconds = timed_apart(supernet, genomes, folder, batch, arguments)
         else:
             seconds = timed(paths, batch, arguments.threads, arguments.rounds)
         lookup = lookup.fit(supernet, list(genomes[:FIT]), list(seconds[:FIT]))
-        roofline = fitted_roofline(supernet, genomes[:FIT], seconds[:FIT], BATCHES[name])
+        roofline = jointopt.fit_roofline(supernet, BATCHES[name], threads=arguments.threads, path=operators)
+        roofline = roofline.fit(supernet, list(genomes[:FIT]), list(seconds[:FIT]))
         cells = [name, str(arguments.genomes), f"{seconds.min() * 1e3:.3g} to {seconds.max() * 1e3:.3g}"]
         for kind, model, aims in (("look-up", lookup, (0.1, 0.9)), ("roofline", roofline, (0.25, 0.8))):
             found = predicted(supernet, model, genomes)[FIT:]

@@ -1,0 +1,80 @@
+"""A roofline fitted to operators' times: what it was made from is found again, with its kernels and end to end."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jointopt
+from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
+from jointopt.cost.lookup import fingerprint, key_of, operators_of
+from tests.zoo import batches, make
+
+pytest.importorskip("onnxruntime")
+
+
+@cache
+def supernet() -> Supernet:
+    model = make("resnet")
+    found = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W8A8_STATIC"]))
+    found.calibrate(batches("resnet"))
+    return found
+
+
+def told(path: Path) -> Roofline:
+    """A machine whose dynamic integer convolutions are slow, and the file of its operators' times."""
+    device = load_device("cpu-avx2")
+    slow = device.model_copy(
+        update={"kernels": {"conv W8A8": 1e9, "conv W8A8_STATIC": 2e10, "conv none": 5e9}, "overhead": 2e-6}
+    )
+    truth = Roofline(slow, batch=4)
+    seconds = {key_of(each, 4): truth.answer(each).seconds for each in operators_of(supernet(), 4)}
+    path.write_text(json.dumps({"machines": {fingerprint(1): seconds}}))
+    return truth
+
+
+def latencies(model: Roofline, genomes: np.ndarray) -> np.ndarray:
+    return supernet().costs_by(model).columns(genomes)["latency"]
+
+
+def test_it_comes_close_to_the_machine_that_it_is_fitted_to(tmp_path):
+    truth = told(tmp_path / "operators.json")
+    found = jointopt.fit_roofline(supernet(), batch=4, operators=40, path=tmp_path / "operators.json")
+    genomes = supernet().space.sample(30, seed=0)
+    np.testing.assert_allclose(latencies(found, genomes), latencies(truth, genomes), rtol=0.1)
+    assert found.device.kernels["conv W8A8"] < found.device.kernels["conv none"] / 2
+    assert "fitted to 40 operators" in found.source and found.error is None
+
+
+def test_what_a_graph_does_to_its_operators_is_one_factor_and_the_error_is_told(tmp_path):
+    truth = told(tmp_path / "operators.json")
+    genomes = supernet().space.sample(6, seed=1)
+    fitted = truth.fit(supernet(), list(genomes), list(0.7 * latencies(truth, genomes)))
+    np.testing.assert_allclose(latencies(fitted, genomes), 0.7 * latencies(truth, genomes), rtol=1e-6)
+    assert fitted.error == pytest.approx(0, abs=1e-6) and "0% off" in fitted.source
+    wrong = truth.fit(supernet(), list(genomes), list(latencies(truth, genomes) * np.array([1, 1, 1, 1, 1, 2])))
+    assert wrong.error == pytest.approx(0.5 / 6)
+
+
+def test_a_fitted_device_is_saved_as_one_of_one_s_own(tmp_path):
+    device = told(tmp_path / "operators.json").device
+    device.save(tmp_path / "mine.yaml")
+    assert load_device(str(tmp_path / "mine.yaml")) == device
+
+
+def test_operators_are_timed_for_real_and_kept(tmp_path):
+    path = tmp_path / "operators.json"
+    found = jointopt.fit_roofline(supernet(), batch=1, operators=9, path=path)
+    (seconds,) = json.loads(path.read_text())["machines"].values()
+    assert len(seconds) == 9 and (latencies(found, supernet().space.sample(5, seed=0)) > 0).all()
+
+
+def test_too_little_to_fit_by_is_refused(tmp_path):
+    with pytest.raises(JointoptError, match="found 3 operators to time; allowed: 8 or more"):
+        jointopt.fit_roofline(supernet(), operators=3, path=tmp_path / "operators.json")
+    with pytest.raises(JointoptError, match="roofline: found 1 times to fit by; allowed: two or more"):
+        Roofline(load_device("l4")).fit(supernet(), [supernet().space.largest], [1e-3])
