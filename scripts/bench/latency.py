@@ -4,10 +4,11 @@
     python scripts/bench/latency.py --assets assets --json latency.json
     python scripts/bench/latency.py --assets assets --cases minilm --genomes 40
 
-For each case random sub-networks are exported to ONNX, and timed in turns, medians, on one thread. A first few of them
-fit the look-up, and the roofline whose rates are those of 48 of the operators; the errors are those on all others: mean absolute relative error (MAPE), and Kendall's tau. Exports are kept in --work; but for smollm2's, which
-weigh some 300 MB and take a minute each: one at a time is loaded and timed, in turns with the first, and deleted unless
---export-only had made it.
+For each case random sub-networks are exported to ONNX, and timed in turns for at least half a minute, medians, on one
+thread. A first few of them fit the look-up, and the roofline whose rates are those of 48 of the operators; the errors
+are those on all others: mean absolute relative error (MAPE), and Kendall's tau. Exports are kept in --work; but for
+smollm2's, which weigh some 300 MB and take a minute each: one at a time is loaded and timed, in turns with the first,
+and deleted unless --export-only had made it.
 """
 
 from __future__ import annotations
