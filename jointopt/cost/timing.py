@@ -17,6 +17,8 @@ from jointopt.cost.operators import Operator
 from quant.kernels import quantize
 from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 
+LEAST = 1.0
+"""Seconds for which operators are timed in turns, so that those of some microseconds are timed often."""
 WORDS = 1000
 """Rows of the table that an embedding is timed with: those that are looked up count."""
 _QUANTIZED = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d, nn.Embedding: QuantizedEmbedding}
@@ -107,7 +109,8 @@ class _Each(nn.Module):
 
 
 def time_operators(operators: Sequence[Operator], batch: int, threads: int, rounds: int = 30) -> list[float]:
-    """Seconds that each operator takes for a batch: medians, without what calling ONNX Runtime costs.
+    """Seconds that each operator takes for a batch: medians of `rounds` or more, without what calling ONNX Runtime
+    costs.
 
     A fused convolution takes what it and its reader's rounding take, less what that would take by itself: its reader
     is timed from numbers that are not rounded yet.
@@ -126,7 +129,8 @@ def time_operators(operators: Sequence[Operator], batch: int, threads: int, roun
     empty = _sessions((nn.Identity(),), ((torch.zeros(1),),), threads)[0]
     calls: list[Callable[[], Any]] = [*runs, empty]
     seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
+    ends = time.monotonic() + LEAST
+    while len(seconds[0]) < rounds or time.monotonic() < ends:
         for call, kept in zip(calls, seconds, strict=True):
             started = time.perf_counter()
             call()
