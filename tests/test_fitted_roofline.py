@@ -29,7 +29,7 @@ def told(path: Path) -> Roofline:
     """A machine whose dynamic integer convolutions are slow, and the file of its operators' times."""
     device = load_device("cpu-avx2")
     slow = device.model_copy(
-        update={"kernels": {"conv W8A8": 1e9, "conv W8A8_STATIC": 2e10, "conv none": 5e9}, "overhead": 2e-6}
+        update={"kernels": {"conv 3x3 W8A8": 1e9, "conv 1x1 none": 2e10, "conv 3x3 none": 5e9}, "overhead": 2e-6}
     )
     truth = Roofline(slow, batch=4)
     seconds = {key_of(each, 4): truth.answer(each).seconds for each in operators_of(supernet(), 4)}
@@ -46,7 +46,7 @@ def test_it_comes_close_to_the_machine_that_it_is_fitted_to(tmp_path):
     found = jointopt.fit_roofline(supernet(), batch=4, operators=40, path=tmp_path / "operators.json")
     genomes = supernet().space.sample(30, seed=0)
     np.testing.assert_allclose(latencies(found, genomes), latencies(truth, genomes), rtol=0.1)
-    assert found.device.kernels["conv W8A8"] < found.device.kernels["conv none"] / 2
+    assert found.device.kernels["conv 3x3 W8A8"] < found.device.kernels["conv 3x3 none"] / 2
     assert "fitted to 40 operators" in found.source and found.error is None
 
 

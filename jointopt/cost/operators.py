@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,9 +60,11 @@ class Operator:
 
     @property
     def kernel(self) -> str:
-        """What decides which kernel computes it: "linear W4A16", "conv W8A8_STATIC fused"."""
+        """What decides which kernel computes it: "linear W4A16", "conv 3x3 W8A8_STATIC fused"."""
+        side = round(math.sqrt(self.area))
+        kind = f"conv {side}x{side}" if self.kind == "conv" else self.kind
         scheme = "none" if self.scheme is None else re.sub(r"_G\d+", "", self.scheme.name)
-        return f"{self.kind} {scheme}{' fused' if self.fused else ''}"
+        return f"{kind} {scheme}{' fused' if self.fused else ''}"
 
     @property
     def input_bytes(self) -> float:
