@@ -57,8 +57,8 @@ class Device(_Part):
         bandwidth, capacity: of its memory, bytes a second and bytes.
         network: to others like it; None where there is none.
         overhead: seconds of starting an operator.
-        kernels: operations a second that kernels reach where that was measured, by `Operator.kernel` ("conv 3x3 W8A8"), in
-            place of the peak and the efficiency.
+        kernels: operations a second that kernels reach where that was measured, by `Operator.kernel` ("conv 3x3
+            W8A8"), in place of the peak and the efficiency.
     """
 
     name: str
