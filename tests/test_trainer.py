@@ -238,6 +238,8 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
             ElasticTrainer(args=arguments(tmp_path), **{"train_dataset": data(), **options})
     with pytest.raises(JointoptError, match="fp16"):
         trainer(tmp_path, fp16=True)
+    with pytest.raises(JointoptError, match="torch_compile, which compiles blocks anew for each width"):
+        trainer(tmp_path, torch_compile=True)
     with pytest.raises(JointoptError, match="use_reentrant True; allowed: False"):
         trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(JointoptError, match="label_smoothing_factor 0.1 beside a recipe's own loss"):

@@ -58,8 +58,8 @@ class ElasticTrainer(Trainer):
         supernet: calibrated when `train` has returned, so that it can be searched.
 
     Raises:
-        JointoptError: a model that is wrapped already, a space of another model, data without labels, float16, a
-            loss function that is not the recipe's.
+        JointoptError: a model that is wrapped already, a space of another model, data without labels, float16,
+            torch_compile, a loss function that is not the recipe's.
     """
 
     def __init__(
@@ -83,6 +83,8 @@ class ElasticTrainer(Trainer):
             raise JointoptError(
                 "args: fp16, in which gradients of small sub-networks vanish; allowed: bf16, or neither"
             )
+        if args.torch_compile:
+            raise JointoptError("args: torch_compile, which compiles blocks anew for each width; allowed: False")
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise JointoptError("args: gradient_checkpointing_kwargs use_reentrant True; allowed: False")
         if options.get("compute_loss_func") is not None:
