@@ -29,7 +29,6 @@ from quant.reference import Clip
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
 from search_spaces.family import Family, Layer, structural_clone
-from search_spaces.precision import gene_names
 from search_spaces.space import Gene, SearchSpace
 
 from .batch_norm import (
@@ -449,12 +448,9 @@ def _by_block(records: list[dict[str, Any]], family: Family) -> list[dict[str, A
 
 
 def _own_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose split or sliced tensors share nothing with the original's."""
+    """A deep copy; what is no module is left for the family's declaration to refuse."""
     return copy.deepcopy(model) if isinstance(model, nn.Module) else model
 
 
 def _lookup(schemes: Mapping[tuple[str, str], Scheme], layer: Layer, choice: str) -> Scheme:
     return schemes.get((layer.path, choice)) or scheme("none")
-
-
-__all__ = ["Supernet", "gene_names"]
