@@ -127,14 +127,11 @@ def build(
         for path, name, per_unit in width.attributes:
             if width.gene in plan.units and not _is_in(path, gone):
                 setattr(modules[path], name, plan.units[width.gene] * per_unit)
-    _drop(shell, family, plan, training)
+    _drop(shell, family, plan)
     if training and not plan.whole(family):
         keep_statistics(modules.values())
-    if not training or len(plan.blocks) < len(family.blocks):
-        family.configure(shell, plan.blocks)
-    if any(module.training != training for module in modules.values()):
-        shell.train(training)
-    return shell
+    family.configure(shell, plan.blocks)
+    return shell.train(training)
 
 
 def detach(shell: nn.Module) -> nn.Module:
@@ -270,12 +267,12 @@ def _hold_cache(attention: nn.Module, form: CacheFormat, constants: Mapping[str,
     hold_cache(attention, {"element": form.element, "inputs": form.inputs, "group": group})
 
 
-def _drop(shell: nn.Module, family: Family, plan: Plan, training: bool) -> None:
+def _drop(shell: nn.Module, family: Family, plan: Plan) -> None:
     """Takes out branches and blocks, and counts what stays anew: list indices, and the indices of KV caches."""
     for branch in plan.dropped:
         for path, replacement in branch.replacements.items():
             holder, _, name = path.rpartition(".")
-            shell.get_submodule(holder)._modules[name] = replacement().train(training)
+            shell.get_submodule(holder)._modules[name] = replacement()
     caches = 0
     for blocks in family.stages().values():
         container = shell.get_submodule(blocks[0].path.rpartition(".")[0])

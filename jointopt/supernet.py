@@ -162,7 +162,6 @@ class Supernet:
         self._statistics = ranges.constants()
         self._repaired = repairs.solved()
         self._forget()
-        self.model.eval()
         self.calibrated = True
 
     def _scale(self, batches: Iterable[Mapping[str, Any]]) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import jointopt
-from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
+from jointopt import Family, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
 from jointopt.cost.lookup import fingerprint, key_of, operators_of
 from tests.zoo import batches, make
 
@@ -57,7 +59,16 @@ def test_what_a_graph_does_to_its_operators_is_one_factor_and_the_error_is_told(
     np.testing.assert_allclose(latencies(fitted, genomes), 0.7 * latencies(truth, genomes), rtol=1e-6)
     assert fitted.error == pytest.approx(0, abs=1e-6) and "0% off" in fitted.source
     wrong = truth.fit(supernet(), list(genomes), list(latencies(truth, genomes) * np.array([1, 1, 1, 1, 1, 2])))
-    assert wrong.error == pytest.approx(0.5 / 6)
+    factor = 5.5 / 5.25  # of least squared relative errors
+    np.testing.assert_allclose(latencies(wrong, genomes), factor * latencies(truth, genomes), rtol=1e-6)
+    assert wrong.error == pytest.approx((5 * (factor - 1) + (1 - factor / 2)) / 6)
+
+
+def test_several_devices_are_slower_by_all_that_they_do():
+    two = Roofline(load_device("a100"), batch=4, parallel=2)
+    genomes = supernet().space.sample(4, seed=2)
+    fitted = two.fit(supernet(), list(genomes), list(3 * latencies(two, genomes)))
+    np.testing.assert_allclose(latencies(fitted, genomes), 3 * latencies(two, genomes), rtol=1e-6)
 
 
 def test_a_fitted_device_is_saved_as_one_of_one_s_own(tmp_path):
@@ -68,13 +79,34 @@ def test_a_fitted_device_is_saved_as_one_of_one_s_own(tmp_path):
 
 def test_operators_are_timed_for_real_and_kept(tmp_path):
     path = tmp_path / "operators.json"
-    found = jointopt.fit_roofline(supernet(), batch=1, operators=9, path=path)
+    found = jointopt.fit_roofline(supernet(), batch=1, operators=20, path=path)
     (seconds,) = json.loads(path.read_text())["machines"].values()
-    assert len(seconds) == 9 and (latencies(found, supernet().space.sample(5, seed=0)) > 0).all()
+    assert len(seconds) == 20 and (latencies(found, supernet().space.sample(5, seed=0)) > 0).all()
+
+
+def test_each_kind_in_each_scheme_is_timed(tmp_path):
+    told(tmp_path / "operators.json")
+    found = jointopt.fit_roofline(supernet(), batch=4, operators=8, path=tmp_path / "operators.json")
+    assert set(found.device.kernels) == {each.kernel for each in operators_of(supernet(), 4) if each.macs}
 
 
 def test_too_little_to_fit_by_is_refused(tmp_path):
-    with pytest.raises(JointoptError, match="found 3 operators to time; allowed: 8 or more"):
-        jointopt.fit_roofline(supernet(), operators=3, path=tmp_path / "operators.json")
+    def declare(model: nn.Module) -> Family:
+        return Family(
+            "line", (), (), (Layer("line", "0", "line"),), example=lambda model: {"input": torch.zeros(2, 32)}
+        )
+
+    model = nn.Sequential(nn.Linear(32, 32))
+    small = Supernet(model, SearchSpace.for_model(model, family=declare, schemes=["none", "W8A8"]), family=declare)
+    with pytest.raises(JointoptError, match="found 2 operators to time; allowed: 8 or more"):
+        jointopt.fit_roofline(small, path=tmp_path / "operators.json")
+    largest = supernet().space.largest
     with pytest.raises(JointoptError, match="roofline: found 1 times to fit by; allowed: two or more"):
-        Roofline(load_device("l4")).fit(supernet(), [supernet().space.largest], [1e-3])
+        Roofline(load_device("l4")).fit(supernet(), [largest], [1e-3])
+    with pytest.raises(JointoptError, match="found times of 0 to 0.001 s; allowed: above 0"):
+        Roofline(load_device("l4")).fit(supernet(), [largest, largest], [1e-3, 0.0])
+
+
+def test_a_device_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(JointoptError, match="cannot be written: No such file"):
+        load_device("l4").save(tmp_path / "nowhere" / "l4.yaml")

@@ -133,6 +133,34 @@ def test_gradients_are_those_of_the_losses_one_by_one(name, samples):
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_whoever_hooks_an_embedding_s_gradient_gets_it_whole():
+    supernet = calibrated("bert")
+    still(supernet.model)
+    batch, rows = labelled("bert")[0], slice(0, 5)
+    weight = next(m for m in supernet.model.modules() if isinstance(m, nn.Embedding)).weight
+
+    def frozen(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.clone().index_fill_(0, torch.arange(5), 0.0)
+
+    jointopt.elastic_loss(supernet, batch, 0).backward()
+    free = weight.grad.clone()
+    supernet.model.zero_grad()
+    handle = weight.register_hook(frozen)
+    jointopt.elastic_loss(supernet, batch, 0).backward()
+    handle.remove()
+    assert free[rows].any() and not weight.grad[rows].any()
+    torch.testing.assert_close(weight.grad[5:], free[5:])
+
+
+def test_a_step_leaves_the_super_network_s_mode_and_config_alone():
+    supernet = calibrated("bert")
+    before = [module.training for module in supernet.model.modules()]
+    jointopt.elastic_loss(supernet, labelled("bert")[0], 0).backward()
+    assert [module.training for module in supernet.model.modules()] == before
+    view = supernet.training_view(supernet.space.largest)
+    assert view.training and view.config is not supernet.model.config
+
+
 def test_a_scaled_loss_gives_scaled_gradients_and_two_add_up():
     supernet = calibrated("vit")
     still(supernet.model)

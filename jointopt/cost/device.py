@@ -58,7 +58,7 @@ class Device(_Part):
         network: to others like it; None where there is none.
         overhead: seconds of starting an operator.
         kernels: operations a second that kernels reach where that was measured, by `Operator.kernel` ("conv 3x3
-            W8A8"), in place of the peak and the efficiency.
+            W8A8"), in place of the peak and the efficiency; they are those of one batch size and number of threads.
     """
 
     name: str
@@ -73,17 +73,22 @@ class Device(_Part):
     kernels: dict[str, Rate] = {}
 
     def save(self, path: str | Path) -> None:
-        """Writes the YAML file that `load_device` reads."""
-        Path(path).write_text(yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False), encoding="utf-8")
+        """Writes the YAML file that `load_device` reads. Raises JointoptError where it cannot be written."""
+        try:
+            Path(path).write_text(yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False), encoding="utf-8")
+        except OSError as error:
+            raise JointoptError(f"device: {str(path)!r} cannot be written: {error.strerror}") from None
 
     def slower(self, factor: float) -> Device:
         """The device on which everything takes so many times as long."""
+        network = self.network
         return self.model_copy(
             update={
                 "peak": {name: rate / factor for name, rate in self.peak.items()},
                 "kernels": {name: rate / factor for name, rate in self.kernels.items()},
                 "bandwidth": self.bandwidth / factor,
                 "cache": Cache(capacity=self.cache.capacity, bandwidth=self.cache.bandwidth / factor),
+                "network": network and Network(bandwidth=network.bandwidth / factor, latency=network.latency * factor),
                 "overhead": self.overhead * factor,
             }
         )

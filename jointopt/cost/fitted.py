@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
 FEWEST = 8
+"""Operators without which rates, bandwidths and overhead cannot be told apart."""
 SHORTEST = 1e-6
 """Seconds below which a time is all noise."""
-EXPECTED = {"bandwidth": 1e10, "cache": 5e10, "overhead": 5e-6}
-RATE = 3e10
+RATE, BANDWIDTH, CACHE_BANDWIDTH, OVERHEAD = 3e10, 1e10, 5e10, 5e-6
+"""Of one core, about: where the fit begins."""
 HELD = 0.05
 """How much what the times do not tell is held to what is expected, beside a relative error."""
 
@@ -49,9 +50,9 @@ def fit_roofline(
     Args:
         batch, context: see `Roofline`.
         threads: of ONNX Runtime.
-        operators: how many are timed; kinds and schemes in turn.
+        operators: how many are timed, kinds and schemes in turn; at least one of each.
         path: the file of timings that `Lookup.of` keeps.
-        device: what is not timed is this one's: capacities and power.
+        device: what is not timed is this one's: capacities, power, and rates of kernels that the space has not.
 
     Raises:
         JointoptError: fewer than 8 operators; what `Lookup.of` and `load_device` raise.
@@ -62,7 +63,7 @@ def fit_roofline(
     seconds = times_of(asked, batch, threads, path)
     kernels = sorted({each.kernel for each in asked if each.macs})
     base = load_device(device).model_copy(update={"name": f"{fingerprint(threads)}, fitted to {len(asked)} operators"})
-    expected = np.log([*([RATE] * len(kernels)), *EXPECTED.values()])
+    expected = np.log([*([RATE] * len(kernels)), BANDWIDTH, CACHE_BANDWIDTH, OVERHEAD])
 
     def off(parameters: np.ndarray) -> np.ndarray:
         model = Roofline(_device(base, kernels, parameters), batch, context)
@@ -88,15 +89,13 @@ def _device(base: Device, kernels: Sequence[str], parameters: np.ndarray) -> Dev
 
 
 def _in_turns(operators: Sequence[Operator], count: int) -> list[Operator]:
-    """So many of them, of each kind in each scheme the largest, the smallest, then those between."""
+    """So many of them, but at least one of each kind in each scheme: its largest, its smallest, then those between."""
     kinds: dict[str, list[Operator]] = {}
     for each in sorted(operators, key=lambda each: each.macs):
         kinds.setdefault(each.kernel, []).append(each)
     queues = [_spread(members) for members in kinds.values()]
-    found: list[Operator] = []
-    for turn in range(max(map(len, queues), default=0)):
-        found += [queue[turn] for queue in queues if turn < len(queue)]
-    return found[:count]
+    found = [queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue)]
+    return found[: max(count, len(queues))]
 
 
 def _spread(members: list[Operator]) -> list[Operator]:

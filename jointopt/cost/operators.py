@@ -60,9 +60,10 @@ class Operator:
 
     @property
     def kernel(self) -> str:
-        """What decides which kernel computes it: "linear W4A16", "conv 3x3 W8A8_STATIC fused"."""
+        """Operators of one kernel do their work alike: "linear W4A16", "conv 3x3 W8A8_STATIC fused"."""
         side = round(math.sqrt(self.area))
-        kind = f"conv {side}x{side}" if self.kind == "conv" else self.kind
+        grouped = " grouped" if self.heads > 1 else ""
+        kind = f"conv {side}x{side}{grouped}" if self.kind == "conv" else self.kind
         scheme = "none" if self.scheme is None else re.sub(r"_G\d+", "", self.scheme.name)
         return f"{kind} {scheme}{' fused' if self.fused else ''}"
 

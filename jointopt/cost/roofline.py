@@ -90,22 +90,23 @@ class Roofline:
         return Answer(seconds, joules * self.parallel)
 
     def fit(self, supernet: Supernet, genomes: Sequence[Any], seconds: Sequence[float]) -> Roofline:
-        """The roofline with rates and overhead times one factor, by which it comes closest to end-to-end times.
+        """The roofline made faster or slower, by the one factor that leaves the least squared relative errors.
 
         Args:
             genomes: whose exports were timed.
             seconds: end to end, for the batch; two or more.
 
         Raises:
-            JointoptError: fewer than two.
+            JointoptError: fewer than two, or some that are not above 0.
         """
         if len(seconds) < 2 or len(genomes) != len(seconds):
             raise JointoptError(f"roofline: found {len(seconds)} times to fit by; allowed: two or more, one a genome")
         times = np.array(seconds)
-        found = supernet.costs_by(self).columns(np.stack(genomes))["latency"]
-        factor = float(np.median(times / found))
-        error = float(np.abs(factor * found / times - 1).mean())
-        return replace(self, device=self.device.slower(factor), error=error)
+        if not (np.isfinite(times) & (times > 0)).all():
+            raise JointoptError(f"roofline: found times of {times.min():g} to {times.max():g} s; allowed: above 0")
+        ratios = supernet.costs_by(self).columns(np.stack(genomes))["latency"] / times
+        factor = float(ratios.sum() / (ratios**2).sum())
+        return replace(self, device=self.device.slower(factor), error=float(np.abs(factor * ratios - 1).mean()))
 
     def _reducing(self, operator: Operator) -> float:
         """A ring of partial sums: all but one of the parts pass each device twice."""

@@ -142,8 +142,6 @@ def gradients_of(
     if not parameters:
         raise JointoptError("train: no parameter of the model needs a gradient; allowed: one or more")
     supernet.weights_changed()
-    if not supernet.model.training:
-        supernet.model.train()  # once, where each view would have to be put in this mode
     gradients: list[Tensor | None] = [None] * len(parameters)
 
     def learn(loss: Tensor, slices: list[tuple[Tensor, int]]) -> Tensor:
@@ -166,6 +164,7 @@ def gradients_of(
     for student in _students(supernet, step, progress, recipe):
         view = supernet.view_to_train(student.plan, student.precision)
         slices = _as_leaves(view, places)
+        _with_sparse_gradients(view, batch)
         loss, shown = _loss(supernet, student, view, batch, target, recipe)
         losses.append(learn(loss, slices))
         target = target or shown.detached()
@@ -213,7 +212,6 @@ def _students(supernet: Supernet, step: int, progress: float, recipe: Recipe) ->
 def _as_leaves(view: nn.Module, places: Mapping[int, int]) -> list[tuple[Tensor, int]]:
     """Cuts a training view's slices of parameters off from these, and returns them with their parameters' places: a
     slice's gradient can be added to the leading block of the whole one's, where autograd would fill it up with zeros.
-    Nor does it for words that a batch does not have: gradients of embeddings are sparse.
 
     Args:
         places: id of a parameter -> its place.
@@ -224,9 +222,18 @@ def _as_leaves(view: nn.Module, places: Mapping[int, int]) -> list[tuple[Tensor,
             if type(part) is Tensor and part._is_view() and id(part._base) in places:
                 module.__dict__[name] = leaf = part.detach().requires_grad_()
                 found.append((leaf, places[id(part._base)]))
-        if type(module) is nn.Embedding and module.weight.is_leaf and not module.scale_grad_by_freq:
-            module.__dict__["sparse"] = True
     return found
+
+
+def _with_sparse_gradients(view: nn.Module, batch: Batch) -> None:
+    """Has gradients of embeddings hold the words of the batch alone, where they are few of all: dense ones would be
+    filled with zeros, and added up, for each sub-network. Whoever hooks a gradient gets it whole."""
+    words = max((x.numel() for x in batch.values() if isinstance(x, Tensor) and not x.is_floating_point()), default=0)
+    for module in view.modules():
+        if type(module) is nn.Embedding and module.num_embeddings > words and not module.scale_grad_by_freq:
+            weight = module.weight
+            if weight.is_leaf and not weight._backward_hooks and weight.device.type in ("cpu", "cuda"):
+                module.__dict__["sparse"] = True
 
 
 def _loss(
