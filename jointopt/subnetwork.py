@@ -131,7 +131,9 @@ def build(
     if training and not plan.whole(family):
         keep_statistics(modules.values())
     family.configure(shell, plan.blocks)
-    return shell.train(training)
+    if any(module.training != training for module in shell.modules()):
+        shell.train(training)
+    return shell
 
 
 def detach(shell: nn.Module) -> nn.Module:

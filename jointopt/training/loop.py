@@ -114,10 +114,16 @@ def train_supernet(
 
 @contextmanager
 def _ending(supernet: Supernet, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """However training ends, adapters and ranges become part of what it has trained, so that it can begin again."""
+    """However training ends, adapters and ranges become part of what it has trained, so that it can begin again.
+
+    Meanwhile the whole model is in the mode of its views, which then need not be put in it one by one.
+    """
+    before = supernet.model.training
+    supernet.model.train()
     try:
         yield
     finally:
+        supernet.model.train(before)
         optimizer.zero_grad(set_to_none=True)
         supernet.weights_changed()
         if adapted(supernet.model):

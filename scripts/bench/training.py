@@ -171,6 +171,7 @@ def overhead(made: Case, rounds: int = 15) -> float:
         for parameter in models[-1].parameters():
             parameter.requires_grad_(True)
     plain, whole = [], []
+    supernet.model.train()
     for _ in range(rounds):
         started = time.perf_counter()
         for model in models:
