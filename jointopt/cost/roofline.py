@@ -72,7 +72,7 @@ class Roofline:
         """Seconds: the longer of computing and of moving what the cache does not hold, then what it takes to start and
         to reduce over devices. Joules: at peak power while it computes or moves, at idle power else."""
         device = self.device
-        rate = device.kernels.get(operator.kernel) if device.kernels else None
+        rate = device.kernels.get(operator.kernel)
         if rate is None:
             rate = device.peak[device.computes(operator.scheme, operator.bits)] * device.efficiency.compute
         operations = 2 * operator.macs * self.batch / self.parallel
