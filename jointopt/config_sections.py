@@ -146,7 +146,8 @@ class Train(Section):
             (depth, then widths, then number formats).
         random_subnetworks: how many of them are random.
         precision_from: share of the steps after which they compute in their number formats (default: never).
-        learned_ranges: whether the ranges of quantized weights are trained too (LSQ), with precision_from.
+        learned_ranges: whether ranges of quantized weights and static inputs are trained too (LSQ), with
+            precision_from.
         distill: what they learn from the largest; false has each learn the task itself.
         sort_every: steps after which channels and heads are sorted again by importance (default: never).
         lora: to train adapters alone (default: all weights).
@@ -289,7 +290,7 @@ class Finish(Section):
         rounding: "gptq"; or "descent", which goes on from it column by column.
         steps: of training each of them alone, in its number formats, distilled from the whole model on `data.train`.
         batch_size, learning_rate: of that training.
-        learned_ranges: whether it trains the ranges of quantized weights too (LSQ).
+        learned_ranges: whether it trains the ranges of quantized weights and static inputs too (LSQ).
         top: how many points are finished and scored again; what is best then is exported.
     """
 

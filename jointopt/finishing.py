@@ -61,7 +61,7 @@ class Finishing:
         rounding: "gptq"; or "descent", which goes on from it column by column and takes about three times as long.
         steps: of training in place of such a rounding, None for none.
         learning_rate, seed: of the training.
-        learned_ranges: whether the range of each scale is trained with the weights (LSQ, arXiv 1902.08153).
+        learned_ranges: whether ranges of weights' scales and static inputs are trained too (LSQ, arXiv 1902.08153).
     """
 
     rounding: str = "gptq"
@@ -138,7 +138,8 @@ def finish(
         quality: scores the finished sub-network: `Finished.metrics`.
         steps: of training, in place of the rounding; with `learning_rate` (AdamW's, 10% warm-up, then a cosine) and
             `seed` (of the order of batches).
-        learned_ranges: of that training: whether the range of each scale is trained too (LSQ, arXiv 1902.08153).
+        learned_ranges: of that training: whether ranges of weights' scales and static inputs are trained too (LSQ,
+            arXiv 1902.08153).
 
     Raises:
         JointoptError: an unknown rounding, no batch, a layer that no batch reaches, a Hessian that cannot be used;

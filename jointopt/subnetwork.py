@@ -72,6 +72,8 @@ Weights = Callable[[str, Scheme, int | None], BankedWeight]
 ActivationStatistics = Mapping[tuple[str, str], Mapping[str, Tensor]]
 """(layer path, scheme name) -> the constants of a static activation format, as attributes of the layer; likewise of an
 attention layer and its cache's format, as buffers."""
+Constants = Callable[[str, str], Mapping[str, Tensor]]
+"""The same, as a function: without any of these it gives {}."""
 
 
 def build(
@@ -79,7 +81,7 @@ def build(
     family: Family,
     plan: Plan,
     weights: Weights,
-    statistics: ActivationStatistics,
+    constants: Constants,
     repaired: Mapping[tuple[str, int], Repaired],
     training: bool = False,
     learned: LearnedRanges | None = None,
@@ -114,24 +116,27 @@ def build(
             cuts = {path: (rows.get(path), columns.get(path)), **dict.fromkeys(layers[path].tied, (None, None))}
             for each, cut in cuts.items():
                 whole = modules[each]._parameters["weight"]
-                quantize_layer(modules[each], scheme, banked, *cut, statistics.get((each, scheme.name), {}), training)
+                quantize_layer(modules[each], scheme, banked, *cut, constants(each, scheme.name), training)
                 if training and whole is not None:
                     pass_gradients(modules[each], whole, learned.factor(path, scheme) if learned is not None else None)
+                    if learned is not None:
+                        modules[each].__dict__["input_factor"] = learned.input_factor(each, scheme.name)
                 elif each != path:
                     modules[each]._parameters["weight"] = module._parameters["weight"]
     for path, form in plan.caches.items():
-        if not form.inputs and (path, form.name) not in statistics:
+        of_keys = constants(path, form.name)
+        if not form.inputs and not of_keys:
             raise JointoptError(f"{path}: {form.name} caches need ranges of keys; call calibrate(batches) first")
-        _hold_cache(modules[path], form, statistics.get((path, form.name), {}))
+        _hold_cache(modules[path], form, of_keys)
     for width in family.widths:
         for path, name, per_unit in width.attributes:
             if width.gene in plan.units and not _is_in(path, gone):
                 setattr(modules[path], name, plan.units[width.gene] * per_unit)
-    _drop(shell, family, plan)
+    _drop(shell, family, plan, training)
     if training and not plan.whole(family):
         keep_statistics(modules.values())
     family.configure(shell, plan.blocks)
-    if any(module.training != training for module in shell.modules()):
+    if any(module.training != training for module in modules.values()):
         shell.train(training)
     return shell
 
@@ -269,12 +274,12 @@ def _hold_cache(attention: nn.Module, form: CacheFormat, constants: Mapping[str,
     hold_cache(attention, {"element": form.element, "inputs": form.inputs, "group": group})
 
 
-def _drop(shell: nn.Module, family: Family, plan: Plan) -> None:
+def _drop(shell: nn.Module, family: Family, plan: Plan, training: bool) -> None:
     """Takes out branches and blocks, and counts what stays anew: list indices, and the indices of KV caches."""
     for branch in plan.dropped:
         for path, replacement in branch.replacements.items():
             holder, _, name = path.rpartition(".")
-            shell.get_submodule(holder)._modules[name] = replacement()
+            shell.get_submodule(holder)._modules[name] = replacement().train(training)
     caches = 0
     for blocks in family.stages().values():
         container = shell.get_submodule(blocks[0].path.rpartition(".")[0])

@@ -47,7 +47,7 @@ from .cost.operators import LatencyModel
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, plan_of, precision_genes
 from .importance import CalibrationPass, sort_widths
-from .learned_ranges import LearnedRanges, learn, settle
+from .learned_ranges import NAME, LearnedRanges, learn, settle
 from .ranges import Ranges
 from .repair import Repaired, Repairs
 from .subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
@@ -77,7 +77,7 @@ class Supernet:
 
     Attributes:
         samples: batches of the first samples that it was calibrated with.
-        learned: factors of the ranges of weights, where some were trained.
+        learned: factors of the ranges of weights and static inputs, where some were trained.
         scores: canonical genome (its bytes) -> metrics that searches have measured; emptied when the weights or the
             calibration change.
 
@@ -237,12 +237,16 @@ class Supernet:
         """`training_view` of a plan."""
         plan = Plan(plan.blocks, plan.dropped, plan.units, plan.schemes if precision else {})
         return build(
-            self.model, self.family, plan, self._banked, self._statistics, {}, training=True, learned=self.learned
+            self.model, self.family, plan, self._banked, self._constants, {}, training=True, learned=self.learned
         )
 
     def learn_ranges(self) -> None:
-        """Adds to the model's parameters, until it is calibrated again, a factor of each range of quantized weights,
-        for an optimizer that is made after this to train (LSQ, arXiv 1902.08153)."""
+        """Adds to the model's parameters, until it is calibrated again, a factor of each range of quantized weights and
+        of static inputs, for an optimizer that is made after this to train (LSQ, arXiv 1902.08153).
+
+        Raises:
+            JointoptError: it has static formats and was not calibrated.
+        """
         learn(self)
 
     def clip(self, path: str, wanted: Scheme, weight: Tensor, importance: Tensor | None = None) -> Clip:
@@ -259,7 +263,7 @@ class Supernet:
 
     def built(self, plan: Plan) -> nn.Module:
         """`view` with BatchNorm statistics that are slices of the whole model's."""
-        return build(self.model, self.family, plan, self._banked, self._statistics, self._repaired)
+        return build(self.model, self.family, plan, self._banked, self._constants, self._repaired)
 
     def renormalized(self, shell: nn.Module, plan: Plan) -> nn.Module:
         """The view of a plan, its BatchNorm statistics (where it has some) estimated on calibration's first batches."""
@@ -300,7 +304,12 @@ class Supernet:
         static = wanted.needs_statistics and not isinstance(self.model.get_submodule(path), nn.Embedding)
         if static and (path, wanted.name) not in self._statistics:
             raise JointoptError(f"{path}: {wanted.name} needs ranges of activations; call calibrate(batches) first")
-        return self._statistics.get((path, wanted.name), {})
+        return self._constants(path, wanted.name)
+
+    def _constants(self, path: str, name: str) -> Mapping[str, Tensor]:
+        """Of a static format of a layer's inputs or of a cache's keys: learned, else calibrated, else {}."""
+        trained = self.learned.constants(path, name) if self.learned is not None else None
+        return trained or self._statistics.get((path, name), {})
 
     def _banked(self, path: str, wanted: Scheme, channels: int | None) -> BankedWeight:
         form = wanted.weights
@@ -395,7 +404,9 @@ class Supernet:
 
     def weights_changed(self) -> None:
         """To be called when they have: what was measured on the old ones no longer holds. Calibrate it again, which
-        keeps the order that the weights have learned."""
+        keeps the order that the weights have learned, and ranges of inputs that were learned with them."""
+        if self.learned is not None and NAME not in self.model._parameters:
+            self.learned.forget_inputs()
         self.trained, self.calibrated, self._scaled = True, False, False
         self._repaired = {}
         self._forget("_whole_statistics")

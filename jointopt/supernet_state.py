@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from jointopt.learned_ranges import NAME, LearnedRanges, settle
+from jointopt.learned_ranges import INPUTS, NAME, LearnedRanges, settle
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def fingerprint(supernet: Supernet) -> str:
     for (path, channels), fitted in supernet._repaired.items():
         tensors.update({f"{path}:{channels}:{at}": each for at, each in enumerate(fitted) if each is not None})
     if supernet.learned is not None:
-        tensors[NAME] = supernet.learned.values
+        tensors |= supernet.learned.tensors()
     for number, batch in enumerate(supernet.samples if supernet._has_batch_norm else ()):
         tensors.update({f"{number}:{key}": value for key, value in batch.items() if isinstance(value, Tensor)})
     for name, tensor in sorted(tensors.items()):
@@ -50,7 +50,7 @@ def save(supernet: Supernet, path: str | Path) -> None:
     """Writes weights and order, to be loaded into a super-network of the same model and space."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in distinct_tensors(supernet.model).items()}
     if supernet.learned is not None:
-        tensors[NAME] = supernet.learned.values.detach().cpu()
+        tensors |= {name: tensor.detach().cpu() for name, tensor in supernet.learned.tensors().items()}
     record = {"leaving": supernet._leaving, "trained": supernet.trained}
     if supernet.transforms:
         record |= {"transforms": supernet.transforms, "scaled": supernet._scaled}
@@ -62,17 +62,18 @@ def load(supernet: Supernet, path: str | Path) -> None:
     with safe_open(str(path), framework="pt") as file:
         record = json.loads((file.metadata() or {}).get("supernet", "null"))
         settle(supernet)
-        supernet.learned = LearnedRanges(supernet) if NAME in file.keys() else None  # noqa: SIM118 - safetensors' own
         own = distinct_tensors(supernet.model)
+        names = set(file.keys())
+        supernet.learned = LearnedRanges(supernet, INPUTS in names) if NAME in names else None
         if supernet.learned is not None:
-            own[NAME] = supernet.learned.values
+            own |= supernet.learned.tensors()
         made = tuple(record.get("transforms", ())) if record else supernet.transforms
         if made != supernet.transforms:
             told = [", ".join(each) or "none" for each in (made, supernet.transforms)]
             raise JointoptError(f"{path}: saved with transforms {told[0]}; this super-network has {told[1]}")
-        if record is None or set(file.keys()) != set(own):
+        if record is None or names != set(own):
             raise JointoptError(f"{path}: not a saved super-network of this model")
-        for name in file.keys():  # noqa: SIM118 - safetensors' own
+        for name in names:
             tensor = file.get_tensor(name)
             if tensor.shape != own[name].shape:
                 found, wanted = tuple(tensor.shape), tuple(own[name].shape)

@@ -163,9 +163,7 @@ class ActivationObserver:
             raise JointoptError(f"calibration saw {found}; allowed: finite numbers, in one batch or more")
         if self.format.scale == "e4m3":
             return {"input_global_scale": global_scale_of(torch.maximum(-self.low, self.high))}
-        low, high = self._range()
-        scale, zero_point = stored_scale(low.reshape(1), high.reshape(1), self.format, None)
-        return {"input_scale": scale} if zero_point is None else {"input_scale": scale, "input_zero_point": zero_point}
+        return static_constants(self._range(), self.format)
 
     def _range(self) -> tuple[Tensor, Tensor]:
         if self._average is not None:
@@ -181,6 +179,13 @@ class ActivationObserver:
         tried = [(torch.maximum(self.low, -end), torch.minimum(self.high, end)) for end in ends]
         losses = [lost(self.histogram, low, high, self.format) for low, high in tried]
         return tried[min(range(len(tried)), key=losses.__getitem__)]
+
+
+def static_constants(clip: Clip, format: Format) -> dict[str, Tensor]:
+    """`input_scale` and, where the format has one, `input_zero_point` of a range, two numbers."""
+    low, high = clip
+    scale, zero_point = stored_scale(low.reshape(1), high.reshape(1), format, None)
+    return {"input_scale": scale} if zero_point is None else {"input_scale": scale, "input_zero_point": zero_point}
 
 
 def check_activation_method(method: str) -> None:

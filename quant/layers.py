@@ -1,7 +1,8 @@
 """Layers that compute as their quantized selves would: stock layers whose weight already holds the format's values.
 
 The attributes are set by whoever makes one of a stock layer: `scheme`; `quantized`, the codes that the weight stands
-for; and the constants of a static activation format, `input_scale`, `input_zero_point`, `input_global_scale`.
+for; the constants of a static activation format, `input_scale`, `input_zero_point`, `input_global_scale`; and, while
+the range of its inputs is trained, `input_factor`, by which that is multiplied in these constants.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from quant.formats import Format, Scheme
 from quant.kernels import fake_quantize_activation
+from quant.learned_ranges import learn_input_range
 from quant.reference import QuantizedTensor, llm_int8_codes
 
 
@@ -19,6 +21,7 @@ class _Quantized:
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     input_global_scale: Tensor | None
+    input_factor: Tensor | None = None
 
     def statistics(self) -> dict[str, Tensor | None]:
         names = ("input_scale", "input_zero_point", "input_global_scale")
@@ -26,7 +29,12 @@ class _Quantized:
 
     def _held(self, x: Tensor) -> Tensor:
         form = self.scheme.activations
-        return x if form is None else held_input(self, x, form, **self.statistics())
+        if form is None:
+            return x
+        if self.input_factor is None:
+            return held_input(self, x, form, **self.statistics())
+        held = held_input(self, x.detach(), form, **self.statistics())
+        return learn_input_range(x, held, form, self.statistics(), self.input_factor)
 
 
 def held_input(

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -18,9 +20,10 @@ from jointopt.learned_ranges import NAME
 from jointopt.subnetwork import renamed
 from jointopt.training import loop
 from jointopt.training.distillation import soft_labels
-from quant.calibration import choose_clip
+from quant.calibration import choose_clip, static_constants
 from quant.formats import Format, scheme
-from quant.learned_ranges import LEAST, ends, factors, learn_range, widened
+from quant.kernels import fake_quantize_activation
+from quant.learned_ranges import LEAST, ends, factors, input_range, learn_input_range, learn_range, widened
 from quant.reference import QuantizedTensor, grouped_view, quantize, round_to_format
 from tests.same import same_codes
 from tests.test_trainer import arguments, data
@@ -84,6 +87,41 @@ def test_gradients_are_those_of_the_paper(form, shared):
     assert (found[0] == 0).any() and (found[1] != 0).all()
 
 
+STATIC = {
+    "int8": Format("int8", "tensor", dynamic=False),
+    "int8 with a zero point": Format("int8", "tensor", symmetric=False, dynamic=False),
+    "fp8": Format("fp8_e4m3", "tensor", dynamic=False),
+}
+
+
+@pytest.mark.parametrize("form", STATIC.values(), ids=STATIC)
+def test_gradients_of_inputs_are_those_of_the_paper(form):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 6, 32, generator=generator).requires_grad_(True)
+    factor = torch.tensor([0.5, 0.7])[: ends(form), None, None].requires_grad_(True)
+    clip = widened((x.detach().min(), x.detach().max()), factor.detach().flatten())
+    constants = {"input_zero_point": None, **static_constants(clip, form)}
+    held = fake_quantize_activation(x.detach(), form, constants["input_scale"], constants["input_zero_point"])
+    arriving = torch.randn(x.shape, generator=generator)
+    found = torch.autograd.grad(learn_input_range(x, held, form, constants, factor), (x, factor), arriving)
+    codes = quantize(x.detach().flatten()[None], form, clip)
+    assert torch.equal(codes.dequantize().flatten(), held.flatten())
+    expected = torch.autograd.grad(by_autograd(x.flatten()[None], codes, factor).view_as(x), (x, factor), arriving)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)
+    assert (found[0] == 0).any() and (found[1] != 0).all()
+
+
+@pytest.mark.parametrize("form", STATIC.values(), ids=STATIC)
+@given(low=st.floats(-1e4, -1e-4), high=st.floats(1e-4, 1e4))
+def test_the_range_of_constants_gives_the_same_constants(form, low, high):
+    constants = static_constants((torch.tensor(low), torch.tensor(high)), form)
+    again = static_constants(input_range(form, constants), form)
+    assert constants.keys() == again.keys()
+    for name, tensor in constants.items():
+        assert torch.equal(tensor, again[name])
+
+
 def test_a_range_never_shrinks_to_nothing():
     assert factors(torch.full((1, 1, 1), -3.0), 64) == LEAST
     assert factors(torch.zeros(1), 64) == 1
@@ -98,7 +136,8 @@ def trained(name: str, schemes: list[str], steps: int = 6, **options) -> Superne
 
 @pytest.mark.parametrize("name", ["vit", "llama_tied", "resnet"])
 def test_before_a_step_nothing_is_another(name):
-    supernet = calibrated(name, schemes=["W4A16", "W8A8", "FP8", "NVFP4", "W8A8_ASYM_BOTH"])
+    static = ["W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8"]
+    supernet = calibrated(name, schemes=["W4A16", "W8A8", "NVFP4", "W8A8_ASYM_BOTH", *static])
     genomes, batch = supernet.space.sample(3, seed=0), batches(name)[0]
     before = [logits(supernet.training_view(genome, precision=True).eval(), batch) for genome in genomes]
     supernet.learn_ranges()
@@ -108,7 +147,7 @@ def test_before_a_step_nothing_is_another(name):
 
 @pytest.mark.parametrize("name", ["vit", "bert", "llama_tied", "resnet", "timm_vit"])
 def test_what_is_trained_is_what_the_search_scores_and_the_export_holds(name, tmp_path):
-    supernet = trained(name, ["W4A16", "W8A8", "FP8", "NVFP4A16", "MXFP4A16"])
+    supernet = trained(name, ["W4A16", "W8A8", "FP8", "W8A8_STATIC_ASYM", "NVFP4A16", "MXFP4A16"])
     assert supernet.learned is not None and NAME not in supernet.model.state_dict()
     whole = supernet.plan(supernet.space.largest).schemes
     learned = [supernet.learned.factor(path, each) for path, each in whole.items()]
@@ -117,6 +156,7 @@ def test_what_is_trained_is_what_the_search_scores_and_the_export_holds(name, tm
     with supernet.active(genome) as view:
         seen = logits(view, batch)
         layers = {path: module.quantized for path, module in view.named_modules() if hasattr(module, "quantized")}
+        inputs = {path: module.input_scale for path, module in view.named_modules() if hasattr(module, "quantized")}
         if name != "resnet":  # whose BatchNorm statistics are estimated anew for what is scored
             assert torch.equal(logits(supernet.training_view(genome, precision=True).eval(), batch), seen)
     folder = jointopt.export(supernet, genome, tmp_path / "exported")
@@ -125,8 +165,44 @@ def test_what_is_trained_is_what_the_search_scores_and_the_export_holds(name, tm
     assert scales
     for path, scale in scales.items():
         assert torch.equal(scale.float().flatten(), layers[path].scale.float().flatten())
+    for path, scale in inputs.items():
+        if f"{path}.input_scale" in stored:
+            assert torch.equal(stored[f"{path}.input_scale"].float().flatten(), scale.float())
     verification = jointopt.verify(folder)
     assert verification.ok, verification.differences
+
+
+def constants_of(supernet: Supernet) -> dict:
+    whole = supernet.plan(supernet.space.largest).schemes
+    return {path: dict(supernet.statistics(path, each)) for path, each in whole.items()}
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(tensor, other[path][name]) for path, found in one.items() for name, tensor in found.items()
+    )
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "llama_tied"])
+def test_ranges_of_inputs_stay_as_they_were_trained_until_weights_are_trained_without_them(name, tmp_path):
+    supernet = calibrated(name, schemes=["W8A8_STATIC_ASYM"])
+    before = constants_of(supernet)
+    jointopt.train_supernet(supernet, labelled(name), 4, recipe=RECIPE, learning_rate=3e-3)
+    learned = constants_of(supernet)
+    supernet.calibrate(batches(name))
+    assert equal(constants_of(supernet), learned) and not equal(learned, before)
+    supernet.save(tmp_path / "supernet.safetensors")
+    again = calibrated(name, schemes=["W8A8_STATIC_ASYM"])
+    again.load(tmp_path / "supernet.safetensors")
+    again.calibrate(batches(name))
+    assert equal(constants_of(again), learned) and again.fingerprint() == supernet.fingerprint()
+    jointopt.train_supernet(supernet, labelled(name), 1, learning_rate=3e-3)
+    supernet.calibrate(batches(name))
+    fresh = calibrated(name, schemes=["W8A8_STATIC_ASYM"])
+    fresh.model.load_state_dict(supernet.model.state_dict())
+    fresh.weights_changed()
+    fresh.calibrate(batches(name))
+    assert equal(constants_of(supernet), constants_of(fresh)) and not equal(constants_of(supernet), learned)
 
 
 def test_slices_of_one_width_and_another_share_a_factor():
@@ -211,6 +287,11 @@ def test_what_was_finished_with_learned_ranges_exports_with_its_codes(tmp_path):
     held = {path: module.quantized for path, module in learned.model.named_modules() if hasattr(module, "quantized")}
     others = {path: module.quantized for path, module in fixed.model.named_modules() if hasattr(module, "quantized")}
     assert any(not torch.equal(each.scale.float(), others[path].scale.float()) for path, each in held.items())
+    static = [path for path in held if learned.model.get_submodule(path).input_scale is not None]
+    moved = [
+        not torch.equal(*(each.model.get_submodule(path).input_scale for each in (fixed, learned))) for path in static
+    ]
+    assert any(moved)
     folder = jointopt.export(supernet, learned, tmp_path / "learned")
     stored = load_file(folder / "model.safetensors")
     for path, each in held.items():
@@ -277,6 +358,27 @@ def test_learned_ranges_leave_less_of_the_loss_of_four_bits_than_fixed_ones():
     assert learned < 0.8 * fixed < fixed < nearest
 
 
+def test_a_trained_range_of_inputs_mends_one_that_outliers_spoilt():
+    items = digits()
+    model = digits_vit_with_outliers(items)
+    space = SearchSpace.for_model(model, schemes=["W8A8_STATIC"], preset="fixed")
+    supernet = Supernet(model, space)
+    inputs = [{"pixel_values": batch["pixel_values"]} for batch in items]
+    supernet.calibrate(inputs[:2])
+    for constants in supernet._statistics.values():
+        constants["input_scale"] *= 16
+
+    def distance(found: nn.Module) -> float:
+        return float(np.mean([soft_labels(logits(found, batch), logits(model, batch)) for batch in inputs]))
+
+    options = {"steps": 60, "learning_rate": 1e-3}
+    fixed, learned = (
+        distance(jointopt.finish(supernet, space.largest, inputs, learned_ranges=each, **options).model)
+        for each in (False, True)
+    )
+    assert learned < 0.5 * fixed, (learned, fixed)
+
+
 def test_finishing_goes_on_from_the_ranges_of_the_super_network():
     supernet = trained("vit", ["W4A16"], steps=10)
     genome = supernet.space.smallest
@@ -306,7 +408,10 @@ def test_bitsandbytes_formats_have_no_range_to_learn():
 def test_what_cannot_be_learned_is_refused():
     supernet = calibrated("vit", schemes=["W4A16"])
     batch = labelled("vit")[0]
+    model = make("vit")
+    uncalibrated = Supernet(model, SearchSpace.for_model(model, schemes=["FP8"]))
     for match, call in {
+        r"FP8 needs ranges of activations; call calibrate": uncalibrated.learn_ranges,
         r"learned_ranges: found no precision_from": lambda: Recipe(learned_ranges=True),
         r"call supernet\.learn_ranges\(\)": lambda: jointopt.elastic_loss(supernet, batch, 0, RECIPE),
         r"learned_ranges without steps": lambda: jointopt.finish(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,11 +80,99 @@ def test_it_is_searched_like_any_other(own):
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.mixer.state_dict().items())
 
 
-@pytest.mark.parametrize("target", ["transformers", "onnxruntime"])
-def test_its_export_is_refused_in_one_line_that_says_why(target, own, tmp_path):
-    with pytest.raises(JointoptError, match=r"export: no library loads a Mixer.*extract") as caught:
-        jointopt.export(own.supernet, own.space.smallest, tmp_path / "small", target=target)
+def test_its_export_for_a_library_is_refused_in_one_line_that_says_why(own, tmp_path):
+    with pytest.raises(JointoptError, match=r"export: no library loads a Mixer.*onnxruntime.*extract") as caught:
+        jointopt.export(own.supernet, own.space.smallest, tmp_path / "small")
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def for_onnx(model: nn.Module, declared: Callable, batch: dict[str, torch.Tensor], **options) -> Supernet:
+    schemes = ["none", "W8A8", "W8A8_STATIC", "W4A16"]
+    space = SearchSpace.for_model(model, family=declared, schemes=schemes, precision_per="layer", **options)
+    supernet = Supernet(model, space, family=declared)
+    supernet.calibrate([batch])
+    return supernet
+
+
+def session_of(folder: Path) -> Callable:
+    session = pytest.importorskip("onnxruntime").InferenceSession(folder / "model.onnx")
+    return lambda **inputs: session.run(None, {name: each.numpy() for name, each in inputs.items()})
+
+
+def test_its_export_for_onnx_runtime_computes_the_same_for_any_number_of_samples(own, tmp_path):
+    pytest.importorskip("onnxruntime")
+    supernet = for_onnx(own.mixer, own.declare, {"pixels": PIXELS}, depth=[3, 4], mlp=[32, 64, 128], mlp_keep=True)
+
+    def closeness(model: nn.Module) -> float:
+        with torch.no_grad():
+            return -float((model(PIXELS) - own.mixer(PIXELS)).square().mean())
+
+    found = jointopt.search(supernet, closeness, evaluations=6, strategy="random").front()
+    for at, genome in enumerate([supernet.space.largest, *found["genome"]]):
+        folder = jointopt.export(supernet, genome, tmp_path / str(at), target="onnxruntime")
+        verification = jointopt.verify(folder, quality=closeness)
+        assert verification.ok, verification.differences
+        extracted, run = supernet.extract(genome), session_of(folder)
+        for count in (1, 3, 8):
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    torch.tensor(run(pixels=PIXELS[:count])[0]), extracted(PIXELS[:count]), atol=2e-3, rtol=1e-3
+                )
+
+
+class Recommender(nn.Module):
+    """Ids and numbers in, two named things out."""
+
+    def __init__(self):
+        super().__init__()
+        self.items, self.up, self.down = nn.Embedding(40, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        pooled = (self.items(ids) * weights[..., None]).sum(1)
+        return {"taste": self.down(torch.relu(self.up(pooled))), "total": weights.sum(1)}
+
+
+def declare_recommender(model: nn.Module) -> Family:
+    layers = tuple(Layer(name, name, name, tokens=name == "items") for name in ("items", "up", "down"))
+    return Family("recommender", (), (Width("hidden", "mlp", 64, (Part("up"),), (Part("down"),)),), layers)
+
+
+def test_its_inputs_and_outputs_keep_their_names(tmp_path):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(1)
+    batch = {"weights": torch.rand(4, 5), "ids": torch.randint(0, 40, (4, 5), dtype=torch.int32)}
+    supernet = for_onnx(Recommender(), declare_recommender, batch, mlp=[32, 64])
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
+    assert jointopt.verify(folder).ok
+    taste, total = session_of(folder)(**batch)
+    with torch.no_grad():
+        expected = supernet.extract(supernet.space.smallest)(**batch)
+    torch.testing.assert_close(torch.tensor(taste), expected["taste"], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.tensor(total), expected["total"])
+
+
+class Undecided(Recommender):
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().forward(ids, weights if float(weights.sum()) > 0 else -weights)
+
+
+class Wordy(Recommender):
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict:
+        return {**super().forward(ids, weights), "words": ["some"]}
+
+
+def test_what_cannot_be_traced_is_refused_in_one_line_and_leaves_nothing(tmp_path):
+    pytest.importorskip("onnxruntime")
+    batch = {"ids": torch.randint(0, 40, (4, 5)), "weights": torch.rand(4, 5)}
+    for model, match in (
+        (Undecided(), r"export: torch.onnx cannot trace Undecided: .*"),
+        (Wordy(), r"export: the model returns .*words.*list.*; allowed: a tensor, or a tuple or dict of tensors"),
+    ):
+        supernet = for_onnx(model, declare_recommender, batch, mlp=[32, 64])
+        with pytest.raises(JointoptError, match=match) as caught:
+            jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
+        assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,20 +12,24 @@ from jointopt.checkpoint.structure import on_meta
 from quant.errors import JointoptError
 
 
+def by_timm(model: nn.Module) -> bool:
+    """Whether timm builds it."""
+    return type(model).__name__ in _RECIPES and type(model).__module__.startswith("timm.")
+
+
 def timm_recipe(model: nn.Module) -> dict[str, Any]:
     """Class and arguments by which timm builds a model of this layout, its dropped blocks not counted.
 
     Raises:
         JointoptError: the class is not known here.
     """
-    recipes = {"VisionTransformer": _vision_transformer, "ResNet": _resnet}
     name = type(model).__name__
-    if name not in recipes:
+    if not by_timm(model):
         raise JointoptError(
-            f"export: no library loads a {name} again; allowed: models of transformers, timm's {', '.join(recipes)}; "
-            "supernet.extract(genome) gives the model itself"
+            f"export: no library loads a {name} again; allowed: models of transformers, timm's {', '.join(_RECIPES)}; "
+            "target='onnxruntime'; supernet.extract(genome) gives the model itself"
         )
-    return {"class": name, "module": type(model).__module__, "arguments": recipes[name](model)}
+    return {"class": name, "module": type(model).__module__, "arguments": _RECIPES[name](model)}
 
 
 def _vision_transformer(model: Any) -> dict[str, Any]:
@@ -76,6 +80,9 @@ def _resnet(model: Any) -> dict[str, Any]:
         "replace_stem_pool": isinstance(model.maxpool, nn.Sequential),
         "avg_down": any(isinstance(m, nn.AvgPool2d) for stage in stages for m in stage.modules()),
     }
+
+
+_RECIPES: dict[str, Callable[[Any], dict[str, Any]]] = {"VisionTransformer": _vision_transformer, "ResNet": _resnet}
 
 
 def from_recipe(recipe: Mapping[str, Any]) -> nn.Module:

@@ -121,7 +121,8 @@ def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[st
         return []
     dtype = next(model.parameters()).dtype
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in probe_inputs(record["probe"]).items()}
-    found, expected = probed(model(**inputs)), torch.tensor(record["probe"]["outputs"])
+    with torch.no_grad():
+        found, expected = probed(model(**inputs)), torch.tensor(record["probe"]["outputs"])
     # bitsandbytes computes 4-bit layers in bfloat16 wherever a CPU has it, whatever the model's dtype.
     schemes = [scheme(layer["scheme"]) for layer in record["layers"]]
     # ONNX Runtime adds whole numbers where torch adds their products with a scale: a last bit apart, which the next
@@ -149,7 +150,7 @@ class RemoteModel(nn.Module):
         if head["imported"]:
             raise ReloadError(f"the fresh process imported {', '.join(head['imported'])}")
         self.placeholder = nn.Parameter(torch.empty(0, dtype=getattr(torch, head["dtype"])), requires_grad=False)
-        if "timm" not in json.loads((folder / "config.json").read_text()):
+        if "model_type" in json.loads((folder / "config.json").read_text()):
             from transformers import AutoConfig
 
             # An export's own file may hold its config's class; the other process ran that file already.

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt import targets
+from jointopt.batch_norm import first_samples
 from jointopt.checkpoint import card, gguf_writer, vllm
 from jointopt.checkpoint.block_sizes import is_uniform, settle_sizes
 from jointopt.checkpoint.onnx.writer import MODEL, SNIPPET, onnx_bytes, write_onnx
@@ -105,7 +106,7 @@ def export(
             whole = Path(place) / folder.name
             whole.mkdir()
             if target == "onnxruntime":
-                record |= write_onnx(whole, model)
+                record |= write_onnx(whole, model, _example(supernet))
                 _write_beside(whole, record, processor, SNIPPET.format(folder=folder.name))
             elif target == "gguf":
                 record |= gguf_writer.write_gguf(whole, model, processor)
@@ -161,15 +162,27 @@ def _plain(choices: Mapping[str, Any]) -> dict[str, Any]:
     return {name: choice.item() if hasattr(choice, "item") else choice for name, choice in choices.items()}
 
 
+def _example(supernet: Supernet) -> dict[str, Any]:
+    """The first batch that the super-network was calibrated with; before that what its family declares."""
+    if not supernet.samples and supernet.family.example is not None:
+        return dict(supernet.family.example(supernet.model))
+    return {name: value for name, value in supernet.samples[0].items() if name != "labels"}
+
+
 def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
-    """Inputs from a fixed seed, and the outputs of the sub-network for them: what any reload must give again."""
-    if supernet.family.example is None:
-        return None
+    """Inputs, of floating point from a fixed seed, and the outputs of the sub-network for them: what any reload must
+    give again. Without an example in the family, inputs are shaped like a calibration sample."""
     generator = torch.Generator().manual_seed(0)
     inputs = {}
-    for name, tensor in supernet.family.example(supernet.model).items():
+    declared = supernet.family.example(supernet.model) if supernet.family.example is not None else None
+    example = first_samples(_example(supernet), 1) if declared is None else declared
+    if not all(isinstance(each, Tensor) for each in example.values()):
+        return None
+    for name, tensor in example.items():
         if tensor.is_floating_point():
             inputs[name] = torch.randn(tensor.shape, generator=generator)
+        elif declared is None:
+            inputs[name] = tensor.cpu()
         else:
             inputs[name] = torch.randint(3, model.config.vocab_size, (1, min(16, tensor.shape[1])), generator=generator)
     first = next(model.parameters())
@@ -177,7 +190,10 @@ def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
         moved = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
         outputs = probed(model(**moved))
     described = {
-        k: {"normal": list(v.shape)} if v.is_floating_point() else {"integers": v.tolist()} for k, v in inputs.items()
+        k: {"normal": list(v.shape)}
+        if v.is_floating_point()
+        else {"integers": v.tolist(), "dtype": str(v.dtype).removeprefix("torch.")}
+        for k, v in inputs.items()
     }
     return {"inputs": described, "outputs": outputs.tolist()}
 
@@ -186,16 +202,25 @@ def probe_inputs(probe: Mapping[str, Any]) -> dict[str, Tensor]:
     """The inputs that a record's probe describes."""
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randn(each["normal"], generator=generator) if "normal" in each else torch.tensor(each["integers"])
+        name: torch.randn(each["normal"], generator=generator)
+        if "normal" in each
+        else torch.tensor(each["integers"], dtype=getattr(torch, each["dtype"]))
         for name, each in probe["inputs"].items()
     }
 
 
 def probed(output: Any) -> Tensor:
     """Up to 64 of a model's outputs for the probe, float32, on the CPU."""
-    tensor = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else None
-    if tensor is None:
-        tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    tensor = output[0] if isinstance(output, tuple) else output
+    for name in ("logits", "last_hidden_state"):
+        tensor = getattr(tensor, name, tensor)
+    if isinstance(tensor, Mapping):
+        tensor = next(iter(tensor.values()), None)
+    if not isinstance(tensor, Tensor):
+        raise JointoptError(
+            f"export: the model returns {type(output).__name__}; allowed: a tensor, or a tuple or mapping that begins "
+            "with one"
+        )
     return tensor.detach().float().cpu().flatten()[-64:]
 
 

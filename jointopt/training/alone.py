@@ -2,15 +2,15 @@
 
 What super-network training must share between sub-networks, the chosen one gets back when it is trained by itself for
 some hundred steps (Minitron, arXiv 2407.14679; Puzzle, arXiv 2411.19146). It computes in its number formats from the
-first step on, with scales chosen from the weights as they are and, if wanted, a learned factor for each of them (LSQ,
-arXiv 1902.08153), so that what the last step trained is what is exported.
+first step on, with scales chosen from the weights as they are and, if wanted, a learned factor for each of them and of
+static inputs' (LSQ, arXiv 1902.08153), so that what the last step trained is what is exported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,11 +23,11 @@ from jointopt.subnetwork import Plan, detach, pass_gradients, quantize_layer, re
 from jointopt.training.distillation import soft_labels
 from jointopt.training.loop import Batches, endless, schedule
 from jointopt.weight_bank import BankedWeight
-from quant.calibration import choose_clip
+from quant.calibration import choose_clip, static_constants
 from quant.errors import JointoptError
 from quant.formats import Scheme
 from quant.kernels import quantize_and_hold
-from quant.learned_ranges import ends, factors, is_learnable, widened
+from quant.learned_ranges import ends, factors, has_learnable_inputs, input_range, is_learnable, widened
 from search_spaces.family import structural_clone
 
 if TYPE_CHECKING:
@@ -58,15 +58,16 @@ def train_alone(
     Args:
         batches: as `train_supernet` takes them; labels are not used.
         seed: of the order of batches.
-        learned_ranges: whether a factor of each scale's range, as the super-network has it, is trained as well.
+        learned_ranges: whether a factor of the range of each scale of weights and of static inputs, as the
+            super-network has it, is trained as well.
 
     Raises:
         JointoptError: no batch, a loss that is not finite.
     """
     trained = detach(supernet.renormalized(supernet.built(replace(plan, schemes={}, caches={})), plan))
     layers = {renamed(path, supernet.family, plan.blocks): path for path in plan.schemes}
-    ranges = _ranges(trained, plan, layers) if learned_ranges else {}
-    parameters = [*trained.parameters(), *ranges.values()]
+    ranges = _ranges(trained, supernet, plan, layers) if learned_ranges else _Ranges({}, {})
+    parameters = [*trained.parameters(), *ranges.weights.values(), *ranges.inputs.values()]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -92,16 +93,34 @@ def train_alone(
     return detach(supernet.with_whole_shifts(finished, plan)).requires_grad_(False)
 
 
-def _ranges(model: nn.Module, plan: Plan, layers: Mapping[str, str]) -> dict[str, nn.Parameter]:
-    """Path -> the values by which the range of each of a layer's scales is learned, [1 or 2, rows, scales a row]."""
-    found = {}
+@dataclass(frozen=True)
+class _Ranges:
+    """What is trained of ranges: path -> values that begin as 0.
+
+    Attributes:
+        weights: of each of a layer's scales, [1 or 2, rows, scales a row].
+        inputs: of a layer's static inputs, [1 or 2, 1, 1].
+    """
+
+    weights: Mapping[str, nn.Parameter]
+    inputs: Mapping[str, nn.Parameter]
+
+
+def _ranges(model: nn.Module, supernet: Supernet, plan: Plan, layers: Mapping[str, str]) -> _Ranges:
+    weights, inputs = {}, {}
+    tied = {layer.path: layer.tied for layer in supernet.family.layers}
     for name, path in layers.items():
-        form, weight = plan.schemes[path].weights, model.get_submodule(name).get_parameter("weight")
-        assert form is not None
-        if is_learnable(form):
-            scales = choose_clip(weight, form)[0].shape
-            found[path] = nn.Parameter(torch.zeros(ends(form), *scales, device=weight.device))
-    return found
+        scheme, weight = plan.schemes[path], model.get_submodule(name).get_parameter("weight")
+        assert scheme.weights is not None
+        if is_learnable(scheme.weights):
+            scales = choose_clip(weight, scheme.weights)[0].shape
+            weights[path] = nn.Parameter(torch.zeros(ends(scheme.weights), *scales, device=weight.device))
+        if has_learnable_inputs(scheme):
+            assert scheme.activations is not None
+            for each in (path, *tied[path]):
+                if supernet.statistics(each, scheme):
+                    inputs[each] = nn.Parameter(torch.zeros(ends(scheme.activations), 1, 1, device=weight.device))
+    return _Ranges(weights, inputs)
 
 
 @contextmanager
@@ -119,7 +138,7 @@ def _quantized(
     supernet: Supernet,
     plan: Plan,
     layers: Mapping[str, str],
-    ranges: Mapping[str, Tensor],
+    ranges: _Ranges,
     training: bool,
 ) -> nn.Module:
     """The model with its layers as the plan's schemes hold them, weights tied before tied again."""
@@ -127,17 +146,26 @@ def _quantized(
     for name, path in layers.items():
         scheme = plan.schemes[path]
         weight = model.get_submodule(name).get_parameter("weight")
-        factor = factors(ranges[path], weight[0].numel(), PACE) if path in ranges else None
+        factor = _factor(ranges.weights.get(path), weight)
         banked = _rounded(weight.detach(), scheme, supernet, path, factor)
         for each, original in [(name, path), *((other, other) for other in owners[path].tied)]:
             module = model.get_submodule(each)
-            constants = supernet.statistics(original, scheme)
+            constants, of_inputs = supernet.statistics(original, scheme), _factor(ranges.inputs.get(original), weight)
+            if of_inputs is not None:
+                assert scheme.activations is not None
+                clip = widened(input_range(scheme.activations, constants), of_inputs.detach().flatten(1))
+                constants = static_constants(clip, scheme.activations)
             quantize_layer(module, scheme, banked, None, None, constants, training)
             if training:
                 pass_gradients(module, weight, factor)
+                module.__dict__["input_factor"] = of_inputs
             elif each != name:
                 module._parameters["weight"] = model.get_submodule(name)._parameters["weight"]
     return model
+
+
+def _factor(values: Tensor | None, weight: Tensor) -> Tensor | None:
+    return None if values is None else factors(values, weight[0].numel(), PACE)
 
 
 def _rounded(weight: Tensor, scheme: Scheme, supernet: Supernet, path: str, factor: Tensor | None) -> BankedWeight:

@@ -53,8 +53,9 @@ class Recipe:
         distillation: what the sampled sub-networks learn from the largest; None has each learn the task itself.
         precision_from: share of the steps after which sampled sub-networks compute in their number formats (the
             largest never does); None for never. Scales are those of the weights as they are, as the search has them.
-        learned_ranges: whether ranges of quantized weights are trained with these (LSQ, arXiv 1902.08153): a factor
-            for each layer and scheme. In one's own loop call `supernet.learn_ranges()` before the optimizer is made.
+        learned_ranges: whether ranges of quantized weights and static inputs are trained with these (LSQ, arXiv
+            1902.08153): a factor for each layer and scheme. In one's own loop call `supernet.learn_ranges()` before the
+            optimizer is made.
         loss: (logits, batch) -> scalar, of the task.
         seed: of the sub-networks sampled.
     """
@@ -163,12 +164,13 @@ def gradients_of(
     losses, target = [], None
     for student in _students(supernet, step, progress, recipe):
         view = supernet.view_to_train(student.plan, student.precision)
-        slices = _as_leaves(view, places)
-        _with_sparse_gradients(view, batch)
+        modules = list(view.modules())
+        slices = _as_leaves(modules, places)
+        _with_sparse_gradients(modules, batch)
         loss, shown = _loss(supernet, student, view, batch, target, recipe)
         losses.append(learn(loss, slices))
         target = target or shown.detached()
-        del loss, shown, view, slices
+        del loss, shown, view, modules, slices
     return losses, gradients, parameters
 
 
@@ -209,15 +211,16 @@ def _students(supernet: Supernet, step: int, progress: float, recipe: Recipe) ->
     return [largest, *(_Student(supernet.plan(genome), precision) for genome in genomes)]
 
 
-def _as_leaves(view: nn.Module, places: Mapping[int, int]) -> list[tuple[Tensor, int]]:
+def _as_leaves(view: Sequence[nn.Module], places: Mapping[int, int]) -> list[tuple[Tensor, int]]:
     """Cuts a training view's slices of parameters off from these, and returns them with their parameters' places: a
     slice's gradient can be added to the leading block of the whole one's, where autograd would fill it up with zeros.
 
     Args:
+        view: all of its modules.
         places: id of a parameter -> its place.
     """
     found = []
-    for module in view.modules():
+    for module in view:
         for name, part in module.__dict__.items():
             if type(part) is Tensor and part._is_view() and id(part._base) in places:
                 module.__dict__[name] = leaf = part.detach().requires_grad_()
@@ -225,11 +228,11 @@ def _as_leaves(view: nn.Module, places: Mapping[int, int]) -> list[tuple[Tensor,
     return found
 
 
-def _with_sparse_gradients(view: nn.Module, batch: Batch) -> None:
+def _with_sparse_gradients(view: Sequence[nn.Module], batch: Batch) -> None:
     """Has gradients of embeddings hold the words of the batch alone, where they are few of all: dense ones would be
     filled with zeros, and added up, for each sub-network. Whoever hooks a gradient gets it whole."""
     words = max((x.numel() for x in batch.values() if isinstance(x, Tensor) and not x.is_floating_point()), default=0)
-    for module in view.modules():
+    for module in view:
         if type(module) is nn.Embedding and module.num_embeddings > words and not module.scale_grad_by_freq:
             weight = module.weight
             if weight.is_leaf and not weight._backward_hooks and weight.device.type in ("cpu", "cuda"):

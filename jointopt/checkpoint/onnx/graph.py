@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
+from quant.errors import JointoptError
 from search_spaces.family import structural_clone
 
 FREE_SIZE = (64, 96)
@@ -75,18 +76,72 @@ def first_output(output: Any) -> Tensor:
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
-def onnx_program(model: nn.Module, opset: int) -> Any:
+RETURNS = "returns"
+"""Key of a file's metadata: "tensor" where the model gives one, and not several by name."""
+
+
+def onnx_program(model: nn.Module, opset: int, example: Mapping[str, Any] | None = None) -> Any:
     """The model as a `torch.onnx.ONNXProgram`, its quantized layers as the operators of `layers`.
 
     Inputs are called as the model's own (`pixel_values`; `x` for timm), for models that generate text those of
     Optimum: past_key_values.0.key, present.0.key and so on for each attention layer that there is.
+
+    Args:
+        example: inputs of a model of no library, by their names; only the number of samples is left open.
+
+    Raises:
+        JointoptError: a model of no library returns something else than tensors, or cannot be traced.
     """
+    if example is not None:
+        return _own_program(model, opset, example)
     graph, inputs, names = _graph(with_twins(model).eval())
     shapes = _dynamic_shapes(inputs)
     outputs = ["logits", *(name.replace("past_key_values", "present") for name in names if name.startswith("past"))]
-    return traced(
+    program = traced(
         graph, (), inputs, dynamic_shapes=shapes, input_names=names, output_names=outputs, opset_version=opset
     )
+    if names == ["x"]:
+        program.model.metadata_props[RETURNS] = "tensor"
+    return program
+
+
+def _own_program(model: nn.Module, opset: int, example: Mapping[str, Any]) -> Any:
+    accepted = list(inspect.signature(model.forward).parameters)
+    given = sorted(example, key=lambda name: accepted.index(name) if name in accepted else len(accepted))
+    # One sample would be taken for the only number there is.
+    inputs = {
+        name: torch.cat([value, value])[:2] if isinstance(value := example[name], Tensor) and value.dim() else value
+        for name in given
+    }
+    tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+    shapes = {name: {0: "batch"} if name in tensors and inputs[name].dim() else None for name in inputs}
+    graph = with_twins(model).eval()
+    with torch.no_grad():
+        names = _output_names(graph(**inputs))
+    try:
+        program = traced(
+            graph, (), inputs, dynamic_shapes=shapes, input_names=tensors, output_names=names, opset_version=opset
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        raise JointoptError(f"export: torch.onnx cannot trace {type(model).__name__}: {_first_line(cause)}") from error
+    if names == ["output"]:
+        program.model.metadata_props[RETURNS] = "tensor"
+    return program
+
+
+def _output_names(output: Any) -> list[str]:
+    if isinstance(output, Tensor):
+        return ["output"]
+    named = dict(output) if isinstance(output, Mapping) else {f"output.{at}": each for at, each in enumerate(output)}
+    if not named or not all(isinstance(each, Tensor) for each in named.values()):
+        found = {name: type(each).__name__ for name, each in named.items()}
+        raise JointoptError(f"export: the model returns {found}; allowed: a tensor, or a tuple or dict of tensors")
+    return list(named)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def traced(graph: nn.Module, arguments: tuple, inputs: dict[str, Any] | None = None, **options: Any) -> Any:

@@ -20,7 +20,7 @@ class OnnxModel(nn.Module):
     """A session of ONNX Runtime behind the call of a torch model.
 
     What the file takes and the call leaves out is filled in: masks of ones, positions by the mask, an empty cache.
-    Returns {"logits": ..., "present.0.key": ..., ...}, or the logits alone for models of timm.
+    Returns {"logits": ..., "present.0.key": ..., ...}, or a tensor where the model that was exported did.
     """
 
     def __init__(self, path, threads=None):
@@ -35,13 +35,14 @@ class OnnxModel(nn.Module):
         self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         self.wanted = {each.name: each for each in self.session.get_inputs()}
         self.names = [each.name for each in self.session.get_outputs()]
+        self.bare = self.session.get_modelmeta().custom_metadata_map.get("returns") == "tensor"
         self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, *arguments, **inputs):
         inputs.update(zip(self.wanted, arguments, strict=False))
         feed = {name: each.detach().numpy() for name, each in inputs.items() if name in self.wanted}
         outputs = [torch.from_numpy(each) for each in self.session.run(None, self.completed(feed))]
-        return outputs[0] if "x" in self.wanted else dict(zip(self.names, outputs, strict=True))
+        return outputs[0] if self.bare else dict(zip(self.names, outputs, strict=True))
 
     def completed(self, feed):
         """The inputs, with what can be told from the others."""

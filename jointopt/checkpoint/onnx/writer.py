@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from jointopt.batch_norm import on_device
 from jointopt.checkpoint.structure import check_formats
-from jointopt.checkpoint.timm_recipe import timm_recipe
+from jointopt.checkpoint.timm_recipe import by_timm, timm_recipe
 from quant.errors import JointoptError
 
 MODEL = "model.onnx"
@@ -27,26 +30,32 @@ def check_installed() -> None:
         raise JointoptError(f"target onnxruntime: found no {', '.join(missing)}; pip install 'jointopt[onnx]'")
 
 
-def write_onnx(place: Path, model: Any, opset: int = OPSETS[0]) -> dict[str, Any]:
+def write_onnx(place: Path, model: Any, example: Mapping[str, Any], opset: int = OPSETS[0]) -> dict[str, Any]:
     """model.onnx and config.json in a folder. Returns what the record keeps: opset, bytes of all stored tensors.
+
+    Args:
+        example: a batch of its inputs, by which a model is traced that is neither of transformers nor of timm.
 
     Raises:
         JointoptError: a number format without a form in ONNX, a bfloat16 model, a quantized cache, an opset that is too
-            old, a missing package.
+            old, a missing package, a model of no library that cannot be traced.
     """
     check(model, opset)
     from jointopt.checkpoint.onnx.graph import onnx_program
 
+    own = not (isinstance(model, PreTrainedModel) or by_timm(model))
     if next(model.parameters()).device.type != "cpu":
         model = copy.deepcopy(model).cpu()
-    program = onnx_program(model, opset)
+        example = on_device(example, torch.device("cpu"))
+    program = onnx_program(model, opset, example if own else None)
     program.save(str(place / MODEL))
-    if hasattr(model, "config"):
+    if isinstance(model, PreTrainedModel):
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.save_pretrained(place)
     else:
-        (place / "config.json").write_text(json.dumps({"timm": timm_recipe(model)}, indent=1))
+        described = {"class": type(model).__name__} if own else {"timm": timm_recipe(model)}
+        (place / "config.json").write_text(json.dumps(described, indent=1))
     return {"target": "onnxruntime", "opset": opset, "stored": onnx_bytes(place / MODEL)}
 
 
@@ -55,8 +64,6 @@ def check(model: Any, opset: int = OPSETS[0]) -> None:
     check_installed()
     if opset not in OPSETS:
         raise JointoptError(f"opset: found {opset}; allowed: {', '.join(map(str, OPSETS))}")
-    if not hasattr(model, "config"):
-        timm_recipe(model)
     check_formats(model, "onnxruntime")
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
