@@ -237,7 +237,7 @@ def test_a_saved_super_network_keeps_its_ranges(tmp_path):
 def test_a_training_of_ranges_that_was_killed_ends_with_the_same_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "EVERY", 4)
     items = labelled("bert", count=3)
-    whole = calibrated("bert", schemes=["W4A16", "W8A8"])
+    whole = calibrated("bert", schemes=["W4A16", "FP8"])
     jointopt.train_supernet(whole, items, 9, recipe=RECIPE, learning_rate=1e-3)
 
     def killed_at(epoch: int):
@@ -248,8 +248,8 @@ def test_a_training_of_ranges_that_was_killed_ends_with_the_same_ones(tmp_path, 
     file = tmp_path / "training.safetensors"
     options = {"recipe": RECIPE, "learning_rate": 1e-3, "checkpoint": file}
     with pytest.raises(InterruptedError):
-        jointopt.train_supernet(calibrated("bert", schemes=["W4A16", "W8A8"]), killed_at, 9, **options)
-    resumed = calibrated("bert", schemes=["W4A16", "W8A8"])
+        jointopt.train_supernet(calibrated("bert", schemes=["W4A16", "FP8"]), killed_at, 9, **options)
+    resumed = calibrated("bert", schemes=["W4A16", "FP8"])
     jointopt.train_supernet(resumed, items, 9, **options)
     assert torch.equal(resumed.learned.values, whole.learned.values)
 
@@ -257,7 +257,7 @@ def test_a_training_of_ranges_that_was_killed_ends_with_the_same_ones(tmp_path, 
 def test_the_trainer_trains_ranges_and_resumes_them_to_the_bit(tmp_path):
     def made(**options) -> ElasticTrainer:
         model = make("vit")
-        space = SearchSpace.for_model(model, schemes=["W4A16", "W8A8"])
+        space = SearchSpace.for_model(model, schemes=["W4A16", "FP8"])
         args = arguments(tmp_path, save_strategy="steps", save_steps=3, **options)
         return ElasticTrainer(model=model, space=space, args=args, train_dataset=data(), recipe=RECIPE)
 
