@@ -130,10 +130,9 @@ class Config(Section):
             raise ValueError(f"space.caches with target {wanted.name}; allowed: leave them out")
         if self.dtype not in ("auto", *wanted.dtypes):
             raise ValueError(f"dtype {self.dtype} with target {wanted.name}; allowed: {', '.join(wanted.dtypes)}")
-        if self.hardware is not None and self.hardware.device == "this" and self.target != "onnxruntime":
-            raise ValueError(
-                f"hardware.device this with target {self.target}; allowed: target: onnxruntime, which is timed"
-            )
+        if self.hardware is not None and self.hardware.device == "this" and wanted.backend is None:
+            timed = ", ".join(name for name, each in TARGETS.items() if each.backend)
+            raise ValueError(f"hardware.device this with target {self.target}; allowed: {timed}, which are timed")
         wanting = next((name for name in [*names, *(self.constraints or ())] if name in ON_HARDWARE), None)
         if wanting is not None and self.hardware is None:
             raise ValueError(f"{wanting} without hardware; allowed: with hardware: {{device: NAME}}")

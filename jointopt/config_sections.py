@@ -315,11 +315,12 @@ class Hardware(Section):
 
     Attributes:
         device: the name of one that comes with the package, or a YAML file of one's own, for its roofline; or "this":
-            this machine, whose operators are timed in ONNX Runtime (with target onnxruntime).
+            this machine, whose operators are timed: in ONNX Runtime (target onnxruntime), or in torch on what the run
+            computes on (target transformers, with number formats of weights alone).
         batch: samples that are computed together.
         context: tokens of a sample (default: as many as a calibration sample has).
         parallel: devices over which each layer is spread.
-        threads: of ONNX Runtime, for "this".
+        threads: of the CPU, for "this".
     """
 
     device: str

@@ -30,6 +30,7 @@ class Target:
         fused: whether it computes q, k, v as one layer, and gate, up as another, so that these share a format.
         unquantized: layers that keep their numbers as they are.
         without: genes that no space has for it: what they would choose stays.
+        backend: what its exports run in on this machine (`jointopt.cost.backend`), None where that is not timed.
     """
 
     name: str
@@ -43,12 +44,13 @@ class Target:
     fused: bool = False
     unquantized: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    backend: str | None = None
 
 
 TARGETS = {
     each.name: each
     for each in (
-        Target("transformers", tuple(SCHEMES)),
+        Target("transformers", tuple(SCHEMES), backend="torch"),
         Target(
             "onnxruntime",
             (
@@ -67,6 +69,7 @@ TARGETS = {
             default_schemes=("none", "W8A8", "W4A16"),
             caches=False,
             dtypes=("float32",),
+            backend="onnxruntime",
         ),
         Target(
             "gguf",

@@ -13,7 +13,8 @@ from torch import nn
 
 import jointopt
 from jointopt import Family, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
-from jointopt.cost.lookup import fingerprint, key_of, operators_of
+from jointopt.cost.backend import Backend
+from jointopt.cost.lookup import key_of, operators_of
 from tests.zoo import batches, make
 
 pytest.importorskip("onnxruntime")
@@ -35,7 +36,7 @@ def told(path: Path) -> Roofline:
     )
     truth = Roofline(slow, batch=4)
     seconds = {key_of(each, 4): truth.answer(each).seconds for each in operators_of(supernet(), 4)}
-    path.write_text(json.dumps({"machines": {fingerprint(1): seconds}}))
+    path.write_text(json.dumps({"machines": {Backend().machine: seconds}}))
     return truth
 
 

@@ -12,7 +12,9 @@ import torch
 
 import jointopt
 from jointopt import JointoptError, Lookup, SearchSpace, Supernet
-from jointopt.cost.lookup import fingerprint, key_of
+from jointopt.cost.backend import Backend, host
+from jointopt.cost.here import lookup_here
+from jointopt.cost.lookup import key_of
 from jointopt.cost.operators import Operator
 from jointopt.cost.timing import module_of, time_model, time_operators
 from quant.formats import scheme
@@ -37,7 +39,7 @@ def timed(tmp_path_factory) -> tuple[Lookup, object]:
 
 
 def test_every_operator_gets_a_time_of_its_own():
-    seconds = time_operators([Operator("linear", 512, 512, 64), Operator("norm", 512, 512, 64)], 1, 1, rounds=5)
+    seconds = time_operators([Operator("linear", 512, 512, 64), Operator("norm", 512, 512, 64)], 1, Backend(), rounds=5)
     assert len(seconds) == 2 and all(each >= 0 for each in seconds) and seconds[0] > 0
 
 
@@ -75,7 +77,7 @@ def test_an_integer_convolution_is_fused_with_its_reader_s_rounding_and_no_other
     ]
     assert inside.fused and not any(each.fused for each in others)
     assert len({key_of(each, 1) for each in (inside, *others)}) == 3
-    fused, apart = time_operators([inside, others[0]], 1, 1, rounds=8)
+    fused, apart = time_operators([inside, others[0]], 1, Backend(), rounds=8)
     assert 0 < fused < apart  # by far: ConvInteger is slow
 
 
@@ -93,7 +95,7 @@ def test_a_convolution_s_time_follows_from_its_reader_s_format():
 
     def latency(**chosen: str) -> float:
         choices = dict.fromkeys(space.names, "W8A8_STATIC") | {f"{block}.{k}.precision": v for k, v in chosen.items()}
-        parts = supernet.costs_by(Told("here")).breakdown(supernet.space.encode(choices))
+        parts = supernet.costs_by(Told(Backend())).breakdown(supernet.space.encode(choices))
         return next(part["latency"] for part in parts if part["path"] == path)
 
     assert (latency(), latency(conv2="W8A8"), latency(conv1="W8A8")) == (1.0, 2.0, 2.0)
@@ -102,7 +104,7 @@ def test_a_convolution_s_time_follows_from_its_reader_s_format():
 def test_every_operator_of_the_space_is_timed_once_and_kept(timed, monkeypatch):
     lookup, path = timed
     record = json.loads(path.read_text())["machines"]
-    assert list(record) == [fingerprint(1)] and record[fingerprint(1)] == dict(lookup.seconds)
+    assert list(record) == [Backend().machine] and record[Backend().machine] == dict(lookup.seconds)
 
     def never(*given):
         raise AssertionError("timed again")
@@ -121,7 +123,7 @@ def test_costs_are_sums_of_what_was_timed(timed):
 
 def test_a_width_between_those_timed_is_interpolated_and_one_beyond_is_refused():
     seconds = {key_of(Operator("linear", rows, 64, 10), 1): rows * 1e-6 for rows in (64, 128)}
-    lookup = Lookup("here", seconds=seconds)
+    lookup = Lookup(Backend(), seconds=seconds)
     assert lookup.time_of(Operator("linear", 96, 64, 10)) == pytest.approx(96e-6)
     with pytest.raises(JointoptError, match=r"no timing of linear 256 x 64 in none at 10 positions"):
         lookup.time_of(Operator("linear", 256, 64, 10))
@@ -152,6 +154,68 @@ def test_timings_of_another_machine_are_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(JointoptError, match="cannot be read"):
         Lookup.of(supernet(), path=path)
+
+
+def of_weights(**options) -> Supernet:
+    model = make("vit")
+    space = SearchSpace.for_model(model, schemes=["none", "W4A16", "W8A16_CHANNEL"], depth=[2, 3], **options)
+    found = Supernet(model, space)
+    found.calibrate(batches("vit"))
+    return found
+
+
+def test_in_torch_a_layer_takes_the_time_of_an_unquantized_one_whatever_its_format_of_weights(tmp_path):
+    found = of_weights(mlp=[128, 256])
+    path = tmp_path / "operators.json"
+    lookup = Lookup.of(found, batch=2, path=path, backend="torch")
+    assert all(json.loads(key)["scheme"] == "none" for key in lookup.seconds)
+    assert f"{host()}, torch {torch.__version__.partition('+')[0]}" in lookup.source
+    assert list(json.loads(path.read_text())["machines"]) == [Backend.of(found, "torch", 1).machine]
+    largest = found.space.decode(found.space.largest)
+    packed = {name: "W4A16" if name.endswith("precision") else choice for name, choice in largest.items()}
+    times = found.costs_by(lookup).columns(np.stack([found.space.encode(each) for each in (largest, packed)]))
+    assert times["latency"][0] == times["latency"][1] > 0
+
+
+def test_in_torch_sub_networks_are_timed_end_to_end_and_the_fit_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = of_weights()
+    threads = torch.get_num_threads()
+    lookup = lookup_here(found, 2, 1, batches("vit"), tmp_path / "latency.json", 0, "torch")
+    assert lookup.error is not None and torch.get_num_threads() == threads
+    again = lookup_here(found, 2, 1, batches("vit"), tmp_path / "latency.json", 0, "torch")
+    assert again.factors == lookup.factors
+    with pytest.raises(JointoptError, match=r"latency.json' is of .*torch.*; this is .*ONNX Runtime"):
+        lookup_here(found, 2, 1, batches("vit"), tmp_path / "latency.json", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("vit", {"schemes": ["none", "W8A8"]}, "W8A8: rounds a layer's inputs, for which torch has no kernel"),
+        ("bert", {"schemes": ["none", "BNB_NF4"]}, "BNB_NF4: bitsandbytes' kernels are not timed"),
+        ("llama_tied", {"schemes": ["none"], "caches": ["none", "INT8"]}, "quantized caches are not timed in torch"),
+    ],
+)
+def test_what_torch_has_no_kernel_for_is_refused(name, options, match, tmp_path):
+    model = make(name)
+    found = Supernet(model, SearchSpace.for_model(model, preset="fixed", **options))
+    found.calibrate(batches(name))
+    with pytest.raises(JointoptError, match=match):
+        Lookup.of(found, path=tmp_path / "operators.json", backend="torch")
+    with pytest.raises(JointoptError, match=r"backend: found 'tensorrt'; allowed: onnxruntime, torch"):
+        Lookup.of(found, path=tmp_path / "operators.json", backend="tensorrt")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: nothing is timed on CUDA")
+def test_on_a_gpu_operators_and_sub_networks_are_timed_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = make("vit").to("cuda", torch.bfloat16)
+    found = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W4A16"], depth=[2, 3]))
+    found.calibrate(batches("vit"))
+    lookup = lookup_here(found, 2, 1, batches("vit"), tmp_path / "latency.json", 0, "torch")
+    assert torch.cuda.get_device_name() in lookup.source and "bfloat16" in lookup.source
+    assert found.costs_by(lookup).columns(found.space.largest)["latency"][0] > 0
 
 
 def test_energy_by_look_up_is_no_objective(timed):

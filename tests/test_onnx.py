@@ -310,5 +310,14 @@ def test_a_config_that_targets_onnx_runtime_searches_its_formats_and_exports_mod
     assert "ms measured" in timed.stdout and "off where it was fitted end to end" in timed.stdout
     again = command("run", "here.yaml", "--evaluations", "8")
     assert again.returncode == 0, again.stderr
+    weights = {"space": {"depth": [1, 2], "schemes": ["none", "W4A16"]}, "target": "transformers"}
+    (tmp_path / "torch.yaml").write_text(yaml.safe_dump({**here, **weights, "output": "runs/torch"}))
+    timed = command("run", "torch.yaml")
+    assert timed.returncode == 0, timed.stderr
+    assert "verified: runs/torch/export" in timed.stdout
+    assert "ms measured" in timed.stdout and ", torch 2." in timed.stdout
+    (tmp_path / "torch.yaml").write_text(yaml.safe_dump({**here, "target": "gguf"}))
+    unknown = command("run", "torch.yaml")
+    assert unknown.returncode == 2 and "allowed: transformers, onnxruntime, which are timed" in unknown.stderr
     assert refused.returncode == 2
     assert "target onnxruntime: NVFP4 has no form there; allowed: none, W8A8" in refused.stderr

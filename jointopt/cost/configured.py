@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .backend import TORCH, Backend
+
 if TYPE_CHECKING:
     from jointopt.config import Config
     from jointopt.evaluation import Batch
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from .roofline import Roofline
 
 THIS = "this"
-"""Hardware: this machine, by the times of its operators in ONNX Runtime."""
+"""Hardware: this machine, by the times of its operators in what the target runs in."""
 LATENCY = "latency.json"
 """In a run's output: what was timed and fitted of this machine."""
 
@@ -44,7 +46,16 @@ def look_up(config: Config, inputs: Sequence[Batch], supernet: Supernet) -> None
     wanted = config.hardware
     if wanted is not None and wanted.device == THIS:
         kept, seed = Path(config.output) / LATENCY, config.search.seed
-        supernet.use_latency(lookup_here(supernet, wanted.batch, wanted.threads, inputs, kept, seed))
+        backend = _backend(config)
+        supernet.use_latency(lookup_here(supernet, wanted.batch, wanted.threads, inputs, kept, seed, backend))
+
+
+def _backend(config: Config) -> str:
+    from jointopt.targets import TARGETS
+
+    found = TARGETS[config.target].backend
+    assert found is not None  # else the config was refused
+    return found
 
 
 def measured_beside(
@@ -56,12 +67,18 @@ def measured_beside(
     folder: Path,
 ) -> str:
     """What the export takes on this machine, end to end, beside what the search reckoned with: a line."""
+    from jointopt.checkpoint.reload import load_model
+
     from .here import batch_of
-    from .timing import time_model
+    from .timing import time_model, time_module
 
     assert config.hardware is not None
-    batch, threads = config.hardware.batch, config.hardware.threads
-    found = time_model(folder, [batch_of(inputs, batch)], threads)
+    batch, threads = batch_of(inputs, config.hardware.batch), config.hardware.threads
+    if _backend(config) == TORCH:
+        backend = Backend.of(supernet, TORCH, threads)
+        found = time_module(load_model(str(folder), backend.device).to(backend.device), batch, backend)
+    else:
+        found = time_model(folder, [batch], threads)
     expected = float(supernet.costs(genome)["latency"])
     study.note("measured_latency", {"genome": genome.tolist(), "measured": found, "expected": expected})
     return f"latency of the export: {found * 1e3:.4g} ms measured, {expected * 1e3:.4g} ms by {supernet.latency.source}"  # type: ignore[union-attr]

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import least_squares
 
+from jointopt.cost.backend import Backend
 from jointopt.cost.device import Cache, Device, load_device
-from jointopt.cost.lookup import fingerprint, operators_of, times_of
+from jointopt.cost.lookup import operators_of, times_of
 from jointopt.cost.operators import Operator
 from jointopt.cost.roofline import Roofline
 from quant.errors import JointoptError
@@ -60,9 +61,10 @@ def fit_roofline(
     asked = _in_turns(operators_of(supernet, batch, context), operators)
     if len(asked) < FEWEST:
         raise JointoptError(f"fit_roofline: found {len(asked)} operators to time; allowed: {FEWEST} or more")
-    seconds = times_of(asked, batch, threads, path)
+    backend = Backend(threads=threads)
+    seconds = times_of(asked, batch, backend, path)
     kernels = sorted({each.kernel for each in asked if each.macs})
-    base = load_device(device).model_copy(update={"name": f"{fingerprint(threads)}, fitted to {len(asked)} operators"})
+    base = load_device(device).model_copy(update={"name": f"{backend.machine}, fitted to {len(asked)} operators"})
     expected = np.log([*([RATE] * len(kernels)), BANDWIDTH, CACHE_BANDWIDTH, OVERHEAD])
 
     def off(parameters: np.ndarray) -> np.ndarray:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jointopt.batch_norm import first_samples, sample_count
+from jointopt.cost.backend import ONNXRUNTIME, TORCH, Backend
 from jointopt.cost.lookup import Lookup
-from jointopt.cost.timing import time_model
+from jointopt.cost.timing import time_model, time_module
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -23,25 +24,33 @@ FITTED_BY = 4
 
 
 def lookup_here(
-    supernet: Supernet, batch: int, threads: int, inputs: Sequence[Mapping[str, Any]], kept: Path, seed: int
+    supernet: Supernet,
+    batch: int,
+    threads: int,
+    inputs: Sequence[Mapping[str, Any]],
+    kept: Path,
+    seed: int,
+    backend: str = ONNXRUNTIME,
 ) -> Lookup:
     """The look-up of a calibrated super-network on this machine.
 
     Args:
         inputs: batches of the model's inputs, from which what is timed end to end takes its samples.
         kept: the file of what was fitted, so that a run that goes on goes on with the same numbers.
+        backend: see `Lookup.of`.
     """
-    lookup = Lookup.of(supernet, batch, threads=threads)
+    lookup = Lookup.of(supernet, batch, threads=threads, backend=backend)
     if kept.is_file():
-        return replace(lookup, **_read(kept, lookup.machine))
+        return replace(lookup, **_read(kept, lookup.backend.machine))
     genomes = [supernet.space.smallest, supernet.space.largest, *supernet.space.sample(FITTED_BY, seed)]
     seconds = []
     with tempfile.TemporaryDirectory() as place:
         for at, genome in enumerate(genomes):
-            seconds.append(time_genome(supernet, genome, Path(place) / str(at), batch, threads, inputs))
+            seconds.append(time_genome(supernet, genome, Path(place) / str(at), batch, lookup.backend, inputs))
     fitted = lookup.fit(supernet, genomes, seconds)
     beside = kept.with_name(f".{kept.name}")
-    beside.write_text(json.dumps({name: getattr(fitted, name) for name in ("machine", *FITTED)}, indent=1))
+    record = {"machine": lookup.backend.machine, **{name: getattr(fitted, name) for name in FITTED}}
+    beside.write_text(json.dumps(record, indent=1))
     beside.replace(kept)
     return fitted
 
@@ -59,13 +68,15 @@ def _read(kept: Path, machine: str) -> dict[str, Any]:
 
 
 def time_genome(
-    supernet: Supernet, genome: Any, folder: Path, batch: int, threads: int, inputs: Sequence[Mapping[str, Any]]
+    supernet: Supernet, genome: Any, folder: Path, batch: int, backend: Backend, inputs: Sequence[Mapping[str, Any]]
 ) -> float:
-    """Seconds that a sub-network's ONNX export takes for a batch, end to end."""
+    """Seconds that a sub-network takes for a batch, end to end: its ONNX export, or in torch what was extracted."""
     from jointopt.checkpoint.writer import export
 
+    if backend.name == TORCH:
+        return time_module(supernet.extract(genome), batch_of(inputs, batch), backend)
     export(supernet, genome, folder, target="onnxruntime")
-    return time_model(folder, [batch_of(inputs, batch)], threads)
+    return time_model(folder, [batch_of(inputs, batch)], backend.threads)
 
 
 def batch_of(inputs: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Latency by look-up: every distinct operator timed once in ONNX Runtime on this machine, and kept in a file.
+"""Latency by look-up: every distinct operator timed once on this machine, and kept in a file.
 
-    lookup = jointopt.Lookup.of(supernet, batch=1, threads=2)      # times what the file lacks
+    lookup = jointopt.Lookup.of(supernet, batch=1, threads=2)      # times what the file lacks, in ONNX Runtime
+    lookup = jointopt.Lookup.of(supernet, backend="torch")         # in torch, on the super-network's device
     supernet.use_latency(lookup)
 
 What a graph adds to its operators (activations, residual sums, fusions) is fitted from a few sub-networks that are
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import nnls
 
+from jointopt.cost.backend import ONNXRUNTIME, Backend, host
 from jointopt.cost.operators import Answer, Operator
 from quant.errors import JointoptError
 
@@ -29,19 +30,6 @@ if TYPE_CHECKING:
 TOGETHER = 40
 """Operators that are timed in turns, so that what else the machine does falls on all of them."""
 Key = str
-
-
-def fingerprint(threads: int) -> str:
-    """The machine, as far as its times depend on it: processor, cores, ONNX Runtime, threads."""
-    from importlib.metadata import version
-
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass  # not Linux: the platform module's name it is
-    return f"{model}, {os.cpu_count()} cores, ONNX Runtime {version('onnxruntime')}, {threads} threads"
 
 
 def default_path() -> Path:
@@ -54,7 +42,7 @@ class Lookup:
     """Times of operators on one machine.
 
     Attributes:
-        machine: its `fingerprint`.
+        backend: what they were timed in; without one it only repeats times that it was given.
         batch, context: see `LatencyModel`.
         seconds: `key_of` an operator -> its time for the batch.
         factors: feature -> what its sum is multiplied by, as `fit` finds them: "operators" (their times), "attention"
@@ -62,7 +50,7 @@ class Lookup:
         error: mean absolute relative error of the fit, end to end; None where nothing was fitted.
     """
 
-    machine: str
+    backend: Backend
     batch: int = 1
     context: int | None = None
     seconds: Mapping[Key, float] = field(default_factory=dict)
@@ -77,25 +65,30 @@ class Lookup:
         context: int | None = None,
         threads: int = 1,
         path: str | Path | None = None,
+        backend: str = ONNXRUNTIME,
     ) -> Lookup:
         """The look-up for all sub-networks of a super-network; operators that the file lacks are timed now.
 
         Args:
-            threads: of ONNX Runtime.
+            threads: of the CPU.
             path: the file of timings (default: one for all in the user's cache folder).
+            backend: "onnxruntime"; or "torch", on the super-network's device, where all formats of weights take the
+                time of unquantized ones and no others are allowed (`Backend`).
 
         Raises:
-            JointoptError: a file of another machine, or one that cannot be read or written.
+            JointoptError: a file of another machine, or one that cannot be read or written; an unknown backend, or a
+                space that it cannot time.
         """
-        asked = {key_of(each, batch): each for each in operators_of(supernet, batch, context)}
+        runs = Backend.of(supernet, backend, threads)
+        asked = {key_of(op, batch): op for op in map(runs.computed, operators_of(supernet, batch, context))}
         wanted = sorted(asked)
-        seconds = times_of([asked[key] for key in wanted], batch, threads, path)
-        return cls(fingerprint(threads), batch, context, dict(zip(wanted, seconds, strict=True)))
+        seconds = times_of([asked[key] for key in wanted], batch, runs, path)
+        return cls(runs, batch, context, dict(zip(wanted, seconds, strict=True)))
 
     @property
     def source(self) -> str:
         off = "" if self.error is None else f", {self.error:.0%} off where it was fitted end to end"
-        return f"look-up on {self.machine}{off}"
+        return f"look-up on {self.backend.machine}{off}"
 
     @property
     def capacity(self) -> float:
@@ -129,6 +122,7 @@ class Lookup:
         Raises:
             JointoptError: neither it nor wider and narrower ones were timed.
         """
+        operator = self.backend.computed(operator)
         found = self.seconds.get(key_of(operator, self.batch))
         return self._between(operator) if found is None else found
 
@@ -187,7 +181,7 @@ def operators_of(supernet: Supernet, batch: int = 1, context: int | None = None)
 
 
 def times_of(
-    operators: Sequence[Operator], batch: int = 1, threads: int = 1, path: str | Path | None = None
+    operators: Sequence[Operator], batch: int, backend: Backend, path: str | Path | None = None
 ) -> list[float]:
     """Seconds of each operator on this machine, for a batch: from the file of timings, or timed now and kept there.
 
@@ -195,11 +189,11 @@ def times_of(
         JointoptError: a file of another machine, or one that cannot be read or written.
     """
     path = Path(path) if path is not None else default_path()
-    machine = fingerprint(threads)
+    machine = backend.machine
     known = _read(path, machine)
     keys = [key_of(each, batch) for each in operators]
     missing = {key: each for key, each in zip(keys, operators, strict=True) if key not in known}
-    known |= _timed(missing, batch, threads)
+    known |= _timed(missing, batch, backend)
     if missing:
         _write(path, machine, known)
     return [known[key] for key in keys]
@@ -244,14 +238,14 @@ def key_of(operator: Operator, batch: int) -> Key:
     return json.dumps(_record(operator, batch), sort_keys=True)
 
 
-def _timed(missing: Mapping[Key, Operator], batch: int, threads: int) -> dict[Key, float]:
+def _timed(missing: Mapping[Key, Operator], batch: int, backend: Backend) -> dict[Key, float]:
     from jointopt.cost.timing import time_operators
 
     found: dict[Key, float] = {}
     keys = list(missing)
     for at in range(0, len(keys), TOGETHER):
         part = keys[at : at + TOGETHER]
-        found |= dict(zip(part, time_operators([missing[key] for key in part], batch, threads), strict=True))
+        found |= dict(zip(part, time_operators([missing[key] for key in part], batch, backend), strict=True))
     return found
 
 
@@ -263,8 +257,7 @@ def _read(path: Path, machine: str) -> dict[Key, float]:
         machines = record["machines"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JointoptError(f"lookup: {str(path)!r} cannot be read: {error}") from None
-    processor = machine.partition(", ONNX")[0]
-    if machines and machine not in machines and not any(each.startswith(processor) for each in machines):
+    if machines and not any(each.startswith(f"{host()}, ") for each in machines):
         told = "; ".join(machines)
         raise JointoptError(f"lookup: {str(path)!r} was timed on another machine ({told}); allowed: another path")
     return dict(machines.get(machine, {}))

@@ -1,10 +1,12 @@
-"""Times single operators in ONNX Runtime, each written by the code that writes them into an export."""
+"""Times single operators and whole models: in ONNX Runtime, each written by the code that writes an export, or in
+torch."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jointopt.batch_norm import on_device
+from jointopt.cost.backend import TORCH, Backend
 from jointopt.cost.operators import Operator
 from quant.kernels import quantize
 from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
@@ -108,8 +112,8 @@ class _Each(nn.Module):
         return [module(*given) for module, given in zip(self.each, inputs, strict=True)]
 
 
-def time_operators(operators: Sequence[Operator], batch: int, threads: int, rounds: int = 30) -> list[float]:
-    """Seconds that each operator takes for a batch: medians of `rounds` or more, without what calling ONNX Runtime
+def time_operators(operators: Sequence[Operator], batch: int, backend: Backend, rounds: int = 30) -> list[float]:
+    """Seconds that each operator takes for a batch: medians of `rounds` or more, without what calling the backend
     costs.
 
     A fused convolution takes what it and its reader's rounding take, less what that would take by itself: its reader
@@ -125,25 +129,68 @@ def time_operators(operators: Sequence[Operator], batch: int, threads: int, roun
     for at in spared:
         modules.append(_Rounding(modules[at].convolution))  # type: ignore[arg-type]
         inputs.append((torch.randn(batch, operators[at].rows, *inputs[at][0].shape[2:]),))
-    runs = _sessions(modules, inputs, threads)
-    empty = _sessions((nn.Identity(),), ((torch.zeros(1),),), threads)[0]
-    calls: list[Callable[[], Any]] = [*runs, empty]
-    seconds: list[list[float]] = [[] for _ in calls]
-    ends = time.monotonic() + LEAST
-    while len(seconds[0]) < rounds or time.monotonic() < ends:
-        for call, kept in zip(calls, seconds, strict=True):
-            started = time.perf_counter()
-            call()
-            kept.append(time.perf_counter() - started)
-    medians = [float(np.median(kept[2:])) for kept in seconds]
+    make = _torch_calls if backend.name == TORCH else _sessions
+    calls = [*make(modules, inputs, backend), *make((nn.Identity(),), ((torch.zeros(1),),), backend)]
+    with _as_deployed(backend):
+        medians = in_turns(calls, rounds, LEAST)
     found = [max(each - medians[-1], 0.0) for each in medians[:-1]]
     for at, rounding in zip(spared, found[len(operators) :], strict=True):
         found[at] = max(found[at] - rounding, 0.0)
     return found[: len(operators)]
 
 
+def in_turns(calls: Sequence[Callable[[], Any]], rounds: int, least: float = 0.0) -> list[float]:
+    """Median seconds of each call, after two that do not count; for as many rounds and as many seconds at least."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    ends = time.monotonic() + least
+    while len(seconds[0]) < rounds + 2 or time.monotonic() < ends:
+        for call, kept in zip(calls, seconds, strict=True):
+            started = time.perf_counter()
+            call()
+            kept.append(time.perf_counter() - started)
+    return [float(np.median(kept[2:])) for kept in seconds]
+
+
+@contextmanager
+def _as_deployed(backend: Backend) -> Iterator[None]:
+    """No gradients, and as many threads as the backend has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(backend.threads)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _torch_calls(
+    modules: Sequence[nn.Module], inputs: Sequence[Sequence[Tensor]], backend: Backend
+) -> list[Callable[[], Any]]:
+    """A call for each module, which runs it alone in torch."""
+
+    def moved(each: Tensor) -> Tensor:
+        return each.to(backend.device, backend.dtype if each.is_floating_point() else each.dtype)
+
+    return [
+        _finished(partial(module.to(backend.device, backend.dtype).eval(), *map(moved, given)), backend)
+        for module, given in zip(modules, inputs, strict=True)
+    ]
+
+
+def _finished(call: Callable[[], Any], backend: Backend) -> Callable[[], Any]:
+    """The call, and waiting for what it left a GPU to do."""
+    wait = torch.cuda.synchronize if backend.device == "cuda" else None
+
+    def finished() -> None:
+        call()
+        if wait is not None:
+            wait()
+
+    return finished
+
+
 def _sessions(
-    modules: Sequence[nn.Module], inputs: Sequence[Sequence[Tensor]], threads: int
+    modules: Sequence[nn.Module], inputs: Sequence[Sequence[Tensor]], backend: Backend
 ) -> list[Callable[[], Any]]:
     """A call for each module, which runs it alone in ONNX Runtime."""
     import onnx
@@ -158,7 +205,7 @@ def _sessions(
     names = iter([each.name for each in whole.graph.input])
     extractor = onnx.utils.Extractor(whole)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.intra_op_num_threads, options.log_severity_level = backend.threads, 3
     calls: list[Callable[[], Any]] = []
     for given, output in zip(inputs, whole.graph.output, strict=True):
         feed = {next(names): each.numpy() for each in given}
@@ -166,6 +213,13 @@ def _sessions(
         session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
         calls.append(partial(session.run, None, feed))
     return calls
+
+
+def time_module(model: nn.Module, inputs: Mapping[str, Any], backend: Backend, rounds: int = 20) -> float:
+    """Median seconds of a torch model on the backend's device for a batch."""
+    batch = on_device(inputs, torch.device(backend.device))
+    with _as_deployed(backend):
+        return in_turns([_finished(partial(model, **batch), backend)], rounds)[0]
 
 
 def time_model(folder: str | Path, inputs: Sequence[dict[str, Tensor]], threads: int, rounds: int = 20) -> float:

@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from jointopt.cost.backend import Backend
 from jointopt.cost.operators import Operator
 from jointopt.cost.timing import time_operators
 from jointopt.targets import TARGETS
@@ -74,7 +75,8 @@ def main() -> None:
     arguments = parser.parse_args()
     console, rows = Console(), []
     names = TARGETS["onnxruntime"].schemes
-    times = {count: time_operators([layer(name, 1024, count) for name in names], 1, 1) for count in (1, 16, 256)}
+    layers = {count: [layer(name, 1024, count) for name in names] for count in (1, 16, 256)}
+    times = {count: time_operators(each, 1, Backend()) for count, each in layers.items()}
     table = Table("scheme", "1 row", "16 rows", "256 rows", "memory")
     for at, name in enumerate(names):
         ratios = {count: times[count][at] / times[count][0] for count in times}

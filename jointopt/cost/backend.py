@@ -1,0 +1,97 @@
+"""What computes networks on this machine: ONNX Runtime on its CPU, or torch on its CPU or GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from jointopt.cost.operators import Operator
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+ONNXRUNTIME, TORCH = "onnxruntime", "torch"
+
+
+def host() -> str:
+    """This machine, whatever computes on it."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass  # not Linux: the platform module's name it is
+    return f"{model}, {os.cpu_count()} cores"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A library on one of this machine's processors.
+
+    torch has no kernels for quantized products: a checkpoint's weights are unpacked once, and each layer then computes
+    as an unquantized one does. Formats that round inputs take time beside that, which depends on what loads them.
+
+    Attributes:
+        name: "onnxruntime", which computes in float32 on the CPU, or "torch".
+        threads: of the CPU.
+        device, dtype: of torch.
+    """
+
+    name: str = ONNXRUNTIME
+    threads: int = 1
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, supernet: Supernet, name: str, threads: int) -> Backend:
+        """Where a super-network's exports run.
+
+        Raises:
+            JointoptError: an unknown name; for torch, a space with formats that round inputs, bitsandbytes' formats or
+                quantized caches.
+        """
+        if name == ONNXRUNTIME:
+            return cls(threads=threads)
+        if name != TORCH:
+            raise JointoptError(f"backend: found {name!r}; allowed: {ONNXRUNTIME}, {TORCH}")
+        choices = {gene.name: gene.choices for gene in supernet.space.genes}
+        cached = next((each.name for each in supernet.family.caches if {*choices.get(each.name, ())} - {"none"}), None)
+        if cached is not None:
+            raise JointoptError(f"{cached}: quantized caches are not timed in torch; allowed: none")
+        return cls(name, threads, supernet.device.type, next(supernet.model.parameters()).dtype)
+
+    @property
+    def machine(self) -> str:
+        """This machine, as far as its times depend on it: processor, cores, library, threads."""
+        if self.name == ONNXRUNTIME:
+            return f"{host()}, ONNX Runtime {version('onnxruntime')}, {self.threads} threads"
+        library = f"torch {version('torch')} {str(self.dtype).removeprefix('torch.')}"
+        on = f"on {torch.cuda.get_device_name()}" if self.device == "cuda" else f"{self.threads} threads"
+        return f"{host()}, {library}, {on}"
+
+    def computed(self, operator: Operator) -> Operator:
+        """The operator as it is computed.
+
+        Raises:
+            JointoptError: in torch, a format that rounds inputs, or bitsandbytes'.
+        """
+        if self.name == ONNXRUNTIME:
+            return operator
+        scheme = operator.scheme
+        if scheme is not None and scheme.bitsandbytes is not None:
+            raise JointoptError(
+                f"{scheme.name}: bitsandbytes' kernels are not timed; allowed: none, and other formats of weights alone"
+            )
+        if scheme is not None and scheme.activations is not None and operator.kind != "embedding":
+            raise JointoptError(
+                f"{scheme.name}: rounds a layer's inputs, for which torch has no kernel to be timed; allowed: none and "
+                "formats of weights alone, such as W4A16"
+            )
+        return replace(operator, scheme=None, reader=None, bits=self.dtype.itemsize * 8)
