@@ -192,7 +192,17 @@ class Config(Section):
         for key in ("evaluations", "minutes", "patience", "workers", "ray", "threads"):
             content["search"].pop(key, None)
         content["data"].pop("test", None)
+        if self.train is None and self.data.calibrate is not None:
+            content["data"].pop("train", None)  # only finishing reads it
         return content
+
+    def training_record(self) -> dict[str, Any]:
+        """What of it determines the trained super-network and what was timed of it."""
+        content = self.record()
+        keys = ["model", "data", "space", "train", "dtype", "transforms"]
+        if self.train is not None and self.train.sampling == "attentive":
+            keys.append("constraints")
+        return {**{key: content[key] for key in keys if content.get(key)}, "seed": self.search.seed}
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults written out; `load_config` reads it back."""

@@ -12,6 +12,7 @@ where nothing is quantized: so what earlier layers lost is made good as far as a
 
 from __future__ import annotations
 
+import hashlib
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -62,6 +63,7 @@ class Finishing:
         steps: of training in place of such a rounding, None for none.
         learning_rate, seed: of the training.
         learned_ranges: whether ranges of weights' scales and static inputs are trained too (LSQ, arXiv 1902.08153).
+        data: of the training, what tells its batches from others, for a study that records what came of it.
     """
 
     rounding: str = "gptq"
@@ -69,6 +71,7 @@ class Finishing:
     learning_rate: float = 1e-4
     seed: int = 0
     learned_ranges: bool = False
+    data: str = ""
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
@@ -83,10 +86,13 @@ class Finishing:
 
     @property
     def name(self) -> str:
-        """Under which a study records it: "gptq", "descent", "trained-500", "learned-500"."""
+        """Under which a study records it: "gptq", "descent", "trained-500-1f2e3d", "learned-500-1f2e3d". The last part
+        tells other rates, seeds and data apart."""
         if self.steps is None:
             return self.rounding
-        return f"{'learned' if self.learned_ranges else 'trained'}-{self.steps}"
+        settings = f"{self.learning_rate!r} {self.seed} {self.data}"
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
+        return f"{'learned' if self.learned_ranges else 'trained'}-{self.steps}-{digest}"
 
 
 @dataclass(frozen=True)

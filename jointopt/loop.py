@@ -149,6 +149,19 @@ def search(
     return study
 
 
+def check_wishes(
+    supernet: Supernet, objectives: Sequence[Any], constraints: Mapping[str, str], quality: Quality | None = None
+) -> None:
+    """Raises what `search` would of these, before anything is run; of metrics that a function lacks, by running it on
+    the original."""
+    original = {name: float(value) for name, value in supernet.original_costs().items()}
+    wanted = _objectives(supernet, objectives, original)
+    limits = _constraints(supernet, wanted, constraints, original)
+    strategies.create("random", supernet.space, wanted, constraints=limits)
+    if quality is not None:
+        _check_metrics(wanted, _original(supernet, quality))
+
+
 def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[str, float]) -> list[Objective]:
     if isinstance(objectives, str) or not objectives:
         raise JointoptError(f"objectives: found {objectives!r}; allowed: a list of one or more")

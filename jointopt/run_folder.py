@@ -34,7 +34,8 @@ def check_output(config: Config) -> None:
             f"output: {config.output!r} exists and is no run; allowed: a new folder, or a run to go on with"
         )
     if any((output / name).is_file() for name in (STUDY, TRAINED, CHECKPOINT, LATENCY)):
-        before, now = (_flat(each.record()) for each in (load_config(output / CONFIG), config))
+        searched = (output / STUDY).is_file()
+        before, now = (_flat(_kept_to(each, searched)) for each in (load_config(output / CONFIG), config))
         different = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
         if different:
             told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in different[:6])
@@ -43,6 +44,14 @@ def check_output(config: Config) -> None:
                 f"output: {config.output!r} was made with another config: {told}{more}; "
                 "allowed: that config, or another output"
             )
+
+
+def _kept_to(config: Config, searched: bool) -> dict[str, Any]:
+    """What must not change. Before anything was searched that is less, so that a mistake there costs no training."""
+    content = config.record()
+    if searched:
+        return content
+    return {**config.training_record(), **{key: content.get(key) for key in ("hardware", "target")}}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -54,19 +55,21 @@ def save(supernet: Supernet, path: str | Path) -> None:
     record = {"leaving": supernet._leaving, "trained": supernet.trained}
     if supernet.transforms:
         record |= {"transforms": supernet.transforms, "scaled": supernet._scaled}
-    save_file(tensors, str(path), metadata={"supernet": json.dumps(record)})
+    try:
+        save_file(tensors, str(path), metadata={"supernet": json.dumps(record)})
+    except (OSError, SafetensorError) as error:
+        raise JointoptError(f"{path}: cannot be written: {error}") from None
 
 
 def load(supernet: Supernet, path: str | Path) -> None:
-    """Restores what `save` wrote; calibrate afterwards, which then keeps the order."""
-    with safe_open(str(path), framework="pt") as file:
+    """Restores what `save` wrote; calibrate afterwards, which then keeps the order. What is refused changes nothing."""
+    with _opened(path) as file:
         record = json.loads((file.metadata() or {}).get("supernet", "null"))
-        settle(supernet)
-        own = distinct_tensors(supernet.model)
+        own = {name: each for name, each in distinct_tensors(supernet.model).items() if name != NAME}
         names = set(file.keys())
-        supernet.learned = LearnedRanges(supernet, INPUTS in names) if NAME in names else None
-        if supernet.learned is not None:
-            own |= supernet.learned.tensors()
+        learned = LearnedRanges(supernet, INPUTS in names) if NAME in names else None
+        if learned is not None:
+            own |= learned.tensors()
         made = tuple(record.get("transforms", ())) if record else supernet.transforms
         if made != supernet.transforms:
             told = [", ".join(each) or "none" for each in (made, supernet.transforms)]
@@ -74,15 +77,26 @@ def load(supernet: Supernet, path: str | Path) -> None:
         if record is None or names != set(own):
             raise JointoptError(f"{path}: not a saved super-network of this model")
         for name in names:
-            tensor = file.get_tensor(name)
-            if tensor.shape != own[name].shape:
-                found, wanted = tuple(tensor.shape), tuple(own[name].shape)
+            found, wanted = tuple(file.get_slice(name).get_shape()), tuple(own[name].shape)
+            if found != wanted:
                 raise JointoptError(f"{path}: {name} has shape {found}; this model's has {wanted}")
-            own[name].data.copy_(tensor)
+        settle(supernet)
+        supernet.learned = learned
+        for name in names:
+            own[name].data.copy_(file.get_tensor(name))
     supernet._leaving, supernet.trained, supernet.calibrated = record["leaving"], record["trained"], False
     supernet._scaled = record.get("scaled", False)
     supernet._condition_space()
     supernet._forget()
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise JointoptError(f"{path}: cannot be read: {error}; allowed: what `save` wrote") from None
 
 
 def for_workers(supernet: Supernet, count: int) -> Supernet:

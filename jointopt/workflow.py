@@ -182,21 +182,33 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         look_up(config, prepared.inputs, supernet)
         return supernet
     output = Path(config.output)
-    wanted = {key: config.record().get(key) for key in ("model", "data", "space", "train", "dtype")}
-    wanted["seed"] = config.search.seed
-    if config.transforms:
-        wanted["transforms"] = config.transforms
+    wanted = config.training_record()
     if _read_json(output / TRAINED) == wanted:
         supernet.load(output / WEIGHTS)
     elif console is None:
         raise JointoptError(f"output: {config.output!r} holds no trained super-network of this config; run it first")
     else:
         supernet.calibrate(prepared.inputs)
+        _check_wishes(config, prepared, supernet)
         _train(config, prepared, supernet)
         _keep(output, supernet, wanted)
     supernet.calibrate(prepared.inputs)
     look_up(config, prepared.inputs, supernet)
     return supernet
+
+
+def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> None:
+    """What the search would refuse, before the training. This machine's times are taken after it."""
+    from .loop import check_wishes
+    from .objectives import ON_HARDWARE
+
+    timed_later = ON_HARDWARE if supernet.latency is None else ()
+    check_wishes(
+        supernet,
+        [{name: direction} for name, direction in prepared.objectives.items() if name not in timed_later],
+        {name: limit for name, limit in (config.constraints or {}).items() if name not in timed_later},
+        prepared.quality if config.quality else None,
+    )
 
 
 def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
@@ -222,15 +234,13 @@ def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
 
 def _keep(output: Path, supernet: Supernet, wanted: Mapping[str, Any]) -> None:
     """Weights first, then the file that vouches for them."""
-    from safetensors import SafetensorError
-
     beside = output / f".{WEIGHTS}"
     try:
         supernet.save(beside)
         beside.replace(output / WEIGHTS)
         (output / f".{TRAINED}").write_text(json.dumps(wanted, indent=1))
         (output / f".{TRAINED}").replace(output / TRAINED)
-    except (OSError, SafetensorError) as error:
+    except (OSError, JointoptError) as error:
         beside.unlink(missing_ok=True)
         raise JointoptError(f"output: {str(output / WEIGHTS)!r} cannot be written: {error}") from None
 
@@ -350,8 +360,10 @@ def finishing_of(config: Config) -> Finishing:
 
     assert config.finish is not None
     wanted = config.finish
-    rounding, seed = wanted.rounding or "gptq", config.search.seed
-    return Finishing(rounding, wanted.steps, wanted.learning_rate, seed, wanted.learned_ranges)
+    rounding, seed, data = wanted.rounding or "gptq", config.search.seed, ""
+    if wanted.steps is not None:
+        data = f"{config.source('train')} {wanted.batch_size}"
+    return Finishing(rounding, wanted.steps, wanted.learning_rate, seed, wanted.learned_ranges, data)
 
 
 def _finishing_batches(config: Config, prepared: Prepared) -> Batches:

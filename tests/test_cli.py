@@ -394,6 +394,49 @@ def test_a_run_finishes_the_top_of_its_front_and_a_second_one_finds_it_done(plac
     assert len(study.finished()) in (2, 3)
 
 
+@pytest.mark.slow
+def test_finishing_with_other_settings_is_done_anew_and_training_data_come_later(place, capsys, monkeypatch):
+    write_config(place, output="runs/later", search={"evaluations": 4}, choose={"size_mb": 1})
+    assert command("run", "config.yaml", cwd=place).returncode == 0
+
+    def finishes(rate: float) -> str:
+        data = {"train": "images", "calibrate": "images", "evaluate": "images", "batch_size": 12}
+        finish = {"steps": 2, "learning_rate": rate, "batch_size": 4, "top": 1}
+        search, choose = {"evaluations": 4}, {"size_mb": 1}
+        write_config(place, output="runs/later", data=data, finish=finish, search=search, choose=choose)
+        done = command("run", "config.yaml", "--overwrite", cwd=place)
+        assert done.returncode == 0, done.stderr
+        assert "\nverified: " in done.stdout
+        return done.stdout
+
+    assert "finished (trained-2-" in finishes(1e-3)
+    assert "finished (trained-2-" in finishes(1e-6)
+    assert "finished (trained-2-" not in finishes(1e-6)
+    study = Study.open(place / "runs/later/study.db")
+    assert len({each["rounding"] for each in study.finished()}) == 2
+
+
+def test_a_wish_that_cannot_be_is_refused_before_training_and_costs_none(place, capsys, monkeypatch):
+    data = {"train": "images", "evaluate": "images", "batch_size": 12}
+    rest = {"data": data, "train": {"steps": 2, "batch_size": 4}, "search": {"evaluations": 3}, "output": "runs/typo"}
+    for wish, said in {
+        "acuracy": "constraints: found 'acuracy'; allowed: size_mb",
+        "size_mb": "constraint size_mb <= 0.0001: no genome meets it",
+    }.items():
+        write_config(place, constraints={wish: "<= 0.0001"}, **rest)
+        assert said in refused(capsys, place, monkeypatch, "run", "config.yaml")
+        assert not (place / "runs/typo/supernet.safetensors").exists()
+    write_config(place, **rest)
+    done = command("run", "config.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    (place / "runs/typo/study.db").unlink()
+    written = (place / "runs/typo/supernet.safetensors").stat().st_mtime_ns
+    write_config(place, constraints={"accuracy": ">= 0.1"}, **rest)
+    again = command("run", "config.yaml", "--overwrite", cwd=place)
+    assert again.returncode == 0, again.stderr
+    assert (place / "runs/typo/supernet.safetensors").stat().st_mtime_ns == written
+
+
 def test_finishing_knows_its_keys(place, capsys, monkeypatch):
     write_config(place, finish={"rounding": "gptqq"})
     assert "finish.rounding: found 'gptqq'" in refused(capsys, place, monkeypatch, "run", "config.yaml")

@@ -234,6 +234,33 @@ def test_a_saved_super_network_keeps_its_ranges(tmp_path):
     assert again.learned is None
 
 
+def test_ranges_in_training_have_no_bytes():
+    supernet = calibrated("vit", schemes=["W8A8_STATIC"])
+    whole = supernet.costs(supernet.space.largest)
+    fresh = calibrated("vit", schemes=["W8A8_STATIC"])
+    fresh.learn_ranges()
+    assert fresh.costs(fresh.space.largest) == whole
+
+
+def test_a_file_that_is_refused_changes_nothing(tmp_path):
+    supernet = trained("vit", ["W8A8_STATIC"])
+    before = supernet.fingerprint()
+    other = Supernet(make("vit"), supernet.space, transforms=["smooth"])
+    other.calibrate(batches("vit"))
+    other.save(tmp_path / "smooth.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "smooth.safetensors").read_bytes()[:20000])
+    for name, match in {
+        "smooth": "saved with transforms smooth",
+        "torn": "torn.safetensors: cannot be read",
+        "none": "none.safetensors: cannot be read",
+    }.items():
+        with pytest.raises(JointoptError, match=match):
+            supernet.load(tmp_path / f"{name}.safetensors")
+        assert supernet.fingerprint() == before and supernet.calibrated
+    with pytest.raises(JointoptError, match="cannot be written"):
+        supernet.save(tmp_path / "no folder" / "supernet.safetensors")
+
+
 def test_a_training_of_ranges_that_was_killed_ends_with_the_same_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "EVERY", 4)
     items = labelled("bert", count=3)
@@ -283,7 +310,7 @@ def test_what_was_finished_with_learned_ranges_exports_with_its_codes(tmp_path):
         jointopt.finish(supernet, genome, items, steps=4, learning_rate=1e-3, learned_ranges=each)
         for each in (False, True)
     )
-    assert learned.rounding == "learned-4"
+    assert learned.rounding.startswith("learned-4-")
     held = {path: module.quantized for path, module in learned.model.named_modules() if hasattr(module, "quantized")}
     others = {path: module.quantized for path, module in fixed.model.named_modules() if hasattr(module, "quantized")}
     assert any(not torch.equal(each.scale.float(), others[path].scale.float()) for path, each in held.items())

@@ -172,7 +172,8 @@ def test_in_torch_a_layer_takes_the_time_of_an_unquantized_one_whatever_its_form
     assert f"{host()}, torch {torch.__version__.partition('+')[0]}" in lookup.source
     assert list(json.loads(path.read_text())["machines"]) == [Backend.of(found, "torch", 1).machine]
     largest = found.space.decode(found.space.largest)
-    packed = {name: "W4A16" if name.endswith("precision") else choice for name, choice in largest.items()}
+    packed = {gene.name: "W4A16" if "W4A16" in gene.choices else largest[gene.name] for gene in found.space.genes}
+    assert packed != largest
     times = found.costs_by(lookup).columns(np.stack([found.space.encode(each) for each in (largest, packed)]))
     assert times["latency"][0] == times["latency"][1] > 0
 

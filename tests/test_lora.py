@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe
 from jointopt.training import loop
 from jointopt.training.lora import adapted, attach, merge
-from tests.test_trainer import arguments
+from tests.test_trainer import arguments, trainer, weights
 from tests.test_training import calibrated, labelled
 from tests.zoo import batches, logits
 
@@ -145,3 +146,24 @@ def test_impossible_adapters_are_refused_at_the_start():
     attach(supernet, config("llama_tied"))
     with pytest.raises(JointoptError, match="adapters already"):
         attach(supernet, config("llama_tied"))
+
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **others):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_training_that_was_interrupted_leaves_its_adapters_in_the_weights(tmp_path):
+    made = trainer(tmp_path, lora=config("vit"), callbacks=[Stops()], learning_rate=1e-2)
+    before = made.supernet.model.get_parameter("vit.layers.0.attention.q_proj.weight").clone()
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert not adapted(made.supernet.model)
+    assert all(each.requires_grad for each in made.supernet.model.parameters())
+    assert not torch.equal(made.supernet.model.get_parameter("vit.layers.0.attention.q_proj.weight"), before)
+    made.remove_callback(Stops)
+    middle = weights(made)
+    made.train()  # new adapters, and nothing else
+    moved = {name for name, tensor in weights(made).items() if not torch.equal(tensor, middle[name])}
+    assert moved and all(any(part in name for part in (*TARGETS["vit"], "classifier")) for name in moved)

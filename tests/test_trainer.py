@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.training.sampling import Sandwich
+from tests.test_training import labelled
 from tests.zoo import batches, logits, make
 
 ROOT = Path(__file__).parents[1]
@@ -32,12 +34,14 @@ def arguments(folder: Path, **options) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
 
 
-def trainer(folder: Path, model=None, recipe: Recipe | None = None, **options) -> ElasticTrainer:
+def trainer(
+    folder: Path, model=None, recipe: Recipe | None = None, lora=None, callbacks=None, **options
+) -> ElasticTrainer:
     model = model or make("vit")
     space = SearchSpace.for_model(model, schemes=["none", "W8A8"])
     return ElasticTrainer(
         model=model, space=space, args=arguments(folder, **options), train_dataset=data(), eval_dataset=data(8, 1),
-        recipe=recipe,
+        recipe=recipe, lora=lora, callbacks=callbacks,
     )  # fmt: skip
 
 
@@ -282,3 +286,60 @@ def test_smoothed_labels_are_those_of_the_trainer(tmp_path):
         each.train()
     losses = [[log["loss"] for log in each.state.log_history if "loss" in log] for each in (made, plain)]
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "bert"])
+@pytest.mark.parametrize("kind", ["plain", "learned ranges", "lora"])
+def test_the_best_checkpoint_is_loaded_whole(name, kind, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 5e-3}
+    peft = pytest.importorskip("peft")
+    targets = ["query", "value"] if name == "bert" else ["q_proj", "v_proj"]
+    lora = peft.LoraConfig(r=2, target_modules=targets) if kind == "lora" else None
+    recipe = Recipe(precision_from=0.0, learned_ranges=True) if kind == "learned ranges" else None
+    rows = [{key: value[0] for key, value in labelled(name)[0].items()} for _ in range(8)]
+    model, seen = make(name), {}
+
+    class SecondIsBest(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **others):
+            metrics["eval_loss"] = abs(state.global_step - 2)
+
+        def on_save(self, args, state, control, **others):
+            if state.global_step == 2:
+                seen.update(weights(made))
+
+    made = ElasticTrainer(
+        model=model, space=SearchSpace.for_model(model, schemes=["none", "FP8"]), args=arguments(tmp_path, **options),
+        train_dataset=rows, eval_dataset=rows, recipe=recipe, lora=lora, callbacks=[SecondIsBest()],
+    )  # fmt: skip
+    loaded = {}
+    whole = made._load_best_model
+
+    def load_best() -> None:
+        whole()
+        loaded.update(weights(made))
+
+    made._load_best_model = load_best
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert seen.keys() == loaded.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in seen.items())
+
+
+def test_a_model_with_learned_ranges_is_saved_after_training_and_trained_again(tmp_path):
+    made = trainer(tmp_path, recipe=Recipe(precision_from=0.0, learned_ranges=True), max_steps=2)
+    made.train()
+    learned = made.supernet.learned.values.clone()
+    made.save_model(str(tmp_path / "saved"))
+    assert torch.equal(load_file(tmp_path / "saved" / "added.safetensors")["learned_ranges"], learned)
+    made.train()
+    assert not torch.equal(made.supernet.learned.values, learned)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(tmp_path):
+    plain, learned = None, Recipe(precision_from=0.0, learned_ranges=True)
+    for number, (one, other) in enumerate([(plain, learned), (learned, plain)]):
+        folder = tmp_path / str(number)
+        trainer(folder, recipe=one, save_strategy="steps", save_steps=2, max_steps=2).train()
+        with pytest.raises(JointoptError, match=r"checkpoint-2' is of another recipe or lora; allowed: the same"):
+            trainer(folder, recipe=other, max_steps=4).train(resume_from_checkpoint=str(folder / "checkpoint-2"))

@@ -87,7 +87,7 @@ def _weights_made(how: str) -> str:
     """How the weights came about, by the name that `Finishing` gives it."""
     if how in ROUNDINGS:
         return f"Weights were rounded by {ROUNDINGS[how]}."
-    kind, _, steps = how.partition("-")
+    kind, steps, *_ = how.split("-")
     ranges = " and the ranges of their scales (LSQ, arXiv 1902.08153)" if kind == "learned" else ""
     return (
         f"Weights{ranges} were trained for {steps} steps in their number formats, distilled from the whole model, then "

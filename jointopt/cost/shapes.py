@@ -22,9 +22,13 @@ from quant.packing import statistics_bytes, storage_bytes
 from search_spaces.family import Cache, Family, Layer, Width, structural_clone
 from search_spaces.space import SearchSpace
 
+from ..learned_ranges import NAME as RANGES
 from ..subnetwork import within
+from ..training.lora import NAMES as ADAPTERS
 from .operators import LatencyModel, Operator
 
+_TRAINED_BESIDE = (RANGES, *ADAPTERS)
+"""Parameters of training alone, which no checkpoint stores."""
 MEASURES = ("parameters", "size", "macs", "bops")
 CACHE_MEASURES = ("cache", "decode_macs")
 """Of models that generate text: bytes that a token takes in the cache of all layers, and MACs of one more token after
@@ -278,6 +282,8 @@ class ShapeCosts:
         found = {}
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
+                if name in _TRAINED_BESIDE:
+                    continue
                 if tensor is None or id(tensor) in self._seen or name in module._non_persistent_buffers_set:
                     continue
                 self._seen.add(id(tensor))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from jointopt.objectives import Objective
@@ -44,6 +45,8 @@ def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed:
             f"strategy {name!r}: unknown{did_you_mean(name, STRATEGIES)}; allowed: {', '.join(STRATEGIES)}"
         )
     kind = STRATEGIES[name]
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise JointoptError(f"seed: found {seed!r}; allowed: a whole number from 0")
     allowed = [key for key in inspect.signature(kind).parameters if key not in ("space", "objectives", "seed")]
     for key in options:
         if key not in allowed:

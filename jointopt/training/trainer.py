@@ -105,12 +105,20 @@ class ElasticTrainer(Trainer):
         if not self.supernet.calibrated and not self.supernet.trained:
             self.supernet.calibrate(self._calibration)
         self.recipe.check(self.supernet)
-        if lora is not None:
-            if sort_every is not None:
-                raise JointoptError("sort_every: adapters are not sorted; allowed: without lora")
-            attach(self.supernet, lora)
-        if self.recipe.learned_ranges:
+        if lora is not None and sort_every is not None:
+            raise JointoptError("sort_every: adapters are not sorted; allowed: without lora")
+        self._lora = lora
+        self._add()
+
+    def _add(self) -> bool:
+        """Adapters and learned ranges among the parameters, where they are not; whether some were missing."""
+        adapters = self._lora is not None and not adapted(self.supernet.model)
+        ranges = self.recipe.learned_ranges and RANGES not in self.supernet.model._parameters
+        if adapters:
+            attach(self.supernet, self._lora)
+        if ranges:
             learn(self.supernet)
+        return adapters or ranges
 
     def _first_samples(self) -> list[Batch]:
         """Inputs of the training data's first samples, as its collator makes them."""
@@ -126,12 +134,17 @@ class ElasticTrainer(Trainer):
         return {name: value for name, value in batch.items() if name not in self.label_names}
 
     def train(self, *args: Any, **options: Any) -> Any:
-        """The Trainer's `train`; afterwards the super-network is calibrated on its new weights."""
+        """The Trainer's `train`; afterwards the super-network is calibrated on its new weights.
+
+        However it ends, adapters become part of the weights. Another call trains new ones, by an optimizer of its own.
+        """
+        if self._add():
+            self.optimizer = self.lr_scheduler = None
         try:
             found = super().train(*args, **options)
         finally:
             self._undo()
-        merge(self.supernet)
+            merge(self.supernet)
         self.supernet.calibrate(self._calibration)
         return found
 
@@ -223,8 +236,7 @@ class ElasticTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            record = {"space": self.supernet.space.to_dict(), "leaving": self.supernet._leaving}
-            (folder / RECORD).write_text(json.dumps(record, default=str))
+            (folder / RECORD).write_text(json.dumps(self._record(), default=str))
             if added := self._added():
                 save_file({name: each.detach().cpu().contiguous() for name, each in added.items()}, folder / ADDED)
 
@@ -234,19 +246,34 @@ class ElasticTrainer(Trainer):
         found: dict[str, Tensor] = {
             f"{path}.{name}": layer.get_parameter(name) for path, layer in layers for name in NAMES
         }
-        if self.recipe.learned_ranges:
-            found[RANGES] = self.supernet.model.get_parameter(RANGES)
+        if self.recipe.learned_ranges and self.supernet.learned is not None:
+            found |= self.supernet.learned.tensors()
         return found
+
+    def _record(self) -> dict[str, Any]:
+        """What a resumed training must have in common."""
+        trained = [name for name, each in self.supernet.model.named_parameters() if each.requires_grad]
+        return {
+            "space": self.supernet.space.to_dict(),
+            "leaving": self.supernet._leaving,
+            "added": sorted(self._added()),
+            "trained": trained,
+        }
+
+    def _load_best_model(self) -> None:
+        """As a checkpoint is loaded: the Trainer would look for names as they are in memory, and skip all others."""
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / RECORD
         if not path.is_file():
             raise JointoptError(f"train: {resume_from_checkpoint!r} holds no {RECORD}; allowed: what this class saved")
-        own = {"space": self.supernet.space.to_dict(), "leaving": self.supernet._leaving}
-        if json.loads(path.read_text()) != json.loads(json.dumps(own, default=str)):
-            raise JointoptError(
-                f"train: {resume_from_checkpoint!r} is of another space, or of another calibration; allowed: the same"
-            )
+        saved_by, own = json.loads(path.read_text()), json.loads(json.dumps(self._record(), default=str))
+        kinds = {"space": "space", "leaving": "calibration", "added": "recipe or lora", "trained": "set of parameters"}
+        for key, kind in kinds.items():
+            if saved_by.get(key) != own[key]:
+                raise JointoptError(f"train: {resume_from_checkpoint!r} is of another {kind}; allowed: the same")
         own_model: Any = self.supernet.model
         if isinstance(own_model, PreTrainedModel):
             # The Trainer reads names as they are in memory; `save_pretrained` writes those of the checkpoints.
