@@ -316,6 +316,7 @@ def test_a_config_that_targets_onnx_runtime_searches_its_formats_and_exports_mod
     assert timed.returncode == 0, timed.stderr
     assert "verified: runs/torch/export" in timed.stdout
     assert "ms measured" in timed.stdout and ", torch 2." in timed.stdout
+    assert "ompressing" not in timed.stdout + timed.stderr
     (tmp_path / "torch.yaml").write_text(yaml.safe_dump({**here, "target": "gguf"}))
     unknown = command("run", "torch.yaml")
     assert unknown.returncode == 2 and "allowed: transformers, onnxruntime, which are timed" in unknown.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +78,8 @@ def measured_beside(
     batch, threads = batch_of(inputs, config.hardware.batch), config.hardware.threads
     if _backend(config) == TORCH:
         backend = Backend.of(supernet, TORCH, threads)
-        found = time_module(load_model(str(folder), backend.device).to(backend.device), batch, backend)
+        with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
+            found = time_module(load_model(str(folder), backend.device).to(backend.device), batch, backend)
     else:
         found = time_model(folder, [batch], threads)
     expected = float(supernet.costs(genome)["latency"])
