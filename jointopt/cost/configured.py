@@ -72,14 +72,15 @@ def measured_beside(
     from jointopt.checkpoint.reload import load_model
 
     from .here import batch_of
-    from .timing import time_model, time_module
+    from .timing import time_model, time_modules
 
     assert config.hardware is not None
     batch, threads = batch_of(inputs, config.hardware.batch), config.hardware.threads
     if _backend(config) == TORCH:
         backend = Backend.of(supernet, TORCH, threads)
         with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
-            found = time_module(load_model(str(folder), backend.device).to(backend.device), batch, backend)
+            loaded = load_model(str(folder), backend.device).to(backend.device)
+            found = time_modules([loaded], batch, backend)[0]
     else:
         found = time_model(folder, [batch], threads)
     expected = float(supernet.costs(genome)["latency"])

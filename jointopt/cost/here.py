@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jointopt.batch_norm import first_samples, sample_count
 from jointopt.cost.backend import ONNXRUNTIME, TORCH, Backend
 from jointopt.cost.lookup import Lookup
-from jointopt.cost.timing import time_model, time_module
+from jointopt.cost.timing import time_model, time_modules
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def time_genome(
     from jointopt.checkpoint.writer import export
 
     if backend.name == TORCH:
-        return time_module(supernet.extract(genome), batch_of(inputs, batch), backend)
+        return time_modules([supernet.extract(genome)], batch_of(inputs, batch), backend)[0]
     export(supernet, genome, folder, target="onnxruntime")
     return time_model(folder, [batch_of(inputs, batch)], backend.threads)
 

@@ -215,11 +215,13 @@ def _sessions(
     return calls
 
 
-def time_module(model: nn.Module, inputs: Mapping[str, Any], backend: Backend, rounds: int = 20) -> float:
-    """Median seconds of a torch model on the backend's device for a batch."""
+def time_modules(
+    models: Sequence[nn.Module], inputs: Mapping[str, Any], backend: Backend, rounds: int = 20, least: float = 0.0
+) -> list[float]:
+    """Median seconds of torch models on the backend's device for a batch, in turns."""
     batch = on_device(inputs, torch.device(backend.device))
     with _as_deployed(backend):
-        return in_turns([_finished(partial(model, **batch), backend)], rounds)[0]
+        return in_turns([_finished(partial(model, **batch), backend) for model in models], rounds, least)
 
 
 def time_model(folder: str | Path, inputs: Sequence[dict[str, Tensor]], threads: int, rounds: int = 20) -> float:

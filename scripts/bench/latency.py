@@ -3,12 +3,15 @@
     python scripts/assets.py assets digits minilm movies smollm2 text
     python scripts/bench/latency.py --assets assets --json latency.json
     python scripts/bench/latency.py --assets assets --cases minilm --genomes 40
+    python scripts/bench/latency.py --assets assets --backend torch --cases digits_vit digits_resnet minilm
 
 For each case random sub-networks are exported to ONNX, and timed in turns for at least half a minute, medians, on one
 thread. A first few of them fit the look-up, and the roofline whose rates are those of 48 of the operators; the errors
 are those on all others: mean absolute relative error (MAPE), and Kendall's tau. Exports are kept in --work; but for
 smollm2's, which weigh some 300 MB and take a minute each: one at a time is loaded and timed, in turns with the first,
 and deleted unless --export-only had made it.
+
+With --backend torch sub-networks are extracted and timed in torch, and the look-up is that of torch.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ from scipy.stats import kendalltau
 import jointopt
 from jointopt import Lookup, Roofline, SearchSpace, Supernet
 from jointopt.checkpoint.onnx.session import OnnxModel
+from jointopt.cost.timing import time_modules
 from jointopt.models import load_model
 from jointopt.tasks import TASKS
 
-SCHEMES = ("none", "W8A8", "W8A8_STATIC", "W4A16")
+SCHEMES = {"onnxruntime": ("none", "W8A8", "W8A8_STATIC", "W4A16"), "torch": ("none", "W4A16")}
 FIT = 8
 """Sub-networks that the look-up and the roofline are fitted by."""
 BATCHES = {"digits_vit": 8, "digits_resnet": 8, "minilm": 1, "smollm2": 1}
@@ -60,7 +64,7 @@ def supernet_of(name: str, network: Network, arguments: argparse.Namespace) -> t
     if "attention_mask" in batch:
         batch["attention_mask"] = torch.ones(BATCHES[name], LENGTHS[name], dtype=torch.long)
         batch = {key: nn_pad(value, LENGTHS[name]) for key, value in batch.items()}
-    space = SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space)
+    space = SearchSpace.for_model(loaded.model, schemes=SCHEMES[arguments.backend], **network.space)
     supernet = Supernet(loaded.model, space)
     supernet.calibrate([batch])
     return supernet, batch
@@ -122,6 +126,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/latency"))
     parser.add_argument("--cases", nargs="+", choices=list(BATCHES), default=list(BATCHES))
+    parser.add_argument("--backend", choices=list(SCHEMES), default="onnxruntime")
     parser.add_argument("--genomes", type=int, default=40, help="timed end to end, beside those that fit")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="of timing, at least")
@@ -134,27 +139,37 @@ def main() -> None:
         supernet, batch = supernet_of(name, networks.networks(arguments.assets)[name], arguments)
         genomes = supernet.space.sample(FIT + arguments.genomes, seed=0)
         folder = arguments.work / name
-        if arguments.export_only or name not in LARGE:
+        in_torch = arguments.backend == "torch"
+        if not in_torch and (arguments.export_only or name not in LARGE):
             paths = [exported(supernet, genome, folder) for genome in genomes]
         if arguments.export_only:
             continue
         operators = arguments.work / "operators.json"
-        lookup = Lookup.of(supernet, BATCHES[name], threads=arguments.threads, path=operators)
-        if name in LARGE:
+        lookup = Lookup.of(
+            supernet, BATCHES[name], threads=arguments.threads, path=operators, backend=arguments.backend
+        )
+        if in_torch:
+            models = [supernet.extract(genome) for genome in genomes]
+            seconds = np.array(time_modules(models, batch, lookup.backend, arguments.rounds, LEAST))
+        elif name in LARGE:
             seconds = timed_apart(supernet, genomes, folder, batch, arguments)
         else:
             seconds = timed(paths, batch, arguments.threads, arguments.rounds)
         lookup = lookup.fit(supernet, list(genomes[:FIT]), list(seconds[:FIT]))
-        roofline = jointopt.fit_roofline(supernet, BATCHES[name], threads=arguments.threads, path=operators)
-        roofline = roofline.fit(supernet, list(genomes[:FIT]), list(seconds[:FIT]))
+        models_of_time: list[tuple[str, Lookup | Roofline, tuple[float, float]]] = [("look-up", lookup, (0.1, 0.9))]
+        if not in_torch:
+            roofline = jointopt.fit_roofline(supernet, BATCHES[name], threads=arguments.threads, path=operators)
+            roofline = roofline.fit(supernet, list(genomes[:FIT]), list(seconds[:FIT]))
+            models_of_time.append(("roofline", roofline, (0.25, 0.8)))
         cells = [name, str(arguments.genomes), f"{seconds.min() * 1e3:.3g} to {seconds.max() * 1e3:.3g}"]
-        for kind, model, aims in (("look-up", lookup, (0.1, 0.9)), ("roofline", roofline, (0.25, 0.8))):
+        for kind, model, aims in models_of_time:
             found = predicted(supernet, model, genomes)[FIT:]
             mape = float(np.abs(found / seconds[FIT:] - 1).mean())
             tau = float(kendalltau(found, seconds[FIT:]).statistic)
             cells += [f"{mape:.1%}", f"{tau:.3f}"]
-            rows.append({"case": name, "measure": f"{kind}, MAPE", "value": mape, "aim": aims[0], "better": "lower"})
-            rows.append({"case": name, "measure": f"{kind}, tau", "value": tau, "aim": aims[1], "better": "higher"})
+            case = f"{name}, torch" if in_torch else name
+            rows.append({"case": case, "measure": f"{kind}, MAPE", "value": mape, "aim": aims[0], "better": "lower"})
+            rows.append({"case": case, "measure": f"{kind}, tau", "value": tau, "aim": aims[1], "better": "higher"})
         console.print(name, {key: f"{value:.3g}" for key, value in lookup.factors.items()}, highlight=False)
         table.add_row(*cells)
         if arguments.json:
