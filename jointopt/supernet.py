@@ -182,7 +182,9 @@ class Supernet:
                 )
             moved = on_device(batch, self.device)
             if not sample_count(moved):
-                raise JointoptError("calibrate: found a batch without samples; allowed: dicts of the model's inputs")
+                raise JointoptError(
+                    "calibrate: found a batch without samples; allowed: dicts of the model's inputs, tensors among them"
+                )
             if wanted > 0:
                 kept.append(first_samples(moved, SAMPLES))
                 wanted -= sample_count(moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import jointopt
 from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
+from jointopt.checkpoint.onnx.session import OnnxModel
 from jointopt.checkpoint.structure import tensors_of
 from tests.readme import code
 
@@ -152,9 +154,65 @@ def test_its_inputs_and_outputs_keep_their_names(tmp_path):
     torch.testing.assert_close(torch.tensor(total), expected["total"])
 
 
+class Scaled(Recommender):
+    """Takes what no normal number can stand for, an optional input, a plain value and a table without samples."""
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
+        double: bool = False,
+    ) -> torch.Tensor:
+        rows = self.items(ids) + table
+        pooled = (rows * weights[..., None].log()).sum(1) * (2 if double else 1)
+        return self.down(torch.relu(self.up(pooled)))
+
+
+def scaled_batch() -> dict:
+    generator = torch.Generator().manual_seed(0)
+    weights, table = torch.rand(4, 5, generator=generator) + 0.1, torch.randn(5, 32, generator=generator)
+    return {"ids": torch.randint(0, 40, (4, 5)), "weights": weights, "mask": None, "table": table, "double": True}
+
+
+def test_values_that_are_no_tensors_stay_and_others_are_refused_by_the_export(tmp_path):
+    pytest.importorskip("onnxruntime")
+    batch = scaled_batch()
+    supernet = for_onnx(Scaled(), declare_recommender, batch, mlp=[32, 64])
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
+    record = json.loads((folder / "jointopt.json").read_text())
+    assert record["probe"]["inputs"]["double"] == {"value": True}
+    verification = jointopt.verify(folder)
+    assert verification.ok, verification.differences
+    record["probe"]["outputs"][0] += 1
+    (folder / "jointopt.json").write_text(json.dumps(record))
+    assert not jointopt.verify(folder).ok
+    extracted, loaded = supernet.extract(supernet.space.smallest), OnnxModel(folder / "model.onnx")
+    with torch.no_grad():
+        expected = extracted(*batch.values())
+    torch.testing.assert_close(loaded(*batch.values()), expected, atol=1e-3, rtol=1e-3)
+    one = {name: each[:1] if name in ("ids", "weights") else each for name, each in batch.items()}
+    torch.testing.assert_close(loaded(**one), expected[:1], atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"double: found False; this export has it fixed as True"):
+        loaded(**{**batch, "double": False})
+    with pytest.raises(ValueError, match=r"mask: found a tensor of shape \(4, 5\); this export has it fixed as None"):
+        loaded(**{**batch, "mask": torch.ones(4, 5)})
+
+
 class Undecided(Recommender):
     def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         return super().forward(ids, weights if float(weights.sum()) > 0 else -weights)
+
+
+class Clashing(Recommender):
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {**super().forward(ids, weights), "weights": weights}
+
+
+class Stubborn(Recommender):
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().forward(ids.view(4, 5), weights.view(4, 5))
 
 
 class Wordy(Recommender):
@@ -167,12 +225,17 @@ def test_what_cannot_be_traced_is_refused_in_one_line_and_leaves_nothing(tmp_pat
     batch = {"ids": torch.randint(0, 40, (4, 5)), "weights": torch.rand(4, 5)}
     for model, match in (
         (Undecided(), r"export: torch.onnx cannot trace Undecided: .*"),
+        (Clashing(), r"export: weights is an input and an output; allowed: names of their own"),
+        (Stubborn(), r"export: Stubborn does not run on one calibration sample: shape"),
         (Wordy(), r"export: the model returns .*words.*list.*; allowed: a tensor, or a tuple or dict of tensors"),
     ):
         supernet = for_onnx(model, declare_recommender, batch, mlp=[32, 64])
         with pytest.raises(JointoptError, match=match) as caught:
             jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
         assert "\n" not in str(caught.value)
+    supernet.samples[0]["names"] = ["some"]
+    with pytest.raises(JointoptError, match=r"export: names is a list; allowed: tensors, and numbers, text or None"):
+        jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
     assert not list(tmp_path.iterdir())
 
 

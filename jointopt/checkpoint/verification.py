@@ -120,7 +120,7 @@ def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[st
     if record["probe"] is None:
         return []
     dtype = next(model.parameters()).dtype
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in probe_inputs(record["probe"]).items()}
+    inputs = probe_inputs(record["probe"], dtype)
     with torch.no_grad():
         found, expected = probed(model(**inputs)), torch.tensor(record["probe"]["outputs"])
     # bitsandbytes computes 4-bit layers in bfloat16 wherever a CPU has it, whatever the model's dtype.

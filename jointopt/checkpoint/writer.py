@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt import targets
-from jointopt.batch_norm import first_samples
+from jointopt.batch_norm import on_device, sample_count
 from jointopt.checkpoint import card, gguf_writer, vllm
 from jointopt.checkpoint.block_sizes import is_uniform, settle_sizes
 from jointopt.checkpoint.onnx.writer import MODEL, SNIPPET, onnx_bytes, write_onnx
@@ -170,19 +171,18 @@ def _example(supernet: Supernet) -> dict[str, Any]:
 
 
 def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
-    """Inputs, of floating point from a fixed seed, and the outputs of the sub-network for them: what any reload must
-    give again. Without an example in the family, inputs are shaped like a calibration sample."""
+    """Inputs from a fixed seed, and the outputs of the sub-network for them: what any reload must give again.
+
+    Without an example in the family the inputs are a calibration sample; None where that has other things than tensors,
+    numbers and text.
+    """
+    if supernet.family.example is None:
+        return _sample_probe(supernet, model)
     generator = torch.Generator().manual_seed(0)
     inputs = {}
-    declared = supernet.family.example(supernet.model) if supernet.family.example is not None else None
-    example = first_samples(_example(supernet), 1) if declared is None else declared
-    if not all(isinstance(each, Tensor) for each in example.values()):
-        return None
-    for name, tensor in example.items():
+    for name, tensor in supernet.family.example(supernet.model).items():
         if tensor.is_floating_point():
             inputs[name] = torch.randn(tensor.shape, generator=generator)
-        elif declared is None:
-            inputs[name] = tensor.cpu()
         else:
             inputs[name] = torch.randint(3, model.config.vocab_size, (1, min(16, tensor.shape[1])), generator=generator)
     first = next(model.parameters())
@@ -190,23 +190,48 @@ def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
         moved = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
         outputs = probed(model(**moved))
     described = {
-        k: {"normal": list(v.shape)}
-        if v.is_floating_point()
-        else {"integers": v.tolist(), "dtype": str(v.dtype).removeprefix("torch.")}
-        for k, v in inputs.items()
+        k: {"normal": list(v.shape)} if v.is_floating_point() else {"integers": v.tolist()} for k, v in inputs.items()
     }
     return {"inputs": described, "outputs": outputs.tolist()}
 
 
-def probe_inputs(probe: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs that a record's probe describes."""
+def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
+    example = _example(supernet)
+    count, described = sample_count(example), dict[str, dict[str, Any]]()
+    for name, value in example.items():
+        if isinstance(value, Tensor):
+            cut = value[:1] if value.dim() and len(value) == count else value
+            example[name] = cut = cut.cpu().contiguous()
+            raw = base64.b64encode(cut.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
+            described[name] = {"bytes": raw, "dtype": str(cut.dtype).removeprefix("torch."), "shape": list(cut.shape)}
+        elif isinstance(value, bool | int | float | str | None):
+            described[name] = {"value": value}
+        else:
+            return None
+    try:
+        with torch.no_grad():
+            output = model(**on_device(example, next(model.parameters()).device))
+    except (RuntimeError, TypeError, ValueError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise JointoptError(f"export: {type(model).__name__} does not run on one calibration sample: {told}") from error
+    return {"inputs": described, "outputs": probed(output).tolist()}
+
+
+def probe_inputs(probe: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The inputs that a record's probe describes, those from a seed as the model's own numbers."""
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(each["normal"], generator=generator)
-        if "normal" in each
-        else torch.tensor(each["integers"], dtype=getattr(torch, each["dtype"]))
-        for name, each in probe["inputs"].items()
-    }
+
+    def made(each: Mapping[str, Any]) -> Any:
+        if "normal" in each:
+            return torch.randn(each["normal"], generator=generator).to(dtype)
+        if "integers" in each:
+            return torch.tensor(each["integers"])
+        if "bytes" in each:
+            raw = torch.frombuffer(bytearray(base64.b64decode(each["bytes"])), dtype=getattr(torch, each["dtype"]))
+            return raw.reshape(each["shape"])
+        return each["value"]
+
+    return {name: made(each) for name, each in probe["inputs"].items()}
 
 
 def probed(output: Any) -> Tensor:

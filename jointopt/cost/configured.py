@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,18 +67,13 @@ def measured_beside(
     folder: Path,
 ) -> str:
     """What the export takes on this machine, end to end, beside what the search reckoned with: a line."""
-    from jointopt.checkpoint.reload import load_model
-
     from .here import batch_of
-    from .timing import time_model, time_modules
+    from .timing import time_model, time_reloaded
 
     assert config.hardware is not None
     batch, threads = batch_of(inputs, config.hardware.batch), config.hardware.threads
     if _backend(config) == TORCH:
-        backend = Backend.of(supernet, TORCH, threads)
-        with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
-            loaded = load_model(str(folder), backend.device).to(backend.device)
-            found = time_modules([loaded], batch, backend)[0]
+        found = time_reloaded(folder, batch, Backend.of(supernet, TORCH, threads))
     else:
         found = time_model(folder, [batch], threads)
     expected = float(supernet.costs(genome)["latency"])

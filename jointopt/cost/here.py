@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jointopt.batch_norm import first_samples, sample_count
 from jointopt.cost.backend import ONNXRUNTIME, TORCH, Backend
 from jointopt.cost.lookup import Lookup
-from jointopt.cost.timing import time_model, time_modules
+from jointopt.cost.timing import time_model, time_reloaded
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -70,11 +70,12 @@ def _read(kept: Path, machine: str) -> dict[str, Any]:
 def time_genome(
     supernet: Supernet, genome: Any, folder: Path, batch: int, backend: Backend, inputs: Sequence[Mapping[str, Any]]
 ) -> float:
-    """Seconds that a sub-network takes for a batch, end to end: its ONNX export, or in torch what was extracted."""
+    """Seconds that a sub-network's export takes for a batch, end to end."""
     from jointopt.checkpoint.writer import export
 
     if backend.name == TORCH:
-        return time_modules([supernet.extract(genome)], batch_of(inputs, batch), backend)[0]
+        export(supernet, genome, folder)
+        return time_reloaded(folder, batch_of(inputs, batch), backend)
     export(supernet, genome, folder, target="onnxruntime")
     return time_model(folder, [batch_of(inputs, batch)], backend.threads)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import nnls
 
-from jointopt.cost.backend import ONNXRUNTIME, Backend, host
+from jointopt.cost.backend import ONNXRUNTIME, TORCH, Backend, host
 from jointopt.cost.operators import Answer, Operator
 from quant.errors import JointoptError
 
@@ -46,7 +46,8 @@ class Lookup:
         batch, context: see `LatencyModel`.
         seconds: `key_of` an operator -> its time for the batch.
         factors: feature -> what its sum is multiplied by, as `fit` finds them: "operators" (their times), "attention"
-            (again those of attention), "layers" (seconds for each linear layer or convolution).
+            (again those of attention), "layers" (seconds for each linear layer or convolution); in torch also
+            "quantized" (seconds for each that is in a number format, which compressed-tensors' own forward takes).
         error: mean absolute relative error of the fit, end to end; None where nothing was fitted.
     """
 
@@ -114,6 +115,8 @@ class Lookup:
             total += time * self.factors["attention"]
         if operator.kind in ("linear", "conv"):
             total += self.factors["layers"]
+            if operator.scheme is not None and operator.scheme.weights is not None:
+                total += self.factors.get("quantized", 0.0)
         return Answer(total, float("nan"))
 
     def time_of(self, operator: Operator) -> float:
@@ -156,21 +159,16 @@ class Lookup:
         """
         if len(seconds) < 3 or len(genomes) != len(seconds):
             raise JointoptError(f"lookup: found {len(seconds)} times to fit by; allowed: three or more, one a genome")
-        alone = replace(self, factors={"operators": 1.0, "attention": 0.0, "layers": 0.0})
-        tables = supernet.costs_by(alone)
-        features = np.array([_features(tables.breakdown(supernet.space.canonical(each))) for each in genomes])
-        times = np.array(seconds)
+        names = ["operators", "attention", "layers", *(["quantized"] if self.backend.name == TORCH else [])]
+        canonical = supernet.space.canonical(np.array(genomes))
+        columns = [
+            supernet.costs_by(replace(self, factors={**dict.fromkeys(names, 0.0), name: 1.0})).columns(canonical)
+            for name in names
+        ]
+        features, times = np.stack([each["latency"] for each in columns], axis=1), np.array(seconds)
         weights, _ = nnls(features / times[:, None], np.ones(len(times)))  # relative errors, nothing negative
         error = float(np.abs(features @ weights / times - 1).mean())
-        names = ("operators", "attention", "layers")
         return replace(self, factors=dict(zip(names, weights.tolist(), strict=True)), error=error)
-
-
-def _features(parts: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Of a network: the sum of its operators' times, of attention's, and the number of its layers."""
-    attention = sum(each["latency"] for each in parts if each["kind"] == "attention")
-    layers = sum(each["kind"] in ("linear", "conv") for each in parts)
-    return [sum(each["latency"] for each in parts), attention, float(layers)]
 
 
 def operators_of(supernet: Supernet, batch: int = 1, context: int | None = None) -> list[Operator]:

@@ -3,10 +3,11 @@ torch."""
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,14 @@ def time_modules(
     batch = on_device(inputs, torch.device(backend.device))
     with _as_deployed(backend):
         return in_turns([_finished(partial(model, **batch), backend) for model in models], rounds, least)
+
+
+def time_reloaded(folder: str | Path, inputs: Mapping[str, Any], backend: Backend) -> float:
+    """Median seconds of an exported folder's model in torch for a batch, as its library loads it."""
+    from jointopt.checkpoint.reload import load_model
+
+    with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
+        return time_modules([load_model(str(folder), backend.device).to(backend.device)], inputs, backend)[0]
 
 
 def time_model(folder: str | Path, inputs: Sequence[dict[str, Tensor]], threads: int, rounds: int = 20) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jointopt.batch_norm import sample_count
 from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
 from quant.errors import JointoptError
@@ -76,8 +78,9 @@ def first_output(output: Any) -> Tensor:
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
-RETURNS = "returns"
-"""Key of a file's metadata: "tensor" where the model gives one, and not several by name."""
+RETURNS, ARGUMENTS, FIXED = "returns", "arguments", "fixed"
+"""Keys of a file's metadata: "tensor" where the model gives one, and not several by name; of a model of no library, the
+names that its forward takes, in their order, and the values among them that are no tensors."""
 
 
 def onnx_program(model: nn.Module, opset: int, example: Mapping[str, Any] | None = None) -> Any:
@@ -106,27 +109,39 @@ def onnx_program(model: nn.Module, opset: int, example: Mapping[str, Any] | None
 
 
 def _own_program(model: nn.Module, opset: int, example: Mapping[str, Any]) -> Any:
+    kind = type(model).__name__
     accepted = list(inspect.signature(model.forward).parameters)
     given = sorted(example, key=lambda name: accepted.index(name) if name in accepted else len(accepted))
+    tensors = [name for name in given if isinstance(example[name], Tensor)]
+    fixed = {name: example[name] for name in given if name not in tensors}
+    for name, value in fixed.items():
+        if not isinstance(value, bool | int | float | str | None):
+            found = type(value).__name__
+            raise JointoptError(f"export: {name} is a {found}; allowed: tensors, and numbers, text or None, which stay")
+    batched = [name for name in tensors if example[name].dim() and len(example[name]) == sample_count(example)]
     # One sample would be taken for the only number there is.
-    inputs = {
-        name: torch.cat([value, value])[:2] if isinstance(value := example[name], Tensor) and value.dim() else value
-        for name in given
-    }
-    tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
-    shapes = {name: {0: "batch"} if name in tensors and inputs[name].dim() else None for name in inputs}
+    inputs = {name: torch.cat([example[name]] * 2)[:2] if name in batched else example[name] for name in given}
+    shapes = {name: {0: "batch"} if name in batched else None for name in given}
     graph = with_twins(model).eval()
-    with torch.no_grad():
-        names = _output_names(graph(**inputs))
+    try:
+        with torch.no_grad():
+            output = graph(**inputs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise JointoptError(f"export: {kind} does not run on two samples: {_first_line(error)}") from error
+    names = _output_names(output)
+    if both := sorted({*names} & {*tensors}):
+        raise JointoptError(f"export: {both[0]} is an input and an output; allowed: names of their own")
     try:
         program = traced(
             graph, (), inputs, dynamic_shapes=shapes, input_names=tensors, output_names=names, opset_version=opset
         )
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
-        raise JointoptError(f"export: torch.onnx cannot trace {type(model).__name__}: {_first_line(cause)}") from error
-    if names == ["output"]:
+        raise JointoptError(f"export: torch.onnx cannot trace {kind}: {_first_line(cause)}") from error
+    if isinstance(output, Tensor):
         program.model.metadata_props[RETURNS] = "tensor"
+    program.model.metadata_props[ARGUMENTS] = json.dumps(accepted)
+    program.model.metadata_props[FIXED] = json.dumps(fixed)
     return program
 
 
@@ -146,12 +161,16 @@ def _first_line(error: BaseException) -> str:
 
 def traced(graph: nn.Module, arguments: tuple, inputs: dict[str, Any] | None = None, **options: Any) -> Any:
     """A module that holds ONNX layers as a `torch.onnx.ONNXProgram`; `options` are those of `torch.onnx.export`."""
+    before = logging.root.manager.disable
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            graph, arguments, kwargs=inputs, dynamo=True, optimize=False, verbose=False, **options
-        )
+        logging.disable(logging.ERROR)  # whole graphs, where one cannot be traced
+        try:
+            program = torch.onnx.export(
+                graph, arguments, kwargs=inputs, dynamo=True, optimize=False, verbose=False, **options
+            )
+        finally:
+            logging.disable(before)
     assert program is not None
     write_convolutions(program.model)
     for node in program.model.graph:

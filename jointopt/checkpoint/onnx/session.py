@@ -3,6 +3,7 @@
 Needs torch, NumPy and ONNX Runtime alone, so that a process without jointopt can load it.
 """
 
+import json
 import os
 
 import numpy as np
@@ -35,11 +36,22 @@ class OnnxModel(nn.Module):
         self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         self.wanted = {each.name: each for each in self.session.get_inputs()}
         self.names = [each.name for each in self.session.get_outputs()]
-        self.bare = self.session.get_modelmeta().custom_metadata_map.get("returns") == "tensor"
+        told = self.session.get_modelmeta().custom_metadata_map
+        self.bare = told.get("returns") == "tensor"
+        self.arguments = json.loads(told["arguments"]) if "arguments" in told else None
+        self.fixed = json.loads(told.get("fixed", "{}"))
         self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, *arguments, **inputs):
-        inputs.update(zip(self.wanted, arguments, strict=False))
+        inputs.update(zip(self.arguments or self.wanted, arguments, strict=False))
+        for name, value in inputs.items() if self.arguments is not None else ():
+            if name in self.wanted or value is None:
+                continue
+            tensor = isinstance(value, torch.Tensor)
+            if tensor or name not in self.fixed or self.fixed[name] != value:
+                found = f"a tensor of shape {tuple(value.shape)}" if tensor else repr(value)
+                there = f"has it fixed as {self.fixed[name]!r}" if name in self.fixed else "has no such input"
+                raise ValueError(f"{name}: found {found}; this export {there}")
         feed = {name: each.detach().numpy() for name, each in inputs.items() if name in self.wanted}
         outputs = [torch.from_numpy(each) for each in self.session.run(None, self.completed(feed))]
         return outputs[0] if self.bare else dict(zip(self.names, outputs, strict=True))
