@@ -32,28 +32,23 @@ from search_spaces.family import Family, Layer, structural_clone
 from search_spaces.space import Gene, SearchSpace
 
 from .batch_norm import (
-    SAMPLES,
     Statistics,
-    first_samples,
     has_batch_norm,
     move,
-    on_device,
     reestimate,
     running_statistics,
-    sample_count,
     shift_by_whole_products,
 )
 from .cost.operators import LatencyModel
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, plan_of, precision_genes
-from .importance import CalibrationPass, sort_widths
-from .learned_ranges import NAME, LearnedRanges, learn, settle
-from .ranges import Ranges
-from .repair import Repaired, Repairs
+from .learned_ranges import NAME, LearnedRanges, learn
+from .repair import Repaired
 from .subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
+from .supernet_calibration import calibrate, sort_again
 from .supernet_state import fingerprint, for_workers, load, save
 from .training.lora import effective
-from .transforms import checked, reread, rotated, scale_links
+from .transforms import checked, rotated
 from .weight_bank import BankedWeight, WeightBank
 
 
@@ -145,60 +140,7 @@ class Supernet:
         Raises:
             JointoptError: there is no batch, or one is not a dict.
         """
-        settle(self)
-        self._scale(batches)
-        ranges = Ranges(self.model, self.family, self.space, self._schemes, self.activation_calibration)
-        repairs = Repairs(self.model, self.family, self.space if self.repair else None)
-        listeners = ranges.listeners() + repairs.listeners()
-        calibration = CalibrationPass(self.model, self.family, listeners, ranges.keys)
-        kept: list[Mapping[str, Any]] = []
-        count = calibration.run(self._checked(batches, kept))
-        if not count:
-            raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
-        self._positions = measure_positions(self.model, kept[0])
-        self.samples = kept
-        if not self.trained:
-            self._sort(calibration, ranges, repairs)
-        self._statistics = ranges.constants()
-        self._repaired = repairs.solved()
-        self._forget()
-        self.calibrated = True
-
-    def _scale(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        wanted = [name for name in self.transforms if name in ("smooth", "awq")]
-        if not wanted or self._scaled:
-            return
-        reread(batches, wanted)
-        scale_links(self.model, self.family, wanted[0], self._checked(batches, []), self._schemes)
-        self._scaled = True
-
-    def _checked(self, batches: Iterable[Any], kept: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-        """The batches on the model's device; the first samples of them are kept as well."""
-        wanted = SAMPLES
-        for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise JointoptError(
-                    f"calibrate: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
-                )
-            moved = on_device(batch, self.device)
-            if not sample_count(moved):
-                raise JointoptError(
-                    "calibrate: found a batch without samples; allowed: dicts of the model's inputs, tensors among them"
-                )
-            if wanted > 0:
-                kept.append(first_samples(moved, SAMPLES))
-                wanted -= sample_count(moved)
-            yield moved
-
-    def _sort(self, calibration: CalibrationPass, ranges: Ranges, repairs: Repairs) -> None:
-        for width, order in sort_widths(self.model, self.family, calibration):
-            ranges.reorder(width, order)
-            repairs.reorder(width, order)
-        influence = calibration.influence
-        self._leaving = {
-            stage: sorted(names, key=lambda name: influence.get(name, 0.0)) for stage, names in self._leaving.items()
-        }
-        self._condition_space()
+        calibrate(self, batches)
 
     def _condition_space(self) -> None:
         """Which genes matter at which depth follows from the order in which blocks leave."""
@@ -429,11 +371,7 @@ class Supernet:
         Raises:
             JointoptError: there is no batch, or one is not a dict.
         """
-        calibration = CalibrationPass(self.model, self.family)
-        if not calibration.run(self._checked(batches, [])):
-            raise JointoptError("sort_again: found no batch; allowed: one or more dicts of the model's inputs")
-        sort_widths(self.model, self.family, calibration, optimizer.state if optimizer is not None else {})
-        self.weights_changed()
+        sort_again(self, batches, optimizer)
 
     def for_workers(self, count: int) -> Supernet:
         """The same, to be sent to `count` other processes for evaluations alone: without the model that was given."""

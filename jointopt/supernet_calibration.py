@@ -1,0 +1,92 @@
+"""The one pass over the user's samples that a super-network's importance, order, ranges and repairs come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jointopt.batch_norm import SAMPLES, first_samples, on_device, sample_count
+from jointopt.cost.shapes import measure_positions
+from jointopt.importance import CalibrationPass, sort_widths
+from jointopt.learned_ranges import settle
+from jointopt.ranges import Ranges
+from jointopt.repair import Repairs
+from jointopt.transforms import reread, scale_links
+from quant.errors import JointoptError
+
+if TYPE_CHECKING:
+    from jointopt.supernet import Supernet
+
+
+def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
+    """`Supernet.calibrate`."""
+    settle(supernet)
+    _scale(supernet, batches)
+    ranges = Ranges(supernet.model, supernet.family, supernet.space, supernet._schemes, supernet.activation_calibration)
+    repairs = Repairs(supernet.model, supernet.family, supernet.space if supernet.repair else None)
+    listeners = ranges.listeners() + repairs.listeners()
+    calibration = CalibrationPass(supernet.model, supernet.family, listeners, ranges.keys)
+    kept: list[Mapping[str, Any]] = []
+    count = calibration.run(_checked(supernet, batches, kept))
+    if not count:
+        raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
+    supernet._positions = measure_positions(supernet.model, kept[0])
+    supernet.samples = kept
+    if not supernet.trained:
+        _sort(supernet, calibration, ranges, repairs)
+    supernet._statistics = ranges.constants()
+    supernet._repaired = repairs.solved()
+    supernet._forget()
+    supernet.calibrated = True
+
+
+def sort_again(
+    supernet: Supernet, batches: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer | None
+) -> None:
+    """`Supernet.sort_again`."""
+    calibration = CalibrationPass(supernet.model, supernet.family)
+    if not calibration.run(_checked(supernet, batches, [])):
+        raise JointoptError("sort_again: found no batch; allowed: one or more dicts of the model's inputs")
+    sort_widths(supernet.model, supernet.family, calibration, optimizer.state if optimizer is not None else {})
+    supernet.weights_changed()
+
+
+def _scale(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
+    wanted = [name for name in supernet.transforms if name in ("smooth", "awq")]
+    if not wanted or supernet._scaled:
+        return
+    reread(batches, wanted)
+    scale_links(supernet.model, supernet.family, wanted[0], _checked(supernet, batches, []), supernet._schemes)
+    supernet._scaled = True
+
+
+def _checked(supernet: Supernet, batches: Iterable[Any], kept: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The batches on the model's device; the first samples of them are kept as well."""
+    wanted = SAMPLES
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise JointoptError(
+                f"calibrate: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
+            )
+        moved = on_device(batch, supernet.device)
+        if not sample_count(moved):
+            raise JointoptError(
+                "calibrate: found a batch without samples; allowed: dicts of the model's inputs, tensors among them"
+            )
+        if wanted > 0:
+            kept.append(first_samples(moved, SAMPLES))
+            wanted -= sample_count(moved)
+        yield moved
+
+
+def _sort(supernet: Supernet, calibration: CalibrationPass, ranges: Ranges, repairs: Repairs) -> None:
+    for width, order in sort_widths(supernet.model, supernet.family, calibration):
+        ranges.reorder(width, order)
+        repairs.reorder(width, order)
+    influence = calibration.influence
+    supernet._leaving = {
+        stage: sorted(names, key=lambda name: influence.get(name, 0.0)) for stage, names in supernet._leaving.items()
+    }
+    supernet._condition_space()
