@@ -99,13 +99,11 @@ def search(
     check_count("workers", workers)
     check_count("threads", threads)
     check_count("batch", batch)
-    original = {name: float(value) for name, value in supernet.original_costs().items()}
-    wanted = _objectives(supernet, objectives, original)
+    original, wanted, limits = _wishes(supernet, objectives, constraints or {})
     space = supernet.space
     if warm_start and strategy != "guided":
         raise JointoptError(f"warm_start: found the {strategy} strategy, which takes no estimates; allowed: guided")
     prior = {"prior": quality_prior(supernet, wanted)} if warm_start else {}
-    limits = _constraints(supernet, wanted, constraints or {}, original)
     constrained = {"constraints": limits} if limits else {}
     shared = {"parts": parts_of(supernet)} if strategy == "guided" else {}
     options = {**shared, **(strategy_options or {}), **prior, **constrained}
@@ -154,12 +152,19 @@ def check_wishes(
 ) -> None:
     """Raises what `search` would of these, before anything is run; of metrics that a function lacks, by running it on
     the original."""
-    original = {name: float(value) for name, value in supernet.original_costs().items()}
-    wanted = _objectives(supernet, objectives, original)
-    limits = _constraints(supernet, wanted, constraints, original)
+    _, wanted, limits = _wishes(supernet, objectives, constraints)
     strategies.create("random", supernet.space, wanted, constraints=limits)
     if quality is not None:
         _check_metrics(wanted, _original(supernet, quality))
+
+
+def _wishes(
+    supernet: Supernet, objectives: Sequence[Any], constraints: Mapping[str, str]
+) -> tuple[dict[str, float], list[Objective], list[Constraint]]:
+    """The original's costs, the objectives, and the limits."""
+    original = {name: float(value) for name, value in supernet.original_costs().items()}
+    wanted = _objectives(supernet, objectives, original)
+    return original, wanted, _constraints(supernet, wanted, constraints, original)
 
 
 def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[str, float]) -> list[Objective]:

@@ -240,9 +240,12 @@ def _keep(output: Path, supernet: Supernet, wanted: Mapping[str, Any]) -> None:
         beside.replace(output / WEIGHTS)
         (output / f".{TRAINED}").write_text(json.dumps(wanted, indent=1))
         (output / f".{TRAINED}").replace(output / TRAINED)
-    except (OSError, JointoptError) as error:
+    except JointoptError as error:
+        raise JointoptError(f"output: {error}") from None
+    except OSError as error:
+        raise JointoptError(f"output: {str(output / TRAINED)!r} cannot be written: {error.strerror}") from None
+    finally:
         beside.unlink(missing_ok=True)
-        raise JointoptError(f"output: {str(output / WEIGHTS)!r} cannot be written: {error}") from None
 
 
 def _read_json(path: Path) -> Any:

@@ -16,7 +16,7 @@ from jointopt.cost.backend import Backend, host
 from jointopt.cost.here import lookup_here
 from jointopt.cost.lookup import key_of
 from jointopt.cost.operators import Operator
-from jointopt.cost.timing import module_of, time_model, time_operators
+from jointopt.cost.timing import module_of, time_export, time_operators
 from quant.formats import scheme
 from quant.layers import QuantizedLinear
 from tests.zoo import batches, make
@@ -229,4 +229,4 @@ def test_energy_by_look_up_is_no_objective(timed):
 
 def test_an_export_is_timed_end_to_end(tmp_path):
     folder = jointopt.export(supernet(), supernet().space.smallest, tmp_path / "out", target="onnxruntime")
-    assert time_model(folder, batches("vit"), 1, rounds=3) > 0
+    assert time_export(folder, batches("vit")[0], Backend(), rounds=3) > 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from jointopt.checkpoint.structure import on_meta
 from quant.errors import JointoptError
@@ -15,6 +16,11 @@ from quant.errors import JointoptError
 def by_timm(model: nn.Module) -> bool:
     """Whether timm builds it."""
     return type(model).__name__ in _RECIPES and type(model).__module__.startswith("timm.")
+
+
+def by_library(model: nn.Module) -> bool:
+    """Whether transformers or timm builds it."""
+    return isinstance(model, PreTrainedModel) or by_timm(model)
 
 
 def timm_recipe(model: nn.Module) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from jointopt.checkpoint.structure import (
     rebuild_spec,
     tensors_of,
 )
-from jointopt.checkpoint.timm_recipe import from_recipe, timm_recipe
+from jointopt.checkpoint.timm_recipe import by_library, from_recipe, timm_recipe
 from jointopt.finishing import Finished
 from quant.errors import JointoptError
 
@@ -173,10 +173,10 @@ def _example(supernet: Supernet) -> dict[str, Any]:
 def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
     """Inputs from a fixed seed, and the outputs of the sub-network for them: what any reload must give again.
 
-    Without an example in the family the inputs are a calibration sample; None where that has other things than tensors,
-    numbers and text.
+    Without an example in the family, and of a model of no library, the inputs are a calibration sample; None where that
+    has other things than tensors, numbers and text.
     """
-    if supernet.family.example is None:
+    if supernet.family.example is None or not by_library(model):
         return _sample_probe(supernet, model)
     generator = torch.Generator().manual_seed(0)
     inputs = {}

@@ -36,7 +36,8 @@ class Backend:
     """A library on one of this machine's processors.
 
     torch has no kernels for quantized products: a checkpoint's weights are unpacked once, and each layer then computes
-    as an unquantized one does. Formats that round inputs take time beside that, which depends on what loads them.
+    as an unquantized one does, but for what compressed-tensors' forward adds to it, which is fitted end to end
+    (`Lookup.fit`). Formats that round inputs take time beside that, which depends on what loads them.
 
     Attributes:
         name: "onnxruntime", which computes in float32 on the CPU, or "torch".

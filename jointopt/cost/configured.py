@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .backend import TORCH, Backend
+from .backend import Backend
 
 if TYPE_CHECKING:
     from jointopt.config import Config
@@ -68,14 +68,11 @@ def measured_beside(
 ) -> str:
     """What the export takes on this machine, end to end, beside what the search reckoned with: a line."""
     from .here import batch_of
-    from .timing import time_model, time_reloaded
+    from .timing import time_export
 
     assert config.hardware is not None
-    batch, threads = batch_of(inputs, config.hardware.batch), config.hardware.threads
-    if _backend(config) == TORCH:
-        found = time_reloaded(folder, batch, Backend.of(supernet, TORCH, threads))
-    else:
-        found = time_model(folder, [batch], threads)
+    backend = Backend.of(supernet, _backend(config), config.hardware.threads)
+    found = time_export(folder, batch_of(inputs, config.hardware.batch), backend)
     expected = float(supernet.costs(genome)["latency"])
     study.note("measured_latency", {"genome": genome.tolist(), "measured": found, "expected": expected})
     return f"latency of the export: {found * 1e3:.4g} ms measured, {expected * 1e3:.4g} ms by {supernet.latency.source}"  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jointopt.batch_norm import first_samples, sample_count
 from jointopt.cost.backend import ONNXRUNTIME, TORCH, Backend
 from jointopt.cost.lookup import Lookup
-from jointopt.cost.timing import time_model, time_reloaded
+from jointopt.cost.timing import time_export
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -73,11 +73,8 @@ def time_genome(
     """Seconds that a sub-network's export takes for a batch, end to end."""
     from jointopt.checkpoint.writer import export
 
-    if backend.name == TORCH:
-        export(supernet, genome, folder)
-        return time_reloaded(folder, batch_of(inputs, batch), backend)
-    export(supernet, genome, folder, target="onnxruntime")
-    return time_model(folder, [batch_of(inputs, batch)], backend.threads)
+    export(supernet, genome, folder, target="transformers" if backend.name == TORCH else "onnxruntime")
+    return time_export(folder, batch_of(inputs, batch), backend)
 
 
 def batch_of(inputs: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Lookup:
     """Times of operators on one machine.
 
     Attributes:
-        backend: what they were timed in; without one it only repeats times that it was given.
+        backend: what they were timed in.
         batch, context: see `LatencyModel`.
         seconds: `key_of` an operator -> its time for the batch.
         factors: feature -> what its sum is multiplied by, as `fit` finds them: "operators" (their times), "attention"

@@ -225,24 +225,17 @@ def time_modules(
         return in_turns([_finished(partial(model, **batch), backend) for model in models], rounds, least)
 
 
-def time_reloaded(folder: str | Path, inputs: Mapping[str, Any], backend: Backend) -> float:
-    """Median seconds of an exported folder's model in torch for a batch, as its library loads it."""
-    from jointopt.checkpoint.reload import load_model
+def time_export(folder: str | Path, inputs: Mapping[str, Any], backend: Backend, rounds: int = 20) -> float:
+    """Median seconds of an exported folder's model for a batch, end to end, as its library loads it."""
+    if backend.name == TORCH:
+        from jointopt.checkpoint.reload import load_model
 
-    with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
-        return time_modules([load_model(str(folder), backend.device).to(backend.device)], inputs, backend)[0]
-
-
-def time_model(folder: str | Path, inputs: Sequence[dict[str, Tensor]], threads: int, rounds: int = 20) -> float:
-    """Median seconds of an exported folder's model.onnx for a batch, end to end."""
+        with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
+            model = load_model(str(folder), backend.device).to(backend.device)
+            return time_modules([model], inputs, backend, rounds)[0]
     from jointopt.checkpoint.onnx.session import OnnxModel
     from jointopt.checkpoint.onnx.writer import MODEL
 
-    model = OnnxModel(Path(folder) / MODEL, threads)
-    seconds = []
-    for at in range(rounds + 2):
-        feed = model.completed({name: each.numpy() for name, each in inputs[at % len(inputs)].items()})
-        started = time.perf_counter()
-        model.session.run(None, feed)
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[2:]))
+    session = OnnxModel(Path(folder) / MODEL, backend.threads)
+    feed = session.completed({name: each.numpy() for name, each in inputs.items()})
+    return in_turns([partial(session.session.run, None, feed)], rounds)[0]

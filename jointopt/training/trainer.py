@@ -144,7 +144,8 @@ class ElasticTrainer(Trainer):
             found = super().train(*args, **options)
         finally:
             self._undo()
-            merge(self.supernet)
+            if adapted(self.supernet.model):
+                merge(self.supernet)
         self.supernet.calibrate(self._calibration)
         return found
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from jointopt.batch_norm import on_device
 from jointopt.checkpoint.structure import check_formats
-from jointopt.checkpoint.timm_recipe import by_timm, timm_recipe
+from jointopt.checkpoint.timm_recipe import by_library, timm_recipe
 from quant.errors import JointoptError
 
 MODEL = "model.onnx"
@@ -43,7 +43,7 @@ def write_onnx(place: Path, model: Any, example: Mapping[str, Any], opset: int =
     check(model, opset)
     from jointopt.checkpoint.onnx.graph import onnx_program
 
-    own = not (isinstance(model, PreTrainedModel) or by_timm(model))
+    own = not by_library(model)
     if next(model.parameters()).device.type != "cpu":
         model = copy.deepcopy(model).cpu()
         example = on_device(example, torch.device("cpu"))
