@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,9 +156,8 @@ def empty_model(source: ModelSource, task: str, dtype: str = "auto") -> nn.Modul
         with _explained(source), torch.device("meta"):
             return timm.create_model(_timm_location(source), pretrained=False).to(_dtype(dtype, None))
     config = model_config(source)
-    stored = torch.float32 if source.kind == "gguf" else getattr(config, "dtype", None)
     with _explained(source), torch.device("meta"):
-        return _auto_class(task).from_config(config, dtype=_dtype(dtype, stored))
+        return _auto_class(task).from_config(config, dtype=_dtype(dtype, _stored(source, config)))
 
 
 def load_model(name: str, task: str | None, device: str = "auto", dtype: str = "auto") -> LoadedModel:
@@ -212,14 +212,14 @@ def _load_transformers(source: ModelSource, task: str, dtype: str) -> LoadedMode
     if source.kind != "gguf" and getattr(config, "quantization_config", None):
         raise JointoptError(f"model: {source.name!r} is quantized already; allowed: float32 or bfloat16 weights")
     weights = {} if source.kind == "gguf" else {"use_safetensors": True}
-    stored = torch.float32 if source.kind == "gguf" else getattr(config, "dtype", None)
     logging.disable_progress_bar()
+    read_as = _dtype(dtype, _stored(source, config))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with _explained(source):
             model, report = _auto_class(task).from_pretrained(
-                source.location, dtype=_dtype(dtype, stored), output_loading_info=True, **weights, **source.options()
+                source.location, dtype=read_as, output_loading_info=True, **weights, **source.options()
             )
     finally:
         logging.set_verbosity(verbosity)
@@ -228,9 +228,22 @@ def _load_transformers(source: ModelSource, task: str, dtype: str) -> LoadedMode
     return LoadedModel(model, _processor(source, task), task, source, tuple(sorted(report["missing_keys"])))
 
 
-def _dtype(wanted: str, stored: Any) -> torch.dtype:
+def _stored(source: ModelSource, config: Any) -> torch.dtype | str | None:
+    """How a checkpoint's weights are stored, as far as its config says."""
+    return "GGUF" if source.kind == "gguf" else getattr(config, "dtype", None)
+
+
+def _dtype(wanted: str, stored: torch.dtype | str | None) -> torch.dtype:
+    """What weights are read as. Where that is wider than they are stored, sizes are to be taken for what they are."""
     if wanted != "auto":
         return DTYPES[wanted]
+    if stored in ("GGUF", torch.float16):
+        name = str(stored).removeprefix("torch.")
+        warnings.warn(
+            f"dtype: the weights are stored as {name} and read as float32, so that sizes, the original's too, count "
+            "4 bytes for each that is not quantized; dtype: bfloat16 counts 2",
+            stacklevel=2,
+        )
     return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
 
 

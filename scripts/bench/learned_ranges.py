@@ -1,0 +1,85 @@
+"""What learned ranges of weights and static inputs (LSQ) are worth in finishing, where ranges matter most.
+
+    python scripts/assets.py assets digits minilm movies smollm2 text
+    python scripts/bench/learned_ranges.py --assets assets --json learned_ranges.json
+    python scripts/bench/learned_ranges.py --assets assets --cases smollm2 --steps 40
+
+Each original (originals.py) with all of its blocks' layers in one format whose inputs have one calibrated range: as a
+search scores it, finished by GPTQ, and trained for so many steps (distilled from the original, in the format) with its
+ranges as they were calibrated, and with learned ones. The aim of the last is the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from originals import Case, Original, cases, original
+from quantizers import subject
+from rich.console import Console
+from rich.table import Table
+
+from jointopt import finish
+from jointopt.evaluation import measured
+from jointopt.models import load_model
+from jointopt.tasks import TASKS
+
+SCHEMES = ("W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8")
+LEARNING_RATE = 2e-5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser.add_argument("--work", type=Path, default=Path("runs/originals"), help="where fine-tuned models are kept")
+    parser.add_argument("--cases", nargs="+", default=["vit", "resnet", "minilm", "smollm2"])
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = []
+    table = Table("model, format", "ranges", "quality", "KL to the original", "seconds")
+    for name in arguments.cases:
+        case = cases(arguments.assets)[name]
+        made = original(name, case, arguments.assets, arguments.work)
+        for scheme in arguments.schemes:
+            found = ways(made, case, scheme, arguments.steps)
+            for way, (metrics, seconds) in found.items():
+                quality = f"{case.metric} {metrics[case.metric]:.4g}"
+                table.add_row(f"{name}, {scheme}", way, quality, f"{metrics['kl']:.3g}", f"{seconds:.0f}")
+                aim = found["trained, calibrated"][0]["kl"] if way == "trained, learned" else None
+                said = {"case": f"{name}/{scheme}/{way}", "measure": "kl", "value": metrics["kl"], "aim": aim}
+                rows.append({**said, "better": "lower"})
+            Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+def ways(made: Original, case: Case, scheme: str, steps: int) -> dict[str, tuple[dict[str, float], float]]:
+    """What is done -> the metrics of what it leaves, and how long it took."""
+    uniform = subject(made, scheme)
+    supernet, genome = uniform.supernet, uniform.genome
+    with supernet.active(genome) as view:
+        found = {"calibrated": (dict(measured(made.quality, view)), 0.0)}
+    rounded = finish(supernet, genome, made.calibrate, quality=made.quality)
+    found["GPTQ, calibrated"] = rounded.metrics or {}, rounded.seconds
+    loaded = load_model(str(made.folder), case.task, device="cpu", dtype="float32")
+    samples = TASKS[case.task].samples(case.train, loaded.processor, loaded.model)
+    for learned in (False, True):
+        trained = finish(
+            supernet,
+            genome,
+            lambda epoch: samples.epoch(epoch, case.batch_size, 0),
+            quality=made.quality,
+            steps=steps,
+            learning_rate=LEARNING_RATE,
+            learned_ranges=learned,
+        )
+        found[f"trained, {'learned' if learned else 'calibrated'}"] = trained.metrics or {}, trained.seconds
+    return found
+
+
+if __name__ == "__main__":
+    main()
