@@ -275,6 +275,9 @@ def _export(options: argparse.Namespace) -> int:
         if folder.exists() and not options.overwrite:
             raise JointoptError(f"export: {str(folder)!r} exists; choose another with --to, or give --overwrite")
         stay_offline(config)
+        from .checkpoint.writer import check_place  # not before the hub is forbidden
+
+        check_place(folder, options.overwrite)
         prepared = prepare(config)
         supernet = make_supernet(config, prepared)
         if supernet.fingerprint() != study.config.get("supernet"):

@@ -206,16 +206,22 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults written out; `load_config` reads it back."""
-        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+        content = self.model_dump(exclude_none=True)
+        return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML by safe loading, in which 5e-5 is a number, as in YAML 1.2."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Its inverse, which writes text that looks like such a number in quotes."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -242,6 +248,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         raise JointoptError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise JointoptError(f"{path}: found a list or mapping that holds itself; allowed: none such") from None
     if not isinstance(content, dict):
         raise JointoptError(f"{path}: found {described(content)}; allowed: keys, {', '.join(Config.model_fields)}")
     for key, value in (overrides or {}).items():
@@ -265,8 +273,10 @@ def _lines(node: yaml.Node, path: str | Path, at: tuple = ()) -> dict[tuple, int
     found = {at: node.start_mark.line + 1}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            below = (*at, key.value)
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise JointoptError(f"{path}, line {line}: found a key in braces or brackets; allowed: text, in quotes")
+            below = (*at, key.value)
             if below in found:
                 raise JointoptError(f"{path}, line {line}: {dotted(below)}: found twice; allowed: once")
             found |= {**_lines(value, path, below), below: line}

@@ -48,11 +48,18 @@ def _complaint(error: Any, schema: type[BaseModel], at: tuple) -> str:
         return "found nothing; allowed: " + _expected(schema, at)
     if kind == "value_error":
         return f"found {error['ctx']['error']}"
+    if kind == "too_short":
+        return "found an empty list; allowed: one or more"
     return f"found {found}; allowed: " + (_bound(error) or _expected(schema, at))
 
 
 def _bound(error: Any) -> str | None:
-    signs = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least")}
+    signs = {
+        "greater_than": ("gt", "more than"),
+        "greater_than_equal": ("ge", "at least"),
+        "less_than": ("lt", "less than"),
+        "less_than_equal": ("le", "at most"),
+    }
     if error["type"] not in signs:
         return None
     key, words = signs[error["type"]]

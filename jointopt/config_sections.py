@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from jointopt.objectives import DIRECTIONS, EVALUATIONS, constraint
+from jointopt.objectives import DIRECTIONS, EVALUATIONS, constraint, is_column
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES
 
@@ -22,7 +22,7 @@ Choices = list[int | float]
 class Section(BaseModel):
     """A part of a config: known keys alone, of the right types, unchangeable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def _path_alone(value: Any) -> Any:
@@ -186,6 +186,8 @@ class ObjectiveEntry(Section):
 
     @model_validator(mode="after")
     def _known_direction(self) -> ObjectiveEntry:
+        if is_column(self.name):
+            raise ValueError(f"{self.name}, a column that every study has; allowed: another name")
         known = DIRECTIONS.get(self.name, self.direction)
         if known != self.direction:
             raise ValueError(f"{self.name}: {self.direction}; allowed: {self.name}: {known}")
@@ -200,6 +202,8 @@ def _objective(value: Any) -> Any:
         return {"name": value, "direction": DIRECTIONS[value]}
     if isinstance(value, Mapping) and len(value) == 1 and "name" not in value:
         ((name, direction),) = value.items()
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} as a name; allowed: text")
         if direction not in ("min", "max"):
             raise ValueError(f"{name}: {direction!r}; allowed: min, max")
         return {"name": name, "direction": direction}
@@ -211,8 +215,10 @@ def _objective(value: Any) -> Any:
 def limits(value: Any) -> Any:
     if isinstance(value, Mapping):
         for name, text in value.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{name!r} as a name; allowed: text, such as size_mb")
             try:
-                constraint(str(name), text)
+                constraint(name, text)
             except JointoptError as error:
                 raise ValueError(str(error).removeprefix("constraint ")) from None
     return value
@@ -253,6 +259,8 @@ class Search(Section):
     def _some_end(self) -> Search:
         if self.evaluations is None and self.minutes is None and self.patience is None:
             object.__setattr__(self, "evaluations", EVALUATIONS)
+        if self.warm_start and self.strategy != "guided":
+            raise ValueError(f"warm_start with the {self.strategy} strategy; allowed: with guided")
         return self
 
 

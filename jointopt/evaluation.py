@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.objectives import COSTS
+from jointopt.objectives import COSTS, is_column
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
     for name, value in metrics.items():
         if name in COSTS:
             raise JointoptError(f"quality returned {name!r}, which is a cost; allowed: metrics of any other name")
+        if is_column(name):
+            raise JointoptError(f"quality returned {name!r}, a column that every study has; allowed: another name")
         if isinstance(value, Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, numbers.Real):

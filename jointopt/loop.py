@@ -17,7 +17,7 @@ from jointopt import strategies
 from jointopt import workers as workplaces
 from jointopt.evaluation import Evaluation, Quality, measured
 from jointopt.objectives import COSTS, ON_HARDWARE, Constraint, Objective, constraint, named
-from jointopt.sensitivity import quality_prior
+from jointopt.sensitivity import quality_prior, telling
 from jointopt.sharing import evaluation_order, parts_of
 from jointopt.stopping import Budget, Watch, check_count, heeding_ctrl_c
 from jointopt.study import Study
@@ -99,6 +99,8 @@ def search(
     check_count("workers", workers)
     check_count("threads", threads)
     check_count("batch", batch)
+    if not isinstance(strategy_options or {}, Mapping):
+        raise JointoptError(f"strategy_options: found {strategy_options!r}; allowed: a mapping of names to values")
     original, wanted, limits = _wishes(supernet, objectives, constraints or {})
     space = supernet.space
     if warm_start and strategy != "guided":
@@ -148,12 +150,18 @@ def search(
 
 
 def check_wishes(
-    supernet: Supernet, objectives: Sequence[Any], constraints: Mapping[str, str], quality: Quality | None = None
+    supernet: Supernet,
+    objectives: Sequence[Any],
+    constraints: Mapping[str, str],
+    quality: Quality | None = None,
+    warm_start: bool = False,
 ) -> None:
     """Raises what `search` would of these, before anything is run; of metrics that a function lacks, by running it on
     the original."""
     _, wanted, limits = _wishes(supernet, objectives, constraints)
     strategies.create("random", supernet.space, wanted, constraints=limits)
+    if warm_start:
+        telling(wanted)
     if quality is not None:
         _check_metrics(wanted, _original(supernet, quality))
 

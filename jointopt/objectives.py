@@ -37,6 +37,15 @@ EVALUATIONS = 200
 """Of a search to which no budget is given."""
 
 
+COLUMNS = ("number", "generation", "genome", "failed", "seconds")
+"""What a study's table of evaluations has beside metrics and costs; and predicted_NAME."""
+
+
+def is_column(name: str) -> bool:
+    """Whether a study has a column of this name anyway, so that it is none for a metric."""
+    return name in COLUMNS or name.startswith("predicted_")
+
+
 @dataclass(frozen=True)
 class Objective:
     """A number to be made small or large.
@@ -53,6 +62,8 @@ class Objective:
     compute: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
+        if is_column(self.name):
+            raise JointoptError(f"objective {self.name!r}: every study has a column of this name; allowed: another")
         if self.direction not in ("min", "max"):
             raise JointoptError(f"objective {self.name!r}: direction {self.direction!r}; allowed: min, max")
 

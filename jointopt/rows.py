@@ -72,6 +72,8 @@ def read_columns(source: DataSource) -> Columns:
         JointoptError: a path that does not exist or cannot be read, a hub data set without a split, no row.
     """
     path, key = Path(source.path), source.key
+    if path.exists() and source.split is not None:
+        raise JointoptError(f"{key}.split: found {source.split!r}, but {source.path!r} is here; allowed: of a hub id")
     if path.is_dir():
         columns = _image_folder(path, key)
     elif path.is_file() and path.suffix in TABLES:

@@ -7,6 +7,7 @@ latency.json, what was timed of this machine, where the config asks for that.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -77,6 +78,8 @@ def taken(config: Config) -> Iterator[None]:
     with closing(locked(output / LOCK, f"output {str(output)!r}")):
         check_output(config)
         _write_config(output, config)
+        for left in output.glob(f".{EXPORT}-*"):  # what an export was written in that was killed
+            shutil.rmtree(left, ignore_errors=True)
         yield
 
 

@@ -112,14 +112,20 @@ def quality_prior(supernet: Supernet, objectives: Iterable[Objective]) -> dict[s
     Raises:
         JointoptError: none of the objectives is such a metric; what `estimated_losses` raises.
     """
+    told = telling(objectives)
+    estimates = list(estimated_losses(supernet, supernet.samples).values())
+    return {objective.name: estimates for objective in told}
+
+
+def telling(objectives: Iterable[Objective]) -> list[Objective]:
+    """Those that tell quality. Raises JointoptError where none does."""
     own = [o for o in objectives if o.compute is None and o.name not in COSTS]
     told = [o for o in own if o.name in DIRECTIONS or o.direction == "max"]
     if not told:
         raise JointoptError(
             "warm_start: no objective tells quality; allowed with a known metric, or one to be maximized"
         )
-    estimates = list(estimated_losses(supernet, supernet.samples).values())
-    return {objective.name: estimates for objective in told}
+    return told
 
 
 def _first(supernet: Supernet, batches: Iterable[Mapping[str, Any]], wanted: int) -> Iterator[dict[str, Any]]:

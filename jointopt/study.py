@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import platform
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -33,8 +34,30 @@ CREATE TABLE IF NOT EXISTS evaluations (
 _SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "scikit-learn", "numpy")
 TABLES = ("facts", "generations", "evaluations")
 VERSION = 2
+P = ParamSpec("P")
+T = TypeVar("T")
 FIRST = 10
 """Evaluations that the reference point is beyond."""
+
+
+@contextmanager
+def _explained(path: Path | None) -> Iterator[None]:
+    """SQLite's errors (a full disk, a damaged file, one that is no database) as one line."""
+    try:
+        yield
+    except (sqlite3.Error, json.JSONDecodeError) as error:
+        raise JointoptError(f"study {str(path)!r}: {error}") from None
+
+
+def _reading(method: Callable[Concatenate[Study, P], T]) -> Callable[Concatenate[Study, P], T]:
+    """A method that reads the file, what is wrong with which is said in one line."""
+
+    @wraps(method)
+    def explained(self: Study, *args: P.args, **kwargs: P.kwargs) -> T:
+        with _explained(self.path):
+            return method(self, *args, **kwargs)
+
+    return explained
 
 
 class Study:
@@ -52,8 +75,11 @@ class Study:
     def __init__(self, connection: sqlite3.Connection, path: Path | None, lock: sqlite3.Connection | None = None):
         self.path = path
         self._connection, self._lock = connection, lock
-        self.space = SearchSpace.from_dict(self.fact("space"))
-        self.objectives = tuple(Objective(name, direction) for name, direction in self.fact("objectives"))
+        space, objectives = self.fact("space"), self.fact("objectives")
+        if space is None or objectives is None:
+            raise JointoptError(f"study {str(path)!r}: is damaged, it lacks its space or its objectives")
+        self.space = SearchSpace.from_dict(space)
+        self.objectives = tuple(Objective(name, direction) for name, direction in objectives)
 
     @classmethod
     def create(
@@ -67,6 +93,8 @@ class Study:
         Raises:
             JointoptError: another config (the differences are named), another writer, a file that is no study.
         """
+        if not isinstance(path, str | Path | None):
+            raise JointoptError(f"storage: found {path!r}; allowed: a path, or None for memory")
         path = None if path is None else Path(path)
         if path is not None and not path.parent.is_dir():
             raise JointoptError(f"storage: the folder {str(path.parent)!r} does not exist")
@@ -113,6 +141,7 @@ class Study:
             self._lock.close()
             self._lock = None
 
+    @_reading
     def fact(self, key: str, default: Any = None) -> Any:
         """A recorded fact: "config", "software", "baselines", or what was noted."""
         row = self._connection.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
@@ -172,6 +201,7 @@ class Study:
             if elapsed is not None:
                 self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('elapsed', ?)", (json.dumps(elapsed),))
 
+    @_reading
     def first_number(self, generation: int) -> int:
         """The number of a generation's first evaluation: 1, and one more for each genome asked before."""
         row = self._connection.execute(
@@ -179,6 +209,7 @@ class Study:
         ).fetchone()
         return 1 + (row[0] or 0)
 
+    @_reading
     def last_generation(self) -> tuple[int, np.ndarray] | None:
         """Number and genomes of the batch asked last, None before the first."""
         row = self._connection.execute(
@@ -188,11 +219,13 @@ class Study:
             None if row is None else (row[0], np.array(json.loads(row[1]), dtype=np.int64).reshape(-1, len(self.space)))
         )
 
+    @_reading
     def generations(self) -> list[tuple[int, np.ndarray]]:
         """Number and genomes of every batch asked."""
         rows = self._connection.execute("SELECT number, genomes FROM generations ORDER BY number").fetchall()
         return [(n, np.array(json.loads(each), dtype=np.int64).reshape(-1, len(self.space))) for n, each in rows]
 
+    @_reading
     def results(self, genomes: np.ndarray) -> list[dict[str, float] | None]:
         """Metrics of each genome: {} where it failed, None where it was not evaluated."""
         found = []
@@ -203,18 +236,22 @@ class Study:
             found.append(None if row is None else json.loads(row[0]) if row[0] else {})
         return found
 
+    @_reading
     def scores(self) -> dict[bytes, dict[str, float]]:
         """Genome (its bytes) -> metrics and costs, of all that did not fail."""
         rows = self._connection.execute("SELECT genome, metrics FROM evaluations WHERE metrics IS NOT NULL")
         return {np.array(json.loads(genome), dtype=np.int64).tobytes(): json.loads(found) for genome, found in rows}
 
+    @_reading
     def all_failed(self) -> bool:
         """Whether no evaluation has succeeded so far."""
         return self._connection.execute("SELECT 1 FROM evaluations WHERE failed IS NULL LIMIT 1").fetchone() is None
 
+    @_reading
     def __len__(self) -> int:
         return self._connection.execute("SELECT count(*) FROM evaluations").fetchone()[0]
 
+    @_reading
     def evaluations(self) -> pd.DataFrame:
         """One row an evaluation, in order: number, generation, genome (tuple), one column a metric, predicted_NAME for
         what was foreseen of an objective, failed (the reason, or None), seconds."""
@@ -232,6 +269,7 @@ class Study:
         columns = ["number", "generation", "genome", *(o.name for o in self.objectives), "failed", "seconds"]
         return pd.DataFrame(records) if records else pd.DataFrame(columns=columns)
 
+    @_reading
     def _predictions(self) -> dict[str, list[float]]:
         found = {}
         for genomes, predicted in self._connection.execute("SELECT genomes, predicted FROM generations"):
@@ -353,21 +391,12 @@ def locked(path: Path, what: str) -> sqlite3.Connection:
         lock = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
+    except sqlite3.DatabaseError as error:
         lock.close()
         if "locked" not in str(error):
             raise JointoptError(f"{what}: {error}") from None
         raise JointoptError(f"{what}: another process is writing to it; reports can be read meanwhile") from None
     return lock
-
-
-@contextmanager
-def _explained(path: Path | None) -> Iterator[None]:
-    """SQLite's errors (a full disk, a file that is no database) as one line."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise JointoptError(f"study {str(path)!r}: {error}") from None
 
 
 def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -243,7 +243,7 @@ def quantize_layer(
     if bias is not None and training:
         del module._parameters["bias"]
         module.__dict__["bias"] = bias[:rows]
-    elif bias is not None:
+    elif bias is not None and rows is not None:  # a whole one may be another module's too
         module._parameters["bias"] = nn.Parameter(bias.detach()[:rows], requires_grad=bias.requires_grad)
     _set_sizes(module, rows, columns)
     module.__class__ = _QUANTIZED[kind]

@@ -208,6 +208,7 @@ def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> Non
         [{name: direction} for name, direction in prepared.objectives.items() if name not in timed_later] or ["size"],
         {name: limit for name, limit in (config.constraints or {}).items() if name not in timed_later},
         prepared.quality if config.quality else None,
+        config.search.warm_start,
     )
 
 

@@ -187,6 +187,7 @@ def _width_genes(
     model: nn.Module, family: Family, chosen: Mapping[str, Any], schemes: tuple[str, ...], explicit: bool
 ) -> list[Gene]:
     genes: dict[str, Gene] = {}
+    left: dict[str, set[int]] = {}
     kinds = {width.kind for width in family.widths}
     for key in ("heads", "mlp", "bottleneck", "stage"):
         if key in chosen and key not in kinds and explicit:
@@ -195,9 +196,22 @@ def _width_genes(
         if width.kind not in chosen or width.gene in genes:
             continue
         sizes = sorted({_size(width, choice) for choice in _listed(width.kind, chosen)})
-        sizes = [size for size in sizes if size == width.size or _storable(model, family, width, size, schemes)]
-        if sizes != [width.size]:
-            genes[width.gene] = Gene(width.gene, tuple(sizes))
+        kept = [size for size in sizes if size == width.size or _storable(model, family, width, size, schemes)]
+        left.setdefault(width.kind, set()).update(set(sizes) - set(kept))
+        if not kept:
+            raise JointoptError(
+                f"space.{width.kind} ({width.gene}): found {', '.join(map(str, sizes))}, at which a layer cannot take "
+                f"all of {', '.join(schemes)}; allowed: others, or other schemes"
+            )
+        if kept != [width.size]:
+            genes[width.gene] = Gene(width.gene, tuple(kept))
+    for kind, without in left.items():
+        if without and explicit:
+            warnings.warn(
+                f"space.{kind}: {', '.join(map(str, sorted(without)))} left out, at which a layer cannot take all of "
+                f"{', '.join(schemes)}",
+                stacklevel=4,
+            )
     return list(genes.values())
 
 

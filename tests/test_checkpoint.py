@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BertForMaskedLM, RobertaForMaskedLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
@@ -131,6 +132,33 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path):
     jointopt.export(supernet, supernet.space.largest, folder, overwrite=True)
     assert not (folder / "notes.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("mine", ["study.db", "config.json"])
+def test_overwriting_replaces_exports_alone(tmp_path, mine):
+    supernet = supernet_of("bert", schemes=["none", "W8A8"])
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / mine).write_text("mine")
+    for place in (folder, folder / mine):
+        with pytest.raises(JointoptError, match=r"holds no jointopt.json, so that it is no export"):
+            jointopt.export(supernet, supernet.space.smallest, place, overwrite=True)
+    assert (folder / mine).read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, RobertaForMaskedLM])
+@pytest.mark.parametrize("end", ["largest", "smallest"])
+def test_a_masked_language_models_tied_head_and_its_bias_are_stored_once_and_reload(tmp_path, kind, end):
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    model = kind(kind.config_class(**sizes, num_hidden_layers=2, max_position_embeddings=66)).eval()
+    model.get_output_embeddings().bias.data.normal_()
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A16"]))
+    supernet.calibrate([{"input_ids": torch.randint(3, 96, (3, 13))}])
+    genome = getattr(supernet.space, end)
+    folder = jointopt.export(supernet, genome, tmp_path / "small")
+    assert sum(t.nbytes for t in load_file(folder / "model.safetensors").values()) == supernet.costs(genome)["size"]
+    found = jointopt.verify(folder)
+    assert found.ok, found.differences
 
 
 def test_an_export_that_cannot_be_put_into_place_leaves_the_old_one(tmp_path, monkeypatch):

@@ -66,6 +66,11 @@ def test_the_written_out_config_reads_back_the_same(tmp_path):
     assert config.train.learning_rate == 5e-5
 
 
+def test_an_output_that_looks_like_a_number_reads_back_as_text(tmp_path):
+    config = load_config(written(tmp_path, MINIMAL.replace("runs/x", '"1e5"')))
+    assert load_config(written(tmp_path, config.to_yaml())).output == "1e5"
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -96,6 +101,16 @@ def test_the_written_out_config_reads_back_the_same(tmp_path):
         ("finish: {learned_ranges: true}", "finish: found learned_ranges without steps; allowed: both, or neither"),
         ("train: {steps: 5, learned_ranges: true}", "learned_ranges without precision_from; allowed: both"),
         ("model: other", "line 5: model: found twice"),
+        ("space: {{x}}", "line 5: found a key in braces or brackets; allowed: text, in quotes"),
+        ("space: &a [*a]", "found a list or mapping that holds itself"),
+        ("constraints: {3: '<= 1'}", "constraints: found 3 as a name; allowed: text, such as size_mb"),
+        ("objectives: [{3: min}]", "objectives.0: found 3 as a name; allowed: text"),
+        ("objectives: [{seconds: min}]", "found seconds, a column that every study has; allowed: another name"),
+        ("transforms: []", "transforms: found an empty list; allowed: one or more"),
+        ("train: {steps: 5, precision_from: 1.5}", "train.precision_from: found 1.5; allowed: at most 1"),
+        ("train: {epochs: .inf}", "train.epochs: found inf; allowed: a number"),
+        ("search: {minutes: .inf}", "search.minutes: found inf; allowed: a number"),
+        ("search: {strategy: random, warm_start: true}", "warm_start with the random strategy; allowed: with guided"),
         ("model2: [", "not YAML"),
     ],
 )

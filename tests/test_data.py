@@ -261,6 +261,12 @@ def test_weights_that_a_checkpoint_lacks_are_told(tmp_path):
     assert loaded.untrained == ("classifier.bias", "classifier.weight")
 
 
+def test_a_split_of_a_file_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\ngood,1\n")
+    with pytest.raises(JointoptError, match=r"data.split: found 'train', but .* is here; allowed: of a hub id"):
+        read_columns(DataSource(str(tmp_path / "a.csv"), split="train"))
+
+
 def test_dtype_is_the_checkpoints_own_or_what_is_asked_for(tmp_path, folders):
     load_model(str(folders["bert"]), None, "cpu").model.to(torch.float16).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)

@@ -163,6 +163,8 @@ def test_quality_is_a_number_of_any_make(value):
         ("0.5", "returned str for 'quality'; allowed: a number"),
         ({"accuracy": float("nan")}, "returned nan for 'accuracy'; allowed: a finite number"),
         ({"size": 3.0}, "returned 'size', which is a cost"),
+        ({"seconds": 3.0}, "returned 'seconds', a column that every study has"),
+        ({"predicted_f1": 3.0}, "returned 'predicted_f1', a column that every study has"),
     ],
 )
 def test_what_is_no_metric_is_a_failure_with_its_reason(returned, said):

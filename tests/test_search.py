@@ -41,6 +41,21 @@ def dump(study: Study) -> str:
     return study.front().drop(columns="seconds").to_json()
 
 
+def test_a_damaged_study_says_so_in_one_line(supernet, tmp_path):
+    path = tmp_path / "study.db"
+    jointopt.search(supernet, agreement, evaluations=20, storage=path).close()
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 4096):
+        path.write_bytes(whole[:at] + b"\xff" * 4000 + whole[at + 4000 :])
+        with pytest.raises(JointoptError, match=r"study '.*study.db'"), contextlib.closing(Study.open(path)) as study:
+            study.front()
+            study.results(supernet.space.sample(3, seed=0))
+            raise JointoptError(f"study {str(path)!r}: this page is none that is read")
+    (tmp_path / "study.db.lock").write_bytes(b"no lock" * 1000)
+    with pytest.raises(JointoptError, match="file is not a database"):
+        jointopt.search(supernet, agreement, evaluations=20, storage=path)
+
+
 def test_the_library_example_finds_a_genome_within_its_budget(supernet):
     study = jointopt.search(supernet, quality=agreement, objectives=["quality", "size"], evaluations=40, seed=0)
     middle = sum(supernet.costs(g)["size"] for g in (supernet.space.smallest, supernet.space.largest)) / 2e6

@@ -205,6 +205,14 @@ def test_numpys_numbers_are_choices_too():
     assert space.encode({"k": 2, "m": 1}).tolist() == [2, 1]
 
 
+def test_a_width_that_cannot_be_stored_is_left_out_aloud_and_alone_refused():
+    with pytest.warns(UserWarning, match=r"space.mlp: 33 left out, at which a layer cannot take all of none, W4A16"):
+        space = SearchSpace.for_model(make("bert"), schemes=["none", "W4A16"], mlp=[33, 64, 128])
+    assert space.genes[0].choices == (64, 128)
+    with pytest.raises(JointoptError, match=r"space.mlp \(block0.mlp\): found 33, at which a layer cannot take all of"):
+        SearchSpace.for_model(make("bert"), schemes=["none", "W4A16"], mlp=[33])
+
+
 SPACE = SearchSpace([Gene("depth", (2, 3, 4)), Gene("block4.kernel", (3, 5, 7), {"depth": (4,)})])
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no gene": (lambda: SearchSpace([]), "found no gene"),

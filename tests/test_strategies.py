@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -245,9 +246,28 @@ def test_an_exact_objective_of_the_wrong_shape_is_named():
         strategies.create("guided", SPACE, (Objective("loss", "min"), wrong))
 
 
-def test_asking_for_none_is_refused():
-    with pytest.raises(JointoptError, match="ask: found 0; allowed: 1 or more"):
-        strategies.create("random", SPACE, TWO).ask(0)
+@pytest.mark.parametrize("n", [0, -1, 2.0, "3", None, True])
+def test_asking_for_no_number_of_genomes_is_refused(n):
+    with pytest.raises(JointoptError, match=f"ask: found {n!r}; allowed: a whole number from 1"):
+        strategies.create("random", SPACE, TWO).ask(n)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "options", "said"),
+    [
+        (["loss"], {}, "objectives: found 'loss'; allowed: jointopt.Objective"),
+        (TWO, {"constraints": {"size": "<= 3"}}, "constraints: found 'size'; allowed: jointopt.objectives.Constraint"),
+        (TWO, {"prior": 3}, "prior: found 3; allowed: measured objective -> an array for each gene"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(objectives, options, said):
+    with pytest.raises(JointoptError, match=re.escape(said)):
+        strategies.create("guided", SPACE, objectives, **options)
+
+
+def test_a_studys_own_columns_are_no_names_of_objectives():
+    with pytest.raises(JointoptError, match="objective 'seconds': every study has a column of this name"):
+        Objective("seconds", "min")
 
 
 def test_a_genome_told_again_replaces_its_earlier_row():

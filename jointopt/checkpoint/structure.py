@@ -137,9 +137,11 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     by_library = by_bitsandbytes(model) or by_compressed_tensors(model)
     renamed = {} if by_library else {"weight": "weight_codes"}
     found: dict[str, torch.Tensor] = {}
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    again -= {name for name, _ in model.named_parameters()}
     for name, tensor in model.state_dict().items():
         path, _, last = name.rpartition(".")
-        if last == "weight" and (path in layers or path in tied):
+        if name in again or (last == "weight" and (path in layers or path in tied)):
             continue
         found[name] = tensor.detach().cpu().contiguous()
     for path, module in layers.items():

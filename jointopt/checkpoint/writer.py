@@ -7,7 +7,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ def export(
         study: where the genome was scored (default: what this super-network's searches found); recorded for `verify`.
         processor: tokenizer, image processor, or None; saved along.
         base_model: name of the original, for the model card.
-        overwrite: whether a folder that exists is replaced, whole.
+        overwrite: whether an export that is there is replaced, whole. Nothing else is.
         target: "transformers" (and timm); or "onnxruntime": model.onnx, with the same codes and scales, in operators
             that stock ONNX Runtime has kernels for; or "gguf": model.gguf for llama.cpp, of LLaMAs whose blocks are
             all of one size, in W8A16_G32 (Q8_0), W4A16_G32 (Q4_0) or unquantized; or "vllm": the folder of
@@ -91,8 +91,7 @@ def export(
     """
     targets.target(target)
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise JointoptError(f"export: {str(folder)!r} exists; choose another folder, or overwrite it explicitly")
+    check_place(folder, overwrite)
     if not folder.parent.is_dir():
         raise JointoptError(f"export: the folder {str(folder.parent)!r} does not exist")
     finished = genome if isinstance(genome, Finished) else None
@@ -122,6 +121,18 @@ def export(
     except OSError as error:
         raise JointoptError(f"export: {str(folder)!r} cannot be written: {error.strerror or error}") from None
     return folder
+
+
+def check_place(folder: Path, overwrite: bool) -> None:
+    """Raises JointoptError where a folder exists, unless it is an export that is to be replaced."""
+    if folder.exists() and not overwrite:
+        raise JointoptError(f"export: {str(folder)!r} exists; choose another folder, or overwrite it explicitly")
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / RECORD).is_file():
+        raise JointoptError(
+            f"export: {str(folder)!r} holds no {RECORD}, so that it is no export and is not overwritten; "
+            "allowed: another folder"
+        )
 
 
 def _move(whole: Path, folder: Path, aside: Path) -> None:
@@ -291,7 +302,7 @@ def _write_transformers(place: Path, model: Any) -> str:
         config.jointopt = spec
         config.architectures = [name]
         config.auto_map = {auto: f"{MODELING.removesuffix('.py')}.{name}"}
-        text = _modeling_file(stock, name, "lm_head" in str(spec.get("tied")), "caches" in spec)
+        text = _modeling_file(stock, name, spec.get("tied", {}), "caches" in spec)
         (place / MODELING).write_text(text)
     config.save_pretrained(place)
     if hasattr(model, "generation_config") and model.generation_config is not None:
@@ -309,13 +320,16 @@ def _auto_class(transformers: Any, stock: type, config: Any) -> str:
     )
 
 
-def _modeling_file(stock: type, name: str, packed_head: bool, caches: bool) -> str:
+def _modeling_file(stock: Any, name: str, packed: Collection[str], caches: bool) -> str:
+    """The source of `name`. `packed`: paths of layers that take their codes from another."""
     runtime = (Path(__file__).parent / "runtime.py").read_text()
     if caches:
         text = (Path(__file__).parent / "held_cache.py").read_text()
         runtime += "\n\n" + text[text.index("def hold_caches") :]
     held = '        hold_caches(self, config.jointopt["caches"])\n' if caches else ""
-    untied = "    _tied_weights_keys = {}\n\n" if packed_head else ""
+    # A packed layer has no `weight` that the library could tie; what else is tied stays so.
+    still = {k: v for k, v in (stock._tied_weights_keys or {}).items() if k.removesuffix(".weight") not in packed}
+    untied = f"    _tied_weights_keys = {still}\n\n" if packed else ""
     built = f'''
 
 from transformers import {stock.__name__}  # noqa: E402

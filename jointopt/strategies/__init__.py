@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
-from jointopt.objectives import Objective
+from jointopt.objectives import Constraint, Objective
 from jointopt.strategies.evolutionary_search import EvolutionarySearch
 from jointopt.strategies.guided_search import GuidedSearch
 from jointopt.strategies.random_search import RandomSearch
@@ -58,6 +58,12 @@ def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed:
             )
     if not objectives:
         raise JointoptError("objectives: found none; allowed: one or more")
+    wrong = next((each for each in objectives if not isinstance(each, Objective)), None)
+    if wrong is not None:
+        raise JointoptError(f"objectives: found {wrong!r}; allowed: jointopt.Objective(name, direction)")
+    wrong = next((each for each in options.get("constraints", ()) if not isinstance(each, Constraint)), None)
+    if wrong is not None:
+        raise JointoptError(f"constraints: found {wrong!r}; allowed: jointopt.objectives.Constraint")
     return kind(space, objectives, seed, **options)
 
 

@@ -82,6 +82,8 @@ class GuidedSearch(Strategy):
 
     def _priors(self, prior: Mapping[str, Sequence[np.ndarray]]) -> dict[int, np.ndarray]:
         """Measured objective's column -> features of its prior, see `Choices.prior`."""
+        if not isinstance(prior, Mapping):
+            raise JointoptError(f"prior: found {prior!r}; allowed: measured objective -> an array for each gene")
         names = {self.objectives[at].name: at for at in self.measured}
         found = {}
         for name, estimate in prior.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,8 @@ class Strategy:
         Fewer than n, down to none, only where the space has no more that keep to the exact constraints; of more than
         a million genomes, where none of those differs in one gene from any known one that does.
         """
-        if n < 1:
-            raise JointoptError(f"ask: found {n}; allowed: 1 or more")
+        if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+            raise JointoptError(f"ask: found {n!r}; allowed: a whole number from 1")
         self.predicted = np.full((n, len(self.objectives)), np.nan)
         found = self._unseen(self._propose(n), n)
         if len(found) < n:

@@ -32,7 +32,10 @@ def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe
         numbers = {name: getattr(wanted.distill, name) for name in NUMBERS}
         given, teacher = wanted.distill.teacher, None
         if given is not None:
-            teacher = load_model(given, loaded.task, str(supernet.device), config.dtype).model
+            try:
+                teacher = load_model(given, loaded.task, str(supernet.device), config.dtype).model
+            except JointoptError as error:
+                raise JointoptError(f"train.distill.teacher: {str(error).removeprefix('model: ')}") from None
         distillation = Distillation(**numbers, teacher=teacher)
     recipe = Recipe(
         _sampling(config, supernet), distillation, wanted.precision_from, wanted.learned_ranges, seed=config.search.seed
