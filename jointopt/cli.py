@@ -232,7 +232,9 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
     given = config.hardware
     batch = options.batch or (given.batch if given else 1)
     context = options.context or (given.context if given else None)
-    models = [Roofline(load_device(name), batch, context) for name in options.device]
+    devices = [load_device(name) for name in options.device]
+    # The run's parallel is of its kind of device; one without a network is alone.
+    models = [Roofline(d, batch, context, given.parallel if given and d.network else 1) for d in devices]
     stay_offline(config)
     supernet = _without_weights(config)
     supernet.take_shapes(study.fact("shapes"))

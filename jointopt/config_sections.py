@@ -336,3 +336,12 @@ class Hardware(Section):
     context: Positive | None = None
     parallel: Positive = 1
     threads: Positive = 1
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Hardware:
+        if self.device == "this" and (self.context is not None or self.parallel > 1):
+            key = "parallel" if self.context is None else "context"
+            raise ValueError(f"{key} with device this, which is timed as it is; allowed: with a device by name or file")
+        if self.device != "this" and self.threads > 1:
+            raise ValueError(f"threads with device {self.device}; allowed: with device this")
+        return self

@@ -76,6 +76,48 @@ def test_a_device_of_one_s_own_is_read_and_a_missing_figure_is_named(tmp_path):
         load_device("h1000")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("peak", {"int8": 1e12}, "peak: found no float32, in which all else is computed"),
+        ("overhead", float("inf"), "overhead: input should be a finite number"),
+        ("bandwidth", True, "bandwidth: found True; allowed: a number"),
+    ],
+)
+def test_a_figure_that_is_none_is_named(tmp_path, key, value, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**load_device("l4").model_dump(), key: value}))
+    with pytest.raises(JointoptError, match=f"(?i)mine.yaml.*{said}"):
+        load_device(path)
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "holds no figures; allowed: name, peak"), (b"\xff", "not UTF-8")])
+def test_a_device_file_without_content_is_named(tmp_path, content, said):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(JointoptError, match=f"mine.yaml.*{said}"):
+        load_device(path)
+
+
+@pytest.mark.parametrize("options", [{"batch": 2.5}, {"batch": True}, {"context": 0}, {"context": -5}, {"parallel": 0}])
+def test_a_roofline_of_no_whole_number_is_refused(options):
+    ((name, value),) = options.items()
+    with pytest.raises(JointoptError, match=f"roofline: {name} {value}; allowed: a whole number from 1"):
+        Roofline(FAST.device, **options)
+
+
+def test_norms_within_heads_follow_the_context_and_decode_one_token():
+    model = make("qwen3")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"])
+    found = []
+    for tokens in (4, 12):
+        supernet = Supernet(model, space, latency=Roofline(load_device("h100"), batch=8, context=96))
+        supernet.calibrate([{"input_ids": torch.randint(3, 90, (2, tokens))}])
+        found.append(supernet.costs(space.largest))
+    for name in ("latency", "decode_latency"):
+        assert found[0][name] == pytest.approx(found[1][name])
+
+
 linears = st.builds(
     Operator,
     kind=st.just("linear"),
@@ -246,6 +288,13 @@ def test_expected_cost_has_the_gradient_of_finite_differences():
         return 1e6 * expected_cost(supernet, [one.softmax(0) for one in each], "latency")
 
     assert torch.autograd.gradcheck(microseconds, free)
+
+
+def test_expected_cost_of_other_things_than_tensors_is_refused():
+    supernet = supernet_of("vit")
+    for wrong in ({"a": 1}, [each.tolist() for each in one_hot(supernet.space, supernet.space.smallest)]):
+        with pytest.raises(JointoptError, match="expected_cost: found no tensors"):
+            expected_cost(supernet, wrong, "latency")
 
 
 def test_impossible_hardware_is_refused():

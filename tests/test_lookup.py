@@ -156,6 +156,40 @@ def test_timings_of_another_machine_are_refused(tmp_path):
         Lookup.of(supernet(), path=path)
 
 
+@pytest.mark.parametrize(
+    "content", ['{"machines": []}', "3", '{"machines": {"%s": {"a": -1.0}}}', '{"machines": {"%s": {"a": null}}}']
+)
+def test_a_damaged_file_of_timings_is_named(tmp_path, content):
+    path = tmp_path / "operators.json"
+    path.write_text(content.replace("%s", Backend(threads=1).machine))
+    with pytest.raises(JointoptError, match=r"operators.json.*remove it"):
+        Lookup.of(supernet(), path=path)
+
+
+@pytest.mark.parametrize("options", [{"batch": 0}, {"context": -4}, {"threads": 0}])
+def test_what_is_no_number_to_time_by_is_refused_at_once(tmp_path, options):
+    ((name, value),) = options.items()
+    with pytest.raises(JointoptError, match=f"{name}:? .*{value}; allowed: a whole number from 1"):
+        Lookup.of(supernet(), path=tmp_path / "operators.json", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_formats_without_a_form_in_onnx_runtime_are_not_timed(tmp_path):
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W4A8"]))
+    supernet.calibrate(batches("vit"))
+    for timed in (Lookup.of, jointopt.fit_roofline):
+        with pytest.raises(JointoptError, match=r"target onnxruntime: W4A8\w* has no form there"):
+            timed(supernet, path=tmp_path / "operators.json")
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_times_that_are_none_fit_nothing(wrong):
+    lookup = Lookup(Backend(threads=1))
+    with pytest.raises(JointoptError, match="lookup: found times of .*; allowed: above 0"):
+        lookup.fit(supernet(), supernet().space.sample(3, 0), [1.0, 1.0, wrong])
+
+
 def of_weights(**options) -> Supernet:
     model = make("vit")
     space = SearchSpace.for_model(model, schemes=["none", "W4A16", "W8A16_CHANNEL"], depth=[2, 3], **options)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from jointopt.cost.operators import Operator
+from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -55,10 +56,13 @@ class Backend:
         """Where a super-network's exports run.
 
         Raises:
-            JointoptError: an unknown name; for torch, a space with formats that round inputs, bitsandbytes' formats or
-                quantized caches.
+            JointoptError: an unknown name, threads that are no number from 1, a number format that has no form in ONNX
+                Runtime; for torch, a space with formats that round inputs, bitsandbytes' formats or quantized caches.
         """
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise JointoptError(f"threads: found {threads!r}; allowed: a whole number from 1")
         if name == ONNXRUNTIME:
+            check_schemes(TARGETS[ONNXRUNTIME], sorted({each.name for each in supernet._schemes.values()}))
             return cls(threads=threads)
         if name != TORCH:
             raise JointoptError(f"backend: found {name!r}; allowed: {ONNXRUNTIME}, {TORCH}")

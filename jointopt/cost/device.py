@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
 
-Rate = Annotated[float, Field(gt=0)]
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"found {value}; allowed: a number")
+    return value
+
+
+Rate = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0)]
 Compute = Literal["float32", "bfloat16", "int8", "int4", "fp8", "fp4"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Cache(_Part):
@@ -71,6 +78,13 @@ class Device(_Part):
     efficiency: Efficiency
     power: Power
     kernels: dict[str, Rate] = {}
+
+    @field_validator("peak")
+    @classmethod
+    def _with_float32(cls, value: dict[Compute, float]) -> dict[Compute, float]:
+        if "float32" not in value:
+            raise ValueError("found no float32, in which all else is computed; allowed: with it")
+        return value
 
     def save(self, path: str | Path) -> None:
         """Writes the YAML file that `load_device` reads. Raises JointoptError where it cannot be written."""
@@ -126,28 +140,34 @@ def device_names() -> list[str]:
     return sorted(each.name.removesuffix(".yaml") for each in folder.iterdir() if each.name.endswith(".yaml"))
 
 
-def load_device(name: str) -> Device:
+def load_device(name: str | Path) -> Device:
     """A device by name, or from a YAML file of one's own.
 
     Raises:
         JointoptError: no such device, with the nearest name; a file that lacks a figure, which is named.
     """
+    name = str(name)
     if name in device_names():
         text = (resources.files("jointopt.cost") / "devices" / f"{name}.yaml").read_text(encoding="utf-8")
     elif name.endswith((".yaml", ".yml")):
         try:
             text = Path(name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise JointoptError(f"device: {name!r} cannot be read: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise JointoptError(f"device: {name!r} cannot be read: {reason}") from None
     else:
         near, allowed = did_you_mean(name, device_names()), ", ".join(device_names())
         raise JointoptError(f"device: found {name!r}{near}; allowed: {allowed}, or a YAML file of one's own")
     try:
-        return Device.model_validate(_read(text, name))
+        content = _read(text, name)
+        if not isinstance(content, dict):
+            raise JointoptError(f"device: {name!r} holds no figures; allowed: {', '.join(Device.model_fields)}")
+        return Device.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise JointoptError(f"device: {name!r}: {where}: {first['msg'].lower()}") from None
+        said = first["msg"].lower().removeprefix("value error, ")
+        raise JointoptError(f"device: {name!r}: {where}: {said}") from None
 
 
 def _read(text: str, name: str) -> Any:

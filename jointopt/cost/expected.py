@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,10 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
         allowed = ", ".join(name for name in tables.measures if name != "activation")
         raise JointoptError(f"expected_cost: found {measure!r}; allowed: {allowed}")
     genes = supernet.space.genes
+    if any(np.isnan(table.values[measure]).any() for table in tables.tables):
+        raise JointoptError(f"expected_cost: {supernet.latency.source} has no figure for {measure}")  # type: ignore[union-attr]
+    if isinstance(probabilities, Mapping) or not all(isinstance(each, Tensor) for each in probabilities):
+        raise JointoptError("expected_cost: found no tensors; allowed: one [choices] for each gene, in their order")
     if [tuple(each.shape) for each in probabilities] != [(len(gene.choices),) for gene in genes]:
         raise JointoptError(
             f"expected_cost: found {len(probabilities)} tensors; allowed: one [choices] for each of {len(genes)} genes"

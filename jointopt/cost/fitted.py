@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import least_squares
 
-from jointopt.cost.backend import Backend
+from jointopt.cost.backend import ONNXRUNTIME, Backend
 from jointopt.cost.device import Cache, Device, load_device
 from jointopt.cost.lookup import operators_of, times_of
 from jointopt.cost.operators import Operator
@@ -61,7 +61,7 @@ def fit_roofline(
     asked = _in_turns(operators_of(supernet, batch, context), operators)
     if len(asked) < FEWEST:
         raise JointoptError(f"fit_roofline: found {len(asked)} operators to time; allowed: {FEWEST} or more")
-    backend = Backend(threads=threads)
+    backend = Backend.of(supernet, ONNXRUNTIME, threads)
     seconds = times_of(asked, batch, backend, path)
     kernels = sorted({each.kernel for each in asked if each.macs})
     base = load_device(device).model_copy(update={"name": f"{backend.machine}, fitted to {len(asked)} operators"})

@@ -155,10 +155,12 @@ class Lookup:
             seconds: end to end, for the batch; three or more.
 
         Raises:
-            JointoptError: fewer than three.
+            JointoptError: fewer than three, or some that are not above 0.
         """
         if len(seconds) < 3 or len(genomes) != len(seconds):
             raise JointoptError(f"lookup: found {len(seconds)} times to fit by; allowed: three or more, one a genome")
+        if not all(np.isfinite(each) and each > 0 for each in seconds):
+            raise JointoptError(f"lookup: found times of {min(seconds):g} to {max(seconds):g} s; allowed: above 0")
         names = ["operators", "attention", "layers", *(["quantized"] if self.backend.name == TORCH else [])]
         canonical = supernet.space.canonical(np.array(genomes))
         columns = [
@@ -173,6 +175,9 @@ class Lookup:
 
 def operators_of(supernet: Supernet, batch: int = 1, context: int | None = None) -> list[Operator]:
     """The distinct operators of all sub-networks of a super-network, but for reading caches."""
+    for name, value in (("batch", batch), ("context", 1 if context is None else context)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise JointoptError(f"lookup: {name} {value!r}; allowed: a whole number from 1")
     asked = _Asked(batch, context)
     supernet.costs_by(asked)
     return list({key_of(each, batch): each for each in asked.operators}.values())
@@ -251,14 +256,17 @@ def _read(path: Path, machine: str) -> dict[Key, float]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text())
-        machines = record["machines"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JointoptError(f"lookup: {str(path)!r} cannot be read: {error}") from None
+        machines = {machine: dict(times) for machine, times in json.loads(path.read_text())["machines"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise JointoptError(f"lookup: {str(path)!r} cannot be read: {error!r}; allowed: remove it") from None
     if machines and not any(each.startswith(f"{host()}, ") for each in machines):
         told = "; ".join(machines)
         raise JointoptError(f"lookup: {str(path)!r} was timed on another machine ({told}); allowed: another path")
-    return dict(machines.get(machine, {}))
+    known = machines.get(machine, {})
+    wrong = [each for each in known.values() if not isinstance(each, float) or not 0 < each < float("inf")]
+    if wrong:
+        raise JointoptError(f"lookup: {str(path)!r} has a time of {wrong[0]!r}; allowed: above 0; or remove it")
+    return known
 
 
 def _write(path: Path, machine: str, known: Mapping[Key, float]) -> None:

@@ -40,9 +40,12 @@ class Roofline:
     error: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "parallel"):
-            if getattr(self, name) < 1:
-                raise JointoptError(f"roofline: {name} {getattr(self, name)}; allowed: 1 or more")
+        for name in ("batch", "parallel", "context"):
+            value = getattr(self, name)
+            if name == "context" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise JointoptError(f"roofline: {name} {value!r}; allowed: a whole number from 1")
         if self.parallel > 1 and self.device.network is None:
             raise JointoptError(
                 f"roofline: parallel {self.parallel}, and {self.device.name} has no network; allowed: 1"
@@ -104,7 +107,7 @@ class Roofline:
         times = np.array(seconds)
         if not (np.isfinite(times) & (times > 0)).all():
             raise JointoptError(f"roofline: found times of {times.min():g} to {times.max():g} s; allowed: above 0")
-        ratios = supernet.costs_by(self).columns(np.stack(genomes))["latency"] / times
+        ratios = supernet.costs_by(self).columns(supernet.space.canonical(np.array(genomes)))["latency"] / times
         factor = float(ratios.sum() / (ratios**2).sum())
         return replace(self, device=self.device.slower(factor), error=float(np.abs(factor * ratios - 1).mean()))
 

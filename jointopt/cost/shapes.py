@@ -344,7 +344,7 @@ class ShapeCosts:
             kind,
             rows,
             0 if kind == "embedding" else columns,
-            positions * self._scale if positions == self._tokens else positions,
+            positions * self._scale if self._by_token(positions) else positions,
             area=weight[0, 0].numel() if kind == "conv" else 1,
             heads=module.groups if isinstance(module, nn.Conv2d) else 1,
             scheme=scheme if scheme is not None and scheme.weights is not None else None,
@@ -353,6 +353,11 @@ class ShapeCosts:
             reduces=path in self._consumer and self._consumer[path][0].block is not None,
         )
 
+    def _by_token(self, positions: float) -> bool:
+        """Whether a measured sample's positions are its tokens, or some of each: its heads, for a norm within them."""
+        per_token = positions / self._tokens
+        return per_token >= 1 and abs(per_token - round(per_token)) < 1e-6
+
     def _timed(self, operator: Operator) -> dict[str, float]:
         """What an operator takes: of the whole context and, where there is a cache, of one more token."""
         assert self.latency is not None
@@ -360,9 +365,9 @@ class ShapeCosts:
         moved = (operator.input_bytes + operator.output_bytes) * self.latency.batch
         found = {"latency": answer.seconds, "energy": answer.joules, "activation": moved}
         if self.family.caches:
-            one = replace(operator, positions=operator.positions / (self._tokens * self._scale))
-            if operator.positions != self._tokens * self._scale:
-                one = operator
+            one = operator
+            if self._by_token(operator.positions / self._scale):
+                one = replace(operator, positions=operator.positions / (self._tokens * self._scale))
             answer = self.latency.answer(one)
             found |= {"decode_latency": answer.seconds, "decode_energy": answer.joules}
         return found
