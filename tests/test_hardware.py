@@ -11,9 +11,10 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import jointopt
-from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
+from jointopt import Family, Gene, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
 from jointopt.cost.device import device_names
 from jointopt.cost.expected import expected_cost
 from jointopt.cost.operators import Operator
@@ -177,7 +178,7 @@ def test_latency_is_that_of_each_operator_alone():
     held = 2 * hidden * tokens * 4
     block += seconds("attention", hidden, hidden, tokens, 0, context=tokens, cache_bytes=held)
     total = 3 * block + seconds("norm", hidden, hidden, tokens, hidden) + seconds("linear", 5, hidden, 1, 5 * hidden)
-    total += seconds("conv", hidden, 3, 16, 3 * 16 * hidden, area=16)
+    total += seconds("conv", hidden, 3, 16, 3 * 16 * hidden, area=16, stride=16)
     assert supernet.costs(supernet.space.largest)["latency"] == pytest.approx(total, rel=1e-9)
 
 
@@ -288,6 +289,18 @@ def test_expected_cost_has_the_gradient_of_finite_differences():
         return 1e6 * expected_cost(supernet, [one.softmax(0) for one in each], "latency")
 
     assert torch.autograd.gradcheck(microseconds, free)
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)])
+def test_a_convolution_s_inputs_are_counted_whole(conv):
+    model = nn.Sequential(conv)
+    family = Family("one", (), (), (Layer("conv", "0", "conv"),))
+    pixels = torch.randn(2, conv.in_channels, 16, 16)
+    space = SearchSpace([Gene("conv.precision", ("none", "W8A16_CHANNEL"))])
+    supernet = Supernet(model, space, family=lambda _: family, latency=FAST)
+    supernet.calibrate([{"input": pixels}])
+    found = supernet.costs(space.largest)
+    assert found["peak_memory"] - found["size"] == (pixels[0].numel() + conv(pixels)[0].numel()) * 4
 
 
 def test_expected_cost_of_other_things_than_tensors_is_refused():

@@ -166,6 +166,14 @@ def test_a_damaged_file_of_timings_is_named(tmp_path, content):
         Lookup.of(supernet(), path=path)
 
 
+def test_a_time_that_was_too_short_to_tell_is_kept(tmp_path):
+    path = tmp_path / "operators.json"
+    lookup = Lookup.of(supernet(), path=path)
+    short = {**lookup.seconds, next(iter(lookup.seconds)): 0.0}
+    path.write_text(json.dumps({"machines": {lookup.backend.machine: short}}))
+    assert Lookup.of(supernet(), path=path).seconds == short
+
+
 @pytest.mark.parametrize("options", [{"batch": 0}, {"context": -4}, {"threads": 0}])
 def test_what_is_no_number_to_time_by_is_refused_at_once(tmp_path, options):
     ((name, value),) = options.items()

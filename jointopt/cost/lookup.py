@@ -263,9 +263,9 @@ def _read(path: Path, machine: str) -> dict[Key, float]:
         told = "; ".join(machines)
         raise JointoptError(f"lookup: {str(path)!r} was timed on another machine ({told}); allowed: another path")
     known = machines.get(machine, {})
-    wrong = [each for each in known.values() if not isinstance(each, float) or not 0 < each < float("inf")]
+    wrong = [each for each in known.values() if not isinstance(each, float) or not 0 <= each < float("inf")]
     if wrong:
-        raise JointoptError(f"lookup: {str(path)!r} has a time of {wrong[0]!r}; allowed: above 0; or remove it")
+        raise JointoptError(f"lookup: {str(path)!r} has a time of {wrong[0]!r}; allowed: seconds from 0; or remove it")
     return known
 
 

@@ -18,10 +18,12 @@ class Operator:
         kind: "linear", "conv", "embedding", "norm", "attention" (its two products), or "cache": reading keys and values
             of earlier tokens, in whatever runs attention.
         rows: outputs at each position; of attention, channels of all query heads.
-        columns: inputs at each position (of a convolution, channels); of attention, channels of all key heads.
+        columns: inputs at each position (of a convolution, channels of a group); of attention, channels of all key
+            heads.
         positions: at which it is applied (tokens, output pixels); of attention, queries.
         context: keys that each query of attention meets; 0 elsewhere.
         area: of a convolution's kernel.
+        stride: of a convolution, positions of its input for each of its output, in both directions together.
         heads: of attention, of its queries; of a convolution, groups.
         scheme: its number formats, None where it is not quantized.
         reader: of a convolution that another one alone reads, through a ReLU at most: that one's number formats.
@@ -37,6 +39,7 @@ class Operator:
     positions: float
     context: float = 0.0
     area: int = 1
+    stride: int = 1
     heads: int = 1
     scheme: Scheme | None = None
     reader: Scheme | None = None
@@ -74,7 +77,8 @@ class Operator:
         bits = scheme.activations.bits if scheme is not None and scheme.activations is not None else self.bits
         if self.kind == "attention":
             return self.positions * self.rows * self.bits / 8
-        return self.positions * self.columns * bits / 8
+        groups = self.heads if self.kind == "conv" else 1
+        return self.positions * self.stride * self.columns * groups * bits / 8
 
     @property
     def output_bytes(self) -> float:

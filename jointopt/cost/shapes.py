@@ -7,6 +7,7 @@ is a small table; a genome is a sum of look-ups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -346,6 +347,7 @@ class ShapeCosts:
             0 if kind == "embedding" else columns,
             positions * self._scale if self._by_token(positions) else positions,
             area=weight[0, 0].numel() if kind == "conv" else 1,
+            stride=math.prod(module.stride) if isinstance(module, nn.Conv2d) else 1,
             heads=module.groups if isinstance(module, nn.Conv2d) else 1,
             scheme=scheme if scheme is not None and scheme.weights is not None else None,
             weight_bytes=stored,
