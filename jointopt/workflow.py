@@ -16,7 +16,7 @@ import numpy as np
 from quant.errors import JointoptError
 
 from .config import Config
-from .cost.configured import THIS, latency_of, look_up, measured_beside
+from .cost.configured import THIS, check_timed, latency_of, look_up, measured_beside
 from .rows import is_hub_id
 from .run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
 
@@ -202,6 +202,7 @@ def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> Non
     from .loop import check_wishes
     from .objectives import ON_HARDWARE
 
+    check_timed(config, supernet)
     timed_later = ON_HARDWARE if supernet.latency is None else ()
     check_wishes(
         supernet,

@@ -12,7 +12,9 @@ import torch
 
 import jointopt
 from jointopt import JointoptError, Lookup, SearchSpace, Supernet
+from jointopt.config import load_config
 from jointopt.cost.backend import Backend, host
+from jointopt.cost.configured import check_timed
 from jointopt.cost.here import lookup_here
 from jointopt.cost.lookup import key_of
 from jointopt.cost.operators import Operator
@@ -272,3 +274,13 @@ def test_energy_by_look_up_is_no_objective(timed):
 def test_an_export_is_timed_end_to_end(tmp_path):
     folder = jointopt.export(supernet(), supernet().space.smallest, tmp_path / "out", target="onnxruntime")
     assert time_export(folder, batches("vit")[0], Backend(), rounds=3) > 0
+
+
+def test_formats_that_cannot_be_timed_in_torch_are_refused_before_any_training(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "model: m\ntask: image-classification\ndata: {calibrate: a, evaluate: b}\noutput: o\nhardware: {device: this}\n"
+    )
+    config = load_config(tmp_path / "config.yaml")
+    check_timed(config, of_weights())
+    with pytest.raises(JointoptError, match=r"hardware.device this: W8A8\w*: rounds a layer's inputs"):
+        check_timed(config, supernet())

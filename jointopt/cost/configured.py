@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quant.errors import JointoptError
+
 from .backend import Backend
 
 if TYPE_CHECKING:
@@ -39,12 +41,28 @@ def latency_of(config: Config) -> Roofline | None:
     return Roofline(load_device(wanted.device), wanted.batch, wanted.context, wanted.parallel)
 
 
+def check_timed(config: Config, supernet: Supernet) -> None:
+    """Raises JointoptError where the config's hardware is this machine, and what it runs cannot be timed here."""
+    from .lookup import operators_of
+
+    wanted = config.hardware
+    if wanted is None or wanted.device != THIS:
+        return
+    try:
+        backend = Backend.of(supernet, _backend(config), wanted.threads)
+        for operator in operators_of(supernet, wanted.batch):
+            backend.computed(operator)
+    except JointoptError as error:
+        raise JointoptError(f"hardware.device {THIS}: {error}") from None
+
+
 def look_up(config: Config, inputs: Sequence[Batch], supernet: Supernet) -> None:
     """Has this machine's own times answer, where the config's hardware is this machine."""
     from .here import lookup_here
 
     wanted = config.hardware
     if wanted is not None and wanted.device == THIS:
+        check_timed(config, supernet)
         kept, seed = Path(config.output) / LATENCY, config.search.seed
         backend = _backend(config)
         supernet.use_latency(lookup_here(supernet, wanted.batch, wanted.threads, inputs, kept, seed, backend))
