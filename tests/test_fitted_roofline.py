@@ -104,8 +104,12 @@ def test_too_little_to_fit_by_is_refused(tmp_path):
     largest = supernet().space.largest
     with pytest.raises(JointoptError, match="roofline: found 1 times to fit by; allowed: two or more"):
         Roofline(load_device("l4")).fit(supernet(), [largest], [1e-3])
-    with pytest.raises(JointoptError, match="found times of 0 to 0.001 s; allowed: above 0"):
+    with pytest.raises(JointoptError, match="roofline: found a time of 0.0 s; allowed: above 0"):
         Roofline(load_device("l4")).fit(supernet(), [largest, largest], [1e-3, 0.0])
+    with pytest.raises(JointoptError, match="roofline: found genomes of several shapes"):
+        Roofline(load_device("l4")).fit(supernet(), [largest, largest[1:]], [1e-3, 1e-3])
+    with pytest.raises(JointoptError, match="genome: found shape"):
+        Roofline(load_device("l4")).fit(supernet(), [largest[1:], largest[1:]], [1e-3, 1e-3])
 
 
 def test_a_device_that_cannot_be_written_is_told(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +13,19 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import ViTForImageClassification
 
 import jointopt
 from jointopt import Family, Gene, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
+from jointopt.cli import _on_devices
+from jointopt.config import load_config
+from jointopt.cost.configured import latency_of
 from jointopt.cost.device import device_names
 from jointopt.cost.expected import expected_cost
-from jointopt.cost.operators import Operator
+from jointopt.cost.operators import Answer, Operator
 from jointopt.report.devices import on_device
 from quant.formats import scheme
+from tests.saved import save_vit
 from tests.zoo import MODELS, batches, make
 
 FAST = Roofline(load_device("h100"))
@@ -83,6 +89,8 @@ def test_a_device_of_one_s_own_is_read_and_a_missing_figure_is_named(tmp_path):
         ("peak", {"int8": 1e12}, "peak: found no float32, in which all else is computed"),
         ("overhead", float("inf"), "overhead: input should be a finite number"),
         ("bandwidth", True, "bandwidth: found True; allowed: a number"),
+        ("overhead", True, "overhead: found True; allowed: a number"),
+        ("efficiency", {"compute": True, "memory": 1.0}, "efficiency.compute: found True; allowed: a number"),
     ],
 )
 def test_a_figure_that_is_none_is_named(tmp_path, key, value, said):
@@ -92,7 +100,14 @@ def test_a_figure_that_is_none_is_named(tmp_path, key, value, said):
         load_device(path)
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"", "holds no figures; allowed: name, peak"), (b"\xff", "not UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no figures; allowed: name, peak"),
+        (b"\xff", "not UTF-8"),
+        (b"[" * 3000, "nested too deeply"),
+    ],
+)
 def test_a_device_file_without_content_is_named(tmp_path, content, said):
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
@@ -117,6 +132,30 @@ def test_norms_within_heads_follow_the_context_and_decode_one_token():
         found.append(supernet.costs(space.largest))
     for name in ("latency", "decode_latency"):
         assert found[0][name] == pytest.approx(found[1][name])
+
+
+def test_norms_within_heads_take_no_more_than_the_heads_that_are_left_need():
+    model = make("qwen3")
+    space = SearchSpace.for_model(model, schemes=["none"], heads=[2, 4])
+
+    class Numbers(Roofline):
+        def answer(self, operator):  # of a norm: the numbers that it reads
+            return Answer(operator.positions * operator.rows if operator.kind == "norm" else 0.0, 0.0)
+
+    supernet = Supernet(model, space, latency=Numbers(FAST.device, context=96))
+    supernet.calibrate(batches("qwen3"))
+    whole = space.largest.copy()
+    half = whole.copy()
+    half[space.names.index("block0.heads")] = 0
+    for genome, heads in ((whole, 4), (half, 2)):
+        parts = {part["path"]: part for part in supernet.breakdown(genome)}
+        read = parts["model.layers.0.self_attn.q_norm"]
+        width = model.config.head_dim
+        assert read["latency"] == 96 * heads * width and read["decode_latency"] == heads * width
+        assert parts["model.layers.0.self_attn.k_norm"]["latency"] == 96 * heads // 2 * width
+        assert parts["model.layers.1.self_attn.q_norm"]["latency"] == 96 * 4 * width
+        found = float(expected_cost(supernet, one_hot(space, genome), "latency"))
+        assert found == pytest.approx(supernet.costs(genome)["latency"])
 
 
 linears = st.builds(
@@ -245,6 +284,34 @@ def test_one_study_on_many_devices_measures_no_quality_again(tmp_path):
     assert "On another device: orin" in page and "Jetson AGX Orin" in page
 
 
+def test_a_report_keeps_the_run_s_batch_and_parallel_unless_its_options_say_otherwise(tmp_path):
+    save_vit(tmp_path / "vit")
+    content = {
+        "model": str(tmp_path / "vit"),
+        "task": "image-classification",
+        "data": {"calibrate": "images", "evaluate": "images"},
+        "space": {"depth": [1, 2]},
+        "hardware": {"device": "h100", "batch": 4, "parallel": 2},
+        "output": str(tmp_path),
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    config = load_config(tmp_path / "config.yaml")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "vit")
+    supernet = Supernet(model, config.search_space(model), latency=latency_of(config))
+    side = model.config.image_size
+    supernet.calibrate([{"pixel_values": torch.randn(4, 1, side, side)}])
+    study = jointopt.search(supernet, lambda m: 1.0, ["quality", "latency"], evaluations=4)
+    searched = study.evaluations().set_index("number")["latency"]
+    for batch in (None, 16):
+        options = Namespace(device=["h100", "orin"], batch=batch, context=None)
+        on, alone = _on_devices(study, tmp_path, options)
+        assert on.source == "roofline of 2 x NVIDIA H100 80GB SXM" and "2 x" not in alone.source
+        if batch is None:
+            assert on.rows.set_index("number")["latency"].to_dict() == pytest.approx(searched.to_dict())
+        else:
+            assert (on.rows["latency"].to_numpy() > searched[on.rows["number"]].to_numpy()).all()
+
+
 def one_hot(space: SearchSpace, genome) -> list[torch.Tensor]:
     sizes = [len(gene.choices) for gene in space.genes]
     return [torch.eye(size, dtype=torch.float64)[at] for size, at in zip(sizes, genome, strict=True)]
@@ -305,9 +372,14 @@ def test_a_convolution_s_inputs_are_counted_whole(conv):
 
 def test_expected_cost_of_other_things_than_tensors_is_refused():
     supernet = supernet_of("vit")
-    for wrong in ({"a": 1}, [each.tolist() for each in one_hot(supernet.space, supernet.space.smallest)]):
+    right = one_hot(supernet.space, supernet.space.smallest)
+    for wrong in ({"a": 1}, None, 3, [], [each.tolist() for each in right], [each.numpy() for each in right]):
         with pytest.raises(JointoptError, match="expected_cost: found no tensors"):
             expected_cost(supernet, wrong, "latency")
+    with pytest.raises(
+        JointoptError, match=rf"expected_cost: {supernet.space.names[0]}: found a tensor \[1\]; allowed"
+    ):
+        expected_cost(supernet, [right[0][:1], *right[1:]], "latency")
 
 
 def test_impossible_hardware_is_refused():

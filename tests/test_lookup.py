@@ -15,7 +15,7 @@ from jointopt import JointoptError, Lookup, SearchSpace, Supernet
 from jointopt.config import load_config
 from jointopt.cost.backend import Backend, host
 from jointopt.cost.configured import check_timed
-from jointopt.cost.here import lookup_here
+from jointopt.cost.here import FITTED, lookup_here
 from jointopt.cost.lookup import key_of
 from jointopt.cost.operators import Operator
 from jointopt.cost.timing import module_of, time_export, time_operators
@@ -159,7 +159,16 @@ def test_timings_of_another_machine_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"machines": []}', "3", '{"machines": {"%s": {"a": -1.0}}}', '{"machines": {"%s": {"a": null}}}']
+    "content",
+    [
+        '{"machines": []}',
+        "3",
+        "[" * 100_000,
+        '{"machines": {"%s": {"a": -1.0}}}',
+        '{"machines": {"%s": {"a": null}}}',
+        '{"machines": {"%s": {"a": "1"}}}',
+    ],
+    ids=["list", "number", "deep", "negative", "null", "text"],
 )
 def test_a_damaged_file_of_timings_is_named(tmp_path, content):
     path = tmp_path / "operators.json"
@@ -193,10 +202,10 @@ def test_formats_without_a_form_in_onnx_runtime_are_not_timed(tmp_path):
             timed(supernet, path=tmp_path / "operators.json")
 
 
-@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf"), None, "1"])
 def test_times_that_are_none_fit_nothing(wrong):
     lookup = Lookup(Backend(threads=1))
-    with pytest.raises(JointoptError, match="lookup: found times of .*; allowed: above 0"):
+    with pytest.raises(JointoptError, match="lookup: found a time of .*; allowed: above 0"):
         lookup.fit(supernet(), supernet().space.sample(3, 0), [1.0, 1.0, wrong])
 
 
@@ -232,6 +241,11 @@ def test_in_torch_sub_networks_are_timed_end_to_end_and_the_fit_is_kept(tmp_path
     assert again.factors == lookup.factors
     with pytest.raises(JointoptError, match=r"latency.json' is of .*torch.*; this is .*ONNX Runtime"):
         lookup_here(found, 2, 1, batches("vit"), tmp_path / "latency.json", 0)
+    record = json.loads((tmp_path / "latency.json").read_text())
+    for name in FITTED:
+        (tmp_path / "latency.json").write_text(json.dumps({**record, name: None}))
+        with pytest.raises(JointoptError, match=r"latency.json' cannot be read: .*; allowed: remove it"):
+            lookup_here(found, 2, 1, batches("vit"), tmp_path / "latency.json", 0, "torch")
 
 
 @pytest.mark.parametrize(
@@ -269,6 +283,9 @@ def test_energy_by_look_up_is_no_objective(timed):
     found.calibrate(batches("vit"))
     with pytest.raises(JointoptError, match=r"objective 'energy': look-up on .* has no figure"):
         jointopt.search(found, lambda m: 1.0, ["quality", "energy"], evaluations=2)
+    chances = [torch.ones(len(gene.choices)) / len(gene.choices) for gene in found.space.genes]
+    with pytest.raises(JointoptError, match=r"expected_cost: look-up on .* has no figure for energy"):
+        jointopt.expected_cost(found, chances, "energy")
 
 
 def test_an_export_is_timed_end_to_end(tmp_path):

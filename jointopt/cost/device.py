@@ -20,6 +20,8 @@ def _no_truth_value(value: Any) -> Any:
 
 
 Rate = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0, le=1)]
+FromZero = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0)]
 Compute = Literal["float32", "bfloat16", "int8", "int4", "fp8", "fp4"]
 
 
@@ -38,20 +40,20 @@ class Network(_Part):
     """Between devices: bytes a second in one direction, seconds of a message."""
 
     bandwidth: Rate
-    latency: Annotated[float, Field(ge=0)]
+    latency: FromZero
 
 
 class Efficiency(_Part):
     """The share of the peak rates that good kernels reach."""
 
-    compute: Annotated[float, Field(gt=0, le=1)]
-    memory: Annotated[float, Field(gt=0, le=1)]
+    compute: Share
+    memory: Share
 
 
 class Power(_Part):
     """Watts."""
 
-    idle: Annotated[float, Field(ge=0)]
+    idle: FromZero
     peak: Rate
 
 
@@ -74,7 +76,7 @@ class Device(_Part):
     capacity: Rate
     cache: Cache
     network: Network | None = None
-    overhead: Annotated[float, Field(ge=0)]
+    overhead: FromZero
     efficiency: Efficiency
     power: Power
     kernels: dict[str, Rate] = {}
@@ -152,8 +154,10 @@ def load_device(name: str | Path) -> Device:
     elif name.endswith((".yaml", ".yml")):
         try:
             text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        except UnicodeDecodeError:
+            raise JointoptError(f"device: {name!r} cannot be read: it is not UTF-8") from None
+        except (OSError, ValueError) as error:  # ValueError: no path at all
+            reason = getattr(error, "strerror", None) or error
             raise JointoptError(f"device: {name!r} cannot be read: {reason}") from None
     else:
         near, allowed = did_you_mean(name, device_names()), ", ".join(device_names())
@@ -175,3 +179,5 @@ def _read(text: str, name: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise JointoptError(f"device: {name!r} is no YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise JointoptError(f"device: {name!r} is nested too deeply; allowed: the figures of a device") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,13 +40,20 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
     genes = supernet.space.genes
     if any(np.isnan(table.values[measure]).any() for table in tables.tables):
         raise JointoptError(f"expected_cost: {supernet.latency.source} has no figure for {measure}")  # type: ignore[union-attr]
-    if isinstance(probabilities, Mapping) or not all(isinstance(each, Tensor) for each in probabilities):
+    ordered = isinstance(probabilities, Iterable) and not isinstance(probabilities, Mapping)
+    found = list(probabilities) if ordered else []
+    if not found or not all(isinstance(each, Tensor) for each in found):
         raise JointoptError("expected_cost: found no tensors; allowed: one [choices] for each gene, in their order")
-    if [tuple(each.shape) for each in probabilities] != [(len(gene.choices),) for gene in genes]:
+    if len(found) != len(genes):
         raise JointoptError(
-            f"expected_cost: found {len(probabilities)} tensors; allowed: one [choices] for each of {len(genes)} genes"
+            f"expected_cost: found {len(found)} tensors; allowed: one [choices] for each of {len(genes)} genes"
         )
-    known = dict(zip(supernet.space.names, (each.double() for each in probabilities), strict=True))
+    for each, gene in zip(found, genes, strict=True):
+        if tuple(each.shape) != (len(gene.choices),):
+            raise JointoptError(
+                f"expected_cost: {gene.name}: found a tensor {list(each.shape)}; allowed: [{len(gene.choices)}]"
+            )
+    known = dict(zip(supernet.space.names, (each.double() for each in found), strict=True))
     by_index = list(known.values())
     total = torch.zeros((), dtype=torch.float64)
     for table in tables.tables:

@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from jointopt.cost.backend import ONNXRUNTIME, TORCH, Backend, host
-from jointopt.cost.operators import Answer, Operator
+from jointopt.cost.operators import Answer, Operator, times_to_fit
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -155,19 +155,16 @@ class Lookup:
             seconds: end to end, for the batch; three or more.
 
         Raises:
-            JointoptError: fewer than three, or some that are not above 0.
+            JointoptError: fewer than three, some that are not above 0, genomes of another space.
         """
-        if len(seconds) < 3 or len(genomes) != len(seconds):
-            raise JointoptError(f"lookup: found {len(seconds)} times to fit by; allowed: three or more, one a genome")
-        if not all(np.isfinite(each) and each > 0 for each in seconds):
-            raise JointoptError(f"lookup: found times of {min(seconds):g} to {max(seconds):g} s; allowed: above 0")
+        times = times_to_fit("lookup", genomes, seconds, fewest=3)
         names = ["operators", "attention", "layers", *(["quantized"] if self.backend.name == TORCH else [])]
         canonical = supernet.space.canonical(np.array(genomes))
         columns = [
             supernet.costs_by(replace(self, factors={**dict.fromkeys(names, 0.0), name: 1.0})).columns(canonical)
             for name in names
         ]
-        features, times = np.stack([each["latency"] for each in columns], axis=1), np.array(seconds)
+        features = np.stack([each["latency"] for each in columns], axis=1)
         weights, _ = nnls(features / times[:, None], np.ones(len(times)))  # relative errors, nothing negative
         error = float(np.abs(features @ weights / times - 1).mean())
         return replace(self, factors=dict(zip(names, weights.tolist(), strict=True)), error=error)
@@ -257,7 +254,7 @@ def _read(path: Path, machine: str) -> dict[Key, float]:
         return {}
     try:
         machines = {machine: dict(times) for machine, times in json.loads(path.read_text())["machines"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise JointoptError(f"lookup: {str(path)!r} cannot be read: {error!r}; allowed: remove it") from None
     if machines and not any(each.startswith(f"{host()}, ") for each in machines):
         told = "; ".join(machines)

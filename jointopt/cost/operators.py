@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from quant.errors import JointoptError
 from quant.formats import Scheme
 
 
@@ -130,3 +134,16 @@ class LatencyModel(Protocol):
 
     def answer(self, operator: Operator) -> Answer:
         """What `batch` samples of the operator take."""
+
+
+def times_to_fit(model: str, genomes: Sequence[Any], seconds: Sequence[float], fewest: int) -> np.ndarray:
+    """End-to-end times, as an array. Raises JointoptError for too few, for others than one a genome, for no times."""
+    if len(seconds) < fewest or len(genomes) != len(seconds):
+        number = {2: "two", 3: "three"}[fewest]
+        raise JointoptError(f"{model}: found {len(seconds)} times to fit by; allowed: {number} or more, one a genome")
+    for each in seconds:
+        if not isinstance(each, int | float | np.number) or not 0 < each < math.inf:
+            raise JointoptError(f"{model}: found a time of {each!r} s; allowed: above 0")
+    if len({np.shape(each) for each in genomes}) > 1:
+        raise JointoptError(f"{model}: found genomes of several shapes; allowed: one index a gene")
+    return np.array(seconds, dtype=np.float64)

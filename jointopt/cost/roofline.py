@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jointopt.cost.device import Device
-from jointopt.cost.operators import Answer, Operator
+from jointopt.cost.operators import Answer, Operator, times_to_fit
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -100,13 +100,9 @@ class Roofline:
             seconds: end to end, for the batch; two or more.
 
         Raises:
-            JointoptError: fewer than two, or some that are not above 0.
+            JointoptError: fewer than two, some that are not above 0, genomes of another space.
         """
-        if len(seconds) < 2 or len(genomes) != len(seconds):
-            raise JointoptError(f"roofline: found {len(seconds)} times to fit by; allowed: two or more, one a genome")
-        times = np.array(seconds)
-        if not (np.isfinite(times) & (times > 0)).all():
-            raise JointoptError(f"roofline: found times of {times.min():g} to {times.max():g} s; allowed: above 0")
+        times = times_to_fit("roofline", genomes, seconds, fewest=2)
         ratios = supernet.costs_by(self).columns(supernet.space.canonical(np.array(genomes)))["latency"] / times
         factor = float(ratios.sum() / (ratios**2).sum())
         return replace(self, device=self.device.slower(factor), error=float(np.abs(factor * ratios - 1).mean()))

@@ -128,6 +128,7 @@ class ShapeCosts:
         if latency is not None:
             self.measures += TIMED + (DECODED if family.caches else ())
             self._tokens, self._scale = self._context(latency)
+        self._attends = {w.consumers[0].module.rpartition(".")[0]: w for w in family.widths if w.attention}
         self._seen: set[int] = set()
         tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
         tables += [self._attention(width) for width in family.widths if width.attention]
@@ -244,7 +245,7 @@ class ShapeCosts:
         full_rows = 0 if weight is None else weight.shape[1] if embedding else weight.shape[0]
         full_columns = 0 if weight is None or weight.dim() < 2 or embedding else weight.shape[1]
         rows = self._axis(self._producer.get(path), full_rows)
-        columns = self._axis(self._consumer.get(path), full_columns)
+        columns = self._heads_of(path, module) or self._axis(self._consumer.get(path), full_columns)
         gene, schemes = self._schemes(layer)
         reader = self._reader(path, module)
         reader_gene, readers = self._schemes(reader)
@@ -258,6 +259,17 @@ class ShapeCosts:
             for measure, value in cost.items():
                 values[measure][at] = value
         return Table(path, kind_of(module) or "other", rows, columns, gene, None if own else reader_gene, values)
+
+    def _heads_of(self, path: str, module: nn.Module) -> Axis | None:
+        """The heads that a normalization within them meets at each token; None for all other modules. Only times depend
+        on it."""
+        width = self._attends.get(path.rpartition(".")[0])
+        if self.latency is None or width is None or kind_of(module) != "norm" or path not in self.positions:
+            return None
+        heads = self.positions[path] / self._tokens
+        if heads == 1 or heads not in (width.size, width.units):  # of queries, or of keys
+            return None
+        return self._axis((width, int(heads) // width.units), int(heads))
 
     def _schemes(self, layer: Layer | None) -> tuple[int | None, list[Scheme | None]]:
         """A layer's precision gene, and the schemes of its choices; of one without: None, and a single scheme."""
@@ -317,7 +329,7 @@ class ShapeCosts:
         macs = 0.0
         weight = module._parameters.get("weight")
         bits = 0 if weight is None else weight.element_size() * 8
-        if path in self.positions and columns and weight is not None:
+        if path in self.positions and columns and weight is not None and weight.dim() > 1:
             macs = self.positions[path] * rows * columns * weight[0, 0].numel()
         weight_bits = scheme.weights.bits if scheme and scheme.weights else bits
         input_bits = scheme.activations.bits if scheme and scheme.activations else bits
@@ -338,9 +350,10 @@ class ShapeCosts:
             stored = storage_bytes(scheme, shape, weight.element_size(), embedding=kind == "embedding")
         else:
             stored = _product(shape) * weight.element_size()
-        if kind == "norm":
-            rows = columns = rows or weight.shape[0]
         positions = self.positions[path]
+        if kind == "norm":
+            positions = self._tokens * columns if columns else positions  # columns are the heads that it meets
+            rows = columns = rows or weight.shape[0]
         return Operator(
             kind,
             rows,
