@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -219,7 +219,6 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
     from .cost.roofline import Roofline
     from .report.devices import on_device
     from .run_folder import CONFIG
-    from .stopping import check_count
     from .workflow import stay_offline
 
     if not (output / CONFIG).is_file():

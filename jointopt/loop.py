@@ -19,9 +19,9 @@ from jointopt.evaluation import Evaluation, Quality, measured
 from jointopt.objectives import COSTS, ON_HARDWARE, Constraint, Objective, constraint, named
 from jointopt.sensitivity import quality_prior, telling
 from jointopt.sharing import evaluation_order, parts_of
-from jointopt.stopping import Budget, Watch, check_count, heeding_ctrl_c
+from jointopt.stopping import Budget, Watch, heeding_ctrl_c
 from jointopt.study import Study
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_count
 from search_spaces.space import SearchSpace
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from jointopt.objectives import EVALUATIONS, hypervolume, minimized
 from jointopt.study import Study
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_count
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,6 @@ def heeding_ctrl_c() -> Iterator[Callable[[], None]]:
         yield check
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def check_count(name: str, value: int | None) -> None:
-    """Raises JointoptError for what is neither None nor a whole number from 1."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise JointoptError(f"{name}: found {value!r}; allowed: a number from 1")
 
 
 def _is_number(value: object) -> bool:

@@ -16,3 +16,9 @@ def did_you_mean(found: Any, allowed: Iterable[str]) -> str:
     lowered = {name.lower(): name for name in allowed}
     near = difflib.get_close_matches(str(found).lower(), lowered, 1)
     return f"; did you mean {lowered[near[0]]!r}?" if near else ""
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises JointoptError for what is neither None nor a whole number from 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise JointoptError(f"{name}: found {value!r}; allowed: a whole number from 1")

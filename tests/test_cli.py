@@ -321,7 +321,10 @@ def test_a_training_that_was_killed_goes_on_with_its_own_config_alone(place, cap
         (("export", "runs/vit", "--pick", "knee"), "exists; choose another with --to"),
         (("verify", "nowhere"), "verify: no folder 'nowhere'"),
         (("verify", "vit"), "'vit' is no export"),
-        (("report", "runs/vit", "--device", "a100", "--context", "0"), "--context: found 0; allowed: a number from 1"),
+        (
+            ("report", "runs/vit", "--device", "a100", "--context", "0"),
+            "--context: found 0; allowed: a whole number from 1",
+        ),
         (("report", "nowhere"), "study: 'nowhere' does not exist"),
         (("run", "nowhere.yaml"), "nowhere.yaml: No such file"),
         (("init", "nowhere/at/all"), "model: no folder 'nowhere/at/all'"),

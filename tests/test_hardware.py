@@ -118,7 +118,7 @@ def test_a_device_file_without_content_is_named(tmp_path, content, said):
 @pytest.mark.parametrize("options", [{"batch": 2.5}, {"batch": True}, {"context": 0}, {"context": -5}, {"parallel": 0}])
 def test_a_roofline_of_no_whole_number_is_refused(options):
     ((name, value),) = options.items()
-    with pytest.raises(JointoptError, match=f"roofline: {name} {value}; allowed: a whole number from 1"):
+    with pytest.raises(JointoptError, match=f"roofline: {name}: found {value}; allowed: a whole number from 1"):
         Roofline(FAST.device, **options)
 
 
@@ -384,7 +384,7 @@ def test_expected_cost_of_other_things_than_tensors_is_refused():
 
 def test_impossible_hardware_is_refused():
     for match, call in {
-        "batch 0": lambda: Roofline(FAST.device, 0),
+        "batch: found 0": lambda: Roofline(FAST.device, 0),
         "has no network": lambda: Roofline(load_device("orin"), parallel=2),
         "context: found 128, and a vit reads no tokens": lambda: supernet_of(
             "vit", Roofline(FAST.device, 1, 128)

@@ -13,7 +13,7 @@ import torch
 
 from jointopt.cost.operators import Operator
 from jointopt.targets import TARGETS, check_schemes
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -59,8 +59,7 @@ class Backend:
             JointoptError: an unknown name, threads that are no number from 1, a number format that has no form in ONNX
                 Runtime; for torch, a space with formats that round inputs, bitsandbytes' formats or quantized caches.
         """
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise JointoptError(f"threads: found {threads!r}; allowed: a whole number from 1")
+        check_count("threads", threads)
         if name == ONNXRUNTIME:
             check_schemes(TARGETS[ONNXRUNTIME], sorted({each.name for each in supernet._schemes.values()}))
             return cls(threads=threads)

@@ -22,7 +22,7 @@ from scipy.optimize import nnls
 
 from jointopt.cost.backend import ONNXRUNTIME, TORCH, Backend, host
 from jointopt.cost.operators import Answer, Operator, times_to_fit
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -172,9 +172,8 @@ class Lookup:
 
 def operators_of(supernet: Supernet, batch: int = 1, context: int | None = None) -> list[Operator]:
     """The distinct operators of all sub-networks of a super-network, but for reading caches."""
-    for name, value in (("batch", batch), ("context", 1 if context is None else context)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise JointoptError(f"lookup: {name} {value!r}; allowed: a whole number from 1")
+    check_count("batch", batch)
+    check_count("context", context)
     asked = _Asked(batch, context)
     supernet.costs_by(asked)
     return list({key_of(each, batch): each for each in asked.operators}.values())

@@ -15,7 +15,7 @@ import numpy as np
 
 from jointopt.cost.device import Device
 from jointopt.cost.operators import Answer, Operator, times_to_fit
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -41,11 +41,7 @@ class Roofline:
 
     def __post_init__(self) -> None:
         for name in ("batch", "parallel", "context"):
-            value = getattr(self, name)
-            if name == "context" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise JointoptError(f"roofline: {name} {value!r}; allowed: a whole number from 1")
+            check_count(f"roofline: {name}", getattr(self, name))
         if self.parallel > 1 and self.device.network is None:
             raise JointoptError(
                 f"roofline: parallel {self.parallel}, and {self.device.name} has no network; allowed: 1"
