@@ -1,15 +1,13 @@
 """Parameters, bytes, MACs and BOPs of any sub-network, from shapes alone: exact, and for many genomes at once.
 
-Every stored tensor and every product belongs to a module whose cost depends on four genes at most: the one of its
-rows, the one of its columns, the one of its precision, and for a convolution's time that of what reads it. Each module
-is a small table; a genome is a sum of look-ups.
+Each module is a small table (see tables.py): what it costs at every choice of the genes that it depends on.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +22,9 @@ from search_spaces.family import Cache, Family, Layer, Width, structural_clone
 from search_spaces.space import SearchSpace
 
 from ..learned_ranges import NAME as RANGES
-from ..subnetwork import within
 from ..training.lora import NAMES as ADAPTERS
 from .operators import LatencyModel, Operator
+from .tables import Axis, Table, Tables
 
 _TRAINED_BESIDE = (RANGES, *ADAPTERS)
 """Parameters of training alone, which no checkpoint stores."""
@@ -39,27 +37,6 @@ TIMED = ("latency", "energy", "activation")
 largest operator's inputs and outputs, from which `peak_memory` follows."""
 DECODED = ("decode_latency", "decode_energy")
 """The same for one more token of every sequence of a batch, after the whole context."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A gene that a module's cost depends on, and the number of channels at each of its choices; gene None: fixed."""
-
-    gene: int | None
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cost of one module: measure -> array [row choices, column choices, precision choices, its reader's]."""
-
-    path: str
-    kind: str
-    rows: Axis
-    columns: Axis
-    precision: int | None
-    reader: int | None
-    values: Mapping[str, np.ndarray]
 
 
 def measure_positions(model: nn.Module, inputs: Mapping[str, object]) -> dict[str, float]:
@@ -134,20 +111,11 @@ class ShapeCosts:
         tables += [self._attention(width) for width in family.widths if width.attention]
         tables += [self._cache(cache) for cache in family.caches]
         self.tables = tables
-        self._join(tables)
+        self._joined = Tables(tables, family, space, leaving)
 
     def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """Measure -> one value a genome, int64 (float64 for times, energies and bops, which can pass 2^63)."""
-        genomes = np.atleast_2d(genomes)
-        padded = np.pad(genomes, ((0, 0), (0, 1)))
-        index = self._first + (padded[:, self._genes] * self._strides).sum(-1)
-        present = np.ones(index.shape, dtype=bool)
-        for path, mask in self._gone(genomes).items():
-            present[:, self._inside[path]] &= ~mask[:, None]
-        found = {}
-        for measure, values in self._values.items():
-            each = np.where(present, values[index], 0)
-            found[measure] = each.max(1) if measure == "activation" else each.sum(1)
+        found = self._joined.columns(np.atleast_2d(genomes))
         if self.latency is not None:
             found["peak_memory"] = found["size"] + found.pop("activation").astype(np.int64)
             if "cache" in found:
@@ -159,19 +127,7 @@ class ShapeCosts:
 
     def breakdown(self, genome: np.ndarray) -> list[dict[str, Any]]:
         """Of each operator of one genome: its module's path, and its share of every measure."""
-        padded = np.pad(np.atleast_2d(genome), ((0, 0), (0, 1)))
-        index = (self._first + (padded[:, self._genes] * self._strides).sum(-1))[0]
-        present = np.ones(len(index), dtype=bool)
-        for path, mask in self._gone(np.atleast_2d(genome)).items():
-            present[self._inside[path]] &= ~mask[0]
-        return [
-            {
-                "path": self._paths[at],
-                "kind": self._kinds[at],
-                **{m: v[index[at]].item() for m, v in self._values.items()},
-            }
-            for at in np.flatnonzero(present)
-        ]
+        return self._joined.breakdown(genome)
 
     def _context(self, latency: LatencyModel) -> tuple[float, float]:
         """Tokens of a measured sample, and by how much the stated context is longer.
@@ -187,47 +143,6 @@ class ShapeCosts:
         if "input_ids" not in given:
             raise JointoptError(f"context: found {latency.context}, and a {self.family.name} reads no tokens")
         return tokens, latency.context / tokens
-
-    def _join(self, tables: Sequence[Table]) -> None:
-        """All tables as one column of values a measure, in which a genome's value is one entry of each table.
-
-        The entry is at `_first` + indices of the table's four genes x `_strides`; a gene that a table does not
-        depend on is the one past the last.
-        """
-        none = len(self.space)
-        genes = [(table.rows.gene, table.columns.gene, table.precision, table.reader) for table in tables]
-        shapes = np.array([table.values["macs"].shape for table in tables])
-        self._genes = np.array([[none if gene is None else gene for gene in four] for four in genes])
-        self._strides = np.cumprod(np.pad(shapes[:, :0:-1], ((0, 0), (1, 0)), constant_values=1), axis=1)[:, ::-1]
-        self._first = np.cumsum(shapes.prod(1)) - shapes.prod(1)
-        self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in self.measures}
-        self._paths, self._kinds = [table.path for table in tables], [table.kind for table in tables]
-        branches = [path for block in self.family.blocks for branch in block.branches for path in branch.replacements]
-        parents = [*(block.path for block in self.family.blocks), *branches]
-        self._inside = {p: np.array([within(table.path, p) for table in tables]) for p in parents}
-
-    def _gone(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
-        """Path of a block or branch -> for each genome, whether it is left out; where no genome leaves it, nothing."""
-        gone: dict[str, np.ndarray] = {}
-        stages = self.family.stages()
-        for block in self.family.blocks:
-            dropped = self._left_out(f"{block.name}.keep", genomes)
-            if block.removable and block.stage in self._index:
-                counts = np.asarray(self.space.genes[self._index[block.stage]].choices)
-                leaves = self.leaving[block.stage].index(block.name)
-                total = len(stages[block.stage])
-                dropped = dropped | (leaves < total - counts[genomes[:, self._index[block.stage]]])
-            gone[block.path] = dropped
-            for branch in block.branches:
-                left = self._left_out(f"{block.name}.{branch.kind}.keep", genomes)
-                gone.update(dict.fromkeys(branch.replacements, left))
-        return {path: mask for path, mask in gone.items() if mask.any()}
-
-    def _left_out(self, gene: str, genomes: np.ndarray) -> np.ndarray:
-        if gene not in self._index:
-            return np.zeros(len(genomes), dtype=bool)
-        choices = np.asarray(self.space.genes[self._index[gene]].choices, dtype=bool)
-        return ~choices[genomes[:, self._index[gene]]]
 
     def _axis(self, found: tuple[Width, int] | None, full: int) -> Axis:
         if found is None or found[0].gene not in self._index:

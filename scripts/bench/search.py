@@ -8,9 +8,9 @@ Hypervolume is that of the noise-free values of what was evaluated, as a share o
 corners (see problems.py); the searches see the noisy values. Every search sees the same problem, and starts from its
 own seed. `--problem-seed` draws other synthetic problems of the same kinds. Medians, with quartiles, over the seeds.
 
-Each search is told after as many evaluations as suit it: Optuna's after each one, guided after 5, LINAS and NSGA-II
-after their 50. Optuna's GP takes seconds a suggestion; `--minutes` ends a search on a problem after that time with the
-seeds it has by then, whose number is in the table.
+Each search is told after as many evaluations as suit it: Optuna's after each one, guided after 5 (guided_one_by_one, as
+with `batch: 1`, after each one), LINAS and NSGA-II after their 50. Optuna's GP takes seconds a suggestion; `--minutes`
+ends a search on a problem after that time with the seeds it has by then, whose number is in the table.
 
 Derived: the fewest evaluations with which guided's median reaches what NSGA-II has after 500 and LINAS after 300; how
 far it is ahead of TPE and GP; what each of its parts is worth (`--searches guided guided_without_features ...`); and
@@ -37,7 +37,7 @@ from jointopt.objectives import non_dominated
 from jointopt.strategies.guided_search import Beliefs, GuidedSearch
 
 MARKS = (25, 50, 100, 200, 400, 500)
-BATCHES = {"optuna_tpe": 1, "optuna_gp": 1, "optuna_nsga2": 1}
+BATCHES = {"guided_one_by_one": 1, "optuna_tpe": 1, "optuna_gp": 1, "optuna_nsga2": 1}
 """Evaluations after which a search is told, where it is not STEP. LINAS and pymoo's NSGA-II take theirs whatever is
 asked."""
 STEP = 5
@@ -116,6 +116,7 @@ def makers() -> dict[str, Callable]:
         return lambda problem, seed: make(problem.space, problem.objectives, seed)
 
     found = {name: own(name) for name in strategies.STRATEGIES}
+    found["guided_one_by_one"] = found["guided"]
     return found | {name: peer(make) for name, make in PEERS.items()} | ABLATIONS
 
 
@@ -197,15 +198,17 @@ def derived(name: str, medians: dict[str, np.ndarray]) -> list[dict]:
     if "guided" not in medians:
         return []
     guided, rows = medians["guided"], []
-    for peer, count, aim in (
-        ("pymoo_nsga2", 500, 25),
-        ("optuna_nsga2", 500, 25),
-        ("evolutionary", 500, 25),
-        ("linas", 300, 50),
-    ):
-        if peer in medians and STEP * len(medians[peer]) >= count:
-            needed = first_with(guided, after(medians[peer], count))
-            rows.append(row(name, f"evaluations for {peer}'s {count}", needed, aim, "lower"))
+    for own in ("guided", "guided_one_by_one"):
+        for peer, count, aim in (
+            ("pymoo_nsga2", 500, 25),
+            ("optuna_nsga2", 500, 25),
+            ("evolutionary", 500, 25),
+            ("linas", 300, 50),
+        ):
+            if {own, peer} <= medians.keys() and STEP * len(medians[peer]) >= count:
+                needed = first_with(medians[own], after(medians[peer], count))
+                how = "" if own == "guided" else ", one by one"
+                rows.append(row(name, f"evaluations for {peer}'s {count}{how}", needed, aim, "lower"))
     for peer in ("optuna_tpe", "optuna_gp"):
         if peer in medians:
             marks = [mark for mark in MARKS if mark <= STEP * min(len(guided), len(medians[peer]))]

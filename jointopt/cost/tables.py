@@ -1,0 +1,116 @@
+"""Tables of costs that depend on a few genes each, and the costs of many genomes as sums of look-ups in them.
+
+Every stored tensor and every product belongs to a module whose cost depends on four genes at most: the one of its
+rows, the one of its columns, the one of its precision, and for a convolution's time that of what reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from search_spaces.family import Family
+from search_spaces.space import SearchSpace
+
+from ..subnetwork import within
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A gene that a module's cost depends on, and the number of channels at each of its choices; gene None: fixed."""
+
+    gene: int | None
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cost of one module: measure -> array [row choices, column choices, precision choices, its reader's]."""
+
+    path: str
+    kind: str
+    rows: Axis
+    columns: Axis
+    precision: int | None
+    reader: int | None
+    values: Mapping[str, np.ndarray]
+
+
+class Tables:
+    """All tables of a super-network as one column of values a measure, in which a genome's value is one entry of each
+    table.
+
+    Args:
+        leaving: depth gene -> names of its removable blocks in the order of leaving.
+    """
+
+    def __init__(
+        self, tables: Sequence[Table], family: Family, space: SearchSpace, leaving: Mapping[str, Sequence[str]]
+    ):
+        self.tables, self.family, self.space, self.leaving = tables, family, space, leaving
+        self._index = {name: i for i, name in enumerate(space.names)}
+        # An entry is at `_first` + indices of its table's four genes x `_strides`; a gene that a table does not depend
+        # on is the one past the last.
+        none = len(space)
+        genes = [(table.rows.gene, table.columns.gene, table.precision, table.reader) for table in tables]
+        shapes = np.array([table.values["macs"].shape for table in tables])
+        self._genes = np.array([[none if gene is None else gene for gene in four] for four in genes])
+        self._strides = np.cumprod(np.pad(shapes[:, :0:-1], ((0, 0), (1, 0)), constant_values=1), axis=1)[:, ::-1]
+        self._first = np.cumsum(shapes.prod(1)) - shapes.prod(1)
+        self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in tables[0].values}
+        branches = [path for block in family.blocks for branch in block.branches for path in branch.replacements]
+        parents = [*(block.path for block in family.blocks), *branches]
+        self._inside = {p: np.array([within(table.path, p) for table in tables]) for p in parents}
+
+    def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
+        """Measure -> one value for each of `genomes` [n, genes]: a sum, of "activation" the largest."""
+        entries, present = self._entries(genomes)
+        found = {}
+        for measure, values in self._values.items():
+            each = np.where(present, values[entries], 0)
+            found[measure] = each.max(1) if measure == "activation" else each.sum(1)
+        return found
+
+    def breakdown(self, genome: np.ndarray) -> list[dict[str, Any]]:
+        """Of each operator of one genome: its module's path, and its share of every measure."""
+        entries, present = (each[0] for each in self._entries(np.atleast_2d(genome)))
+        return [
+            {"path": table.path, "kind": table.kind, **{m: v[entry].item() for m, v in self._values.items()}}
+            for table, entry, there in zip(self.tables, entries, present, strict=True)
+            if there
+        ]
+
+    def _entries(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each table's value of each genome is, and whether its module is in that genome: [n, tables] both."""
+        padded = np.pad(genomes, ((0, 0), (0, 1)))
+        entries = self._first + (padded[:, self._genes] * self._strides).sum(-1)
+        present = np.ones(entries.shape, dtype=bool)
+        for path, mask in self._gone(genomes).items():
+            present[:, self._inside[path]] &= ~mask[:, None]
+        return entries, present
+
+    def _gone(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
+        """Path of a block or branch -> for each genome, whether it is left out; where no genome leaves it, nothing."""
+        gone: dict[str, np.ndarray] = {}
+        stages = self.family.stages()
+        for block in self.family.blocks:
+            dropped = self._left_out(f"{block.name}.keep", genomes)
+            if block.removable and block.stage in self._index:
+                counts = np.asarray(self.space.genes[self._index[block.stage]].choices)
+                leaves = self.leaving[block.stage].index(block.name)
+                total = len(stages[block.stage])
+                dropped = dropped | (leaves < total - counts[genomes[:, self._index[block.stage]]])
+            gone[block.path] = dropped
+            for branch in block.branches:
+                left = self._left_out(f"{block.name}.{branch.kind}.keep", genomes)
+                gone.update(dict.fromkeys(branch.replacements, left))
+        return {path: mask for path, mask in gone.items() if mask.any()}
+
+    def _left_out(self, gene: str, genomes: np.ndarray) -> np.ndarray:
+        if gene not in self._index:
+            return np.zeros(len(genomes), dtype=bool)
+        choices = np.asarray(self.space.genes[self._index[gene]].choices, dtype=bool)
+        return ~choices[genomes[:, self._index[gene]]]
