@@ -5,8 +5,9 @@
         ...
 
 The quality function is a black box that calls the model any number of times. What a call computes up to a block is
-known again by the call's inputs (their bytes), the hidden state that enters the first block, and what the blocks up
-to there are: so a hidden state that is taken instead of computed is the one that would have been computed, to the bit.
+known again by the call's inputs (128 bits of their bytes' hash), the hidden state that enters the first block, and what
+the blocks up to there are: so a hidden state that is taken instead of computed is the one that would have been
+computed, to the bit.
 A call of which that cannot be said is run plainly: one with a KV cache or anything else that is no plain tensor or
 number among its inputs, with gradients, with hooks, on a view whose tensors or modules were changed since. What a
 skipped block would have left beside its hidden state (its part of a KV cache) stands in the output as something that
@@ -15,7 +16,6 @@ cannot be used; where it is used all the same, the genome is evaluated again, pl
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from jointopt.batch_norm import has_batch_norm
@@ -261,7 +262,7 @@ class _SharedRun:
         here = view is self._view and threading.get_ident() == self._thread
         if not here or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        digest = hashlib.sha256()
+        digest = xxhash.xxh3_128()
         try:
             _feed(digest, [args, kwargs, _autocast(next(view.parameters()).device.type)])
         except _Opaque:
