@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -354,6 +355,9 @@ class Study:
         """
         if sum((size_mb is not None, drop is not None, knee)) > 1:
             raise JointoptError("best: found more than one of size_mb, drop, knee; allowed: one")
+        for name, value in (("size_mb", size_mb), ("drop", drop)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise JointoptError(f"best: found {name}={value!r}; allowed: a number")
         frame = self.evaluations()
         frame = frame[frame["failed"].isna()] if len(frame) else frame
         if frame.empty:

@@ -10,6 +10,7 @@ with supernet.active(space.sample(1, seed=0)[0]) as small:
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -39,6 +40,8 @@ from .batch_norm import (
     running_statistics,
     shift_by_whole_products,
 )
+from .checkpoint.loadable import check_loadable
+from .checkpoint.timm_recipe import by_library
 from .cost.operators import LatencyModel
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, plan_of, precision_genes
@@ -122,6 +125,7 @@ class Supernet:
         self._positions: dict[str, float] | None = None
         self.learned: LearnedRanges | None = None
         self.scores: dict[bytes, dict[str, float]] = {}
+        _warn_where_not_loadable(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -395,6 +399,15 @@ def _by_block(records: list[dict[str, Any]], family: Family) -> list[dict[str, A
     for record in records:
         record["block"] = next((name for path, name in paths.items() if within(record["path"], path)), None)
     return records
+
+
+def _warn_where_not_loadable(model: nn.Module) -> None:
+    """Says at once what `export` would say after the search."""
+    if by_library(model):
+        try:
+            check_loadable(model)
+        except JointoptError as error:
+            warnings.warn(f"{error}; this model can be searched, but not exported for its library", stacklevel=3)
 
 
 def _own_copy(model: nn.Module) -> nn.Module:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     """`Supernet.calibrate`."""
+    if supernet.device.type == "meta":
+        raise JointoptError("calibrate: the model is on the meta device, without weights; allowed: a loaded model")
     settle(supernet)
     _scale(supernet, batches)
     ranges = Ranges(supernet.model, supernet.family, supernet.space, supernet._schemes, supernet.activation_calibration)

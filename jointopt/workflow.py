@@ -169,6 +169,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     Args:
         console: where progress is shown; None trains nothing, and what was not trained is refused.
     """
+    from .checkpoint.loadable import check_loadable
     from .supernet import Supernet
 
     model = prepared.loaded.model
@@ -177,6 +178,8 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         raise JointoptError("space: holds one genome, so there is nothing to search; allowed: two or more")
     transforms = config.transforms or ()
     supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
+    if config.target in ("transformers", "vllm"):
+        check_loadable(supernet.model)
     if config.train is None:
         supernet.calibrate(prepared.inputs)
         look_up(config, prepared.inputs, supernet)

@@ -38,6 +38,10 @@ def declare(model: Model) -> Family:
     """The declaration of a BERT-like encoder under any head of transformers."""
     if model.config.is_decoder or getattr(model.config, "add_cross_attention", False):
         raise JointoptError("model: a BERT used as a decoder is not a known layout; allowed: encoders")
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        raise JointoptError(
+            "model: a head of multiple choice reads several texts a sample; allowed: heads that read one"
+        )
     root = next((f"{base}." for base in ("bert", "roberta") if has_module(model, base)), "")
     blocks: list[Block] = []
     widths: list[Width] = []

@@ -34,11 +34,31 @@ def declare(model: nn.Module, family: Declare | None = None) -> tuple[nn.Module,
     """
     if not isinstance(model, nn.Module):
         raise JointoptError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    for path, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule":
+            raise JointoptError(f"model: {path or 'it'} is what torch.compile made; allowed: what was given to it")
     known = family or _known(model)
+    if family is None:
+        _check_tie(model)
     clone = structural_clone(model)
     declared = known(clone)
     check(declared, clone)
     return clone, declared
+
+
+def _check_tie(model: nn.Module) -> None:
+    """Raises JointoptError where a config says otherwise than the model whether its head has the embedding's weight:
+    what is built from that config is another model."""
+    said = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if said is None or head is None or head.weight.is_meta:  # moved there, ties are lost
+        return
+    shared = head.weight is model.get_input_embeddings().weight  # type: ignore[operator]
+    if shared != said:
+        raise JointoptError(
+            f"model: config.tie_word_embeddings is {said}, and the head {'shares' if shared else 'does not share'} the "
+            f"embedding's weight; allowed: config.tie_word_embeddings = {shared}"
+        )
 
 
 def _known(model: nn.Module) -> Declare:

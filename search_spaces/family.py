@@ -291,13 +291,24 @@ def has_module(root: nn.Module, path: str) -> bool:
 
 def check(family: Family, model: nn.Module) -> None:
     """Raises JointoptError where the declaration and the model disagree, naming the path and both sizes."""
+    paths = [block.path for block in family.blocks] + [layer.path for layer in family.layers]
+    for path in paths + [cache.attention for cache in family.caches]:
+        if not has_module(model, path):
+            raise JointoptError(f"{family.name}: the declaration names {path!r}, which the model lacks")
+    _check_layers(family, model)
     for width in family.widths:
         if width.size % width.unit:
             raise JointoptError(f"{width.gene}: {width.size} is not a whole number of units of {width.unit}")
         for part, side in [(p, "rows") for p in width.producers] + [(p, "columns") for p in width.consumers]:
             if not has_module(model, part.module):
                 raise JointoptError(f"{family.name}: width {width.gene!r} names {part.module!r}, which the model lacks")
-            found = extent(model.get_submodule(part.module), side)
+            module = model.get_submodule(part.module)
+            if getattr(module, "groups", 1) != 1 or isinstance(module, nn.GroupNorm):
+                raise JointoptError(
+                    f"{family.name}: {part.module}, which width {width.gene!r} names, is a {type(module).__name__} of "
+                    "groups, whose channels cannot be told apart; allowed: one group, or leave the width out"
+                )
+            found = extent(module, side)
             if found != width.units * part.channels:
                 raise JointoptError(
                     f"{family.name}: {part.module} has {found} {side}; width {width.gene!r} declares "
@@ -305,15 +316,30 @@ def check(family: Family, model: nn.Module) -> None:
                 )
     for link in (*family.links, *(family.stream.readers if family.stream else ())):
         _check_link(family, model, link)
-    paths = [block.path for block in family.blocks] + [layer.path for layer in family.layers]
-    for path in paths + [cache.attention for cache in family.caches]:
-        if not has_module(model, path):
-            raise JointoptError(f"{family.name}: the declaration names {path!r}, which the model lacks")
+
+
+def _check_layers(family: Family, model: nn.Module) -> None:
+    shared: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        shared.setdefault(id(module._parameters.get("weight")), []).append(path)
     for layer in family.layers:
         module = model.get_submodule(layer.path)
         if not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             raise JointoptError(
-                f"{layer.path}: {type(module).__name__} cannot be quantized; allowed: Linear, Conv2d, Embedding"
+                f"{layer.path}: a {type(module).__module__}.{type(module).__name__} cannot be quantized; allowed: "
+                "torch's Linear, Conv2d, Embedding (adapters are merged first)"
+            )
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise JointoptError(
+                f"{layer.path}: its weight is computed from others (a parametrization, pruning); allowed: a plain one, "
+                "as torch.nn.utils.parametrize.remove_parametrizations and prune.remove leave it"
+            )
+        others = tuple(sorted(set(shared[id(weight)]) - {layer.path, *layer.tied}))
+        if others:
+            raise JointoptError(
+                f"{layer.path}: its weight is also that of {', '.join(others)}, which the declaration does not say; "
+                f"allowed: Layer(..., tied={others})"
             )
         stock = {kind.forward for kind in (nn.Linear, nn.Conv2d, nn.Embedding)}
         if type(module).forward not in stock or "forward" in module.__dict__:

@@ -33,7 +33,7 @@ def declare(model: Model) -> Family:
 
     Heads leave in whole KV groups: the query heads of a group with its key and value head (GQA, arXiv 2305.13245).
     """
-    root = "model." if has_module(model, "model.layers") else ""
+    root = next((f"{base}." for base in ("model", "transformer") if has_module(model, f"{base}.layers")), "")
     config = model.config
     rotary = model.get_submodule(f"{root}rotary_emb")
     if rotary.inv_freq.dtype != torch.float32:

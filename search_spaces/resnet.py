@@ -73,7 +73,7 @@ def declare_timm(model: Model) -> Family:
         blocks: list[_Names] = []
         for index, block in enumerate(model.get_submodule(stage)):
             path = f"{stage}.{index}"
-            if type(block) not in (BasicBlock, Bottleneck) or block.se is not None or len(list(block.aa.children())):
+            if type(block) not in (BasicBlock, Bottleneck) or block.se is not None or type(block.aa) is not nn.Identity:
                 raise JointoptError(
                     f"model: {path} has squeeze, attention or anti-aliasing; allowed: plain ResNet blocks"
                 )
@@ -95,7 +95,11 @@ def _timm_shortcut(path: str, downsample: nn.Module | None) -> tuple[str, str] |
     if downsample is None:
         return None
     paths = {type(m): f"{path}.downsample.{name}" for name, m in downsample.named_children()}
-    return paths[nn.Conv2d], next(p for kind, p in paths.items() if issubclass(kind, nn.BatchNorm2d))
+    norm = next((p for kind, p in paths.items() if issubclass(kind, nn.BatchNorm2d)), None)
+    if nn.Conv2d not in paths or norm is None:
+        found = ", ".join(kind.__name__ for kind in paths)
+        raise JointoptError(f"model: {path}.downsample is of {found}; allowed: a Conv2d and a BatchNorm2d")
+    return paths[nn.Conv2d], norm
 
 
 def _family(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,19 +152,21 @@ def split_qkv(fused: nn.Linear) -> SplitQKV:
 
 def declare_timm(model: Model) -> Family:
     """The declaration of a timm VisionTransformer; its qkv layers are split in place (see `SplitQKV`)."""
-    from timm.layers import Attention
+    from timm.layers import Attention, Mlp
     from timm.models.vision_transformer import Block as TimmBlock
 
     blocks, widths, layers = [], [], [Layer("embedding", "patch_embed.proj", "embedding")]
     links, readers, writers = [], [], ["patch_embed.proj"]
     for index, module in enumerate(model.blocks):
         name, path = f"block{index}", f"blocks.{index}"
-        attention = module.attn
-        plain = type(module) is TimmBlock and type(attention) is Attention
-        if not plain or attention.gate is not None or not isinstance(attention.norm, nn.Identity):
+        attention: Any = getattr(module, "attn", None)
+        mlp: Any = getattr(module, "mlp", None)
+        plain = type(module) is TimmBlock and type(attention) is Attention and type(mlp) is Mlp
+        if not plain or attention.gate is not None or not _is_identity(attention.norm, mlp.norm):
             raise JointoptError(
-                f"model: {path} is a {type(module).__name__} with {type(attention).__name__}; of timm's vision "
-                "transformers those with plain blocks and ungated, unnormalized attention are known"
+                f"model: {path} is a {type(module).__name__} with {type(attention).__name__} and {type(mlp).__name__}; "
+                "of timm's vision transformers those with plain blocks, ungated attention and no normalization within "
+                "attention's output and MLP are known"
             )
         if isinstance(attention.qkv, nn.Linear):
             attention.qkv = split_qkv(attention.qkv)
@@ -207,6 +210,10 @@ def declare_timm(model: Model) -> Family:
         links=tuple(links),
         stream=_timm_stream(model, writers, readers),
     )
+
+
+def _is_identity(*modules: nn.Module) -> bool:
+    return all(type(module) is nn.Identity for module in modules)
 
 
 def _timm_stream(model: Model, writers: list[str], readers: list[Link]) -> Stream | None:

@@ -25,7 +25,12 @@ STAND_INS = ("Identity", "SkipBranch", "SkipAttention", "SkipPostNormAttention",
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> layer, of all that hold codes; a tied head comes after the embedding it takes them from."""
-    return {path: module for path, module in model.named_modules() if hasattr(module, "quantized")}
+    return {path: module for path, module in _embeddings_first(model) if hasattr(module, "quantized")}
+
+
+def _embeddings_first(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules by path; some models have a head before the embedding whose weight it shares."""
+    return sorted(model.named_modules(), key=lambda each: not isinstance(each[1], nn.Embedding))
 
 
 def by_compressed_tensors(model: nn.Module) -> bool:
@@ -116,7 +121,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
     """Path of a layer -> path of the earlier one whose weight it shares."""
     first: dict[int, str] = {}
     tied = {}
-    for path, module in model.named_modules():
+    for path, module in _embeddings_first(model):
         weight = module._parameters.get("weight")
         if weight is None:
             continue
@@ -138,7 +143,7 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     renamed = {} if by_library else {"weight": "weight_codes"}
     found: dict[str, torch.Tensor] = {}
     again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    again -= {name for name, _ in model.named_parameters()}
+    again -= {name for name, _ in model.named_parameters()} | {f"{path}.weight" for path in tied.values()}
     for name, tensor in model.state_dict().items():
         path, _, last = name.rpartition(".")
         if name in again or (last == "weight" and (path in layers or path in tied)):

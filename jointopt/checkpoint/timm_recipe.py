@@ -38,9 +38,14 @@ def timm_recipe(model: nn.Module) -> dict[str, Any]:
     return {"class": name, "module": type(model).__module__, "arguments": _RECIPES[name](model)}
 
 
+_ACTIVATIONS = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+"""timm's names of what a vision transformer may have in place of GELU."""
+
+
 def _vision_transformer(model: Any) -> dict[str, Any]:
     head_dim = next((b.attn.head_dim for b in model.blocks if hasattr(b.attn, "head_dim")), model.embed_dim)
     hidden = max((block.mlp.fc1.out_features for block in model.blocks if hasattr(block.mlp, "fc1")), default=4)
+    kinds = (type(block.mlp.act).__name__ for block in model.blocks if hasattr(block.mlp, "act"))
     scales = [block.ls1 for block in model.blocks if hasattr(block.ls1, "gamma")]
     return {
         "img_size": list(model.patch_embed.img_size),
@@ -57,6 +62,8 @@ def _vision_transformer(model: Any) -> dict[str, Any]:
         ),
         "qk_norm": any(not isinstance(m, nn.Identity) for n, m in model.named_modules() if n.endswith("attn.q_norm")),
         "init_values": 1e-5 if scales else None,
+        "act_layer": _ACTIVATIONS.get(next(kinds, "")),
+        "pos_embed": "none" if model.pos_embed is None else "learn",
         "class_token": model.cls_token is not None,
         "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
         "no_embed_class": model.no_embed_class,

@@ -98,9 +98,14 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise JointoptError(f"verify: {str(folder)!r} is no export: it has no {RECORD}")
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except ValueError as error:
         raise JointoptError(f"verify: {str(path)!r} cannot be read: {error}") from None
+    needed = ("probe", "costs", "layers", "metrics")
+    lacking = [key for key in needed if key not in record] if isinstance(record, dict) else list(needed)
+    if lacking:
+        raise JointoptError(f"verify: {str(path)!r} has no {', '.join(lacking)}; allowed: what export wrote, unchanged")
+    return record
 
 
 def _check_installed(folder: Path, record: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from jointopt import targets
 from jointopt.batch_norm import on_device, sample_count
 from jointopt.checkpoint import card, gguf_writer, vllm
 from jointopt.checkpoint.block_sizes import is_uniform, settle_sizes
+from jointopt.checkpoint.loadable import auto_class
 from jointopt.checkpoint.onnx.writer import MODEL, SNIPPET, onnx_bytes, write_onnx
 from jointopt.checkpoint.structure import (
     bitsandbytes_config,
@@ -43,15 +44,6 @@ if TYPE_CHECKING:
 
 RECORD = "jointopt.json"
 MODELING = "modeling_jointopt.py"
-AUTO_CLASSES = (
-    "AutoModelForCausalLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForImageClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMaskedLM",
-    "AutoModel",
-)
 
 
 def export(
@@ -283,11 +275,9 @@ def _write_beside(place: Path, record: dict[str, Any], processor: Any, loading: 
 
 def _write_transformers(place: Path, model: Any) -> str:
     """config.json and, where it takes one, the modelling file. Returns how to load the folder."""
-    import transformers
-
     config = copy.deepcopy(model.config)
     stock = type(model)
-    auto = _auto_class(transformers, stock, config)
+    auto = auto_class(stock, config)
     config.architectures = [stock.__name__]
     config.dtype = next(model.parameters()).dtype
     compressed, whole = by_compressed_tensors(model), by_bitsandbytes(model)
@@ -308,16 +298,6 @@ def _write_transformers(place: Path, model: Any) -> str:
     if hasattr(model, "generation_config") and model.generation_config is not None:
         model.generation_config.save_pretrained(place)
     return card.transformers_snippet(auto, place.name, bool(spec))
-
-
-def _auto_class(transformers: Any, stock: type, config: Any) -> str:
-    for name in AUTO_CLASSES:
-        known = getattr(transformers, name)._model_mapping.get(type(config), None)
-        if stock in (known if isinstance(known, tuple) else (known,)):
-            return name
-    raise JointoptError(
-        f"export: no auto class of transformers makes a {stock.__name__}; known: {', '.join(AUTO_CLASSES)}"
-    )
 
 
 def _modeling_file(stock: Any, name: str, packed: Collection[str], caches: bool) -> str:

@@ -51,6 +51,8 @@ def write_report(
     Raises:
         JointoptError: no such study, or the file cannot be written.
     """
+    if not isinstance(path, str | Path) or not Path(path).name:
+        raise JointoptError(f"report: found path {path!r}; allowed: that of an HTML file")
     opened = study if isinstance(study, Study) else Study.open(study)
     try:
         choice = opened.fact("choice", {})

@@ -39,6 +39,11 @@ def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
         smoothing: share of each label that is spread over all classes.
     """
     labels = batch["labels"]
+    if labels.is_floating_point():
+        raise JointoptError(
+            f"train: labels are {str(labels.dtype)[6:]}; allowed: classes, whole numbers; or Recipe(loss=...), a "
+            "function of logits and batch, for what is no classification"
+        )
     if labels.dim() == 2 and logits.dim() == 3:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)

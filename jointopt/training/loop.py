@@ -68,6 +68,11 @@ def train_supernet(
         JointoptError: the super-network is not calibrated, no batch came, labels are missing, a loss is not finite, a
             checkpoint of another training. Like an interrupt, it leaves what was trained so far.
     """
+    if not (callable(batches) or (hasattr(batches, "__len__") and hasattr(batches, "__getitem__"))):
+        raise JointoptError(
+            f"train: found batches in a {type(batches).__name__}; allowed: a list, which every epoch goes through in "
+            "an order of its own, or a function from an epoch's number to its batches"
+        )
     recipe = recipe or Recipe(seed=seed)
     recipe.check(supernet)
     if lora is not None:
@@ -78,6 +83,8 @@ def train_supernet(
         learn(supernet)
     model = supernet.model
     parameters = [each for each in model.parameters() if each.requires_grad]
+    if not parameters:
+        raise JointoptError("train: no parameter of the model needs a gradient; allowed: one or more")
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     kept = None
     if checkpoint is not None:

@@ -44,6 +44,12 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
         raise JointoptError(f"lora: found {type(config).__name__}; allowed: a peft.LoraConfig")
     if config.lora_dropout or config.use_dora:
         raise JointoptError("lora: found lora_dropout or use_dora; allowed: neither, since adapters become weights")
+    # What PEFT would train beside the adapters, and nothing here reads.
+    for name, plain in (("bias", "none"), ("trainable_token_indices", None), ("target_parameters", None)):
+        if (given := getattr(config, name, plain)) != plain:
+            raise JointoptError(
+                f"lora: found {name}={given!r}; allowed: {plain!r} (modules_to_save trains whole modules)"
+            )
     if adapted(supernet.model):
         raise JointoptError("lora: the super-network has adapters already; allowed: one set")
     try:

@@ -1,0 +1,198 @@
+"""Models on the edge of what is known: each is right, or refused in one line before anything is run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    LlamaConfig,
+    LlamaForQuestionAnswering,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+)
+
+import jointopt
+from jointopt import Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
+from tests.zoo import batches, make
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+}
+
+
+def timm_vit(name: str = "vit_tiny_patch16_224", **options) -> nn.Module:
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 5}
+    return timm.create_model(name, **{**sizes, **options}).eval()
+
+
+def tied_otherwise(name: str) -> nn.Module:
+    """A LLaMA whose config says the opposite of its weights."""
+    model = make(name)
+    model.config.tie_word_embeddings = not model.config.tie_word_embeddings
+    return model
+
+
+def changed(change: Callable[[nn.Module], object]) -> nn.Module:
+    model = make("bert")
+    change(model)
+    return model
+
+
+def compile_a_block(model: nn.Module) -> None:
+    model.bert.encoder.layer[0] = torch.compile(model.bert.encoder.layer[0])
+
+
+def normalize_a_weight(model: nn.Module) -> None:
+    weight_norm(model.bert.encoder.layer[0].output.dense)
+
+
+def prune_a_layer(model: nn.Module) -> None:
+    prune.l1_unstructured(model.bert.encoder.layer[1].output.dense, "weight", 0.5)
+
+
+def adapt_queries(model: nn.Module) -> None:
+    get_peft_model(model, LoraConfig(target_modules=["query"]))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "untied, config tied": (
+        lambda: tied_otherwise("llama_untied"),
+        "tie_word_embeddings is True, .* does not share",
+    ),
+    "tied, config untied": (lambda: tied_otherwise("llama_tied"), "tie_word_embeddings is False, and the head shares"),
+    "multiple choice": (lambda: BertForMultipleChoice(BertConfig(**SMALL)), "multiple choice reads several texts"),
+    "blurred": (lambda: timm.create_model("resnetblur18"), r"layer2\.0 has squeeze, attention or anti-aliasing"),
+    "group normalization": (lambda: timm.create_model("resnet50_gn"), r"layer1\.0\.downsample is of Conv2d, GroupNorm"),
+    "other blocks": (lambda: timm_vit("vit_small_patch16_18x2_224"), r"blocks\.0 is a ParallelThingsBlock"),
+    "other MLPs": (lambda: timm.create_model("aimv2_large_patch14_224", depth=1), r"blocks\.0 is a .* and SwiGLU"),
+    "normalized MLPs": (lambda: timm_vit(scale_mlp_norm=True), "no normalization within"),
+    "weight norm": (
+        lambda: changed(normalize_a_weight),
+        r"layer\.0\.output\.dense: its weight is computed",
+    ),
+    "pruned": (lambda: changed(prune_a_layer), r"layer\.1\.output\.dense: its weight is computed"),
+    "compiled": (lambda: changed(compile_a_block), r"bert\.encoder\.layer\.0 is what torch\.compile made"),
+    "adapted": (lambda: changed(adapt_queries), r"query: a peft\..*Linear cannot be quantized; .*adapters are merged"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_not_known_is_refused_in_one_line_that_says_what(what):
+    made, told = REFUSED[what]
+    with pytest.raises(JointoptError) as error:
+        SearchSpace.for_model(made(), schemes=["none", "W8A8"])
+    assert "\n" not in str(error.value) and re.search(told, str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize("model", [BertForPreTraining(BertConfig(**SMALL)), timm_vit(norm_layer="rmsnorm")])
+def test_what_no_library_will_build_again_is_said_before_the_search(model, tmp_path):
+    """What `export` would say after it."""
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"])
+    with pytest.warns(UserWarning, match=r"export: .*; this model can be searched, but not exported"):
+        Supernet(model, space)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: timm_vit(pos_embed="none"),
+        lambda: timm_vit("vit_base_patch32_siglip_256"),
+        lambda: timm_vit("vit_base_patch16_clip_quickgelu_224"),
+        lambda: XLMRobertaForMaskedLM(XLMRobertaConfig(**SMALL, pad_token_id=1)).eval(),
+        lambda: LlamaForQuestionAnswering(LlamaConfig(**SMALL)).eval(),
+    ],
+    ids=["no positions", "GELUTanh", "QuickGELU", "a head before its embedding", "a base of another name"],
+)
+def test_relatives_with_other_parts_reload_as_they_were_searched(made, tmp_path):
+    torch.manual_seed(0)
+    model = made()
+    named = "timm_vit" if type(model).__module__.startswith("timm") else "llama_tied"
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+    supernet.calibrate(batches(named))
+    batch = batches(named, seed=1)[0]
+
+    def quality(each: nn.Module) -> float:
+        output = each(**batch)
+        return float((output if torch.is_tensor(output) else output[0]).square().mean())
+
+    for at, genome in enumerate(supernet.space.sample(2, seed=0)):
+        with supernet.active(genome) as view, torch.no_grad():
+            expected = quality(view)
+        found = jointopt.verify(jointopt.export(supernet, genome, tmp_path / str(at)), quality)
+        assert found.ok, found.differences
+        assert found.metrics["quality"] == pytest.approx(expected, rel=1e-4)
+
+
+class Grouped(nn.Module):
+    def __init__(self, first: nn.Module, norm: nn.Module):
+        super().__init__()
+        self.first, self.norm, self.second = first, norm, nn.Conv2d(32, 16, 3)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(torch.relu(self.norm(self.first(x)))).mean((2, 3)))
+
+
+def declare_grouped(model: nn.Module) -> Family:
+    width = Width("w", "mlp", 32, (Part("first"), Part("norm")), (Part("second"),))
+    return Family("grouped", (), (width,), (Layer("second", "second", "second"),))
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (Grouped(nn.Conv2d(16, 32, 3, groups=2), nn.BatchNorm2d(32)), "first, which width 'w' names, is a Conv2d of"),
+        (Grouped(nn.Conv2d(16, 32, 3), nn.GroupNorm(4, 32)), "norm, which width 'w' names, is a GroupNorm of"),
+    ],
+)
+def test_channels_of_groups_are_no_width(model, told):
+    """Sorted or cut, they would be read by other groups: another function."""
+    with pytest.raises(JointoptError, match=told):
+        SearchSpace.for_model(model, ["none"], family=declare_grouped, mlp=[16, 32])
+
+
+def test_a_shared_weight_that_the_declaration_does_not_name_is_refused():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(96, 64), nn.Linear(64, 96, bias=False)
+            self.head.weight = self.embedding.weight
+
+    def declared(model: nn.Module, tied: tuple[str, ...] = ()) -> Family:
+        return Family("tied", (), (), (Layer("embedding", "embedding", "embedding", tied=tied),))
+
+    with pytest.raises(JointoptError, match=r"embedding: its weight is also that of head.*tied=\('head',\)"):
+        SearchSpace.for_model(Tied(), ["none", "W8A16"], family=declared)
+    SearchSpace.for_model(Tied(), ["none", "W8A16"], family=lambda model: declared(model, ("head",)))
+
+
+def test_a_model_without_weights_is_not_calibrated():
+    model = make("bert").to("meta")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+    with pytest.raises(JointoptError, match="calibrate: the model is on the meta device"):
+        supernet.calibrate(batches("bert"))
+
+
+def test_a_base_of_another_name_computes_what_it_did():
+    model = LlamaForQuestionAnswering(LlamaConfig(**SMALL)).eval()
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"]))
+    supernet.calibrate(batches("llama_tied"))
+    batch = batches("llama_tied", seed=1)[0]
+    with supernet.active(supernet.space.largest) as view, torch.no_grad():
+        torch.testing.assert_close(view(**batch).start_logits, model(**batch).start_logits)
