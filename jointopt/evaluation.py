@@ -62,7 +62,7 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
     with torch.no_grad():
         found = quality(model)
     metrics = _numbers(found if isinstance(found, Mapping) else {"quality": found})
-    errors = _numbers(getattr(found, "errors", None) or {})
+    errors = _numbers(given) if (given := getattr(found, "errors", None)) else {}
     for name, value in errors.items():
         if name not in metrics or value < 0:
             raise JointoptError(f"quality returned an error of {value} for {name!r}; allowed: from 0, of its metrics")
@@ -71,7 +71,11 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
     metrics = dict(found)
+    if not metrics:
+        raise JointoptError("quality returned no metric; allowed: one or more")
     for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise JointoptError(f"quality returned {name!r} as the name of a metric; allowed: text")
         if name in COSTS:
             raise JointoptError(f"quality returned {name!r}, which is a cost; allowed: metrics of any other name")
         if is_column(name):
@@ -87,12 +91,12 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evaluation:
-    """One real measurement. What the user's function raises is recorded, not raised; Ctrl-C goes through."""
+    """One real measurement. What the user's function raises, sys.exit too, is recorded; Ctrl-C goes through."""
     started = time.perf_counter()
     try:
         with supernet.active(genome) as model:
             metrics = measured(quality, model)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         return Evaluation(None, reason, time.perf_counter() - started)
     seconds = time.perf_counter() - started

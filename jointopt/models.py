@@ -325,6 +325,9 @@ def import_function(name: str) -> Callable[[nn.Module], Any]:
         found = getattr(importlib.import_module(module), function, None)
     except ModuleNotFoundError as error:
         raise JointoptError(f"quality: {name!r}: {error}; looked in the current directory too") from None
+    except (Exception, SystemExit) as error:
+        told = " ".join(str(error).split())[:300]
+        raise JointoptError(f"quality: importing {module!r} raised {type(error).__name__}: {told}") from error
     if not callable(found):
         raise JointoptError(f"quality: the module {module!r} has no function {function!r}")
     return found

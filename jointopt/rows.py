@@ -122,9 +122,20 @@ def _table(path: Path, key: str) -> Columns:
         if path.suffix in (".csv", ".tsv"):
             return _rows(_separated(text, "\t" if path.suffix == ".tsv" else ","))
         whole = path.suffix == ".json" and text.lstrip().startswith("[")
-        return _rows(json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()])
+        return _rows(json.loads(text) if whole else _objects(text))
     except (OSError, ValueError, csv.Error) as error:
         raise JointoptError(f"{key}: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _objects(text: str) -> list[Any]:
+    """JSON, a value a line."""
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+    return found
 
 
 def _separated(text: str, delimiter: str) -> list[dict[str, str]]:
@@ -142,7 +153,9 @@ def _separated(text: str, delimiter: str) -> list[dict[str, str]]:
 def _rows(rows: list[Any]) -> Columns:
     names = list(rows[0]) if rows and isinstance(rows[0], dict) else []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or set(row) != set(names):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is a {type(row).__name__}; allowed: an object, its columns by name")
+        if set(row) != set(names):
             raise ValueError(f"row {number} has not the columns of the first: {', '.join(map(str, names))}")
     return {str(name): [row[name] for row in rows] for name in names}
 
@@ -234,9 +247,9 @@ def class_indices(
                 "folders number alphabetically; allowed: one for each class, be it empty"
             )
         return [folders.index(str(value)) for value in values]
-    indices = []
+    named, indices = any(str(value) in known for value in values), []
     for row, value in enumerate(values, 1):
-        index = _whole(value)
+        index = known.get(str(value)) if named else _whole(value)
         if index is None or not 0 <= index < len(labels):
             names = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
             raise JointoptError(

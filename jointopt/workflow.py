@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from quant.errors import JointoptError
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from .training.loop import Batches
 
 NEAREST = "nearest"
+
+DIGESTED = 1024
+"""Samples of training data by whose contents a trained super-network's are told from others."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def prepare(config: Config) -> Prepared:
         gguf_writer.check_installed()
     function = import_function(config.quality) if config.quality else None
     loaded = load_model(config.model, config.task, config.device, config.dtype)
+    _check_target(config, loaded)
     if loaded.untrained and config.train is None:
         raise JointoptError(
             f"model: {config.model!r} has no weights for {', '.join(loaded.untrained[:4])}; allowed: a model "
@@ -123,11 +128,23 @@ def prepare(config: Config) -> Prepared:
     return Prepared(loaded, task, quality, objectives, inputs, train, seen, unseen)
 
 
+def _check_target(config: Config, loaded: LoadedModel) -> None:
+    """What its export for the target would refuse of the model as a whole."""
+    if config.target == "gguf":
+        from .checkpoint import gguf_writer
+
+        gguf_writer.check(loaded.model)
+        gguf_writer.check_tokenizer(loaded.processor)
+    dtype = next(loaded.model.parameters()).dtype
+    if config.target == "onnxruntime" and str(dtype) != "torch.float32":
+        raise JointoptError(f"dtype: the model is {dtype}; allowed for target onnxruntime: dtype: float32")
+
+
 def _digest(batches: Iterable[Batch]) -> str:
     """Of all numbers in them, so that a run notices other contents under the same name."""
     import torch
 
-    found = hashlib.blake2b(digest_size=16)
+    found = xxhash.xxh3_128()
     for batch in batches:
         for name, tensor in sorted(batch.items()):
             found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -157,7 +174,7 @@ def _named_failures(function: Callable[[Any], Any], name: str) -> Quality:
     def quality(model: Any) -> Any:
         try:
             return function(model)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise JointoptError(f"quality: {name} raised {type(error).__name__}: {error}") from error
 
     return quality
@@ -185,9 +202,16 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         look_up(config, prepared.inputs, supernet)
         return supernet
     output = Path(config.output)
-    wanted = config.training_record()
-    if _read_json(output / TRAINED) == wanted:
+    wanted = {**config.training_record(), "contents": _trained_from(prepared)}
+    there = _read_json(output / TRAINED)
+    if there == wanted:
         supernet.load(output / WEIGHTS)
+    elif there and {**there, "contents": None} == {**wanted, "contents": None}:
+        key = next(key for key, value in wanted["contents"].items() if value != there["contents"].get(key))
+        raise JointoptError(
+            f"{key}: has other contents than the super-network in {config.output!r} was trained with; allowed: those, "
+            "or another output"
+        )
     elif console is None:
         raise JointoptError(f"output: {config.output!r} holds no trained super-network of this config; run it first")
     else:
@@ -198,6 +222,17 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     supernet.calibrate(prepared.inputs)
     look_up(config, prepared.inputs, supernet)
     return supernet
+
+
+def _trained_from(prepared: Prepared) -> dict[str, str]:
+    """Key of the config -> digest of what it names: all that training depends on, of its samples the first ones."""
+    assert prepared.train is not None
+    samples = islice(prepared.train.epoch(0, 32, 0), DIGESTED // 32)
+    return {
+        "model": _digest([prepared.loaded.model.state_dict()]),
+        "data.train": f"{prepared.train.count} {_digest(samples)}",
+        "data.calibrate": prepared.contents["calibrate"],
+    }
 
 
 def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> None:

@@ -128,6 +128,23 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def test_verify_tells_all_differences_of_weights_that_are_no_numbers_and_of_files_cut_short(finished, tmp_path):
+    place = finished.parents[1]
+    assert command("export", "runs/vit", "--pick", "knee", "--to", tmp_path / "nan", cwd=place).returncode == 0
+    weights = tmp_path / "nan/model.safetensors"
+    tensors = load_file(weights)
+    tensors["classifier.bias"] *= float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    done = command("verify", tmp_path / "nan", "--config", "runs/vit/config.yaml", cwd=place)
+    assert done.returncode == 1 and "outputs: nan apart" in done.stdout and "quality returned nan" in done.stdout
+    weights.write_bytes(weights.read_bytes()[:50])
+    done = command("verify", tmp_path / "nan", cwd=place)
+    assert done.returncode == 2 and "is cut short" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "nan/jointopt.json").write_text("[]")
+    done = command("verify", tmp_path / "nan", cwd=place)
+    assert done.returncode == 2 and "has no probe, costs, layers" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(place):
     write_config(place, output="runs/stopped", search={"evaluations": 400, "strategy": "random"}, choose="knee")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -290,6 +307,20 @@ def test_a_second_run_in_an_output_folder_is_refused_and_harms_nothing(finished,
         said = refused(capsys, place, monkeypatch, "run", "config.yaml")
     assert "output 'runs/vit': another process is writing to it" in said
     assert (finished / "config.yaml").read_bytes() == before
+
+
+def test_a_super_network_trained_on_other_images_is_not_gone_on_with(place, capsys, monkeypatch):
+    write_images(place / "taught")
+    data = {"train": "taught", "calibrate": "images", "evaluate": "images", "batch_size": 12}
+    train, search = {"steps": 2, "batch_size": 4}, {"evaluations": 2}
+    write_config(place, output="runs/taught", data=data, train=train, search=search)
+    assert command("run", "config.yaml", cwd=place).returncode == 0
+    before = (place / "runs/taught/supernet.safetensors").read_bytes()
+    for path in (place / "taught").rglob("*.png"):
+        Image.new("RGB", (16, 16), "red").save(path)
+    said = refused(capsys, place, monkeypatch, "run", "config.yaml", "--evaluations", "3")
+    assert "data.train: has other contents than the super-network in 'runs/taught' was trained with" in said
+    assert (place / "runs/taught/supernet.safetensors").read_bytes() == before
 
 
 def test_other_images_under_the_same_name_are_noticed(place, capsys, monkeypatch):

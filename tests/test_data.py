@@ -6,11 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from saved import LABELS, save_bert, save_llama, save_timm, save_tokenizer, save_vit, write_images, write_reviews
 from transformers import BertConfig, BertModel
 
@@ -188,6 +190,32 @@ def test_a_source_that_is_not_there_is_named(path, said):
         read_columns(DataSource(path, key="data.train"))
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": "a", "label": 0}\n{"text": }', "line 2, column 10: Expecting value"),
+        ('[{"text": "a", "label": 0}]', "row 1 is a list; allowed: an object"),
+    ],
+)
+def test_a_line_of_json_that_is_none_is_named(tmp_path, content, said):
+    (tmp_path / "t.jsonl").write_text(content)
+    with pytest.raises(JointoptError, match=said):
+        read_columns(DataSource(str(tmp_path / "t.jsonl")))
+
+
+def test_a_name_among_which_one_is_missing_is_the_one_that_is_named():
+    with pytest.raises(JointoptError, match="found label '' in row 3; the model has 2: negative, positive"):
+        class_indices(["positive", "negative", ""], ["negative", "positive"], "data.evaluate.label")
+
+
+def test_images_of_more_than_8_bits_are_refused_and_not_cut_off(folders, tmp_path):
+    for name in ("0", "1", "2"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((16, 16), 30_000, dtype=np.uint16)).save(tmp_path / name / "a.png")
+    with pytest.raises(JointoptError, match=r"more than 8 bits a channel \(mode I;16\); allowed: 8 bits"):
+        quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path)))
+
+
 def test_other_bad_data_is_named(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "t.txt").write_text("good film")
@@ -298,5 +326,12 @@ def test_a_function_is_imported_from_the_current_directory_too(tmp_path, monkeyp
     assert import_function("my_package_for_quality.score")(None) == 1.0
     with pytest.raises(JointoptError, match="has no function 'nothing'"):
         import_function("my_package_for_quality.nothing")
+    for name, text, said in (
+        ("torn_package", "def score(", "importing 'torn_package' raised SyntaxError"),
+        ("ending_package", "import sys; sys.exit(0)", "importing 'ending_package' raised SystemExit"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+        with pytest.raises(JointoptError, match=said):
+            import_function(f"{name}.score")
     with pytest.raises(JointoptError, match="No module named 'no_such_package'"):
         import_function("no_such_package.score")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -164,6 +166,8 @@ def test_quality_is_a_number_of_any_make(value):
         ({"accuracy": float("nan")}, "returned nan for 'accuracy'; allowed: a finite number"),
         ({"size": 3.0}, "returned 'size', which is a cost"),
         ({"seconds": 3.0}, "returned 'seconds', a column that every study has"),
+        ({1: 0.5}, "returned 1 as the name of a metric; allowed: text"),
+        ({}, "returned no metric"),
         ({"predicted_f1": 3.0}, "returned 'predicted_f1', a column that every study has"),
     ],
 )
@@ -171,6 +175,12 @@ def test_what_is_no_metric_is_a_failure_with_its_reason(returned, said):
     supernet = supernet_of("bert")
     found = evaluate(supernet, supernet.space.smallest, lambda _: returned)
     assert found.metrics is None and said in found.failed
+
+
+def test_a_function_that_ends_the_process_has_failed():
+    supernet = supernet_of("bert")
+    found = evaluate(supernet, supernet.space.smallest, lambda _: sys.exit(0))
+    assert found.metrics is None and found.failed == "SystemExit: 0"
 
 
 @pytest.mark.parametrize(("size", "samples"), [(300, SAMPLES), (50, 150), (96, 192), (140, SAMPLES)])

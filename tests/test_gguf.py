@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet, load_config
+from jointopt.checkpoint.gguf_writer import check
 from tests.zoo import batches, logits, make
 
 gguf = pytest.importorskip("gguf")
@@ -61,6 +62,14 @@ def test_an_export_weighs_what_was_reported_and_verifies(tmp_path):
     quantized = sum(layer["scheme"] != "none" for layer in supernet.layout(genome))
     assert 0 <= supernet.costs(genome)["size"] - verification.size <= 16 * quantized
     assert verification.metrics["quality"] == pytest.approx(quality(supernet.extract(genome)), rel=1e-4)
+
+
+def test_a_bfloat16_model_is_verified_though_it_reloads_in_float32(tmp_path):
+    model = make("llama_tied").to(torch.bfloat16)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"], depth=[1, 2]))
+    supernet.calibrate(batches("llama_tied"))
+    found = jointopt.verify(jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf"))
+    assert found.ok, found.differences
 
 
 def test_a_tokenizer_goes_into_the_file(tmp_path):
@@ -132,6 +141,18 @@ def test_how_a_tokenizer_parts_texts_goes_into_the_file_or_is_refused(parted, tm
 def test_what_gguf_has_no_place_for_is_refused(tmp_path):
     uneven = supernet_of("llama_tied", mlp=[128, 256])
     genome = uneven.space.encode({**dict(uneven.space.decode(uneven.space.largest)), "block0.mlp": 128})
+    biased = make("llama_tied")
+    biased.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.ones(128))
+    gelu, turned = make("llama_tied"), make("llama_tied")
+    gelu.config.hidden_act = "gelu"
+    turned.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    for model, match in (
+        (biased, r"layers\.0\..*q_proj\.bias"),
+        (gelu, "hidden_act gelu"),
+        (turned, "rope_type linear"),
+    ):
+        with pytest.raises(JointoptError, match=match):
+            check(model)
     vit = Supernet(make("vit"), SearchSpace.for_model(make("vit"), schemes=["none"]))
     vit.calibrate(batches("vit"))
     for match, given in {

@@ -92,8 +92,17 @@ def check(model: Any) -> None:
     check_language_model(model, "gguf", KINDS)
     if not is_uniform(model):
         raise JointoptError("target gguf: blocks differ in size; allowed: all alike (a space of depth and schemes)")
-    if getattr(model.config, "sliding_window", None) is not None:
+    config = model.config
+    if getattr(config, "sliding_window", None) is not None:
         raise JointoptError("target gguf: found a sliding window of attention; allowed: none")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope != "default":
+        raise JointoptError(f"target gguf: found rope_type {rope}; allowed: default")
+    if config.hidden_act != "silu":
+        raise JointoptError(f"target gguf: found hidden_act {config.hidden_act}; allowed: silu")
+    biased = next((name for name, _ in model.model.layers.named_parameters() if name.endswith(".bias")), None)
+    if biased is not None:
+        raise JointoptError(f"target gguf: found layers.{biased}; allowed: layers without biases")
     check_formats(model, "gguf")
 
 
@@ -102,8 +111,6 @@ def _add_sizes(writer: Any, model: Any) -> None:
     sizes = block_sizes(model, copy.deepcopy(config))[0]
     head_dim = model.get_submodule("model.layers.0.self_attn").head_dim
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise JointoptError(f"target gguf: found rope_type {rope['rope_type']}; allowed: default")
     writer.add_block_count(len(model.get_submodule("model.layers")))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -118,12 +125,14 @@ def _add_sizes(writer: Any, model: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _add_tokenizer(writer: Any, processor: Any, rows: int) -> None:
-    """Of byte-level BPE, with its merges; none where there is no processor. The file's list of tokens is as long as the
-    embedding has rows: llama.cpp refuses another. Rows without a token are unused ones."""
-    if processor is None:
-        writer.add_tokenizer_model("no_vocab")
-        return
+def check_tokenizer(processor: Any) -> None:
+    """Raises JointoptError for a tokenizer that llama.cpp has no word for."""
+    if processor is not None:
+        _parted(processor)
+
+
+def _parted(processor: Any) -> tuple[dict[str, Any], str]:
+    """A tokenizer's content, and llama.cpp's name for how it parts texts."""
     backend = getattr(processor, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {"model": {}}
     if content["model"].get("type") != "BPE" or "ByteLevel" not in json.dumps(content.get("pre_tokenizer")):
@@ -133,6 +142,16 @@ def _add_tokenizer(writer: Any, processor: Any, rows: int) -> None:
     if parted is None or (parted == "llama-bpe") != bool(content["model"].get("ignore_merges")):
         allowed = ", ".join(PRE_TOKENIZERS.values())
         raise JointoptError(f"target gguf: found a tokenizer that parts texts in a way of its own; allowed: {allowed}")
+    return content, parted
+
+
+def _add_tokenizer(writer: Any, processor: Any, rows: int) -> None:
+    """Of byte-level BPE, with its merges; none where there is no processor. The file's list of tokens is as long as the
+    embedding has rows: llama.cpp refuses another. Rows without a token are unused ones."""
+    if processor is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    content, parted = _parted(processor)
     words = {**content["model"]["vocab"], **{each["content"]: each["id"] for each in content["added_tokens"]}}
     special = {each["id"]: each["special"] for each in content["added_tokens"]}
     import gguf

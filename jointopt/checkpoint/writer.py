@@ -150,6 +150,7 @@ def _record(
     return {
         "base_model": base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None,
         "family": supernet.family.name,
+        "dtype": str(next(model.parameters()).dtype)[6:],
         "genome": genome.tolist(),
         "choices": _plain(supernet.space.decode(genome)),
         "costs": costs,
@@ -386,7 +387,10 @@ def stored_bytes(folder: Path) -> int:
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            try:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            except ValueError:
+                raise JointoptError(f"{str(path)!r} is cut short: it has no header of safetensors") from None
         spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
         total += sum(end - start for start, end in spans)
     return total

@@ -75,7 +75,7 @@ def _check_size(model: nn.Module, pixels: Tensor, source: DataSource) -> None:
 def _opened(image: Any, base: Path, key: str) -> Image.Image:
     """An image from a path (relative to the table's folder), from its bytes, or as it is."""
     if isinstance(image, Image.Image):
-        return image
+        return _of_bytes(image, f"{key}: an image")
     content: Any = image
     if isinstance(image, dict):
         content = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
@@ -84,9 +84,16 @@ def _opened(image: Any, base: Path, key: str) -> Image.Image:
     try:
         opened = Image.open(content)
         opened.load()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         raise JointoptError(f"{key}: {str(image)[:200]!r} cannot be opened as an image: {error}") from None
-    return opened
+    return _of_bytes(opened, f"{key}: {str(image)[:200]!r}")
+
+
+def _of_bytes(image: Image.Image, told: str) -> Image.Image:
+    """Pillow would cut off what is beyond 255."""
+    if image.mode.startswith(("I", "F")):
+        raise JointoptError(f"{told} has more than 8 bits a channel (mode {image.mode}); allowed: 8 bits")
+    return image
 
 
 METRICS = ("accuracy", "loss", "kl")
