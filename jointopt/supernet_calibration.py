@@ -41,7 +41,23 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     supernet._statistics = ranges.constants()
     supernet._repaired = repairs.solved()
     supernet._forget()
+    _check_smallest(supernet, kept[0])
     supernet.calibrated = True
+
+
+def _check_smallest(supernet: Supernet, batch: Mapping[str, Any]) -> None:
+    """Raises JointoptError where a declaration does not say all that a width runs through, so that cut layers do not
+    fit into each other."""
+    view = supernet.training_view(supernet.space.smallest).eval()
+    try:
+        with torch.no_grad():
+            view(**batch)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise JointoptError(
+            f"{supernet.family.name}: the smallest sub-network does not run: {told}; allowed: a declaration whose "
+            "widths name all that carries them"
+        ) from error
 
 
 def sort_again(

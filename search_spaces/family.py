@@ -303,10 +303,11 @@ def check(family: Family, model: nn.Module) -> None:
             if not has_module(model, part.module):
                 raise JointoptError(f"{family.name}: width {width.gene!r} names {part.module!r}, which the model lacks")
             module = model.get_submodule(part.module)
-            if getattr(module, "groups", 1) != 1 or isinstance(module, nn.GroupNorm):
+            depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels
+            if isinstance(module, nn.GroupNorm) or (getattr(module, "groups", 1) != 1 and not depthwise):
                 raise JointoptError(
                     f"{family.name}: {part.module}, which width {width.gene!r} names, is a {type(module).__name__} of "
-                    "groups, whose channels cannot be told apart; allowed: one group, or leave the width out"
+                    "groups, which are read together; allowed: one group, one for each channel, or leave the width out"
                 )
             found = extent(module, side)
             if found != width.units * part.channels:

@@ -167,6 +167,17 @@ def test_channels_of_groups_are_no_width(model, told):
         SearchSpace.for_model(model, ["none"], family=declare_grouped, mlp=[16, 32])
 
 
+def test_a_declaration_that_leaves_out_what_carries_a_width_is_told_when_it_is_calibrated():
+    def declared(model: nn.Module) -> Family:
+        width = Width("w", "mlp", 32, (Part("first"),), (Part("second"),))
+        return Family("forgetful", (), (width,), (Layer("second", "second", "second"),))
+
+    model = Grouped(nn.Conv2d(16, 32, 3), nn.GroupNorm(4, 32))
+    supernet = Supernet(model, SearchSpace.for_model(model, ["none"], family=declared, mlp=[16, 32]), family=declared)
+    with pytest.raises(JointoptError, match="forgetful: the smallest sub-network does not run: .*weight"):
+        supernet.calibrate([{"x": torch.randn(2, 16, 9, 9)}])
+
+
 def test_a_shared_weight_that_the_declaration_does_not_name_is_refused():
     class Tied(nn.Module):
         def __init__(self) -> None:
