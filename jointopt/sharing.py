@@ -242,7 +242,8 @@ class _SharedRun:
             block.__dict__["_shared"] = (self, at)
         view.register_forward_pre_hook(self._begin, with_kwargs=True)
         view.register_forward_hook(self._finish, always_call=True)
-        self._state = _state(view)
+        self._all = list(view.modules())
+        self._state = _state(self._all)
 
     def __deepcopy__(self, memo: dict) -> _SharedRun:
         self.used = True
@@ -302,7 +303,7 @@ class _SharedRun:
         """Whether all is as in a chain of blocks, one after the other with nothing in between; if not, the call ends
         being shared, and is lost where blocks were skipped."""
         if type(hidden) is Tensor and at == call.at:
-            if at == 0 and _state(self._view) == self._state:
+            if at == 0 and _state(self._all) == self._state:
                 _feed(call.digest, hidden)
                 call.key = call.digest.digest()
                 call.skip = self._held.deepest(call.key, self._prefix)
@@ -385,13 +386,17 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _state(view: nn.Module) -> list[Any]:
-    """What a view computes with: other modules, hooks, modes or values make it another list."""
+def _state(modules: Sequence[nn.Module]) -> list[Any]:
+    """What a view of these modules computes with: other ones, hooks, modes or values make it another list."""
     found: list[Any] = [len(store) for store in _GLOBAL_HOOKS]
-    for module in view.modules():
-        found += (id(module), module.training, *module._forward_pre_hooks, *module._forward_hooks)
-        for store in (module._parameters, module._buffers):
-            found += ((t.data_ptr(), _version(t), t.dtype) for t in store.values() if t is not None)
+    for module in modules:
+        own = module.__dict__
+        found += (own["training"], *own["_forward_pre_hooks"], *own["_forward_hooks"])
+        found += map(id, own["_modules"].values())
+        for store in (own["_parameters"], own["_buffers"]):
+            for tensor in store.values():
+                if tensor is not None:
+                    found += (tensor.data_ptr(), _version(tensor), tensor.dtype)
     return found
 
 
