@@ -171,7 +171,7 @@ def _space(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from .config import load_config
-    from .workflow import stay_offline
+    from .prepared import stay_offline
 
     config = load_config(options.config)
     stay_offline(config)
@@ -217,9 +217,9 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
     from .config import load_config
     from .cost.device import load_device
     from .cost.roofline import Roofline
+    from .prepared import stay_offline
     from .report.devices import on_device
     from .run_folder import CONFIG
-    from .workflow import stay_offline
 
     if not (output / CONFIG).is_file():
         raise JointoptError(
@@ -254,6 +254,7 @@ def _without_weights(config: Config) -> Supernet:
 
 def _export(options: argparse.Namespace) -> int:
     from .config import load_config
+    from .prepared import prepare, stay_offline
     from .run_folder import CONFIG, EXPORT, STUDY
     from .study import Study
     from .workflow import (
@@ -262,8 +263,6 @@ def _export(options: argparse.Namespace) -> int:
         finishing_of,
         make_supernet,
         note_choice,
-        prepare,
-        stay_offline,
     )
 
     pick = parse_pick(options.pick)
@@ -334,8 +333,9 @@ def picked(study: Study, pick: dict[str, Any], rounding: str | None) -> np.ndarr
 
 def _verify(options: argparse.Namespace) -> int:
     from .config import load_config
+    from .prepared import prepare, stay_offline
     from .run_folder import CONFIG, EXPORT, STUDY
-    from .workflow import prepare, stay_offline, verify_export
+    from .workflow import verify_export
 
     folder = Path(options.folder)
     if not folder.is_dir():

@@ -4,180 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
 from quant.errors import JointoptError
 
 from .config import Config
 from .cost.configured import THIS, check_timed, latency_of, look_up, measured_beside
-from .rows import is_hub_id
+from .prepared import Prepared, digest, prepare, stay_offline
 from .run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .checkpoint.verification import Verification
-    from .evaluation import Batch, Quality
     from .finishing import Finished, Finishing
-    from .models import LoadedModel
     from .study import Study
     from .supernet import Supernet
-    from .tasks.task import Samples, Task
     from .training.loop import Batches
 
 NEAREST = "nearest"
 
 DIGESTED = 1024
 """Samples of training data by whose contents a trained super-network's are told from others."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A config's model and data, loaded and checked against each other.
-
-    Attributes:
-        quality: model -> metrics, on the evaluation's batches or by the user's function.
-        objectives: name -> direction.
-        inputs: batches to calibrate with.
-        train: samples to train or finish with, None where the config does neither.
-        contents: "evaluate", "calibrate" -> digest of its batches.
-        unseen: model -> metrics on data that the search does not see, None where the config names none.
-    """
-
-    loaded: LoadedModel
-    task: Task
-    quality: Quality
-    objectives: dict[str, str]
-    inputs: list[Batch]
-    train: Samples | None
-    contents: dict[str, str]
-    unseen: Quality | None = None
-
-
-def stay_offline(config: Config) -> None:
-    """Forbids the hub's libraries to look anything up, unless the config names a hub id. Before they are imported."""
-    from .models import find_source
-
-    local = find_source(config.model).local
-    given = [
-        config.source(entry) for entry in ("train", "calibrate", "evaluate", "test") if getattr(config.data, entry)
-    ]
-    if local and not any(is_hub_id(source) for source in given):
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
-
-
-def prepare(config: Config) -> Prepared:
-    """Loads the model and the data, and checks all that can be checked before anything is run.
-
-    Raises:
-        JointoptError: whatever does not fit, named by its key.
-    """
-    from .models import import_function, load_model
-    from .tasks import TASKS
-
-    latency_of(config)
-    if config.target == "onnxruntime":
-        from .checkpoint.onnx.writer import check_installed
-
-        check_installed()
-    if config.target == "gguf":
-        from .checkpoint import gguf_writer
-
-        gguf_writer.check_installed()
-    function = import_function(config.quality) if config.quality else None
-    loaded = load_model(config.model, config.task, config.device, config.dtype)
-    _check_target(config, loaded)
-    if loaded.untrained and config.train is None:
-        raise JointoptError(
-            f"model: {config.model!r} has no weights for {', '.join(loaded.untrained[:4])}; allowed: a model "
-            f"fine-tuned for {loaded.task}, or train"
-        )
-    task = TASKS[loaded.task]
-    size = config.data.batch_size or task.batch_size
-
-    def batches(entry: str, samples: int | None = None) -> list[Batch]:
-        return task.batches(config.source(entry, samples), loaded.processor, loaded.model, size)
-
-    objectives = _objectives(config, task)
-
-    contents = {}
-
-    def scored_on(entry: str) -> Quality:
-        scored = batches(entry)
-        contents[entry] = _digest(scored)
-        return task.quality(scored, loaded.model if "kl" in objectives else None)
-
-    quality = _named_failures(function, str(config.quality)) if function is not None else scored_on("evaluate")
-    inputs: list[Batch] = [
-        {k: v for k, v in batch.items() if k != "labels"} for batch in batches("calibrate", task.calibration)
-    ]
-    contents["calibrate"] = _digest(inputs)
-    trains = config.train is not None or (config.finish is not None and config.finish.steps is not None)
-    train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
-    seen = dict(contents)
-    unseen = scored_on("test") if config.data.test is not None else None
-    return Prepared(loaded, task, quality, objectives, inputs, train, seen, unseen)
-
-
-def _check_target(config: Config, loaded: LoadedModel) -> None:
-    """What its export for the target would refuse of the model as a whole."""
-    if config.target == "gguf":
-        from .checkpoint import gguf_writer
-
-        gguf_writer.check(loaded.model)
-        gguf_writer.check_tokenizer(loaded.processor)
-    dtype = next(loaded.model.parameters()).dtype
-    if config.target == "onnxruntime" and str(dtype) != "torch.float32":
-        raise JointoptError(f"dtype: the model is {dtype}; allowed for target onnxruntime: dtype: float32")
-
-
-def _digest(batches: Iterable[Batch]) -> str:
-    """Of all numbers in them, so that a run notices other contents under the same name."""
-    import torch
-
-    found = xxhash.xxh3_128()
-    for batch in batches:
-        for name, tensor in sorted(batch.items()):
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def _objectives(config: Config, task: Task) -> dict[str, str]:
-    from .objectives import COSTS, DIRECTIONS
-
-    if config.objectives is None:
-        first = "quality" if config.quality else task.metrics[0]
-        return {first: DIRECTIONS[first], "size": "min"}
-    found = {entry.name: str(entry.direction) for entry in config.objectives}
-    for name in found:
-        if config.quality is None and name not in (*task.metrics, *COSTS):
-            raise JointoptError(
-                f"objectives: found {name}; allowed: what {task.name} measures, {', '.join(task.metrics)}, "
-                f"and costs, {', '.join(COSTS)}"
-            )
-    return found
-
-
-def _named_failures(function: Callable[[Any], Any], name: str) -> Quality:
-    """The user's function, what it raises said in one line that names it."""
-
-    def quality(model: Any) -> Any:
-        try:
-            return function(model)
-        except (Exception, SystemExit) as error:
-            raise JointoptError(f"quality: {name} raised {type(error).__name__}: {error}") from error
-
-    return quality
 
 
 def make_supernet(config: Config, prepared: Prepared, console: Console | None = None) -> Supernet:
@@ -229,8 +82,8 @@ def _trained_from(prepared: Prepared) -> dict[str, str]:
     assert prepared.train is not None
     samples = islice(prepared.train.epoch(0, 32, 0), DIGESTED // 32)
     return {
-        "model": _digest([prepared.loaded.model.state_dict()]),
-        "data.train": f"{prepared.train.count} {_digest(samples)}",
+        "model": digest([prepared.loaded.model.state_dict()]),
+        "data.train": f"{prepared.train.count} {digest(samples)}",
         "data.calibrate": prepared.contents["calibrate"],
     }
 
