@@ -137,6 +137,8 @@ def test_impossible_adapters_are_refused_at_the_start():
         "lora: .*not_there": peft.LoraConfig(target_modules=["not_there"]),
         "lm_head shares its weight": peft.LoraConfig(target_modules=["lm_head"]),
         "lora_dropout": config("llama_tied", lora_dropout=0.1),
+        "bias='all'": config("llama_tied", bias="all"),
+        r"trainable_token_indices=\[1\]": config("llama_tied", trainable_token_indices=[1]),
         "found dict": {"r": 4},
     }.items():
         with pytest.raises(JointoptError, match=match):

@@ -196,6 +196,9 @@ def test_one_objective_alone_has_a_page_too(tmp_path):
 def test_a_page_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(JointoptError, match="report.html' cannot be written"):
         write_report(make_study(), tmp_path / "none" / "report.html")
+    for path in (None, ""):
+        with pytest.raises(JointoptError, match=f"found path {path!r}; allowed: that of an HTML file"):
+            write_report(make_study(), path)
 
 
 def test_sizes_are_in_millions_of_bytes():

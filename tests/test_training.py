@@ -390,6 +390,20 @@ def test_statistics_of_narrow_sub_networks_do_not_enter_the_whole_one_s():
     assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
 
 
+def test_labels_may_be_probabilities_of_the_classes():
+    logits = torch.randn(6, 5)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    one_hot = torch.nn.functional.one_hot(labels, 5).float()
+    torch.testing.assert_close(task_loss(logits, {"labels": one_hot}), task_loss(logits, {"labels": labels}))
+
+
+def test_a_frozen_model_is_not_trained():
+    supernet = calibrated("vit")
+    supernet.model.requires_grad_(False)
+    with pytest.raises(JointoptError, match="no parameter of the model needs a gradient"):
+        jointopt.train_supernet(supernet, labelled("vit"), 1)
+
+
 def test_what_cannot_be_trained_is_refused_before_any_step():
     supernet = calibrated("vit")
     fresh = Supernet(make("vit"), supernet.space)
@@ -410,6 +424,10 @@ def test_what_cannot_be_trained_is_refused_before_any_step():
             calibrated("resnet").family, calibrated("resnet").space, make("resnet")
         ),
         r"no number format": lambda: Recipe(precision_from=0.5).check(calibrated("vit", schemes=["none"])),
+        r"labels are float32 \[6\]; .*Recipe\(loss=": lambda: jointopt.elastic_loss(
+            supernet, {**batch, "labels": torch.rand(6)}, 0
+        ),
+        r"found batches in a generator": lambda: jointopt.train_supernet(supernet, (each for each in [batch]), 1),
         r"found no batch": lambda: jointopt.train_supernet(supernet, [], 1),
     }.items():
         with pytest.raises(JointoptError, match=match):

@@ -32,17 +32,17 @@ Loss = Callable[[Tensor, Batch], Tensor]
 
 
 def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of `logits` and batch["labels"]: one label a sample, or for [batch, tokens] of labels the next
-    token's, where -100 counts for nothing.
+    """Cross-entropy of `logits` and batch["labels"]: one label a sample, or a probability of each class, or for [batch,
+    tokens] of labels the next token's, where -100 counts for nothing.
 
     Args:
         smoothing: share of each label that is spread over all classes.
     """
     labels = batch["labels"]
-    if labels.is_floating_point():
+    if labels.is_floating_point() and (labels.shape != logits.shape or logits.shape[-1] == 1):
         raise JointoptError(
-            f"train: labels are {str(labels.dtype)[6:]}; allowed: classes, whole numbers; or Recipe(loss=...), a "
-            "function of logits and batch, for what is no classification"
+            f"train: labels are {str(labels.dtype)[6:]} {list(labels.shape)}; allowed: classes, whole numbers, or a "
+            "probability of each; for what is no classification Recipe(loss=...), a function of logits and batch"
         )
     if labels.dim() == 2 and logits.dim() == 3:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
