@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quant.errors import JointoptError
+from search_spaces.families import declare
 
 from .config import Config
 from .cost.configured import THIS, check_timed, latency_of, look_up, measured_beside
@@ -47,9 +48,9 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     if space.count() == 1:
         raise JointoptError("space: holds one genome, so there is nothing to search; allowed: two or more")
     transforms = config.transforms or ()
-    supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
     if config.target in ("transformers", "vllm"):
-        check_loadable(supernet.model)
+        check_loadable(declare(model)[0])
+    supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
     if config.train is None:
         supernet.calibrate(prepared.inputs)
         look_up(config, prepared.inputs, supernet)
