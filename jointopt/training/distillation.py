@@ -79,9 +79,26 @@ class Seen:
     hidden: dict[str, Tensor] = field(default_factory=dict)
     attention: list[Tensor] = field(default_factory=list)
 
-    def detached(self) -> Seen:
-        hidden = {name: each.detach() for name, each in self.hidden.items()}
-        return Seen(self.logits.detach(), hidden, [each.detach() for each in self.attention])
+
+@dataclass
+class Target:
+    """What sub-networks are compared with, made once for all of them."""
+
+    log_probabilities: Tensor
+    probabilities: Tensor
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+    attention: list[Tensor] = field(default_factory=list)
+
+
+def target(shown: Seen, temperature: float) -> Target:
+    """What a teacher showed, without gradients and in float32, its distributions at a temperature."""
+    logs = _log_probabilities(shown.logits.detach(), temperature)
+    hidden = {name: each.detach() for name, each in shown.hidden.items()}
+    return Target(logs, logs.exp(), hidden, [each.detach() for each in shown.attention])
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return (logits.float() if temperature == 1 else logits.float() / temperature).log_softmax(-1)
 
 
 def seen(view: nn.Module, inputs: Batch, family: Family, plan: Plan, wanted: Distillation) -> Seen:
@@ -132,10 +149,10 @@ def _last_attention(family: Family, plan: Plan) -> Width | None:
     return max(staying, key=lambda width: names.index(width.block or ""), default=None)
 
 
-def loss_of(student: Seen, teacher: Seen, batch: Batch, wanted: Distillation) -> Tensor:
+def loss_of(student: Seen, teacher: Target, batch: Batch, wanted: Distillation) -> Tensor:
     """The weighted sum of what a student is compared in, a scalar in float32."""
     mask = batch.get("attention_mask")
-    total = soft_labels(student.logits, teacher.logits, mask, wanted.temperature)
+    total = _divergence(student.logits, teacher, mask, wanted.temperature)
     shared = [name for name in student.hidden if name in teacher.hidden]
     if wanted.hidden and shared:
         parts = [_difference(student.hidden[name], teacher.hidden[name], mask) for name in shared]
@@ -149,11 +166,12 @@ def loss_of(student: Seen, teacher: Seen, batch: Batch, wanted: Distillation) ->
 def soft_labels(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """KL divergence of the student's from the teacher's distribution at a temperature, times its square, averaged over
     samples or, where `mask` [batch, tokens] fits, over unmasked tokens."""
-    student, teacher = student.float() / temperature, teacher.float() / temperature
-    divergence = nn.functional.kl_div(
-        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
-    return temperature**2 * _mean(divergence, mask)
+    return _divergence(student, target(Seen(teacher), temperature), mask, temperature)
+
+
+def _divergence(student: Tensor, teacher: Target, mask: Tensor | None, temperature: float) -> Tensor:
+    lost = teacher.log_probabilities - _log_probabilities(student, temperature)
+    return temperature**2 * _mean((teacher.probabilities * lost).sum(-1), mask)
 
 
 def _difference(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from jointopt.batch_norm import on_device
 from jointopt.evaluation import Batch
 from jointopt.learned_ranges import NAME
 from jointopt.subnetwork import Plan
-from jointopt.training.distillation import Distillation, Seen, loss_of, seen, teacher_logits
+from jointopt.training.distillation import Distillation, Seen, Target, loss_of, seen, target, teacher_logits
 from jointopt.training.sampling import Sampling, sampling, step_seed
 from quant.errors import JointoptError
 
@@ -166,15 +166,15 @@ def gradients_of(
                     held[tuple(map(slice, part.shape))].add_(new)
         return loss.detach()
 
-    losses, target = [], None
+    losses, teacher = [], None
     for student in _students(supernet, step, progress, recipe):
         view = supernet.view_to_train(student.plan, student.precision)
         modules = list(view.modules())
-        slices = _as_leaves(modules, places)
-        _with_sparse_gradients(modules, batch)
-        loss, shown = _loss(supernet, student, view, batch, target, recipe)
+        slices = _as_leaves(modules, places) + _words_as_leaves(modules, places, batch)
+        loss, shown = _loss(supernet, student, view, batch, teacher, recipe)
         losses.append(learn(loss, slices))
-        target = target or shown.detached()
+        if recipe.distillation is not None and teacher is None:
+            teacher = target(shown, recipe.distillation.temperature)
         del loss, shown, view, modules, slices
     return losses, gradients, parameters
 
@@ -233,33 +233,40 @@ def _as_leaves(view: Sequence[nn.Module], places: Mapping[int, int]) -> list[tup
     return found
 
 
-def _with_sparse_gradients(view: Sequence[nn.Module], batch: Batch) -> None:
-    """Has gradients of embeddings hold the words of the batch alone, where they are few of all: dense ones would be
-    filled with zeros, and added up, for each sub-network. Whoever hooks a gradient gets it whole."""
+def _words_as_leaves(view: Sequence[nn.Module], places: Mapping[int, int], batch: Batch) -> list[tuple[Tensor, int]]:
+    """Likewise the weights of embeddings of which a batch has few words, whose gradients hold these words alone: dense
+    ones would be filled with zeros for each sub-network, and a tied head's would be copied to add them. Whoever hooks a
+    gradient gets it whole."""
     words = max((x.numel() for x in batch.values() if isinstance(x, Tensor) and not x.is_floating_point()), default=0)
+    found = []
     for module in view:
         if type(module) is nn.Embedding and module.num_embeddings > words and not module.scale_grad_by_freq:
             weight = module.weight
-            if weight.is_leaf and not weight._backward_hooks and weight.device.type in ("cpu", "cuda"):
-                module.__dict__["sparse"] = True
+            known = weight.is_leaf and not weight._backward_hooks and id(weight) in places
+            if known and weight.device.type in ("cpu", "cuda"):
+                del module._parameters["weight"]
+                leaf = weight.detach().requires_grad_()
+                module.__dict__.update(sparse=True, weight=leaf)
+                found.append((leaf, places[id(weight)]))
+    return found
 
 
 def _loss(
-    supernet: Supernet, student: _Student, view: nn.Module, batch: Batch, target: Seen | None, recipe: Recipe
+    supernet: Supernet, student: _Student, view: nn.Module, batch: Batch, teacher: Target | None, recipe: Recipe
 ) -> tuple[Tensor, Seen]:
-    """Of one sub-network; of the largest where there is no target yet."""
+    """Of one sub-network; of the largest where there is no teacher yet."""
     wanted = recipe.distillation
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     shown = seen(view, inputs, supernet.family, student.plan, wanted or Distillation())
     if wanted is None:
         return recipe.loss(shown.logits, batch), shown
-    if target is not None:
-        loss = loss_of(shown, target, batch, wanted)
+    if teacher is not None:
+        loss = loss_of(shown, teacher, batch, wanted)
         return (loss + wanted.labels * recipe.loss(shown.logits, batch) if wanted.labels else loss), shown
     loss = recipe.loss(shown.logits, batch)
     if wanted.teacher is not None:
         given = Seen(teacher_logits(wanted.teacher, inputs))
-        loss = loss + loss_of(shown, given, batch, wanted)
+        loss = loss + loss_of(shown, target(given, wanted.temperature), batch, wanted)
         shown.logits = given.logits
     return loss, shown
 
