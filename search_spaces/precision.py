@@ -10,6 +10,8 @@ from quant.errors import JointoptError
 from quant.formats import Scheme, scheme
 from search_spaces.family import Family, Layer
 
+BITSANDBYTES_ROWS = 32
+"""Outputs of a layer that its 4-bit kernel for CPUs goes through together; it refuses other numbers of them."""
 PRECISION_PER = ("layer", "projection", "block")
 
 
@@ -36,6 +38,12 @@ def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Collectio
     if wanted.bitsandbytes and not isinstance(module, nn.Linear):
         kind = type(module).__name__
         raise JointoptError(f"{layer.path}: {name} is bitsandbytes', which has it for Linear layers; found {kind}")
+    outputs = module.get_parameter("weight").shape[0]
+    if wanted.bitsandbytes in ("nf4", "fp4") and outputs % BITSANDBYTES_ROWS:
+        raise JointoptError(
+            f"{layer.path}: has {outputs} outputs; allowed in {name}: multiples of {BITSANDBYTES_ROWS}, as "
+            "bitsandbytes' kernel for CPUs takes them"
+        )
     if wanted.activations is not None and not isinstance(module, nn.Embedding):
         if not layer.tokens:
             raise JointoptError(

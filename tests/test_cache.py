@@ -59,6 +59,16 @@ def test_stored_bytes_give_the_held_values_again(seed, name, magnitude):
     assert torch.equal(unpacked(element, *split(stored, element)), unpacked(element, *parts))
 
 
+@pytest.mark.parametrize("element", ["int8", "fp8_e4m3"])
+def test_one_token_of_one_head_is_split_again_whatever_its_strides(element):
+    codes, scale = torch.arange(4, dtype=torch.uint8)[None, None, None], torch.full((1, 1, 1, 1), 0.5)
+    zero_point = None if element == "fp8_e4m3" else torch.full((1, 1, 1, 1), -3.0)
+    stored = joined(codes, scale, zero_point)
+    odd = torch.empty_strided(stored.shape, (35, 35, 35, 1), dtype=torch.uint8).copy_(stored)
+    found, again, point = split(odd, element)
+    assert torch.equal(found, codes) and float(again) == 0.5 and float(point) == (0.0 if zero_point is None else -3.0)
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_zeros_are_held_as_zeros(name):
     element = CACHE_FORMATS[name].element

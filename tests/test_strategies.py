@@ -313,6 +313,27 @@ def test_every_genome_asked_keeps_to_exact_constraints(name):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+def test_what_an_exact_constraint_gives_no_finite_number_for_is_never_asked(name):
+    def latency(genomes):
+        return np.where(genomes[:, 0] == 0, np.inf, genomes.sum(1).astype(float))
+
+    strategy = strategies.create(name, SPACE, TWO, constraints=(Constraint("latency", 6, "<=", latency),), seed=0)
+    for _ in range(3):
+        genomes = strategy.ask(3)
+        assert (latency(genomes) <= 6).all()
+        strategy.tell(genomes, measure(genomes))
+
+
+def test_a_constraint_whose_function_gives_no_number_a_genome_is_refused_by_name():
+    for compute, said in (
+        (lambda g: g[:, :1], "gave .* allowed: one number each"),
+        (lambda g: "ab", "gave no numbers"),
+    ):
+        with pytest.raises(JointoptError, match=f"constraint 'latency': its function {said}"):
+            strategies.create("guided", SPACE, TWO, constraints=(Constraint("latency", 6, "<=", compute),))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_genomes_that_keep_to_a_constraint_are_all_found(name):
     allowed = [genome for genome in SPACE.genomes() if size(genome[None])[0] <= 6]
     strategy = strategies.create(name, SPACE, TWO, constraints=(Constraint("size", 6, "<="),))

@@ -343,3 +343,103 @@ def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(tmp_path):
         trainer(folder, recipe=one, save_strategy="steps", save_steps=2, max_steps=2).train()
         with pytest.raises(JointoptError, match=r"checkpoint-2' is of another recipe or lora; allowed: the same"):
             trainer(folder, recipe=other, max_steps=4).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_two_processes_whose_labels_count_differently_train_the_same_weights(tmp_path):
+    script = tmp_path / "masked.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from safetensors.torch import save_file\n"
+        "from jointopt import ElasticTrainer, SearchSpace\n"
+        "from tests.test_trainer import arguments, masked_rows, weights\n"
+        "from tests.zoo import make\n"
+        "model, folder = make('llama_tied'), Path(sys.argv[1])\n"
+        "options = {'max_steps': 2, 'per_device_train_batch_size': 1, 'ddp_backend': 'gloo'}\n"
+        "made = ElasticTrainer(model=model, space=SearchSpace.for_model(model, schemes=['none', 'W8A8']),\n"
+        "                      args=arguments(folder, **options), train_dataset=masked_rows())\n"
+        "made.train()\n"
+        "found = {k: v.clone() for k, v in weights(made).items()}\n"
+        "save_file(found, folder / f'rank{made.args.process_index}.safetensors')\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
+    before = make("llama_tied").state_dict()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in first.items() if name in before)
+
+
+def masked_rows() -> list[dict]:
+    """Of every second sample a quarter of the labels count."""
+    rows = []
+    for at, ids in enumerate(batches("llama_tied", 1, 8)[0]["input_ids"]):
+        labels = ids.clone()
+        if at % 2:
+            labels[: 3 * len(ids) // 4] = -100
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def test_an_optimizer_of_the_model_that_was_copied_is_refused_and_one_of_the_super_network_trains(tmp_path):
+    model = make("vit")
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(JointoptError, match="optimizers: found one of other parameters than the super-network's"):
+        ElasticTrainer(model=model, args=arguments(tmp_path), train_dataset=data(), optimizers=(optimizer, None))
+    supernet = Supernet(model, SearchSpace.for_model(model))
+    supernet.calibrate([{"pixel_values": torch.stack([each["pixel_values"] for each in data()])}])
+    before = {name: tensor.clone() for name, tensor in supernet.model.state_dict().items()}
+    own = (torch.optim.AdamW(supernet.model.parameters()), None)
+    made = ElasticTrainer(supernet=supernet, args=arguments(tmp_path), train_dataset=data(), optimizers=own)
+    made.train()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(made).items())
+
+
+class Counted(torch.utils.data.Dataset):
+    """A dataset that knows how long it is, and does not stop by an IndexError."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = dict(enumerate(rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: int) -> dict:
+        return self.rows[at]
+
+
+def test_a_dataset_is_read_as_far_as_its_length_says(tmp_path):
+    model = make("vit")
+    made = ElasticTrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=Counted(data()))
+    made.train()
+    assert made.supernet.calibrated
+
+
+def test_losses_logged_while_number_formats_are_trained_are_those_of_the_last_weights(tmp_path):
+    made = trainer(tmp_path, recipe=Recipe(precision_from=0.0), eval_strategy="steps", eval_steps=1, learning_rate=0.05)
+    made.train()
+    logged = [entry for entry in made.state.log_history if "eval_loss_smallest" in entry][-1]
+    assert logged["eval_loss_smallest"] == pytest.approx(made.evaluate()["eval_loss_smallest"], rel=1e-5)
+
+
+def test_a_resnet_is_evaluated_with_statistics_of_the_sub_network(tmp_path):
+    made = trainer(tmp_path, make("resnet"), max_steps=2)
+    made.train()
+    found = made.evaluate()["eval_loss_smallest"]
+    plan = made.supernet.plan(made.supernet.space.smallest)
+    with made.supernet.active(made.supernet.space.smallest) as small, torch.no_grad():
+        rows = data(8, 1)
+        shown = logits(small, {"pixel_values": torch.stack([each["pixel_values"] for each in rows])})
+    unquantized = not plan.schemes
+    expected = float(torch.nn.functional.cross_entropy(shown, torch.tensor([each["labels"] for each in rows])))
+    assert found == pytest.approx(expected, rel=1e-4 if unquantized else 0.1)

@@ -168,9 +168,14 @@ def joined(codes, scale, zero_point):
     return torch.cat(parts, dim=-1)
 
 
+def of_bytes(pairs):
+    """bfloat16 numbers from two bytes each, as float32. `contiguous` would leave odd strides of sides of 1."""
+    return pairs.clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+
+
 def split(values, element):
     """What `joined` put together: codes, scale and zero point."""
     if element in FLOATS or element == "fp4_e2m1":
-        return values[..., :-2].contiguous(), values[..., -2:].contiguous().view(torch.bfloat16).float(), 0.0
-    scale = values[..., -3:-1].contiguous().view(torch.bfloat16).float()
+        return values[..., :-2].contiguous(), of_bytes(values[..., -2:]), 0.0
+    scale = of_bytes(values[..., -3:-1])
     return values[..., :-3].contiguous(), scale, values[..., -1:].contiguous().view(torch.int8).float()

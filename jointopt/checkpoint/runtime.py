@@ -136,8 +136,13 @@ class Quantized(nn.Module):
         if self._source:
             return self._source[0].weight
         if self._values is None or self._values.device != self.weight_scale.device:
-            self._values = unpack(self).to(self.dtype)
+            with torch.inference_mode(False), torch.no_grad():  # so that it can be trained around afterwards
+                self._values = unpack(self).to(self.dtype)
         return self._values
+
+    def _load_from_state_dict(self, *args, **options):
+        self._values = None
+        super()._load_from_state_dict(*args, **options)
 
     def forward(self, x):
         if self.kind == "Embedding":

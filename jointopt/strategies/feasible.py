@@ -10,8 +10,24 @@ from jointopt.objectives import Constraint, Objective
 from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
 
+BEYOND_ALL = 1e6
+"""Spans that a genome is beyond a constraint where its value is no finite number: what cannot run."""
 STARTS = 6
 """Random genomes, beside the two ends, from which one that keeps to all constraints is sought."""
+
+
+def _values(each: Constraint, compute: Callable[[np.ndarray], np.ndarray], genomes: np.ndarray) -> np.ndarray:
+    """What a constraint's function computes of genomes, [n]. Raises JointoptError for anything else."""
+    try:
+        values = np.asarray(compute(genomes), dtype=float)
+    except (TypeError, ValueError) as error:
+        raise JointoptError(f"constraint {each.name!r}: its function gave no numbers: {error}") from None
+    if values.shape != (len(genomes),):
+        raise JointoptError(
+            f"constraint {each.name!r}: its function gave {list(values.shape)} for {len(genomes)} genomes; allowed: "
+            "one number each"
+        )
+    return values
 
 
 class Feasible:
@@ -35,7 +51,8 @@ class Feasible:
             column = names.index(each.name) if each.name in names else None
             compute = each.compute if each.compute or column is None else objectives[column].compute
             if compute is not None:
-                self._exact.append((each, compute, float(np.ptp(compute(drawn))) or 1.0))
+                finite = [value for value in _values(each, compute, drawn) if np.isfinite(value)]
+                self._exact.append((each, compute, float(np.ptp(finite)) if len(set(finite)) > 1 else 1.0))
             elif column is not None:
                 self.measured.append((column, each))
             else:
@@ -46,7 +63,8 @@ class Feasible:
         """How far genomes are beyond the exact constraints, 0 where they keep to all; in spans of the space, [n]."""
         found = np.zeros(len(genomes))
         for each, compute, span in self._exact:
-            found += each.excess(np.asarray(compute(genomes), dtype=float)) / span
+            values = _values(each, compute, genomes)
+            found += np.where(np.isfinite(values), each.excess(values) / span, BEYOND_ALL)
         return found
 
     def measured_excess(self, values: np.ndarray) -> np.ndarray:

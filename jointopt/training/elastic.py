@@ -176,6 +176,7 @@ def gradients_of(
         if recipe.distillation is not None and teacher is None:
             teacher = target(shown, recipe.distillation.temperature)
         del loss, shown, view, modules, slices
+    supernet.weights_changed()  # as soon as the optimizer steps: what was quantized here is of the weights before
     return losses, gradients, parameters
 
 
@@ -281,9 +282,9 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        (scale,) = outputs
-        gradients = _averaged(ctx.gradients)
-        return None, None, *(None if each is None else each * scale for each in gradients)
+        (scale,) = outputs  # of each process its own: batches differ in how many labels count
+        gradients = _averaged([None if each is None else each * scale for each in ctx.gradients])
+        return None, None, *gradients
 
 
 def _averaged(gradients: list[Tensor | None]) -> list[Tensor | None]:

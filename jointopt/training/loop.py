@@ -78,7 +78,8 @@ def train_supernet(
     if lora is not None:
         if sort_every is not None:
             raise JointoptError("sort_every: adapters are not sorted; allowed: without lora")
-        attach(supernet, lora)
+        with _seeded(supernet, seed):
+            attach(supernet, lora)
     if recipe.learned_ranges:
         learn(supernet)
     model = supernet.model
@@ -91,11 +92,7 @@ def train_supernet(
         rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "sort_every": sort_every}
         kept = _Checkpoint(Path(checkpoint), {"steps": steps, "seed": seed, **rates, **_described(supernet, recipe)})
     history: list[float] = []
-    with (
-        _ending(supernet, optimizer),
-        torch.random.fork_rng(devices=[supernet.device] if supernet.device.type == "cuda" else []),
-    ):
-        torch.manual_seed(seed)
+    with _ending(supernet, optimizer), _seeded(supernet, seed):
         if kept is not None:
             history = kept.restore(model, optimizer)
         numbered = zip(range(len(history), steps), endless(batches, seed, len(history)), strict=False)
@@ -117,6 +114,14 @@ def train_supernet(
     if kept is not None:
         kept.path.unlink(missing_ok=True)
     return history
+
+
+@contextmanager
+def _seeded(supernet: Supernet, seed: int) -> Iterator[None]:
+    """Torch draws from this seed, and afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[supernet.device] if supernet.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

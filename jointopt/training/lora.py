@@ -38,6 +38,7 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
     try:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import Linear
+        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         raise JointoptError("lora: found no peft; pip install 'jointopt[lora]'") from None
     if not isinstance(config, LoraConfig):
@@ -45,7 +46,8 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
     if config.lora_dropout or config.use_dora:
         raise JointoptError("lora: found lora_dropout or use_dora; allowed: neither, since adapters become weights")
     # What PEFT would train beside the adapters, and nothing here reads.
-    for name, plain in (("bias", "none"), ("trainable_token_indices", None), ("target_parameters", None)):
+    for name, plain in (("bias", "none"), ("lora_bias", False), ("trainable_token_indices", None),
+                        ("target_parameters", None)):  # fmt: skip
         if (given := getattr(config, name, plain)) != plain:
             raise JointoptError(
                 f"lora: found {name}={given!r}; allowed: {plain!r} (modules_to_save trains whole modules)"
@@ -59,8 +61,11 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
     found: dict[str, Any] = {
         name.removeprefix("base_model.model."): module
         for name, module in wrapped.named_modules()
-        if isinstance(module, Linear)
+        if isinstance(module, BaseTunerLayer)
     }
+    if other := [path for path, module in found.items() if not isinstance(module, Linear)]:
+        kind = type(supernet.model.get_submodule(other[0])).__name__
+        raise JointoptError(f"lora: {other[0]} is a {kind}; allowed: target_modules that are Linear layers")
     tied = {path for layer in supernet.family.layers for path in (*layer.tied, *([layer.path] if layer.tied else []))}
     if shared := sorted(tied & set(found)):
         raise JointoptError(f"lora: {shared[0]} shares its weight with another layer; allowed: layers with their own")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from jointopt.batch_norm import has_batch_norm, reestimate
 from jointopt.evaluation import Batch, logits_of
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
@@ -96,6 +97,7 @@ class ElasticTrainer(Trainer):
         super().__init__(
             model=self.supernet.model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options
         )
+        _check_optimizer(self.optimizer, self.supernet)
         self.label_names: list[str] = self.label_names or ["labels"]
         if train_dataset is not None:
             _check_labels(self.label_names, train_dataset, "train_dataset")
@@ -126,7 +128,11 @@ class ElasticTrainer(Trainer):
             return []
         collate = self._get_collator_with_removed_columns(self.data_collator, "calibration")
         size = self.args.per_device_train_batch_size
-        samples = list(islice(iter(self.train_dataset), SAMPLES))
+        whole: Any = self.train_dataset
+        if hasattr(whole, "__len__") and hasattr(whole, "__getitem__"):  # which need not end where it is iterated
+            samples = [whole[at] for at in range(min(len(whole), SAMPLES))]
+        else:
+            samples = list(islice(iter(whole), SAMPLES))
         batches = [collate(samples[at : at + size]) for at in range(0, len(samples), size)]
         return [self._inputs(batch) for batch in batches]
 
@@ -222,7 +228,10 @@ class ElasticTrainer(Trainer):
     @torch.no_grad()
     def _loss_of(self, genome: np.ndarray, dataset: Any) -> float:
         """Of a sub-network in its number formats where these are trained, otherwise unquantized; all processes'."""
-        view = self.supernet.training_view(genome, self.recipe.precision_from is not None).eval()
+        supernet = self.supernet
+        view = supernet.training_view(genome, self.recipe.precision_from is not None).eval()
+        if has_batch_norm(view) and not np.array_equal(genome, supernet.space.largest):
+            reestimate(view, supernet.samples)
         total = torch.zeros(2, dtype=torch.float64)
         for inputs in self.get_eval_dataloader(dataset):
             batch = self._labelled(self._prepare_inputs(inputs))
@@ -316,6 +325,18 @@ def _supernet(
     if kind is not None:
         raise JointoptError(f"model: found it in a {kind}; allowed: the model itself")
     return Supernet(model, space or SearchSpace.for_model(model, family=family), family=family)
+
+
+def _check_optimizer(optimizer: Any, supernet: Supernet) -> None:
+    """Raises JointoptError for an optimizer of the model that was copied, which would train nothing."""
+    if optimizer is None:
+        return
+    own = {id(each) for each in supernet.model.parameters()}
+    if any(id(each) not in own for group in optimizer.param_groups for each in group["params"]):
+        raise JointoptError(
+            "optimizers: found one of other parameters than the super-network's, whose model is a copy; allowed: one "
+            "of supernet.model.parameters(), with supernet= in place of model, or optimizer_cls_and_kwargs"
+        )
 
 
 def _check_labels(names: Sequence[str], dataset: Any, key: str) -> None:
