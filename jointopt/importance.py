@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.cache import KeyObserver
-from search_spaces.family import Family, Width, structural_clone
+from search_spaces.family import Family, Width, structural_clone, without_autocast
 
 from .checkpoint.held_cache import cache_name
 
@@ -38,7 +38,7 @@ class CalibrationPass:
         listeners: Iterable[Listener] = (),
         keys: Mapping[str, KeyObserver] = MappingProxyType({}),
     ):
-        self.model = structural_clone(model).eval()
+        self.model = without_autocast(structural_clone(model)).eval()
         self.family = family
         self.listeners, self.keys = tuple(listeners), keys
         self.channel_energy: dict[str, Tensor] = {}

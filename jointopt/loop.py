@@ -120,8 +120,10 @@ def search(
         **({"warm_start": True} if warm_start else {}),
         **({"asynchronous": True} if asynchronous else {}),
         **({"constraints": {each.name: f"{each.relation} {each.limit:.15g}" for each in limits}} if limits else {}),
-        **(config or {}),
     }
+    if taken := set(config or {}) & {*record, "constraints", "latency", "warm_start", "asynchronous"}:
+        raise JointoptError(f"config: found {min(taken)!r}, which every study records itself; allowed: another key")
+    record |= config or {}
     study = Study.create(storage, space, wanted, record)
     try:
         threads = _threads(study, threads, workers is not None or ray is not None)

@@ -97,6 +97,8 @@ class Study:
         if not isinstance(path, str | Path | None):
             raise JointoptError(f"storage: found {path!r}; allowed: a path, or None for memory")
         path = None if path is None else Path(path)
+        if path is not None and path.is_dir():
+            raise JointoptError(f"storage: {str(path)!r} is a folder; allowed: a file, new or a study")
         if path is not None and not path.parent.is_dir():
             raise JointoptError(f"storage: the folder {str(path.parent)!r} does not exist")
         lock = None if path is None else locked(Path(f"{path}.lock"), f"study {str(path)!r}")

@@ -19,7 +19,7 @@ from quant.formats import Scheme
 from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 from quant.learned_ranges import learn_range
 from quant.reference import straight_through
-from search_spaces.family import Block, Branch, Cache, Family, Layer, structural_clones
+from search_spaces.family import Block, Branch, Cache, Family, Layer, structural_clones, without_autocast
 
 from .batch_norm import keep_statistics
 from .checkpoint.held_cache import hold_cache
@@ -94,6 +94,8 @@ def build(
     """
     modules = structural_clones(model)
     shell = modules[""]
+    if not training:
+        without_autocast(shell)
     shell._parameters.pop(NAME, None)
     if training:
         absorb(modules.values())

@@ -251,6 +251,16 @@ def structural_clone(module: nn.Module) -> nn.Module:
     return structural_clones(module)[""]
 
 
+def without_autocast(clone: nn.Module) -> nn.Module:
+    """A clone of a model without what accelerate's `prepare` put over its forward for mixed precision in training."""
+    before = clone.__dict__.pop("_original_forward", None)
+    if before is not None:
+        del clone.__dict__["forward"]
+        if getattr(before, "__func__", None) is not type(clone).forward:
+            clone.__dict__["forward"] = before
+    return clone
+
+
 def structural_clones(module: nn.Module) -> dict[str, nn.Module]:
     """A `structural_clone`, under "", and all modules in it by their paths."""
     found: dict[str, nn.Module] = {}

@@ -322,3 +322,18 @@ def test_a_config_that_targets_onnx_runtime_searches_its_formats_and_exports_mod
     assert unknown.returncode == 2 and "allowed: transformers, onnxruntime, which are timed" in unknown.stderr
     assert refused.returncode == 2
     assert "target onnxruntime: NVFP4 has no form there; allowed: none, W8A8" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_tied"])
+@pytest.mark.parametrize("scheme", ["FP8", "FP8_DYNAMIC", "FP8A16"])
+def test_an_embedding_in_fp8_is_looked_up_as_bytes(name, scheme, place):
+    model = make(name)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", scheme]))
+    supernet.calibrate(batches(name))
+    choices = supernet.space.decode(supernet.space.largest)
+    choices = {gene: "none" if gene.endswith("precision") else choice for gene, choice in choices.items()}
+    choices["embedding.precision"] = scheme
+    genome = supernet.space.encode(choices)
+    folder = jointopt.export(supernet, genome, place / f"{name}-{scheme}", target="onnxruntime")
+    verification = jointopt.verify(folder)
+    assert verification.ok, verification.differences

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 import jointopt
@@ -443,3 +443,12 @@ def test_a_resnet_is_evaluated_with_statistics_of_the_sub_network(tmp_path):
     unquantized = not plan.schemes
     expected = float(torch.nn.functional.cross_entropy(shown, torch.tensor([each["labels"] for each in rows])))
     assert found == pytest.approx(expected, rel=1e-4 if unquantized else 0.1)
+
+
+def test_early_stopping_sees_the_smallest_sub_network(tmp_path):
+    stop = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=10.0)
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss_smallest", "greater_is_better": False}
+    made = trainer(tmp_path, callbacks=[stop], **often, **best)
+    made.train()
+    assert made.state.global_step == 2

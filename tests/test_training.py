@@ -432,3 +432,27 @@ def test_what_cannot_be_trained_is_refused_before_any_step():
     }.items():
         with pytest.raises(JointoptError, match=match):
             call()
+
+
+def test_what_accelerate_prepared_for_bf16_is_searched_and_exported_in_float32(tmp_path):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    model = make("bert")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+    supernet.calibrate(batches("bert"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        prepared = accelerator.prepare(supernet.model)
+        accelerator.backward(jointopt.elastic_loss(supernet, labelled("bert")[0], 0))
+        assert prepared is supernet.model
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    supernet.calibrate(batches("bert"))
+    with supernet.active(supernet.space.largest) as view:
+        torch.testing.assert_close(
+            logits(view, batches("bert")[0]), logits(model, batches("bert")[0]), rtol=0, atol=1e-5
+        )
+    verification = jointopt.verify(jointopt.export(supernet, supernet.space.largest, tmp_path / "export"))
+    assert verification.ok, verification.differences

@@ -211,29 +211,33 @@ class ElasticTrainer(Trainer):
             raise JointoptError(f"train: a batch has no {self.label_names[0]!r}; found {', '.join(inputs)}")
         return {**self._inputs(inputs), "labels": inputs[name]}
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """The Trainer's, of the largest sub-network; the losses of the smallest and of a middle one beside."""
-        found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        given = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(given, Mapping):
-            return found
-        space = self.supernet.space
-        middle = space.canonical((space.largest + space.smallest) // 2)
-        losses = {}
-        for name, genome in (("smallest", space.smallest), ("middle", middle)):
-            losses[f"{metric_key_prefix}_loss_{name}"] = self._loss_of(genome, given)
-        self.log(losses)
-        return {**found, **losses}
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The Trainer's, of the largest sub-network; where it evaluates, the losses of the smallest and of a middle one
+        beside, so that callbacks (early stopping) see them too."""
+        found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if f"{metric_key_prefix}_loss" in found.metrics and description == "Evaluation":
+            space = self.supernet.space
+            middle = space.canonical((space.largest + space.smallest) // 2)
+            for name, genome in (("smallest", space.smallest), ("middle", middle)):
+                found.metrics[f"{metric_key_prefix}_loss_{name}"] = self._loss_of(genome, dataloader)
+        return found
 
     @torch.no_grad()
-    def _loss_of(self, genome: np.ndarray, dataset: Any) -> float:
+    def _loss_of(self, genome: np.ndarray, dataloader: Any) -> float:
         """Of a sub-network in its number formats where these are trained, otherwise unquantized; all processes'."""
         supernet = self.supernet
         view = supernet.training_view(genome, self.recipe.precision_from is not None).eval()
         if has_batch_norm(view) and not np.array_equal(genome, supernet.space.largest):
             reestimate(view, supernet.samples)
         total = torch.zeros(2, dtype=torch.float64)
-        for inputs in self.get_eval_dataloader(dataset):
+        for inputs in dataloader:
             batch = self._labelled(self._prepare_inputs(inputs))
             with self.accelerator.autocast():
                 loss = self.recipe.loss(logits_of(view, self._inputs(batch)), batch)

@@ -33,6 +33,8 @@ class OnnxLayer(nn.Module):
         source: what was made of the layer that holds the same weight, where it is tied.
     """
 
+    decoded: Tensor
+
     def __init__(self, layer: Any, source: OnnxLayer | None = None):
         super().__init__()
         for name, value in vars(layer).items():  # which code around a layer may read: stride, in_features
@@ -48,6 +50,8 @@ class OnnxLayer(nn.Module):
         else:
             self.codes, self.weight_scale = source.codes, source.weight_scale
             self.weight_zero_point = source.weight_zero_point
+            if hasattr(source, "decoded"):
+                self.decoded = source.decoded
         self.bias = getattr(layer, "bias", None)
         if not isinstance(layer, nn.Embedding):
             self.activations = layer.scheme.activations
@@ -67,10 +71,16 @@ class OnnxLayer(nn.Module):
         """What code around a layer asks for the type that it computes in."""
         return torch.empty(0)
 
+    def numbers(self, codes: Tensor) -> Tensor:
+        """What codes stand for, before their scale."""
+        if hasattr(self, "decoded"):
+            return self.decoded[codes.long()]
+        return unpacked(codes) if self.weights.bits == 4 else codes
+
     def values(self) -> Tensor:
         """The weight in float32, which ONNX Runtime folds into a constant."""
         rows, columns = self.shape[0], self.codes.shape[-1] * (2 if self.weights.bits == 4 else 1)
-        values = (unpacked(self.codes) if self.weights.bits == 4 else self.codes).float()
+        values = self.numbers(self.codes).float()
         scale = self.weight_scale.float()
         if scale.dim() == 1:
             return (values * scale).reshape(self.shape)
@@ -107,11 +117,17 @@ def unpacked(packed: Tensor) -> Tensor:
 
 
 class OnnxEmbedding(OnnxLayer):
-    """Rows of codes and of scales are looked up, and multiplied."""
+    """Rows of codes and of scales are looked up, and multiplied. Those of FP8 are looked up as bytes, since ONNX
+    Runtime gathers no floats of 8 bits, and become numbers by a table of all 256."""
+
+    def __init__(self, layer: Any, source: OnnxLayer | None = None):
+        super().__init__(layer, source)
+        if self.codes.dtype not in (torch.int8, torch.uint8):
+            self.decoded = torch.arange(256, dtype=torch.uint8).view(self.codes.dtype).float()
+            self.codes = self.codes.view(torch.uint8)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = self._looked_up(self.codes, ids)
-        values = unpacked(rows) if self.weights.bits == 4 else rows.float()
+        values = self.numbers(self._looked_up(self.codes, ids)).float()
         if self.weight_scale.dim() == 1:
             return values * self.weight_scale.float()
         scale = self._looked_up(self.weight_scale, ids).float()
