@@ -452,3 +452,17 @@ def test_early_stopping_sees_the_smallest_sub_network(tmp_path):
     made = trainer(tmp_path, callbacks=[stop], **often, **best)
     made.train()
     assert made.state.global_step == 2
+
+
+def test_labels_may_come_from_the_collator(tmp_path):
+    rows = [{"input_ids": ids} for ids in batches("llama_tied", 1, 8)[0]["input_ids"]]
+
+    def collate(samples: list[dict]) -> dict:
+        ids = torch.stack([each["input_ids"] for each in samples])
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    made = ElasticTrainer(
+        model=make("llama_tied"), args=arguments(tmp_path, max_steps=1), train_dataset=rows, data_collator=collate
+    )
+    made.train()
+    assert made.state.global_step == 1

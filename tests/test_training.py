@@ -456,3 +456,11 @@ def test_what_accelerate_prepared_for_bf16_is_searched_and_exported_in_float32(t
         )
     verification = jointopt.verify(jointopt.export(supernet, supernet.space.largest, tmp_path / "export"))
     assert verification.ok, verification.differences
+
+
+def test_a_checkpoint_that_cannot_be_read_or_written_is_refused_in_one_line(tmp_path):
+    supernet = calibrated("vit")
+    (tmp_path / "cut.safetensors").write_bytes(b"no tensors")
+    for path, said in (("cut.safetensors", "cannot be read"), ("nowhere/it.safetensors", "does not exist")):
+        with pytest.raises(JointoptError, match=said):
+            jointopt.train_supernet(supernet, labelled("vit"), 2, checkpoint=tmp_path / path)

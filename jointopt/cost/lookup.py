@@ -192,6 +192,8 @@ def times_of(
     known = _read(path, machine)
     keys = [key_of(each, batch) for each in operators]
     missing = {key: each for key, each in zip(keys, operators, strict=True) if key not in known}
+    if missing:
+        _write(path, machine, known)  # found out before the timing, not after it
     known |= _timed(missing, batch, backend)
     if missing:
         _write(path, machine, known)
@@ -249,7 +251,7 @@ def _timed(missing: Mapping[Key, Operator], batch: int, backend: Backend) -> dic
 
 
 def _read(path: Path, machine: str) -> dict[Key, float]:
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         machines = {machine: dict(times) for machine, times in json.loads(path.read_text())["machines"].items()}

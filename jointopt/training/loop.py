@@ -90,6 +90,8 @@ def train_supernet(
     kept = None
     if checkpoint is not None:
         rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "sort_every": sort_every}
+        if not Path(checkpoint).parent.is_dir():
+            raise JointoptError(f"train: the checkpoint's folder {str(Path(checkpoint).parent)!r} does not exist")
         kept = _Checkpoint(Path(checkpoint), {"steps": steps, "seed": seed, **rates, **_described(supernet, recipe)})
     history: list[float] = []
     with _ending(supernet, optimizer), _seeded(supernet, seed):
@@ -217,7 +219,13 @@ class _Checkpoint:
         """Puts back what was written, if anything; returns the losses so far."""
         if not self.path.is_file():
             return []
-        with safe_open(str(self.path), framework="pt") as file:
+        try:
+            opened = safe_open(str(self.path), framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise JointoptError(
+                f"train: the checkpoint {str(self.path)!r} cannot be read: {error}; allowed: remove it, and train anew"
+            ) from None
+        with opened as file:
             record = json.loads((file.metadata() or {}).get("training", "{}"))
             differing = [key for key, value in self._described.items() if record.get("described", {}).get(key) != value]
             if differing:

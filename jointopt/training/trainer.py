@@ -8,7 +8,7 @@ study = jointopt.search(trainer.supernet, quality=accuracy, evaluations=200)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -100,7 +100,7 @@ class ElasticTrainer(Trainer):
         _check_optimizer(self.optimizer, self.supernet)
         self.label_names: list[str] = self.label_names or ["labels"]
         if train_dataset is not None:
-            _check_labels(self.label_names, train_dataset, "train_dataset")
+            self._check_labels()
         # The Trainer divides what `compute_loss` returns by the number of batches in a step.
         self.loss_is_scaled_for_ga = False
         self._calibration = list(calibration) if calibration is not None else self._first_samples()
@@ -135,6 +135,18 @@ class ElasticTrainer(Trainer):
             samples = list(islice(iter(whole), SAMPLES))
         batches = [collate(samples[at : at + size]) for at in range(0, len(samples), size)]
         return [self._inputs(batch) for batch in batches]
+
+    def _check_labels(self) -> None:
+        """Raises JointoptError where no labels come of the first sample, from which a collator may make them."""
+        first = next(iter(self.train_dataset), None)
+        if first is None:
+            raise JointoptError("train_dataset: found no sample; allowed: one or more")
+        batch = self._get_collator_with_removed_columns(self.data_collator, "training")([first])
+        if not any(name in batch for name in self.label_names):
+            raise JointoptError(
+                f"train_dataset: found {', '.join(map(str, batch))}; allowed: one of them "
+                f"{' or '.join(self.label_names)}, there or from the data_collator"
+            )
 
     def _inputs(self, batch: Mapping[str, Any]) -> Batch:
         return {name: value for name, value in batch.items() if name not in self.label_names}
@@ -341,16 +353,3 @@ def _check_optimizer(optimizer: Any, supernet: Supernet) -> None:
             "optimizers: found one of other parameters than the super-network's, whose model is a copy; allowed: one "
             "of supernet.model.parameters(), with supernet= in place of model, or optimizer_cls_and_kwargs"
         )
-
-
-def _check_labels(names: Sequence[str], dataset: Any, key: str) -> None:
-    """Raises JointoptError where the first sample of a dataset says that no labels will come."""
-    known = {*names, "label", "label_ids"}
-    columns = getattr(dataset, "column_names", None)
-    if columns is None:
-        first = next(iter(dataset), None)
-        if first is None:
-            raise JointoptError(f"{key}: found no sample; allowed: one or more")
-        columns = list(first) if isinstance(first, Mapping) else None
-    if columns is not None and not known & set(columns):
-        raise JointoptError(f"{key}: found {', '.join(map(str, columns))}; allowed: one of them {' or '.join(names)}")
