@@ -466,3 +466,13 @@ def test_labels_may_come_from_the_collator(tmp_path):
     )
     made.train()
     assert made.state.global_step == 1
+
+
+def test_a_training_that_has_ended_is_taken_up_as_it_ended(tmp_path):
+    made = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
+    made.train()
+    again = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
+    assert again.train(resume_from_checkpoint=True).global_step == 4
+    assert again.supernet.calibrated
+    expected = weights(made)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(again).items())

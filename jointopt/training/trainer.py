@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from jointopt.batch_norm import has_batch_norm, reestimate
 from jointopt.evaluation import Batch, logits_of
@@ -158,14 +160,31 @@ class ElasticTrainer(Trainer):
         """
         if self._add():
             self.optimizer = self.lr_scheduler = None
+        ended = self._ended(args[0] if args else options.get("resume_from_checkpoint"))
         try:
-            found = super().train(*args, **options)
+            found = super().train(*args, **options) if ended is None else self._trained_before(ended)
         finally:
             self._undo()
             if adapted(self.supernet.model):
                 merge(self.supernet)
         self.supernet.calibrate(self._calibration)
         return found
+
+    def _ended(self, resumed: str | bool | None) -> str | None:
+        """The checkpoint to go on from, where it is of the last step; the Trainer would make one more."""
+        folder = get_last_checkpoint(self.args.output_dir) if resumed is True else resumed
+        state = Path(folder) / TRAINER_STATE_NAME if folder else None
+        if not folder or state is None or not state.is_file():
+            return None
+        done = TrainerState.load_from_json(str(state)).global_step
+        return str(folder) if 0 < self.args.max_steps <= done else None
+
+    def _trained_before(self, folder: str) -> TrainOutput:
+        self._load_from_checkpoint(folder)
+        self.state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def _undo(self) -> None:
         """What the Trainer does to a model for training alone, which a search shall not score nor an export keep."""
