@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, check_count, did_you_mean
 from quant.formats import Scheme
 from quant.layers import held_input
 from quant.reference import Clip
@@ -77,8 +77,7 @@ class Finishing:
         if self.rounding not in ROUNDINGS:
             hint = did_you_mean(self.rounding, ROUNDINGS)
             raise JointoptError(f"rounding: found {self.rounding!r}{hint}; allowed: {', '.join(ROUNDINGS)}")
-        if self.steps is not None and self.steps < 1:
-            raise JointoptError(f"finish: found {self.steps} steps; allowed: 1 or more")
+        check_count("finish: steps", self.steps)
         if not self.learning_rate > 0:
             raise JointoptError(f"finish: found learning_rate {self.learning_rate}; allowed: above 0")
         if self.learned_ranges and self.steps is None:

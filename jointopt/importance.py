@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.cache import KeyObserver
+from quant.errors import JointoptError
 from search_spaces.family import Family, Width, structural_clone, without_autocast
 
 from .checkpoint.held_cache import cache_name
@@ -176,6 +177,18 @@ def sort_width(
                 _reorder(module, name, rows, 0, beside)
     for part in width.consumers:
         _reorder(model.get_submodule(part.module), "weight", channel_order(order, part.channels), 1, beside)
+
+
+def check_sortable(optimizer: torch.optim.Optimizer) -> None:
+    """Raises JointoptError for an optimizer whose state does not follow its parameters' channels."""
+    for parameter, state in optimizer.state.items():
+        for name, each in state.items():
+            if isinstance(each, Tensor) and each.numel() > 1 and each.shape != parameter.shape:
+                raise JointoptError(
+                    f"sort_every: {type(optimizer).__name__} keeps {name} {list(each.shape)} of a parameter "
+                    f"{list(parameter.shape)}, which cannot be sorted with it; allowed: state of the parameter's "
+                    "shape, as AdamW's and SGD's"
+                )
 
 
 def channel_order(order: Tensor, channels: int) -> Tensor:

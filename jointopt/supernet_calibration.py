@@ -9,7 +9,7 @@ import torch
 
 from jointopt.batch_norm import SAMPLES, first_samples, on_device, sample_count
 from jointopt.cost.shapes import measure_positions
-from jointopt.importance import CalibrationPass, sort_widths
+from jointopt.importance import CalibrationPass, check_sortable, sort_widths
 from jointopt.learned_ranges import settle
 from jointopt.ranges import Ranges
 from jointopt.repair import Repairs
@@ -64,6 +64,8 @@ def sort_again(
     supernet: Supernet, batches: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer | None
 ) -> None:
     """`Supernet.sort_again`."""
+    if optimizer is not None:
+        check_sortable(optimizer)
     calibration = CalibrationPass(supernet.model, supernet.family)
     if not calibration.run(_checked(supernet, batches, [])):
         raise JointoptError("sort_again: found no batch; allowed: one or more dicts of the model's inputs")

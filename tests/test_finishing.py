@@ -314,7 +314,7 @@ def test_training_alone_gives_the_same_again_and_another_for_another_seed():
 def test_impossible_trainings_of_one_sub_network_are_refused():
     supernet = supernet_of("vit", ["W8A8"])
     for match, options in {
-        "found 0 steps": {"steps": 0},
+        "finish: steps: found 0": {"steps": 0},
         "learning_rate 0": {"steps": 3, "learning_rate": 0},
         "found no batch": {"steps": 3, "batches": []},
         "a function of epochs": {"batches": lambda epoch: batches("vit")},

@@ -464,3 +464,24 @@ def test_a_checkpoint_that_cannot_be_read_or_written_is_refused_in_one_line(tmp_
     for path, said in (("cut.safetensors", "cannot be read"), ("nowhere/it.safetensors", "does not exist")):
         with pytest.raises(JointoptError, match=said):
             jointopt.train_supernet(supernet, labelled("vit"), 2, checkpoint=tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"steps": 0}, "train: steps: found 0"), ({"sort_every": 0}, "sort_every: found 0"),
+     ({"learning_rate": float("nan")}, "learning_rate nan; allowed: above 0")],
+)  # fmt: skip
+def test_numbers_that_train_nothing_are_refused(options, said):
+    with pytest.raises(JointoptError, match=said):
+        jointopt.train_supernet(calibrated("vit"), labelled("vit"), **{"steps": 2, **options})
+
+
+def test_an_optimizer_whose_state_does_not_follow_channels_is_not_sorted():
+    supernet = calibrated("vit")
+    optimizer = torch.optim.Adafactor(supernet.model.parameters())
+    jointopt.elastic_loss(supernet, labelled("vit")[0], 0).backward()
+    optimizer.step()
+    before = {name: tensor.clone() for name, tensor in supernet.model.state_dict().items()}
+    with pytest.raises(JointoptError, match="sort_every: Adafactor keeps row_var"):
+        supernet.sort_again(batches("vit"), optimizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in supernet.model.state_dict().items())

@@ -21,7 +21,7 @@ from jointopt.batch_norm import on_device
 from jointopt.evaluation import logits_of
 from jointopt.subnetwork import Plan, detach, pass_gradients, quantize_layer, renamed
 from jointopt.training.distillation import soft_labels
-from jointopt.training.loop import Batches, endless, schedule
+from jointopt.training.loop import Batches, check_batches, endless, schedule
 from jointopt.weight_bank import BankedWeight
 from quant.calibration import choose_clip, static_constants
 from quant.errors import JointoptError
@@ -64,6 +64,7 @@ def train_alone(
     Raises:
         JointoptError: no batch, a loss that is not finite.
     """
+    check_batches("finish", batches)
     trained = detach(supernet.renormalized(supernet.built(replace(plan, schemes={}, caches={})), plan))
     layers = {renamed(path, supernet.family, plan.blocks): path for path in plan.schemes}
     ranges = _ranges(trained, supernet, plan, layers) if learned_ranges else _Ranges({}, {})

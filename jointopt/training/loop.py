@@ -23,7 +23,7 @@ from jointopt.supernet_state import distinct_tensors
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import Recipe, gradients_of
 from jointopt.training.lora import adapted, attach, merge
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -68,11 +68,11 @@ def train_supernet(
         JointoptError: the super-network is not calibrated, no batch came, labels are missing, a loss is not finite, a
             checkpoint of another training. Like an interrupt, it leaves what was trained so far.
     """
-    if not (callable(batches) or (hasattr(batches, "__len__") and hasattr(batches, "__getitem__"))):
-        raise JointoptError(
-            f"train: found batches in a {type(batches).__name__}; allowed: a list, which every epoch goes through in "
-            "an order of its own, or a function from an epoch's number to its batches"
-        )
+    check_batches("train", batches)
+    check_count("train: steps", steps)
+    check_count("sort_every", sort_every)
+    if not 0 < learning_rate < math.inf:
+        raise JointoptError(f"train: found learning_rate {learning_rate}; allowed: above 0")
     recipe = recipe or Recipe(seed=seed)
     recipe.check(supernet)
     if lora is not None:
@@ -116,6 +116,15 @@ def train_supernet(
     if kept is not None:
         kept.path.unlink(missing_ok=True)
     return history
+
+
+def check_batches(name: str, batches: Any) -> None:
+    """Raises JointoptError for what cannot be gone through again and again."""
+    if not (callable(batches) or (hasattr(batches, "__len__") and hasattr(batches, "__getitem__"))):
+        raise JointoptError(
+            f"{name}: found batches in a {type(batches).__name__}; allowed: a list, which every epoch goes through in "
+            "an order of its own, or a function from an epoch's number to its batches"
+        )
 
 
 @contextmanager
