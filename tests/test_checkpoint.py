@@ -16,7 +16,9 @@ from transformers import BertForMaskedLM, RobertaForMaskedLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.checkpoint.reload import load_model
 from jointopt.checkpoint.writer import stored_bytes
+from jointopt.evaluation import logits_of
 from tests.zoo import SCHEMES, batches, logits, make
 
 
@@ -210,3 +212,29 @@ def test_the_card_tells_how_to_load_and_what_it_is(tmp_path):
     assert (
         "from modeling_jointopt import load" in card and "head.precision" in card and "base_model: timm/resnet" in card
     )
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_vit"])
+def test_a_folder_with_its_own_file_is_put_into_another_dtype_trained_around_and_loaded_again(name, tmp_path):
+    supernet = supernet_of(name, schemes=["none", "FP8A16", "W4A16_ASYM"])
+    folder = jointopt.export(supernet, supernet.space.sample(1, seed=1)[0], tmp_path / "export")
+    batch = batches(name)[0]
+    loaded = load_model(str(folder))
+    with torch.inference_mode():
+        expected = logits(loaded, batch)
+    codes = {key: tensor.clone() for key, tensor in loaded.state_dict().items() if "weight" in key}
+    logits_of(loaded, batch).sum().backward()
+    for dtype in (torch.float64, torch.float32):
+        loaded.to(dtype)
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        with torch.no_grad():
+            found = logits(loaded, inputs)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-3)
+    for key, tensor in loaded.state_dict().items():
+        if "weight_scale" in key or "weight_packed" in key:
+            assert torch.equal(tensor, codes[key]), key
+    halved = {key: tensor * 0.5 if "weight_scale" in key else tensor for key, tensor in loaded.state_dict().items()}
+    loaded.load_state_dict(halved)
+    with torch.no_grad():
+        assert not torch.allclose(logits(loaded, batch), expected, atol=1e-3)

@@ -140,6 +140,17 @@ class Quantized(nn.Module):
                 self._values = unpack(self).to(self.dtype)
         return self._values
 
+    def _apply(self, fn, recurse=True):
+        """Codes and scales keep their types where the model is put into another one: what they stand for takes it."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._values = None
+        return self
+
     def _load_from_state_dict(self, *args, **options):
         self._values = None
         super()._load_from_state_dict(*args, **options)
