@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quant.calibration import check_activation_method, choose_clip
+from quant.calibration import check_activation_method, check_weight_method, choose_clip
 from quant.errors import JointoptError
 from quant.formats import Scheme, scheme
 from quant.kernels import quantize_and_hold
@@ -107,6 +107,7 @@ class Supernet:
         self.model, self.family = rotated(self.model, self.family, self.transforms, self._declared)
         self._scaled = False
         self.space, self.latency = space, latency
+        check_weight_method(weight_calibration)
         self.weight_calibration = weight_calibration
         self.repair = repair
         check_activation_method(activation_calibration)

@@ -25,6 +25,13 @@ _SHRINK = torch.linspace(1.0, 0.5, 26).tolist()
 
 
 @torch.no_grad()
+def check_weight_method(method: str) -> None:
+    """Raises JointoptError for a method that `choose_clip` does not know."""
+    if method not in METHODS:
+        hint = did_you_mean(method, METHODS)
+        raise JointoptError(f"calibration: found {method!r}{hint}; allowed: {', '.join(METHODS)}")
+
+
 def choose_clip(weight: Tensor, format: Format, method: str = "minmax", importance: Tensor | None = None) -> Clip:
     """The range of a weight that its format is to hold, for each of its scales.
 
@@ -40,9 +47,7 @@ def choose_clip(weight: Tensor, format: Format, method: str = "minmax", importan
     Raises:
         JointoptError: an unknown method, or a weight that `quantize` refuses.
     """
-    if method not in METHODS:
-        hint = did_you_mean(method, METHODS)
-        raise JointoptError(f"calibration: found {method!r}{hint}; allowed: {', '.join(METHODS)}")
+    check_weight_method(method)
     groups = weight_groups(weight, format)
     low, high = groups.amin(-1), groups.amax(-1)
     if method == "minmax":

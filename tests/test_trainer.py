@@ -242,6 +242,10 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
             ElasticTrainer(args=arguments(tmp_path), **{"train_dataset": data(), **options})
     with pytest.raises(JointoptError, match="fp16"):
         trainer(tmp_path, fp16=True)
+    with pytest.raises(JointoptError, match="fsdp or deepspeed, which keep parts of the weights"):
+        sharded = arguments(tmp_path)
+        sharded.fsdp = "full_shard"
+        ElasticTrainer(model=model, args=sharded, train_dataset=data())
     with pytest.raises(JointoptError, match="torch_compile, which compiles blocks anew for each width"):
         trainer(tmp_path, torch_compile=True)
     with pytest.raises(JointoptError, match="use_reentrant True; allowed: False"):

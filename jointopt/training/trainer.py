@@ -86,6 +86,8 @@ class ElasticTrainer(Trainer):
             raise JointoptError(
                 "args: fp16, in which gradients of small sub-networks vanish; allowed: bf16, or neither"
             )
+        if args.fsdp or args.deepspeed:
+            raise JointoptError("args: fsdp or deepspeed, which keep parts of the weights; allowed: data parallelism")
         if args.torch_compile:
             raise JointoptError("args: torch_compile, which compiles blocks anew for each width; allowed: False")
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
