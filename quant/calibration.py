@@ -24,7 +24,6 @@ PERCENTILE = 0.999
 _SHRINK = torch.linspace(1.0, 0.5, 26).tolist()
 
 
-@torch.no_grad()
 def check_weight_method(method: str) -> None:
     """Raises JointoptError for a method that `choose_clip` does not know."""
     if method not in METHODS:
@@ -32,6 +31,7 @@ def check_weight_method(method: str) -> None:
         raise JointoptError(f"calibration: found {method!r}{hint}; allowed: {', '.join(METHODS)}")
 
 
+@torch.no_grad()
 def choose_clip(weight: Tensor, format: Format, method: str = "minmax", importance: Tensor | None = None) -> Clip:
     """The range of a weight that its format is to hold, for each of its scales.
 

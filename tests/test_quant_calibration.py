@@ -285,3 +285,9 @@ def test_a_scheme_says_whether_it_needs_statistics():
     needing = {name for name, each in SCHEMES.items() if each.needs_statistics}
     assert needing == {"W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8", "NVFP4"}
     assert not scheme("MXFP4").needs_statistics
+
+
+def test_a_range_has_no_gradient_of_the_weight_that_it_was_chosen_from():
+    weight = torch.randn(4, 8, requires_grad=True)
+    for method in ("minmax", "percentile", "mse"):
+        assert not any(end.requires_grad for end in choose_clip(weight, Format("int8", "channel"), method))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,6 @@ from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Superne
 from jointopt.training.sampling import Sandwich
 from tests.test_training import labelled
 from tests.zoo import batches, logits, make
-
-ROOT = Path(__file__).parents[1]
 
 
 def data(count: int = 24, seed: int = 0) -> list[dict]:
@@ -190,39 +185,6 @@ def test_channels_are_sorted_again_during_training(tmp_path):
     assert calls == [2, 4]
 
 
-@pytest.mark.parametrize("options", ["", ", precision_from=0.0, learned_ranges=True"], ids=["weights", "and ranges"])
-def test_two_processes_train_as_one_with_all_of_the_batch(tmp_path, options):
-    script = tmp_path / "two.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\n"
-        "from safetensors.torch import save_file\n"
-        "from tests.test_trainer import Recipe, Sandwich, trainer, weights\n"
-        "size, backend = int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None\n"
-        f"made = trainer(Path(sys.argv[1]), recipe=Recipe(Sandwich(1){options}),\n"
-        "               per_device_train_batch_size=size, max_steps=3, ddp_backend=backend)\n"
-        "made.train()\n"
-        "learned = made.supernet.learned\n"
-        "found = weights(made) | ({} if learned is None else {'ranges': learned.values})\n"
-        "save_file({k: v.contiguous() for k, v in found.items()},\n"
-        "          f'{sys.argv[1]}/rank{made.args.process_index}.safetensors')\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for words, folder, size in ((launch, "two", "4 gloo"), ([sys.executable], "one", "8")):
-        (tmp_path / folder).mkdir()
-        command = [*words, str(script), str(tmp_path / folder), *size.split()]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-    from safetensors.torch import load_file
-
-    one, first, second = (load_file(tmp_path / f) for f in ("one/rank0.safetensors", "two/rank0.safetensors",
-                                                            "two/rank1.safetensors"))  # fmt: skip
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    assert ("ranges" in first) == bool(options) and (not options or first["ranges"].any())
-    assert_trained_alike(first, one)
-
-
 def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
     model = make("vit")
     supernet = Supernet(model, SearchSpace.for_model(model))
@@ -347,52 +309,6 @@ def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(tmp_path):
         trainer(folder, recipe=one, save_strategy="steps", save_steps=2, max_steps=2).train()
         with pytest.raises(JointoptError, match=r"checkpoint-2' is of another recipe or lora; allowed: the same"):
             trainer(folder, recipe=other, max_steps=4).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-
-
-def test_two_processes_whose_labels_count_differently_train_the_same_weights(tmp_path):
-    script = tmp_path / "masked.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\n"
-        "import torch\n"
-        "from safetensors.torch import save_file\n"
-        "from jointopt import ElasticTrainer, SearchSpace\n"
-        "from tests.test_trainer import arguments, masked_rows, weights\n"
-        "from tests.zoo import make\n"
-        "model, folder = make('llama_tied'), Path(sys.argv[1])\n"
-        "options = {'max_steps': 2, 'per_device_train_batch_size': 1, 'ddp_backend': 'gloo'}\n"
-        "made = ElasticTrainer(model=model, space=SearchSpace.for_model(model, schemes=['none', 'W8A8']),\n"
-        "                      args=arguments(folder, **options), train_dataset=masked_rows())\n"
-        "made.train()\n"
-        "found = {k: v.clone() for k, v in weights(made).items()}\n"
-        "save_file(found, folder / f'rank{made.args.process_index}.safetensors')\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
-    before = make("llama_tied").state_dict()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in first.items() if name in before)
-
-
-def masked_rows() -> list[dict]:
-    """Of every second sample a quarter of the labels count."""
-    rows = []
-    for at, ids in enumerate(batches("llama_tied", 1, 8)[0]["input_ids"]):
-        labels = ids.clone()
-        if at % 2:
-            labels[: 3 * len(ids) // 4] = -100
-        rows.append({"input_ids": ids, "labels": labels})
-    return rows
 
 
 def test_an_optimizer_of_the_model_that_was_copied_is_refused_and_one_of_the_super_network_trains(tmp_path):

@@ -1,0 +1,87 @@
+"""ElasticTrainer in several processes: all ranks train the same sub-networks, and the same weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.test_trainer import assert_trained_alike
+from tests.zoo import batches, make
+
+ROOT = Path(__file__).parents[1]
+BEGIN = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from safetensors.torch import save_file
+from jointopt import ElasticTrainer, SearchSpace
+from tests.test_trainer import Recipe, Sandwich, arguments, trainer, weights
+from tests.test_trainer_processes import masked_rows
+from tests.zoo import make
+folder, backend = Path(sys.argv[1]), "gloo" if sys.argv[2] == "2" else None
+"""
+END = """
+made.train()
+found = weights(made)
+if made.supernet.learned is not None:
+    found["ranges"] = made.supernet.learned.values
+save_file({k: v.contiguous() for k, v in found.items()}, folder / f"rank{made.args.process_index}.safetensors")
+"""
+
+
+def trained(folder: Path, script: str, processes: int) -> list[dict[str, torch.Tensor]]:
+    """The weights of every process after a script that makes a trainer, `made`."""
+    folder.mkdir()
+    (folder / "script.py").write_text(BEGIN + script + END)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), "script.py", str(folder), str(processes)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(processes)]
+
+
+@pytest.mark.parametrize("options", ["", ", precision_from=0.0, learned_ranges=True"], ids=["weights", "and ranges"])
+def test_two_processes_train_as_one_with_all_of_the_batch(tmp_path, options):
+    def script(size: int) -> str:
+        return (
+            f"made = trainer(folder, recipe=Recipe(Sandwich(1){options}), per_device_train_batch_size={size},\n"
+            "               max_steps=3, ddp_backend=backend)\n"
+        )
+
+    first, second = trained(tmp_path / "two", script(4), 2)
+    (one,) = trained(tmp_path / "one", script(8), 1)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert ("ranges" in first) == bool(options) and (not options or first["ranges"].any())
+    assert_trained_alike(first, one)
+
+
+def test_two_processes_whose_labels_count_differently_train_the_same_weights(tmp_path):
+    first, second = trained(
+        tmp_path / "two",
+        "model = make('llama_tied')\n"
+        "options = {'max_steps': 2, 'per_device_train_batch_size': 1, 'ddp_backend': backend}\n"
+        "made = ElasticTrainer(model=model, space=SearchSpace.for_model(model, schemes=['none', 'W8A8']),\n"
+        "                      args=arguments(folder, **options), train_dataset=masked_rows())\n",
+        2,
+    )
+    before = make("llama_tied").state_dict()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in first.items() if name in before)
+
+
+def masked_rows() -> list[dict]:
+    """Of every second sample a quarter of the labels count."""
+    rows = []
+    for at, ids in enumerate(batches("llama_tied", 1, 8)[0]["input_ids"]):
+        labels = ids.clone()
+        if at % 2:
+            labels[: 3 * len(ids) // 4] = -100
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
