@@ -7,6 +7,7 @@ import numbers
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,10 @@ class Metrics(dict[str, float]):
         self.errors = dict(errors or {})
 
 
+class ChangedWeights(JointoptError):
+    """The user's function wrote to weights in place."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What came of one genome: metrics and costs, or the reason why not.
@@ -58,15 +63,30 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
     Raises:
         JointoptError: it returned something else than finite numbers, or one by the name of a cost, or an error that
             is negative or of no metric.
+        ChangedWeights: it wrote to the model's weights, whatever it returned or raised.
     """
-    with torch.no_grad():
-        found = quality(model)
+    before = [(name, tensor, _state(tensor)) for name, tensor in chain(model.named_parameters(), model.named_buffers())]
+    try:
+        with torch.no_grad():
+            found = quality(model)
+    finally:
+        changed = [name for name, tensor, state in before if _state(tensor) != state]
+        if changed:
+            raise ChangedWeights(
+                f"quality changed weights that sub-networks share: {', '.join(changed[:3])}"
+                f"{' and others' if changed[3:] else ''}; allowed: to leave them, or to change a copy.deepcopy"
+            )
     metrics = _numbers(found if isinstance(found, Mapping) else {"quality": found})
     errors = _numbers(given) if (given := getattr(found, "errors", None)) else {}
     for name, value in errors.items():
         if name not in metrics or value < 0:
             raise JointoptError(f"quality returned an error of {value} for {name!r}; allowed: from 0, of its metrics")
     return Metrics(metrics, errors)
+
+
+def _state(tensor: Tensor) -> tuple:
+    """What is another one after a tensor was written to, or got other data; the inference mode's count no writes."""
+    return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
 
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
@@ -91,11 +111,17 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evaluation:
-    """One real measurement. What the user's function raises, sys.exit too, is recorded; Ctrl-C goes through."""
+    """One real measurement. What the user's function raises, sys.exit too, is recorded; Ctrl-C goes through.
+
+    Raises:
+        ChangedWeights: the function wrote to the weights, which others share, so that nothing after it would be true.
+    """
     started = time.perf_counter()
     try:
         with supernet.active(genome) as model:
             metrics = measured(quality, model)
+    except ChangedWeights:
+        raise
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         return Evaluation(None, reason, time.perf_counter() - started)

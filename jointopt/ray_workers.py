@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from jointopt.evaluation import Quality
 from jointopt.supernet import Supernet
@@ -54,6 +55,13 @@ class Remote:
         self._file.unlink(missing_ok=True)
 
 
+def _reach(address: str) -> None:
+    """Raises OSError where nobody listens at host:port, at which Ray would knock for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 class Actor:
     """One worker, as the pool holds it.
 
@@ -84,8 +92,9 @@ class Cluster:
         self._ours = not ray.is_initialized()
         if self._ours:
             try:
+                _reach(address)
                 ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-            except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+            except (OSError, ValueError, RuntimeError, RayError) as error:
                 told = str(error).splitlines()[0]
                 raise JointoptError(
                     f"ray: no cluster at {address!r}: {told}; allowed: an address, or auto after `ray start --head`"
@@ -142,6 +151,8 @@ class Cluster:
         except RayActorError as error:
             self._actors.remove(worker)
             return "died", f"with its node or process ({type(error).__name__})"
+        except RayTaskError as error:
+            return "error", str(error.cause)
         worker.awaited, worker.is_ready = None, True
         return ("ready", None) if complaint is None else ("error", complaint)
 

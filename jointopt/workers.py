@@ -317,8 +317,12 @@ def serve(descriptor: int, payload: str, threads: int) -> None:
                 genomes = connection.recv()
             except EOFError:
                 return
-            for ended in evaluator.evaluate(genomes):
-                connection.send(("ended", ended))
+            try:
+                for ended in evaluator.evaluate(genomes):
+                    connection.send(("ended", ended))
+            except JointoptError as error:
+                connection.send(("error", str(error)))
+                return
 
 
 def _end_with_parent(payload: str) -> None:

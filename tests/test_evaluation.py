@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt import JointoptError, SearchSpace, Supernet, search
 from jointopt.batch_norm import SAMPLES
 from jointopt.evaluation import evaluate
 from quant.calibration import METHODS, choose_clip
@@ -181,6 +181,28 @@ def test_a_function_that_ends_the_process_has_failed():
     supernet = supernet_of("bert")
     found = evaluate(supernet, supernet.space.smallest, lambda _: sys.exit(0))
     assert found.metrics is None and found.failed == "SystemExit: 0"
+
+
+def halved(model: nn.Module) -> float:
+    model.to(torch.bfloat16)
+    return 1.0
+
+
+def scaled_before_it_failed(model: nn.Module) -> float:
+    next(model.parameters()).mul_(0.9)
+    raise ValueError
+
+
+def halved_where_pruned(model: nn.Module) -> float:
+    return halved(model) if len(model.bert.encoder.layer) < 4 else 1.0
+
+
+@pytest.mark.parametrize("quality", [halved, scaled_before_it_failed, halved_where_pruned])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_function_that_writes_to_the_weights_ends_the_search(quality, workers):
+    supernet = supernet_of("bert")
+    with pytest.raises(JointoptError, match="quality changed weights that sub-networks share: bert"):
+        search(supernet, quality, evaluations=10, workers=workers)
 
 
 @pytest.mark.parametrize(("size", "samples"), [(300, SAMPLES), (50, 150), (96, 192), (140, SAMPLES)])

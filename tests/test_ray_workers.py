@@ -73,9 +73,10 @@ def test_a_cluster_finds_what_one_process_finds_while_a_node_is_killed(tmp_path,
 
 
 @pytest.mark.slow
-def test_no_cluster_is_one_line():
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1"])
+def test_no_cluster_is_one_line_at_once(address):
     model = make("vit")
     supernet = Supernet(model, SearchSpace.for_model(model, preset="fixed", schemes=["none", "W8A8"]))
     supernet.calibrate(batches("vit"))
-    with pytest.raises(JointoptError, match="ray: no cluster at 'auto'"):
-        jointopt.search(supernet, lambda view: 1.0, evaluations=2, ray="auto")
+    with pytest.raises(JointoptError, match=f"ray: no cluster at '{address}'"):
+        jointopt.search(supernet, lambda view: 1.0, evaluations=2, ray=address)
