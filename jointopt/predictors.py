@@ -41,6 +41,11 @@ LATEST = 200
 """Evaluations, the last ones, by which scale and shares are chosen; all are learned from."""
 TOGETHER = 512
 """Genomes that are summed at a time, so that what is worked on stays in the processor's cache."""
+MARGINS = 0.1, 0.5, 2.0
+"""Of a logarithmic scale's end from the costs nearest to it, as shares of how far these are from the median."""
+DOUBT = 2.0
+"""Of scales that draw the bad end out, and the good one, where the search goes, together: a few evaluations are often a
+little likelier on one of these by chance."""
 LIMIT = 1e100
 """Values beyond are taken as this, so that their squares are finite."""
 
@@ -219,32 +224,48 @@ def _factored(variances: np.ndarray, grams: np.ndarray, known: np.ndarray) -> np
 
 @dataclass(frozen=True)
 class Scale:
-    """A monotone function under which an objective may be closer to additive, and its inverse."""
+    """A monotone function under which an objective may be closer to additive, and its inverse.
+
+    Attributes:
+        doubt: by how much the logarithm of its evidence has to be above that of others to be preferred.
+    """
 
     name: str
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
     log_slope: Callable[[np.ndarray], np.ndarray]
+    doubt: float = 0.0
 
 
 def scales(costs: np.ndarray) -> list[Scale]:
-    """The scales to choose from, for `costs` (less is better) as they were observed."""
+    """The scales to choose from, for `costs` (less is better) as they were observed: as they are, drawn out at the good
+    end, and drawn out at the bad one."""
     found = [Scale("linear", lambda y: y, lambda z: z, np.zeros_like)]
-    low, span = float(costs.min()), float(np.median(costs) - costs.min())
-    if span > 0:
-        found += [_logarithm(low - margin * span) for margin in (0.1, 0.5, 2.0)]
-    if low > 0 and costs.max() > 2 * low:
-        found.append(_logarithm(0.0))
+    low, middle, high = float(costs.min()), float(np.median(costs)), float(costs.max())
+    if middle > low:
+        found += [_logarithm(low - margin * (middle - low), 1) for margin in MARGINS]
+    if low > 0 and high > 2 * low:
+        found.append(_logarithm(0.0, 1))
+    if high > middle:
+        found += [_logarithm(high + margin * (high - middle), -1) for margin in MARGINS]
+    if high < 0 and low < 2 * high:
+        found.append(_logarithm(0.0, -1))
     return found
 
 
-def _logarithm(floor: float) -> Scale:
+def _logarithm(end: float, side: int) -> Scale:
+    """The logarithm of how far costs are above an end (side 1), or below it (side -1)."""
     tiny = np.finfo(float).tiny
+
+    def log(y: np.ndarray) -> np.ndarray:
+        return np.log(np.maximum(side * (y - end), tiny))
+
     return Scale(
-        f"log above {floor:.6g}",
-        lambda y: np.log(np.maximum(y - floor, tiny)),
-        lambda z: floor + np.exp(np.minimum(z, 700.0)),
-        lambda y: -np.log(np.maximum(y - floor, tiny)),
+        f"log {'above' if side > 0 else 'below'} {end:.6g}",
+        lambda y: side * log(y),
+        lambda z: end + side * np.exp(np.minimum(side * z, 700.0)),
+        lambda y: -log(y),
+        DOUBT if side < 0 else 0.0,
     )
 
 
@@ -258,7 +279,7 @@ class Predictor:
         transforms: whether other scales than the objective's own are tried.
 
     Attributes:
-        scale: the scale on which the objective was learned, the likeliest of `scales`.
+        scale: the scale on which the objective was learned, the likeliest of `scales`, but for their `doubt`.
         weights: group of features -> the share of variance that it explains; `noise`: that which nothing does.
         table: posterior mean of each slot's effect, on that scale.
     """
@@ -290,7 +311,7 @@ class Predictor:
         late = slice(-LATEST, None)
         tried = scales(costs)[: None if transforms else 1]
         fits = [self._fit(scale, costs[late], noise[late], grams[:, late, late]) for scale in tried]
-        _, self.scale, variances, self._mean, self._spread = min(fits, key=lambda fit: fit[0])
+        _, self.scale, variances, self._mean, self._spread = min(fits, key=lambda fit: fit[0] + fit[1].doubt)
         self._standard = (self.scale.forward(costs) - self._mean) / self._spread
         self.weights = dict(zip(groups, variances[:-1].tolist(), strict=True))
         self.noise = float(variances[-1])

@@ -58,6 +58,18 @@ def test_thirty_evaluations_rank_genomes_of_ninety_genes():
     assert spearmanr(predictor(unseen), additive(LARGE)(unseen)).statistic > 0.85
 
 
+def test_an_accuracy_that_is_a_product_is_learned_on_a_logarithmic_scale():
+    def product(genomes: np.ndarray) -> np.ndarray:
+        return -np.exp(-0.7 * (additive(SPACE)(genomes) + 20))
+
+    known, unseen = SPACE.sample(60, 0), SPACE.sample(200, 1)
+    predictor = Predictor(choices_of(SPACE), known, product(known))
+    plain = Predictor(choices_of(SPACE), known, product(known), transforms=False)
+    assert predictor.scale.name == "log below 0"
+    off, off_plain = (np.abs(each(unseen) / product(unseen) - 1).mean() for each in (predictor, plain))
+    assert off < 0.5 * off_plain
+
+
 def test_what_explodes_is_learned_on_a_logarithmic_scale():
     def explosive(genomes: np.ndarray) -> np.ndarray:
         return 5 * np.exp(0.7 * (additive(SPACE)(genomes) + 20))
