@@ -106,6 +106,7 @@ class Original:
     Attributes:
         folder: of the model, as transformers saves it.
         calibrate: batches of inputs, labels left out.
+        train: the same samples in the batches that it was itself trained with.
         quality: model -> its metrics, "kl" to this model among them.
         calibration_quality: the same on the calibration batches (of a language model on the first: logits are large).
     """
@@ -113,6 +114,7 @@ class Original:
     folder: Path
     model: nn.Module
     calibrate: list[dict[str, Tensor]]
+    train: list[dict[str, Tensor]]
     quality: Quality
     calibration_quality: Quality
 
@@ -125,16 +127,19 @@ def original(name: str, case: Case, assets: Path, work: Path) -> Original:
         start = untrained(case.start, folder.with_suffix(".untrained")) if callable(case.start) else assets / case.start
         loaded = load_model(str(start), case.task, device="cpu", dtype="float32")
         samples = task.samples(case.train, loaded.processor, loaded.model)
-        train(loaded.model, lambda epoch: samples.epoch(epoch, case.batch_size, 0), case.steps, case.learning_rate)
+        fine_tune(loaded.model, lambda epoch: samples.epoch(epoch, case.batch_size, 0), case.steps, case.learning_rate)
         loaded.processor.save_pretrained(folder)
         loaded.model.save_pretrained(folder)
     loaded = load_model(str(folder), case.task, device="cpu", dtype="float32")
     given = task.batches(case.calibrate, loaded.processor, loaded.model, 8)
-    calibrate = [{key: value for key, value in batch.items() if key != "labels"} for batch in given]
+    calibrate, train = (
+        [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+        for batches in (given, task.batches(case.calibrate, loaded.processor, loaded.model, case.batch_size))
+    )
     size = 4 if case.task == "causal-lm" else 100
     quality = task.quality(task.batches(case.evaluate, loaded.processor, loaded.model, size), loaded.model)
     scored = given[:1] if case.task == "causal-lm" else given
-    return Original(folder, loaded.model, calibrate, quality, task.quality(scored, loaded.model))
+    return Original(folder, loaded.model, calibrate, train, quality, task.quality(scored, loaded.model))
 
 
 def untrained(make: Callable[[], nn.Module], folder: Path) -> Path:
@@ -147,7 +152,7 @@ def untrained(make: Callable[[], nn.Module], folder: Path) -> Path:
     return folder
 
 
-def train(model: nn.Module, epochs: Callable, steps: int, learning_rate: float) -> None:
+def fine_tune(model: nn.Module, epochs: Callable, steps: int, learning_rate: float) -> None:
     """AdamW with a warm-up of a tenth and a cosine to zero, in bfloat16 autocast; in place."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)

@@ -13,7 +13,7 @@ and 4-bit formats are its own, and their bytes are stated. Inputs of LLM.int8 ar
 
 jointopt's row is the way (to nearest, GPTQ, descent, GPTQ after scaling channels by SmoothQuant or AWQ) whose KL
 divergence from the original on the calibration batches is least. Its seconds are those of that way, calibration
-included. The aim of a KL is the best neighbour's. A neighbour that cannot do a case, or takes longer than --limit
+included. The row of "jointopt trained" is `finish` by --steps of training on the same samples and nothing else. The aim of a KL is the best neighbour's. A neighbour that cannot do a case, or takes longer than --limit
 seconds, has no row but a line that says so. Results are kept in --work: a bench that was stopped goes on.
 """
 
@@ -72,6 +72,8 @@ NEIGHBOURS = {
     "bitsandbytes": tuple(OWN_FORMATS),
 }
 """Tool -> the formats that it is tried at."""
+
+OWN = ("jointopt", "jointopt trained")
 
 Metrics = dict[str, float]
 
@@ -154,6 +156,15 @@ def ours(name: str, given: Original, ways: list[str] | None) -> Metrics:
         if divergence < least:
             best, least = metrics, divergence
     return best
+
+
+def trained(name: str, given: Original, steps: int) -> Metrics:
+    """Finished by training on the calibration samples, without their labels."""
+    started = time.perf_counter()
+    wanted = subject(given, FORMATS[name])
+    model = jointopt.finish(wanted.supernet, wanted.genome, given.train, steps=steps).model
+    seconds = time.perf_counter() - started
+    return {**given.quality(model), "seconds": seconds, "MB": wanted.megabytes}
 
 
 def theirs(tool: str, name: str, given: Original, arguments: argparse.Namespace) -> Metrics:
@@ -248,8 +259,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=["minilm", "vit", "resnet", "smollm2"], action="append", help="default: all")
     parser.add_argument("--format", choices=FORMATS, action="append", help="default: all")
-    parser.add_argument("--tool", choices=["jointopt", *NEIGHBOURS], action="append", help="default: all")
+    parser.add_argument("--tool", choices=[*OWN, *NEIGHBOURS], action="append", help="default: all")
     parser.add_argument("--way", choices=WAYS, action="append", help="of jointopt's; default: all but rotate")
+    parser.add_argument("--steps", type=int, default=64, help="of jointopt trained (default 64)")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/originals"))
     parser.add_argument("--environments", type=Path, default=Path("runs/quantizers/environments"))
@@ -260,7 +272,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.work = arguments.work.resolve()
     results = Results(arguments.work / "results.json")
-    tools = arguments.tool or ["jointopt", *NEIGHBOURS]
+    tools = arguments.tool or [*OWN, *NEIGHBOURS]
     for model in arguments.case or ["minilm", "vit", "resnet", "smollm2"]:
         case = cases(arguments.assets)[model]
         given = original(model, case, arguments.assets, arguments.work)
@@ -269,6 +281,8 @@ def main() -> None:
             for tool in tools:
                 if tool == "jointopt":
                     results.measured(f"{model}/{name}/{tool}", lambda: ours(name, given, arguments.way))  # noqa: B023
+                elif tool == "jointopt trained":
+                    results.measured(f"{model}/{name}/{tool}", lambda: trained(name, given, arguments.steps))  # noqa: B023
                 elif name in NEIGHBOURS[tool]:
                     results.measured(f"{model}/{name}/{tool}", lambda: theirs(tool, name, given, arguments))  # noqa: B023
     show(results.found, cases(arguments.assets))
@@ -318,7 +332,7 @@ def rows(found: dict[str, Any], known: dict[str, Case]) -> list[dict]:
             if measure not in result:
                 continue
             aim = None
-            if case.endswith("/jointopt") and measure not in ("seconds", "MB"):
+            if case.split("/")[2] in OWN and measure not in ("seconds", "MB"):
                 aim = best_neighbour(found, case, measure, min if better == "lower" else max)
             flat.append({"case": case, "measure": measure, "value": result[measure], "aim": aim, "better": better})
     return flat
