@@ -30,7 +30,7 @@ def fitted_schemes(
 ) -> dict[tuple[str, str], Scheme]:
     """(layer path, choice) -> the scheme as that layer stores it, at every width that the space gives it."""
     choices = {gene.name: gene.choices for gene in space.genes}
-    check_whole_model({gene: [str(choice) for choice in choices[gene]] for gene in genes.values()})
+    check_whole_model({gene: [str(choice) for choice in choices[gene]] for gene in genes.values()}, model)
     found = {}
     for layer in family.layers:
         if layer.path not in genes:

@@ -266,7 +266,7 @@ def _precision_genes(
     precision_per: str,
     unquantized: set[str],
 ) -> list[Gene]:
-    check_whole_model({"space.schemes": schemes})
+    check_whole_model({"space.schemes": schemes}, model)
     named = {name for layer in family.layers for name in (layer.name, layer.projection, layer.block) if name}
     if any(layer.tied for layer in family.layers):
         named.add("head")

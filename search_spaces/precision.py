@@ -62,17 +62,24 @@ def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Collectio
         raise JointoptError(f"{layer.path}: {error}") from None
 
 
-def check_whole_model(offered: Mapping[str, Iterable[str]]) -> None:
-    """Refuses bitsandbytes' formats beside others, since it takes a model whole: in one format, or not at all.
+def check_whole_model(offered: Mapping[str, Iterable[str]], model: nn.Module) -> None:
+    """Refuses bitsandbytes' formats beside others, since it takes a model whole: in one format, or not at all; and for
+    models that transformers does not load.
 
     Args:
         offered: where schemes are chosen (a key, or names of genes) -> the names that are offered there.
 
     Raises:
-        JointoptError: two schemes are offered of which one is bitsandbytes' and none is "none".
+        JointoptError: two schemes are offered of which one is bitsandbytes' and none is "none", or one for a model that
+            is none of transformers.
     """
     pairs = [(name, where) for where, names in offered.items() for name in names if scheme(name).weights]
     whole = next((pair for pair in pairs if scheme(pair[0]).bitsandbytes), None)
+    if whole and not hasattr(model, "config"):
+        raise JointoptError(
+            f"{whole[1]}: found {whole[0]}, which bitsandbytes has for models of transformers, and the model is a "
+            f"{type(model).__module__.partition('.')[0]} {type(model).__name__}; allowed: schemes other than BNB_..."
+        )
     other = next((pair for pair in pairs if whole and pair[0] != whole[0]), None)
     if whole and other:
         raise JointoptError(

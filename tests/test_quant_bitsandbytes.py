@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -204,10 +203,15 @@ def test_what_bitsandbytes_cannot_hold_is_refused_by_layer():
     embedding = SearchSpace([Gene("embedding.precision", ("none", "BNB_NF4"))])
     with pytest.raises(JointoptError, match="model.embed_tokens: BNB_NF4 is bitsandbytes', .* found Embedding"):
         Supernet(make("llama_tied"), embedding)
-    supernet = Supernet(make("timm_vit"), SearchSpace.for_model(make("timm_vit"), schemes=["none", "BNB_NF4"]))
-    supernet.calibrate(batches("timm_vit"))
-    with pytest.raises(JointoptError, match="export: .* is BNB_NF4, which loads by transformers"):
-        jointopt.export(supernet, supernet.space.smallest, Path("nowhere"))
+
+
+def test_a_model_that_transformers_does_not_load_is_offered_none_of_its_formats():
+    said = "BNB_NF4, which bitsandbytes has for models of transformers, and the model is a timm VisionTransformer"
+    with pytest.raises(JointoptError, match=f"space.schemes: found {said}"):
+        SearchSpace.for_model(make("timm_vit"), schemes=["none", "BNB_NF4"])
+    own = SearchSpace([Gene("block0.up.precision", ("none", "BNB_NF4"))])
+    with pytest.raises(JointoptError, match=f"block0.up.precision: found {said}"):
+        Supernet(make("timm_vit"), own)
 
 
 def test_without_bitsandbytes_verifying_and_configs_say_what_to_install(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def by_bitsandbytes(model: nn.Module) -> str | None:
     """The name of the one bitsandbytes format that all quantized layers are in, None where none is.
 
     Raises:
-        JointoptError: beside such a layer there is one in another format, or the model is none of transformers.
+        JointoptError: beside such a layer there is one in another format, or a cache of inputs.
     """
     layers: dict[str, Any] = quantized_layers(model)
     found: dict[str, Scheme] = {path: layer.scheme for path, layer in layers.items()}
@@ -86,8 +86,6 @@ def by_bitsandbytes(model: nn.Module) -> str | None:
     if first is None:
         return None
     wanted = found[first]
-    if not hasattr(model, "config"):
-        raise JointoptError(f"export: {first} is {wanted.name}, which loads by transformers; the model is not of it")
     for path, scheme in found.items():
         if scheme != wanted:
             raise JointoptError(
