@@ -18,6 +18,8 @@ from quant.formats import ELEMENTS, Element, Format
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NVFP4_GLOBAL_RANGE = 448.0 * 6.0
 """What the largest magnitude of a tensor is mapped to: the largest e4m3 scale times the largest e2m1 value."""
+WEIGHT_REACH = 1e38
+"""Where a weight's range ends at the latest: a scale of more would make infinities of codes, or be one itself."""
 LLM_INT8_OUTLIER = 6.0
 """From which magnitude on LLM.int8 leaves an input's column out (bitsandbytes' default)."""
 
@@ -114,7 +116,7 @@ class QuantizedTensor:
             grouped = grouped - self.zero_point.float()[..., None]
         scale = self.effective_scale()
         scaled = grouped * (scale[..., None] if scale.dim() == 2 else scale)
-        return scaled.reshape(self.shape).to(dtype)
+        return within_float16(scaled.reshape(self.shape), dtype).to(dtype)
 
     def effective_scale(self) -> Tensor:
         """What a code's value is multiplied with, float32, in the shape of `scale`."""
@@ -156,6 +158,12 @@ class QuantizedTensor:
             for name in ("codes", "scale", "zero_point", "global_scale")
         }
         return replace(self, **moved)
+
+
+def within_float16(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """What of a weight's values float16 could not hold, saturated, where that is the dtype."""
+    ends = torch.finfo(torch.float16)
+    return values.clamp(ends.min, ends.max) if dtype == torch.float16 else values
 
 
 def code_values(codes: Tensor, kind: Element) -> Tensor:
@@ -227,7 +235,7 @@ def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Quanti
     Scales follow compressed-tensors: symmetric, the larger end over half the code range; asymmetric, the whole range
     over the whole code range, zero included. They are rounded to how they are stored before the weight is divided;
     where that is too coarse for a range (below some 1e-40, or for NVFP4 below 1e-6 of the tensor's largest value) its
-    values become 0. The arithmetic is float32.
+    values become 0. Values beyond 1e38 saturate, but in formats of absmax scales. The arithmetic is float32.
 
     Args:
         weight: floating point, rank 2 or more, all finite.
@@ -272,13 +280,13 @@ def stored_scale(
     low: Tensor, high: Tensor, format: Format, global_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The scale of a range as it is stored, and the zero point (int8, None where symmetric), in the range's shape."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    if format.scale == "absmax":
+        return torch.maximum(-low, high).float(), None
+    low, high = low.clamp(-WEIGHT_REACH, 0), high.clamp(0, WEIGHT_REACH)
     kind = format.kind
     largest = torch.maximum(-low, high)
     if format.scale == "e8m0":
         return e8m0_exponent(largest), None
-    if format.scale == "absmax":
-        return largest.float(), None
     if global_scale is not None:
         scale = (global_scale * (largest / ((kind.max - kind.min) / 2))).clamp(max=448).to(torch.float8_e4m3fn)
         return torch.where(scale.float() == 0, 0.125, scale.float()).to(torch.float8_e4m3fn), None

@@ -54,6 +54,7 @@ def odd(dtype: torch.dtype) -> list[Tensor]:
     ends[0], ends[1], ends[2, 3], ends[3, 5], ends[4, 7] = 0.0, -0.0, torch.nan, torch.inf, -torch.inf
     ends[5] = torch.linspace(-1, 1, 96) * 1e-40
     magnitudes = numbers(150, 96) * torch.exp2(torch.linspace(-145, 125, 150)[:, None])
+    magnitudes[-1] = torch.linspace(-1, 1, 96) * torch.finfo(torch.float32).max
     return [
         each.to(dtype) for each in (halves, ends, magnitudes, numbers(1, 1, 96), numbers(3, 40_032), numbers(96, 9).T)
     ] + [

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import SCHEMES, Format, JointoptError, QuantizedTensor, Scheme, fake_quantize, quantize, scheme
+from quant import SCHEMES, Format, JointoptError, QuantizedTensor, Scheme, fake_quantize, quantize, reference, scheme
 from quant.packing import packed_tensors, unpacked_tensors
 from quant.reference import grouped_view
 from tests import exact
@@ -272,6 +272,20 @@ def test_weights_too_small_for_their_scale_become_zero_or_stay_near(name, smalle
     held = fake_quantize(weight, scheme(name).fitted([128]).weights)
     assert held.isfinite().all()
     assert (held.abs() <= 1.51 * weight.abs().max()).all()
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_near_the_end_of_their_dtype_saturate(name, dtype):
+    end = torch.finfo(dtype).max
+    weight = torch.linspace(-1, 1, 256, dtype=torch.float64).mul(end).reshape(2, 128).to(dtype)
+    wanted = scheme(name).fitted([128]).weights
+    held, plain = fake_quantize(weight, wanted), reference.fake_quantize(weight, wanted)
+    assert torch.equal(held, plain)
+    assert held.isfinite().all()
+    most = min(1e38, end)
+    kept = weight.double().clamp(-most, most)
+    assert ((held.double() - kept).abs() <= 0.35 * kept.abs().max()).all()
 
 
 def test_nvfp4_groups_far_below_the_largest_become_zero():

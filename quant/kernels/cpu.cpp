@@ -26,6 +26,7 @@ struct Job {
     int32_t mantissa, exponent_min; // of the element, where it is floating point
     float low, high, half;          // ends of the element's range, and half its width
     float never_zero;               // scale in place of 0
+    float reach;                    // where ranges end at the latest
     float zero;                     // what codes add to their values: 0 loses the sign of zeros, -0 keeps it
     int32_t threads;
 };
@@ -232,7 +233,8 @@ template <int KIND, bool STEPS, class T, int SIZE> uint32_t run(const Job& job, 
     auto part = [=](auto* place, int64_t offset) { return place ? place + offset : place; };
     auto bounded = [&](Steps& steps, int64_t place, int64_t group, Range range) {
         float high = number(range.positive), low = KIND == ASYMMETRIC ? -number(range.negative) : -high;
-        if (at.low) low = clamped(at.low[group], -INFINITY, 0), high = clamped(at.high[group], 0, INFINITY);
+        if (at.low) low = at.low[group], high = at.high[group];
+        low = clamped(low, -job.reach, 0), high = clamped(high, 0, job.reach);
         if (low != low || high != high) low = high = NAN;
         steps.low[place] = low, steps.high[place] = high;
     };

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.kernels.grouped import Job
+from quant.reference import WEIGHT_REACH
 
 WIDEST = 8192
 """Elements a program holds; larger groups are searched for their range first."""
@@ -20,6 +21,7 @@ WIDEST = 8192
 _INTEGER, _ASYMMETRIC, _FLOATING = (tl.constexpr(each) for each in range(3))
 _GIVEN, _PLAIN, _E8M0, _E4M3 = (tl.constexpr(each) for each in range(4))
 _BFLOAT16, _FLOAT16 = tl.constexpr(1), tl.constexpr(2)
+_REACH = tl.constexpr(WEIGHT_REACH)
 _SIGN, _MAGNITUDE, _INFINITE = tl.constexpr(-(2**31)), tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000)
 
 
@@ -148,6 +150,8 @@ def _convert(
             below = _number(tl.max(tl.maximum(_bits(number) ^ _SIGN, 0), 1))
             high = tl.where(below != below, below, above)
             low = -tl.where(above != above, above, below)
+        if WEIGHT:
+            low, high = _clamped(low, -_REACH, 0.0), _clamped(high, 0.0, _REACH)
         factor = tl.zeros([ROWS], tl.float32)
         if SCALE == _E4M3:
             factor = factor + tl.load(whole)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quant.errors import JointoptError
 from quant.formats import Format
-from quant.reference import Clip, QuantizedTensor, global_scale_of
+from quant.reference import WEIGHT_REACH, Clip, QuantizedTensor, global_scale_of, within_float16
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels take; float64 is left to plain torch."""
@@ -38,6 +38,7 @@ class Job:
         mantissa, exponent_min: of the element, where it is floating point.
         low, high: ends of the element's range.
         never_zero: scale in place of 0.
+        reach: where ranges end at the latest.
         weight: whether values are those of codes, in which integers have no negative zero.
     """
 
@@ -51,6 +52,7 @@ class Job:
     low: float
     high: float
     never_zero: float
+    reach: float
     weight: bool
 
     @property
@@ -104,6 +106,7 @@ def job_of(format: Format, dtype: torch.dtype, weight: bool) -> Job:
         low=float(kind.min),
         high=float(kind.max),
         never_zero=torch.finfo(stored).eps,
+        reach=WEIGHT_REACH if weight else torch.inf,
         weight=weight,
     )
 
@@ -176,6 +179,7 @@ def weight(
         for name, each in zip(("low", "high"), clip, strict=True):
             places[name] = each.expand(groups // shape[-1], shape[-1]).contiguous()
     _refuse_infinite(backend.convert(job_of(format, rows.dtype, True), rows, groups, places))
+    held = None if held is None else within_float16(held, rows.dtype)
     if patterns is None:
         return None, held
     stored = {"bfloat16": torch.bfloat16, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}[format.scale]
