@@ -242,7 +242,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise JointoptError(f"{path}: {reason}; allowed: a YAML file") from None
     try:
         node = yaml.compose(text, Loader=_Loader)
-        lines = _lines(node, path) if node else {}
+        lines = lines_of(node, path) if node else {}
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -268,7 +268,7 @@ def _set(content: dict, keys: list[str], value: Any) -> None:
     content[keys[-1]] = value
 
 
-def _lines(node: yaml.Node, path: str | Path, at: tuple = ()) -> dict[tuple, int]:
+def lines_of(node: yaml.Node, path: str | Path, at: tuple = ()) -> dict[tuple, int]:
     """Path of keys and list indices -> line number in the file; refuses a key that is there twice."""
     found = {at: node.start_mark.line + 1}
     if isinstance(node, yaml.MappingNode):
@@ -279,8 +279,8 @@ def _lines(node: yaml.Node, path: str | Path, at: tuple = ()) -> dict[tuple, int
             below = (*at, key.value)
             if below in found:
                 raise JointoptError(f"{path}, line {line}: {dotted(below)}: found twice; allowed: once")
-            found |= {**_lines(value, path, below), below: line}
+            found |= {**lines_of(value, path, below), below: line}
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            found |= _lines(value, path, (*at, index))
+            found |= lines_of(value, path, (*at, index))
     return found

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from jointopt.config import lines_of
+from jointopt.cost.operators import check_kernel
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
 
@@ -56,6 +58,12 @@ class Power(_Part):
     idle: FromZero
     peak: Rate
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Power:
+        if self.idle > self.peak:
+            raise ValueError(f"found idle {self.idle:g} above peak {self.peak:g}; allowed: peak or less")
+        return self
+
 
 class Device(_Part):
     """One device.
@@ -86,6 +94,13 @@ class Device(_Part):
     def _with_float32(cls, value: dict[Compute, float]) -> dict[Compute, float]:
         if "float32" not in value:
             raise ValueError("found no float32, in which all else is computed; allowed: with it")
+        return value
+
+    @field_validator("kernels")
+    @classmethod
+    def _with_known_kernels(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            check_kernel(name)
         return value
 
     def save(self, path: str | Path) -> None:
@@ -170,12 +185,14 @@ def load_device(name: str | Path) -> Device:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        said = first["msg"].lower().removeprefix("value error, ")
-        raise JointoptError(f"device: {name!r}: {where}: {said}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise JointoptError(f"device: {name!r}: {where}: {said[0].lower()}{said[1:]}") from None
 
 
 def _read(text: str, name: str) -> Any:
     try:
+        if (node := yaml.compose(text, Loader=yaml.SafeLoader)) is not None:
+            lines_of(node, f"device: {name!r}")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise JointoptError(f"device: {name!r} is no YAML: {' '.join(str(error).split())}") from None

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from quant.errors import JointoptError
-from quant.formats import Scheme
+from quant.errors import JointoptError, did_you_mean
+from quant.formats import SCHEMES, Scheme
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,20 @@ class Operator:
     @property
     def output_bytes(self) -> float:
         return self.positions * self.rows * self.bits / 8
+
+
+_KERNEL = re.compile(r"(?:linear|embedding|norm|attention|cache|conv (\d+)x\1(?: grouped)?) (\w+)(?: fused)?")
+
+
+def check_kernel(name: str) -> None:
+    """Raises JointoptError for what is no `Operator.kernel`."""
+    found = _KERNEL.fullmatch(name)
+    if found is None or found[2] not in SCHEMES:
+        hint = did_you_mean(found[2], SCHEMES) if found else ""
+        raise JointoptError(
+            f"found kernel {name!r}{hint}; allowed: linear, embedding, norm, attention, cache, conv 3x3 or conv 3x3 "
+            "grouped, then the name of a scheme without its group, then fused or nothing"
+        )
 
 
 def _static_integers(scheme: Scheme | None) -> bool:
