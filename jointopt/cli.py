@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import math
 import os
 import sys
 import warnings
@@ -198,6 +199,9 @@ def _report(options: argparse.Namespace) -> int:
 
     given = Path(options.study)
     file = given / STUDY if given.is_dir() else given
+    for name in ("batch", "context"):
+        if getattr(options, name) is not None and not options.device:
+            raise JointoptError(f"--{name}: found {getattr(options, name)} and no --device; allowed: with one")
     study = Study.open(file)
     try:
         devices = _on_devices(study, file.parent, options) if options.device else []
@@ -205,7 +209,7 @@ def _report(options: argparse.Namespace) -> int:
         console = Console()
         console.print(front_table(study, study.fact("choice", {}).get("genome")))
         for each in devices:
-            console.print(device_table(study, each))
+            console.print(device_table(each))
     finally:
         study.close()
     print(f"report: {path}")
@@ -231,13 +235,14 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
     given = config.hardware
     batch = options.batch or (given.batch if given else 1)
     context = options.context or (given.context if given else None)
-    devices = [load_device(name) for name in options.device]
+    names = list(dict.fromkeys(options.device))
+    devices = [load_device(name) for name in names]
     # The run's parallel is of its kind of device; one without a network is alone.
     models = [Roofline(d, batch, context, given.parallel if given and d.network else 1) for d in devices]
     stay_offline(config)
     supernet = _without_weights(config)
     supernet.take_shapes(study.fact("shapes"))
-    return [on_device(study, supernet, name, model) for name, model in zip(options.device, models, strict=True)]
+    return [on_device(study, supernet, name, model) for name, model in zip(names, models, strict=True)]
 
 
 def _without_weights(config: Config) -> Supernet:
@@ -307,7 +312,7 @@ def parse_pick(text: str) -> dict[str, Any]:
             return {"evaluation": int(text)}
         if name == "evaluation":
             return {name: int(value)}
-        if name in ("size_mb", "drop"):
+        if name in ("size_mb", "drop") and math.isfinite(float(value)):
             return {name: float(value)}
     except ValueError:
         pass
@@ -319,7 +324,8 @@ def picked(study: Study, pick: dict[str, Any], rounding: str | None) -> np.ndarr
     import numpy as np
 
     if "evaluation" not in pick:
-        return study.best(**pick, finished=rounding)
+        made = any(each["rounding"] == rounding for each in study.finished())
+        return study.best(**pick, finished=rounding if made else None)
     frame = study.evaluations()
     rows = frame[frame["number"] == pick["evaluation"]]
     if not len(rows):

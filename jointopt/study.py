@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -353,18 +354,23 @@ class Study:
             finished: a rounding; genomes finished by it count with their finished quality, where it is better.
 
         Raises:
-            JointoptError: more than one argument, no evaluation, or none that fits; the nearest value is named.
+            JointoptError: more than one argument, a rounding that nothing was finished by, no evaluation, or none that
+                fits; the nearest value is named.
         """
         if sum((size_mb is not None, drop is not None, knee)) > 1:
             raise JointoptError("best: found more than one of size_mb, drop, knee; allowed: one")
         for name, value in (("size_mb", size_mb), ("drop", drop)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value)):
                 raise JointoptError(f"best: found {name}={value!r}; allowed: a number")
+        made = {each["rounding"] for each in self.finished()}
+        if finished is not None and finished not in made:
+            allowed = ", ".join(sorted(made)) or "none, since nothing was finished"
+            raise JointoptError(f"best: found finished={finished!r}; allowed: {allowed}")
         frame = self.evaluations()
         frame = frame[frame["failed"].isna()] if len(frame) else frame
         if frame.empty:
             raise JointoptError("study: no evaluation to choose from")
-        if finished:
+        if finished is not None:
             frame = with_finished(frame, self.finished(), finished, self.quality)
         original = self.baselines.get("original", {}).get(self.quality.name)
         return best_of(within(frame, self.constraints), self.objectives, original, size_mb, drop, knee)

@@ -347,6 +347,7 @@ def test_a_training_that_was_killed_goes_on_with_its_own_config_alone(place, cap
     ("words", "said"),
     [
         (("export", "runs/vit", "--pick", "best"), "--pick: found 'best'; allowed: "),
+        (("export", "runs/vit", "--pick", "drop=inf"), "--pick: found 'drop=inf'; allowed: "),
         (("export", "runs/vit", "--pick", "999"), "--pick: found evaluation 999; the study has 1 to "),
         (("export", "runs/vit", "--pick", "size_mb=0.0001"), "size_mb: found 0.0001; the smallest evaluated has "),
         (("export", "runs/vit", "--pick", "knee"), "exists; choose another with --to"),
@@ -356,6 +357,7 @@ def test_a_training_that_was_killed_goes_on_with_its_own_config_alone(place, cap
             ("report", "runs/vit", "--device", "a100", "--context", "0"),
             "--context: found 0; allowed: a whole number from 1",
         ),
+        (("report", "runs/vit", "--batch", "8"), "--batch: found 8 and no --device; allowed: with one"),
         (("report", "nowhere"), "study: 'nowhere' does not exist"),
         (("run", "nowhere.yaml"), "nowhere.yaml: No such file"),
         (("init", "nowhere/at/all"), "model: no folder 'nowhere/at/all'"),

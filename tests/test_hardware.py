@@ -90,13 +90,18 @@ def test_a_device_of_one_s_own_is_read_and_a_missing_figure_is_named(tmp_path):
         ("overhead", float("inf"), "overhead: input should be a finite number"),
         ("bandwidth", True, "bandwidth: found True; allowed: a number"),
         ("overhead", True, "overhead: found True; allowed: a number"),
+        ("power", {"idle": 90, "peak": 70}, "power: found idle 90 above peak 70; allowed: peak or less"),
+        ("kernels", {"linaer none": 1e12}, "kernels: found kernel 'linaer none'; allowed: linear, "),
+        ("kernels", {"conv 3x1 none": 1e12}, "kernels: found kernel 'conv 3x1 none'; allowed: linear, "),
+        ("kernels", {"linear W8A9": 1e12}, "kernels: found kernel 'linear W8A9'; did you mean 'W8A8'"),
+        ("kernels", {"linear W4A16_G64": 1e12}, "kernels: found kernel 'linear W4A16_G64'"),
         ("efficiency", {"compute": True, "memory": 1.0}, "efficiency.compute: found True; allowed: a number"),
     ],
 )
 def test_a_figure_that_is_none_is_named(tmp_path, key, value, said):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({**load_device("l4").model_dump(), key: value}))
-    with pytest.raises(JointoptError, match=f"(?i)mine.yaml.*{said}"):
+    with pytest.raises(JointoptError, match=f"mine.yaml.*{said}"):
         load_device(path)
 
 
@@ -104,11 +109,12 @@ def test_a_figure_that_is_none_is_named(tmp_path, key, value, said):
     ("content", "said"),
     [
         (b"", "holds no figures; allowed: name, peak"),
+        (b"name: a\noverhead: 1\nname: b\n", "line 3: name: found twice; allowed: once"),
         (b"\xff", "not UTF-8"),
         (b"[" * 3000, "nested too deeply"),
     ],
 )
-def test_a_device_file_without_content_is_named(tmp_path, content, said):
+def test_a_device_file_that_says_nothing_or_two_things_is_named(tmp_path, content, said):
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
     with pytest.raises(JointoptError, match=f"mine.yaml.*{said}"):
@@ -284,7 +290,7 @@ def test_one_study_on_many_devices_measures_no_quality_again(tmp_path):
     assert "On another device: orin" in page and "Jetson AGX Orin" in page
 
 
-def test_a_report_keeps_the_run_s_batch_and_parallel_unless_its_options_say_otherwise(tmp_path):
+def test_a_report_keeps_the_run_s_batch_and_parallel_unless_its_options_say_otherwise_and_shows_a_device_once(tmp_path):
     save_vit(tmp_path / "vit")
     content = {
         "model": str(tmp_path / "vit"),
@@ -303,13 +309,25 @@ def test_a_report_keeps_the_run_s_batch_and_parallel_unless_its_options_say_othe
     study = jointopt.search(supernet, lambda m: 1.0, ["quality", "latency"], evaluations=4)
     searched = study.evaluations().set_index("number")["latency"]
     for batch in (None, 16):
-        options = Namespace(device=["h100", "orin"], batch=batch, context=None)
+        options = Namespace(device=["h100", "orin", "h100"], batch=batch, context=None)
         on, alone = _on_devices(study, tmp_path, options)
         assert on.source == "roofline of 2 x NVIDIA H100 80GB SXM" and "2 x" not in alone.source
         if batch is None:
             assert on.rows.set_index("number")["latency"].to_dict() == pytest.approx(searched.to_dict())
         else:
             assert (on.rows["latency"].to_numpy() > searched[on.rows["number"]].to_numpy()).all()
+
+
+def test_a_run_s_own_device_has_its_own_front_and_a_time_is_added_where_there_is_none():
+    supernet = supernet_of("vit", FAST)
+    study = jointopt.search(supernet, lambda m: 1.0, ["quality", "size", "energy"], evaluations=12)
+    own = on_device(study, supernet, "h100", FAST)
+    assert sorted(own.front["number"]) == sorted(study.front()["number"])
+    assert own.chosen == tuple(study.best(knee=True))
+    assert own.measures[0] == "energy"
+    study = jointopt.search(supernet_of("vit", FAST), lambda m: 1.0, ["quality", "size"], evaluations=4)
+    added = on_device(study, supernet, "h100", FAST)
+    assert [objective.name for objective in added.objectives] == ["quality", "size", "latency"]
 
 
 def one_hot(space: SearchSpace, genome) -> list[torch.Tensor]:

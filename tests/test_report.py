@@ -201,6 +201,28 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path):
             write_report(make_study(), path)
 
 
+def test_a_chosen_genome_that_was_not_evaluated_is_refused(tmp_path):
+    study = make_study(count=2, failures=0)
+    assert not study.results(SPACE.largest[None])[0]
+    for chosen, said in (
+        ([0], "genome: found shape"),
+        ([99] * len(SPACE), "has index 99"),
+        (SPACE.largest, "which has no evaluation; allowed: one that has"),
+    ):
+        with pytest.raises(JointoptError, match=said):
+            write_report(study, tmp_path / "report.html", chosen=chosen)
+
+
+def test_a_rounding_that_nothing_was_finished_by_is_refused():
+    study = make_study()
+    with pytest.raises(JointoptError, match="found finished='gptq'; allowed: none, since nothing was finished"):
+        study.best(finished="gptq")
+    study.add_finished(study.best(), "gptq", {"accuracy": 0.9, "size": 1e6}, 1.0)
+    with pytest.raises(JointoptError, match="found finished='zzz'; allowed: gptq"):
+        study.best(finished="zzz")
+    assert study.best(finished="gptq").shape == (len(SPACE),)
+
+
 def test_sizes_are_in_millions_of_bytes():
     assert written("size", 20_312_345.0) == "20.31 MB"
     assert written("accuracy", 0.91234) == "0.9123"

@@ -84,7 +84,7 @@ def test_best_by_drop_and_knee_and_nothing(supernet):
     assert tuple(study.best(knee=True)) in set(study.front()["genome"])
     with pytest.raises(JointoptError, match="smallest evaluated has"):
         study.best(size_mb=1e-6)
-    for wish in ("20", True):
+    for wish in ("20", True, float("inf")):
         with pytest.raises(JointoptError, match=f"best: found size_mb={wish!r}; allowed: a number"):
             study.best(size_mb=wish)
     with pytest.raises(JointoptError, match="more than one"):

@@ -31,15 +31,18 @@ class OnDevice:
     Attributes:
         name: as it was asked for.
         source: where its times come from.
-        measures: of the times, the one that the front is of first: of language models that of one more token.
+        objectives: those of the study, and where none of them is a time, the device's latency: of language models that
+            of one more token.
+        measures: the device's costs, the time that is an objective first.
         rows: all evaluations that fit into its memory, with the device's costs.
-        front: those that are not dominated in quality and the first measure, fast ones first.
+        front: those that are not dominated in the objectives, fast ones first.
         chosen: genome of the front's knee.
         original: quality and costs of the original there.
     """
 
     name: str
     source: str
+    objectives: tuple[Objective, ...]
     measures: tuple[str, ...]
     rows: pd.DataFrame
     front: pd.DataFrame
@@ -69,12 +72,15 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
             f"{model.source} has {model.capacity / 1e9:.4g} GB"
         )
     rows = rows[fits]
-    measures = tuple(name for name in ("decode_latency", "latency", "energy") if name in columns)
-    wanted = [study.quality, Objective(measures[0], "min")]
-    front = front_of(rows, wanted).sort_values(measures[0])
+    times = [name for name in ("decode_latency", "latency", "energy", "decode_energy") if name in columns]
+    asked = next((o.name for o in study.objectives if o.name in times), None)
+    first = asked or times[0]
+    wanted = study.objectives if asked else (*study.objectives, Objective(first, "min"))
+    measures = (first, *(name for name in times[:3] if name != first), "peak_memory")
+    front = front_of(rows, wanted).sort_values(first)
     chosen = tuple(best_of(rows, wanted, None, knee=True).tolist())
     original = {**study.baselines.get("original", {}), **supernet.original_costs(model)}
-    return OnDevice(name, model.source, (*measures, "peak_memory"), rows, front, chosen, original)
+    return OnDevice(name, model.source, wanted, measures, rows, front, chosen, original)
 
 
 def device_figure(study: Study, on: OnDevice) -> go.Figure:
@@ -83,9 +89,10 @@ def device_figure(study: Study, on: OnDevice) -> go.Figure:
     figure = go.Figure()
     original = pd.DataFrame([{"number": "the original", **on.original}])
     picked = on.rows[on.rows["genome"] == on.chosen]
+    line = "lines+markers" if len(on.objectives) == 2 else "markers"
     for rows, name, mode, marker in (
         (on.rows, f"evaluated ({len(on.rows)})", "markers", {"color": GRAY, "size": 7}),
-        (on.front, f"front ({len(on.front)})", "lines+markers", {"color": BLUE, "size": 9}),
+        (on.front, f"front ({len(on.front)})", line, {"color": BLUE, "size": 9}),
         (original, "the original", "markers", {"color": GREEN, "size": 14, "symbol": "star"}),
         (picked, "chosen", "markers", {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}),
     ):

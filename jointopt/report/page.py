@@ -49,7 +49,7 @@ def write_report(
         The path.
 
     Raises:
-        JointoptError: no such study, or the file cannot be written.
+        JointoptError: no such study, a chosen genome that it did not evaluate, or the file cannot be written.
     """
     if not isinstance(path, str | Path) or not Path(path).name:
         raise JointoptError(f"report: found path {path!r}; allowed: that of an HTML file")
@@ -58,7 +58,12 @@ def write_report(
         choice = opened.fact("choice", {})
         if chosen is None:
             chosen = choice.get("genome")
-        same = chosen is not None and list(map(int, chosen)) == choice.get("genome")
+        else:
+            genome = opened.space.canonical(chosen)
+            chosen = genome.tolist()
+            if not opened.results(genome[None])[0]:
+                raise JointoptError(f"report: found chosen {chosen}, which has no evaluation; allowed: one that has")
+        same = chosen is not None and chosen == choice.get("genome")
         layers = layers or (choice.get("layers") if same else None)
         spent = (choice.get("spent"), choice.get("full_spent")) if same else (None, None)
         html = _page(opened, chosen, layers, full_layers or choice.get("full_layers"), title, spent, devices)

@@ -56,11 +56,11 @@ def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) 
     return table
 
 
-def device_table(study: Study, on: OnDevice) -> Table:
+def device_table(on: OnDevice) -> Table:
     """The front of a study on a device, from fast to slow."""
-    quality = study.quality.name
-    names = [quality, *on.measures, "size"]
-    table = Table(title=Text(f"{on.source}: front of {quality} and {on.measures[0]}"))
+    objectives = [objective.name for objective in on.objectives]
+    names = list(dict.fromkeys([*objectives, *on.measures, "size"]))
+    table = Table(title=Text(f"{on.source}: front of {', '.join(objectives[:-1])} and {objectives[-1]}"))
     table.add_column("evaluation", justify="right")
     for name in names:
         table.add_column(Text(label(name)), justify="right")
