@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Any
 
@@ -48,7 +49,7 @@ class CalibrationPass:
         self._mask: Tensor | None = None
 
     def run(self, batches: Iterable[Mapping[str, Any]]) -> int:
-        """Returns the number of batches."""
+        """Returns the number of batches. Raises JointoptError where the model does not run on one."""
         count = 0
         with ExitStack() as hooks, torch.no_grad():
             for path, hook in self._hooks():
@@ -60,10 +61,24 @@ class CalibrationPass:
                 hooks.callback(handle.remove)
             for batch in batches:
                 self._mask = batch.get("attention_mask")
-                self.model(**batch)
+                self._forward(batch)
                 count += 1
         self.influence = {name: 1 - float(torch.cat(parts).mean()) for name, parts in self._cosines.items()}
         return count
+
+    def _forward(self, batch: Mapping[str, Any]) -> None:
+        try:
+            self.model(**batch)
+        except (JointoptError, torch.OutOfMemoryError):
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            told = " ".join(str(error).split())[:300]
+            taken = signature(self.model.forward).parameters.values()
+            allowed = ", ".join(each.name for each in taken if each.kind != Parameter.VAR_KEYWORD)
+            raise JointoptError(
+                f"calibrate: the model does not run on a batch of {', '.join(map(str, batch))}: {told}; allowed: what "
+                f"its forward takes, {allowed}"
+            ) from error
 
     def _hooks(self) -> list[tuple[str, Callable]]:
         hooks: list[tuple[str, Callable]] = []

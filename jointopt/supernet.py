@@ -143,7 +143,7 @@ class Supernet:
             batches: dicts of what the model's forward takes; some 100 samples do. Tensors are moved to its device.
 
         Raises:
-            JointoptError: there is no batch, or one is not a dict.
+            JointoptError: there is no batch, or one is not a dict, or the model does not run on it.
         """
         calibrate(self, batches)
 

@@ -85,6 +85,8 @@ def _scale(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
 def _checked(supernet: Supernet, batches: Iterable[Any], kept: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """The batches on the model's device; the first samples of them are kept as well."""
     wanted = SAMPLES
+    if not isinstance(batches, Iterable):
+        raise JointoptError(f"calibrate: found {batches!r}; allowed: batches, dicts of the model's inputs")
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise JointoptError(

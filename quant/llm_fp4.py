@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_count
 from quant.formats import ELEMENTS, Element
 from quant.reference import round_to_steps
 
@@ -97,13 +97,22 @@ def search(
         x: inputs, [samples, columns].
         shifted: whether activations are shifted; False is the paper's FPQ baseline.
         elements: splits of the three bits that are tried, for weights and activations each.
+        rounds: at most; it ends where one changes nothing.
+        ratios: of the largest magnitude: the ranges that are tried.
 
     Raises:
-        JointoptError: a weight or inputs that are empty or not finite, or do not fit each other.
+        JointoptError: a weight or inputs that are empty or not finite, or do not fit each other; no element, ratio or
+            round to try.
     """
     for name, tensor in (("weight", weight), ("inputs", x)):
         if tensor.dim() != 2 or not tensor.numel() or not tensor.isfinite().all():
             raise JointoptError(f"{name}: found shape {tuple(tensor.shape)}; allowed: a matrix of finite numbers")
+    for name, given in (("elements", elements), ("ratios", ratios)):
+        if not len(given):
+            raise JointoptError(f"{name}: found none; allowed: one or more")
+    if any(not 0 < ratio < torch.inf for ratio in ratios):
+        raise JointoptError(f"ratios: found {list(ratios)}; allowed: numbers above 0")
+    check_count("rounds", rounds)
     if x.shape[1] != weight.shape[1]:
         raise JointoptError(f"inputs: found {x.shape[1]} columns; allowed: the weight's {weight.shape[1]}")
     weight, x = weight.float(), x.float()

@@ -84,6 +84,20 @@ def test_what_cannot_be_searched_is_refused(weight, x, said):
         search(weight, x)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ratios": []}, "ratios: found none; allowed: one or more"),
+        ({"ratios": [0.5, 0.0]}, "ratios: found .*; allowed: numbers above 0"),
+        ({"elements": ()}, "elements: found none; allowed: one or more"),
+        ({"rounds": 0}, "rounds: found 0; allowed: a whole number from 1"),
+    ],
+)
+def test_a_search_of_nothing_is_refused(options, said):
+    with pytest.raises(JointoptError, match=said):
+        search(torch.ones(2, 4), torch.ones(3, 4), **options)
+
+
 def test_zeros_stay_zeros():
     found = search(torch.zeros(2, 4), torch.zeros(3, 4), ratios=RATIOS)
     assert not found.held_weight(torch.zeros(2, 4)).any() and not found.held_input(torch.zeros(3, 4)).any()

@@ -273,6 +273,19 @@ def test_errors_name_what_was_found_and_what_is_allowed():
         Supernet(make("bert"), SearchSpace([jointopt.Gene("pooler.precision", ("NVFP4",))]))
 
 
+def test_calibration_batches_that_the_model_does_not_take_are_refused_with_what_it_takes():
+    model = make("timm_vit")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+    with pytest.raises(JointoptError, match="calibrate: found None; allowed: batches"):
+        supernet.calibrate(None)
+    images = batches("timm_vit")[0]["x"]
+    said = "calibrate: the model does not run on a batch of pixels: .*; allowed: what its forward takes, x"
+    with pytest.raises(JointoptError, match=said):
+        supernet.calibrate([{"pixels": images}])
+    with pytest.raises(JointoptError, match="a batch of x: .* to have 3 channels, but got 1"):
+        supernet.calibrate([{"x": images[:, :1]}])
+
+
 @pytest.mark.parametrize("method", ["minmax", "average", "percentile", "mse", "entropy"])
 def test_ranges_of_activations_by_every_method_leave_padding_out(method):
     padded = batches("bert", count=2)
