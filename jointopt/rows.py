@@ -200,6 +200,15 @@ def _hub_columns(source: DataSource) -> Columns:
     return {name: list(found[name]) for name in found.column_names}
 
 
+def check_named(source: DataSource, read: Sequence[str]) -> None:
+    """Raises JointoptError where the source names a column that is not `read`: it would be ignored."""
+    for name in ("text", "text_pair", "image", "label"):
+        found = getattr(source, name)
+        if found is not None and name not in read:
+            allowed = ", ".join(read) or "no column, of running text"
+            raise JointoptError(f"{source.key}.{name}: found {found!r}, which is not read here; allowed: {allowed}")
+
+
 def column(columns: Columns, wanted: str | None, usual: Sequence[str], key: str) -> list[Any]:
     """The column of a name, or the first of the usual names that is there.
 

@@ -234,6 +234,21 @@ def test_other_bad_data_is_named(folders, tmp_path):
             quality_of(folders[name], task, source)
 
 
+def test_a_column_that_the_task_does_not_read_is_refused(folders, tmp_path):
+    (tmp_path / "t.txt").write_text("good film")
+    table = str(write_reviews(tmp_path / "reviews.csv"))
+    wrong = [
+        ("bert", "text-classification", DataSource(table, image="text"), "image: found 'text', which is not read here"),
+        ("llama", "causal-lm", DataSource(table, label="label"), "label: found 'label', .*; allowed: text"),
+        ("llama", "causal-lm", DataSource(str(tmp_path / "t.txt"), text="text"), "allowed: no column, of running text"),
+        ("vit", "image-classification", DataSource(table, text="text"), "text: found 'text', .* allowed: image, label"),
+        ("vit", "image-classification", DataSource(table, length=9), "data.length: found 9; allowed for images: none"),
+    ]
+    for name, task, source, said in wrong:
+        with pytest.raises(JointoptError, match=said):
+            quality_of(folders[name], task, source)
+
+
 def test_an_image_processor_of_another_size_than_the_models_is_named(tmp_path):
     images = write_images(tmp_path / "images")
     with pytest.raises(JointoptError, match=r"makes images of \(8, 8\); the model takes \(16, 16\)"):

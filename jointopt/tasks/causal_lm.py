@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.rows import TEXT, DataSource, column, read_columns, read_text, texts
+from jointopt.rows import TEXT, DataSource, check_named, column, read_columns, read_text, texts
 from jointopt.tasks.metrics import next_tokens
 from jointopt.tasks.task import Samples, Task, place_of
 from jointopt.tasks.text_classification import text_length
@@ -20,6 +20,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     """All text in a row, rows of a table parted by the end-of-text token, in pieces of 512 tokens (or as many as the
     model takes, or `length`); what is left at the end is not used."""
     text = read_text(source)
+    check_named(source, ("text",) if text is None else ())
     if text is not None:
         given = [text]
     else:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from jointopt.rows import IMAGE, LABEL, DataSource, class_folders, class_indices, column, read_columns
+from jointopt.rows import IMAGE, LABEL, DataSource, check_named, class_folders, class_indices, column, read_columns
 from jointopt.tasks.metrics import every
 from jointopt.tasks.task import Samples, Task, place_of
 from jointopt.tasks.text_classification import label_names
@@ -24,6 +24,9 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     """Processed as the model's own image processor (transformers) or transform (timm) does."""
+    check_named(source, ("image", "label"))
+    if source.length is not None:
+        raise JointoptError(f"data.length: found {source.length}; allowed for images: none, it is of texts")
     columns = read_columns(source)
     images = column(columns, source.image, IMAGE, f"{source.key}.image")
     values = column(columns, source.label, LABEL, f"{source.key}.label")

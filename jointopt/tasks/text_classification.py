@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.rows import LABEL, TEXT, DataSource, class_indices, column, read_columns, texts
+from jointopt.rows import LABEL, TEXT, DataSource, check_named, class_indices, column, read_columns, texts
 from jointopt.tasks.metrics import every
 from jointopt.tasks.task import Samples, Task, place_of
 from quant.errors import JointoptError
@@ -18,6 +18,7 @@ LENGTH = 512
 
 def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     """Tokenized once, padded to the longest of each batch."""
+    check_named(source, ("text", "text_pair", "label"))
     columns = read_columns(source)
     given = [texts(column(columns, source.text, TEXT, f"{source.key}.text"), f"{source.key}.text")]
     if source.text_pair is not None:
