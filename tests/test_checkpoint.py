@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,32 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path):
     jointopt.export(supernet, supernet.space.largest, folder, overwrite=True)
     assert not (folder / "notes.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+class Processor:
+    """A tokenizer of the user's, which does something while it is saved."""
+
+    def __init__(self, act):
+        self.save_pretrained = act
+
+
+def test_what_a_killed_export_left_is_cleared_by_the_next_and_a_living_ones_is_not(tmp_path):
+    supernet = supernet_of("bert", schemes=["none", "W8A8"])
+    folder, genome = tmp_path / "small", supernet.space.smallest
+    child = os.fork()
+    if not child:
+        jointopt.export(supernet, genome, folder, processor=Processor(lambda at: os.kill(os.getpid(), signal.SIGKILL)))
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1 and not folder.exists()
+    (tmp_path / ".small-mine-own").mkdir()
+
+    def export_too(at: Path) -> None:
+        jointopt.export(supernet, genome, folder)
+        assert at.is_dir()
+
+    jointopt.export(supernet, genome, folder, processor=Processor(export_too))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".small-mine-own", "small"]
+    assert not list(folder.glob("*.lock"))
 
 
 @pytest.mark.parametrize("mine", ["study.db", "config.json"])

@@ -6,8 +6,11 @@ import base64
 import copy
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import closing
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,13 +39,15 @@ from jointopt.checkpoint.structure import (
 )
 from jointopt.checkpoint.timm_recipe import by_library, from_recipe, timm_recipe
 from jointopt.finishing import Finished
+from jointopt.study import Study, locked
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
-    from jointopt.study import Study
     from jointopt.supernet import Supernet
 
 RECORD = "jointopt.json"
+LOCK, REPLACED = "jointopt.lock", "replaced"
+"""In the folder beside its own that an export is written in: locked while it lives; what was there before."""
 MODELING = "modeling_jointopt.py"
 
 
@@ -94,7 +99,11 @@ def export(
         metrics = {k: v for k, v in (finished.metrics or {}).items() if k not in record["costs"]}
         record |= {"metrics": metrics, "rounding": finished.rounding}
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
+        _clear_killed(folder)
+        with (
+            tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place,
+            closing(locked(Path(place) / LOCK, f"export: {place!r}")),
+        ):
             whole = Path(place) / folder.name
             whole.mkdir()
             if target == "onnxruntime":
@@ -115,6 +124,18 @@ def export(
     return folder
 
 
+def _clear_killed(folder: Path) -> None:
+    """Removes what exports to this folder that were killed have left beside it: what no living one has locked."""
+    for left in folder.parent.glob(f".{escape(folder.name)}-????????"):
+        alone = (left / REPLACED).exists() and not folder.exists()  # killed between two renames: the only one there is
+        if (left / LOCK).is_file() and not alone:
+            try:
+                locked(left / LOCK, "export").close()
+            except JointoptError:
+                continue  # another export writes there
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def check_place(folder: Path, overwrite: bool) -> None:
     """Raises JointoptError where a folder exists, unless it is an export that is to be replaced."""
     if folder.exists() and not overwrite:
@@ -129,7 +150,7 @@ def check_place(folder: Path, overwrite: bool) -> None:
 
 def _move(whole: Path, folder: Path, aside: Path) -> None:
     """The finished folder into place; an old one is put aside first, and goes with the temporary folder."""
-    replaced = aside / "replaced"
+    replaced = aside / REPLACED
     if folder.exists():
         os.rename(folder, replaced)
     try:
