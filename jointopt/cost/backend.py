@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from jointopt.cost.operators import Operator
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError, check_count
+from quant.formats import Scheme
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -69,6 +71,8 @@ class Backend:
         cached = next((each.name for each in supernet.family.caches if {*choices.get(each.name, ())} - {"none"}), None)
         if cached is not None:
             raise JointoptError(f"{cached}: quantized caches are not timed in torch; allowed: none")
+        for (path, _), scheme in supernet._schemes.items():
+            _check_timed(scheme, isinstance(supernet.model.get_submodule(path), nn.Embedding))
         return cls(name, threads, supernet.device.type, next(supernet.model.parameters()).dtype)
 
     @property
@@ -81,21 +85,20 @@ class Backend:
         return f"{host()}, {library}, {on}"
 
     def computed(self, operator: Operator) -> Operator:
-        """The operator as it is computed.
-
-        Raises:
-            JointoptError: in torch, a format that rounds inputs, or bitsandbytes'.
-        """
+        """The operator as it is computed: in torch unquantized, whatever format its weights have."""
         if self.name == ONNXRUNTIME:
             return operator
-        scheme = operator.scheme
-        if scheme is not None and scheme.bitsandbytes is not None:
-            raise JointoptError(
-                f"{scheme.name}: bitsandbytes' kernels are not timed; allowed: none, and other formats of weights alone"
-            )
-        if scheme is not None and scheme.activations is not None and operator.kind != "embedding":
-            raise JointoptError(
-                f"{scheme.name}: rounds a layer's inputs, for which torch has no kernel to be timed; allowed: none and "
-                "formats of weights alone, such as W4A16"
-            )
         return replace(operator, scheme=None, reader=None, bits=self.dtype.itemsize * 8)
+
+
+def _check_timed(scheme: Scheme, embedding: bool) -> None:
+    """Raises JointoptError for a format that torch's time of the unquantized layer says nothing about."""
+    if scheme.bitsandbytes is not None:
+        raise JointoptError(
+            f"{scheme.name}: bitsandbytes' kernels are not timed; allowed: none, and other formats of weights alone"
+        )
+    if scheme.activations is not None and not embedding:
+        raise JointoptError(
+            f"{scheme.name}: rounds a layer's inputs, for which torch has no kernel to be timed; allowed: none and "
+            "formats of weights alone, such as W4A16"
+        )
