@@ -137,6 +137,14 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
+def test_a_path_in_place_of_a_study_and_no_folder_are_refused(tmp_path):
+    supernet = supernet_of("bert", schemes=["none", "W8A8"])
+    with pytest.raises(JointoptError, match="export: found study 'study.db'; allowed: a study, such as Study.open"):
+        jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", study="study.db")
+    with pytest.raises(JointoptError, match="export: found folder None; allowed: a path"):
+        jointopt.export(supernet, supernet.space.smallest, None)
+
+
 class Processor:
     """A tokenizer of the user's, which does something while it is saved."""
 

@@ -403,6 +403,7 @@ def test_expected_cost_of_other_things_than_tensors_is_refused():
 def test_impossible_hardware_is_refused():
     for match, call in {
         "batch: found 0": lambda: Roofline(FAST.device, 0),
+        "found device 'h100'; allowed: what load_device returns": lambda: Roofline("h100"),
         "has no network": lambda: Roofline(load_device("orin"), parallel=2),
         "context: found 128, and a vit reads no tokens": lambda: supernet_of(
             "vit", Roofline(FAST.device, 1, 128)

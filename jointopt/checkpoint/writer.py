@@ -87,6 +87,10 @@ def export(
             number format that the target does not compute.
     """
     targets.target(target)
+    if not isinstance(folder, str | Path):
+        raise JointoptError(f"export: found folder {folder!r}; allowed: a path")
+    if not isinstance(study, Study | None):
+        raise JointoptError(f"export: found study {study!r}; allowed: a study, such as Study.open(path)")
     folder = Path(folder)
     check_place(folder, overwrite)
     if not folder.parent.is_dir():

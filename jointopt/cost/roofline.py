@@ -40,6 +40,8 @@ class Roofline:
     error: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.device, Device):
+            raise JointoptError(f"roofline: found device {self.device!r}; allowed: what load_device returns")
         for name in ("batch", "parallel", "context"):
             check_count(f"roofline: {name}", getattr(self, name))
         if self.parallel > 1 and self.device.network is None:
