@@ -21,7 +21,7 @@ from quant.errors import JointoptError, did_you_mean
 from search_spaces.defaults import ARCHITECTURE, space_for_model
 from search_spaces.space import SearchSpace
 
-from .config_complaints import described, dotted, one_line
+from .config_complaints import described, one_line
 from .config_sections import (
     TASKS,
     Choose,
@@ -40,6 +40,7 @@ from .config_sections import (
 from .rows import DataSource
 from .targets import TARGETS, UNEVEN, Target, check_schemes, closed_key, narrowed, of_kind
 from .transforms import TRANSFORMS
+from .yaml_lines import lines_of
 
 
 class Config(Section):
@@ -266,21 +267,3 @@ def _set(content: dict, keys: list[str], value: Any) -> None:
             content[key] = {}
         content = content[key]
     content[keys[-1]] = value
-
-
-def lines_of(node: yaml.Node, path: str | Path, at: tuple = ()) -> dict[tuple, int]:
-    """Path of keys and list indices -> line number in the file; refuses a key that is there twice."""
-    found = {at: node.start_mark.line + 1}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise JointoptError(f"{path}, line {line}: found a key in braces or brackets; allowed: text, in quotes")
-            below = (*at, key.value)
-            if below in found:
-                raise JointoptError(f"{path}, line {line}: {dotted(below)}: found twice; allowed: once")
-            found |= {**lines_of(value, path, below), below: line}
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            found |= lines_of(value, path, (*at, index))
-    return found

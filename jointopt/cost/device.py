@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from jointopt.config import lines_of
 from jointopt.cost.operators import check_kernel
+from jointopt.yaml_lines import lines_of
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
 
