@@ -147,8 +147,8 @@ def finish(
             arXiv 1902.08153).
 
     Raises:
-        JointoptError: an unknown rounding, no batch, a layer that no batch reaches, a Hessian that cannot be used;
-            with the layer's name.
+        JointoptError: an unknown rounding, no batch, a layer that no batch reaches, a Hessian that cannot be used,
+            weights that were trained since the calibration that it needs; with the layer's name.
     """
     how = Finishing(rounding, steps, learning_rate, seed, learned_ranges)
     return finish_by(how, supernet, genome, batches, quality)
@@ -166,6 +166,7 @@ def finish_by(
     started = time.perf_counter()
     genome = supernet.space.canonical(genome)
     plan = supernet.plan(genome)
+    supernet.check_calibrated(plan)
     if how.steps is not None:
         model = train_alone(
             supernet, plan, batches, how.steps, how.learning_rate, how.seed, how.learned_ranges, progress

@@ -212,7 +212,27 @@ class Supernet:
 
     def built(self, plan: Plan) -> nn.Module:
         """`view` with BatchNorm statistics that are slices of the whole model's."""
+        self.check_calibrated(plan)
         return build(self.model, self.family, plan, self._banked, self._constants, self._repaired)
+
+    def check_calibrated(self, plan: Plan) -> None:
+        """Raises JointoptError where a sub-network needs what calibration measured, and weights were trained since."""
+        if self.calibrated or not self.trained:
+            return
+        if self.repair and plan.units:
+            raise JointoptError(
+                "repair: weights were trained since layers were fitted; call supernet.calibrate(batches) again"
+            )
+        needing = [(path, form.name) for path, form in plan.caches.items()]
+        for layer in staying_layers(self.family, plan):
+            if layer.path in plan.schemes:
+                needing += [(path, plan.schemes[layer.path].name) for path in (layer.path, *layer.tied)]
+        for path, name in needing:
+            if (path, name) in self._statistics and self._constants(path, name) is self._statistics[path, name]:
+                raise JointoptError(
+                    f"{path}: weights were trained since the ranges of {name} were measured; call "
+                    "supernet.calibrate(batches) again"
+                )
 
     def renormalized(self, shell: nn.Module, plan: Plan) -> nn.Module:
         """The view of a plan, its BatchNorm statistics (where it has some) estimated on calibration's first batches."""

@@ -86,6 +86,7 @@ def load(supernet: Supernet, path: str | Path) -> None:
             own[name].data.copy_(file.get_tensor(name))
     supernet._leaving, supernet.trained, supernet.calibrated = record["leaving"], record["trained"], False
     supernet._scaled = record.get("scaled", False)
+    supernet._statistics, supernet._repaired = {}, {}
     supernet._condition_space()
     supernet._forget()
 

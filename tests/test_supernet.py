@@ -249,6 +249,18 @@ def test_a_saved_super_network_is_restored_with_its_order(tmp_path):
     assert again.fingerprint() == supernet.fingerprint()
 
 
+def test_a_restored_super_network_has_no_calibration_of_the_weights_before(tmp_path):
+    model = make("bert")
+    space = SearchSpace.for_model(model, schemes=["W8A8_STATIC"])
+    fresh, other = (Supernet(model, space, repair=True) for _ in range(2))
+    fresh.save(tmp_path / "supernet.safetensors")
+    other.calibrate(batches("bert"))
+    other.load(tmp_path / "supernet.safetensors")
+    assert other.fingerprint() == fresh.fingerprint()
+    with pytest.raises(JointoptError, match="W8A8_STATIC needs ranges of activations; call calibrate"):
+        other.extract(space.smallest)
+
+
 def test_errors_name_what_was_found_and_what_is_allowed():
     model = make("bert")
     space = SearchSpace.for_model(model)

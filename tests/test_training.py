@@ -379,6 +379,39 @@ def test_what_was_measured_before_sorting_again_no_longer_holds():
     assert not supernet.calibrated and not supernet.scores
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("vit", {"schemes": ["W8A8_STATIC"]}, "the ranges of W8A8_STATIC were measured"),
+        ("llama_tied", {"schemes": ["none"], "caches": ["INT8"]}, "the ranges of INT8 were measured"),
+    ],
+)
+def test_ranges_of_the_weights_before_training_are_neither_scored_nor_exported(name, options, said, tmp_path):
+    supernet = calibrated(name, preset="fixed", **options)
+    jointopt.train_supernet(supernet, labelled(name), 2)
+    smallest = supernet.space.smallest
+    for use in (
+        lambda: jointopt.finish(supernet, smallest, batches(name)),
+        lambda: jointopt.finish(supernet, smallest, batches(name), steps=2),
+        lambda: jointopt.export(supernet, smallest, tmp_path / "export"),
+        lambda: supernet.extract(smallest),
+    ):
+        with pytest.raises(JointoptError, match=said + r"; call supernet.calibrate\(batches\) again"):
+            use()
+    supernet.calibrate(batches(name))
+    assert jointopt.finish(supernet, smallest, batches(name)).model is not None
+
+
+def test_layers_that_were_fitted_before_training_are_not_left_out_unsaid():
+    model = make("bert")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]), repair=True)
+    supernet.calibrate(batches("bert"))
+    jointopt.train_supernet(supernet, labelled("bert"), 2)
+    with pytest.raises(JointoptError, match=r"repair: weights were trained .* call supernet.calibrate"):
+        supernet.extract(supernet.space.smallest)
+    supernet.extract(supernet.space.largest)
+
+
 def test_statistics_of_narrow_sub_networks_do_not_enter_the_whole_one_s():
     supernet = calibrated("resnet", schemes=["none"])
     norms = [m for m in supernet.model.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -84,7 +84,7 @@ def export(
 
     Raises:
         JointoptError: the folder exists, it cannot be written, the model is of no class that can be loaded, or has a
-            number format that the target does not compute.
+            number format that the target does not compute; weights were trained since the calibration that it needs.
     """
     targets.target(target)
     if not isinstance(folder, str | Path):
