@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,8 +32,8 @@ def sample_count(batch: Mapping[str, Any]) -> int:
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on the device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors, and arrays as such, on the device."""
+    return {k: torch.as_tensor(v).to(device) if isinstance(v, Tensor | np.ndarray) else v for k, v in batch.items()}
 
 
 def first_samples(batch: Mapping[str, Any], count: int) -> dict[str, Any]:

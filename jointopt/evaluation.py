@@ -27,6 +27,14 @@ Batch = Mapping[str, Any]
 """What a model's forward takes, by name; "labels" beside it are for losses and metrics."""
 
 
+def check_batch(name: str, batch: Any) -> None:
+    """Raises JointoptError for what is no dict of a model's inputs."""
+    if not isinstance(batch, Mapping):
+        raise JointoptError(
+            f"{name}: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
+        )
+
+
 class Metrics(dict[str, float]):
     """Metrics by name, and the standard errors of those that are means over samples.
 
@@ -133,4 +141,9 @@ def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evalua
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
     """The logits, whether the model returns a tensor (timm) or an output with `.logits` (transformers)."""
     output = model(**inputs)
-    return output if isinstance(output, Tensor) else output.logits
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise JointoptError(
+            f"the model returned a {type(output).__name__} without logits; allowed: a tensor, or an output with .logits"
+        )
+    return logits

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from quant.errors import JointoptError, check_count, did_you_mean
+from quant.errors import JointoptError, check_above_0, check_count, check_whole, did_you_mean
 from quant.formats import Scheme
 from quant.layers import held_input
 from quant.reference import Clip
@@ -37,7 +37,7 @@ from quant.rounding.recovery import recovered
 
 from .batch_norm import on_device
 from .choice import front_of, within
-from .evaluation import Quality, measured
+from .evaluation import Quality, check_batch, measured
 from .lockstep import Arrived, in_step
 from .objectives import COSTS
 from .subnetwork import Plan, detach, quantize_layer, renamed
@@ -78,8 +78,8 @@ class Finishing:
             hint = did_you_mean(self.rounding, ROUNDINGS)
             raise JointoptError(f"rounding: found {self.rounding!r}{hint}; allowed: {', '.join(ROUNDINGS)}")
         check_count("finish: steps", self.steps)
-        if not self.learning_rate > 0:
-            raise JointoptError(f"finish: found learning_rate {self.learning_rate}; allowed: above 0")
+        check_above_0("finish: learning_rate", self.learning_rate)
+        check_whole("finish: seed", self.seed)
         if self.learned_ranges and self.steps is None:
             raise JointoptError("finish: found learned_ranges without steps; allowed: both, or neither")
 
@@ -136,9 +136,9 @@ def finish(
 
     Args:
         supernet: calibrated. It stays as it is.
-        batches: dicts of what the model's forward takes, such as those it was calibrated with; padding (where the
-            attention mask is 0) does not count. To train: many of them, or a function from the epoch's number to an
-            iterable of them.
+        batches: dicts of what the model's forward takes, such as those it was calibrated with, in a list or whatever
+            gives them once; "labels" are left out, and padding (where the attention mask is 0) does not count. To
+            train: a list of many, or a function from the epoch's number to an iterable of them.
         rounding: "gptq"; or "descent", which goes on from it column by column and takes about three times as long.
         quality: scores the finished sub-network: `Finished.metrics`.
         steps: of training, in place of the rounding; with `learning_rate` (AdamW's, 10% warm-up, then a cosine) and
@@ -167,14 +167,15 @@ def finish_by(
     genome = supernet.space.canonical(genome)
     plan = supernet.plan(genome)
     supernet.check_calibrated(plan)
+    if quality is not None and not callable(quality):
+        raise JointoptError(f"finish: quality: found {quality!r}; allowed: a function of a model")
     if how.steps is not None:
         model = train_alone(
             supernet, plan, batches, how.steps, how.learning_rate, how.seed, how.learned_ranges, progress
         )
-    elif callable(batches):
-        raise JointoptError(
-            f"finish: found a function of epochs to round by {how.rounding}; allowed: a list of batches"
-        )
+    elif callable(batches) or not isinstance(batches, Iterable):
+        found = "function of epochs" if callable(batches) else type(batches).__name__
+        raise JointoptError(f"finish: found a {found} to round by {how.rounding}; allowed: a list of batches")
     else:
         model = _rounded_anew(supernet, plan, batches, how.rounding)
     seconds = time.perf_counter() - started
@@ -187,7 +188,10 @@ def finish_by(
 
 def _rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str, Any]], rounding: str) -> nn.Module:
     """The sub-network of a plan, its layers rounded one after the other."""
-    moved = [on_device(batch, supernet.device) for batch in batches]
+    moved = []
+    for batch in batches:
+        check_batch("finish", batch)
+        moved.append({k: v for k, v in on_device(batch, supernet.device).items() if k != "labels"})
     if not moved:
         raise JointoptError("finish: found no batch; allowed: one or more dicts of the model's inputs")
     modules = dict(supernet.model.named_modules())

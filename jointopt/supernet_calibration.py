@@ -9,6 +9,7 @@ import torch
 
 from jointopt.batch_norm import SAMPLES, first_samples, on_device, sample_count
 from jointopt.cost.shapes import measure_positions
+from jointopt.evaluation import check_batch
 from jointopt.importance import CalibrationPass, check_sortable, sort_widths
 from jointopt.learned_ranges import settle
 from jointopt.ranges import Ranges
@@ -24,6 +25,8 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     """`Supernet.calibrate`."""
     if supernet.device.type == "meta":
         raise JointoptError("calibrate: the model is on the meta device, without weights; allowed: a loaded model")
+    if not isinstance(batches, Iterable):
+        raise JointoptError(f"calibrate: found a {type(batches).__name__}; allowed: dicts of the model's inputs")
     settle(supernet)
     _scale(supernet, batches)
     ranges = Ranges(supernet.model, supernet.family, supernet.space, supernet._schemes, supernet.activation_calibration)
@@ -88,10 +91,7 @@ def _checked(supernet: Supernet, batches: Iterable[Any], kept: list[Mapping[str,
     if not isinstance(batches, Iterable):
         raise JointoptError(f"calibrate: found {batches!r}; allowed: batches, dicts of the model's inputs")
     for batch in batches:
-        if not isinstance(batch, Mapping):
-            raise JointoptError(
-                f"calibrate: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
-            )
+        check_batch("calibrate", batch)
         moved = on_device(batch, supernet.device)
         if not sample_count(moved):
             raise JointoptError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+import numbers
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -20,5 +22,27 @@ def did_you_mean(found: Any, allowed: Iterable[str]) -> str:
 
 def check_count(name: str, value: object) -> None:
     """Raises JointoptError for what is neither None nor a whole number from 1."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise JointoptError(f"{name}: found {value!r}; allowed: a whole number from 1")
+    if value is not None:
+        check_whole(name, value, 1)
+
+
+def check_whole(name: str, value: object, least: int = 0) -> None:
+    """Raises JointoptError for what is no whole number from `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise JointoptError(f"{name}: found {value!r}; allowed: a whole number from {least}")
+
+
+def check_number(name: str, value: object, most: float = math.inf) -> None:
+    """Raises JointoptError for what is no finite number from 0 to `most`."""
+    _check_real(name, value, "0 or more" if most == math.inf else f"from 0 to {most}", lambda x: 0 <= x <= most)
+
+
+def check_above_0(name: str, value: object) -> None:
+    """Raises JointoptError for what is no finite number above 0."""
+    _check_real(name, value, "above 0", lambda x: x > 0)
+
+
+def _check_real(name: str, value: object, allowed: str, fits: Callable[[float], bool]) -> None:
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or not fits(number):
+        raise JointoptError(f"{name}: found {value!r}; allowed: {allowed}")

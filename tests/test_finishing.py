@@ -315,12 +315,36 @@ def test_impossible_trainings_of_one_sub_network_are_refused():
     supernet = supernet_of("vit", ["W8A8"])
     for match, options in {
         "finish: steps: found 0": {"steps": 0},
-        "learning_rate 0": {"steps": 3, "learning_rate": 0},
+        "learning_rate: found 0; allowed: above 0": {"steps": 3, "learning_rate": 0},
+        "learning_rate: found inf": {"steps": 3, "learning_rate": float("inf")},
+        "seed: found -1; allowed: a whole number from 0": {"steps": 3, "seed": -1},
+        "quality: found 3; allowed: a function": {"quality": 3},
+        "found batches in a dict": {"steps": 3, "batches": batches("vit")[0]},
         "found no batch": {"steps": 3, "batches": []},
         "a function of epochs": {"batches": lambda epoch: batches("vit")},
     }.items():
         with pytest.raises(JointoptError, match=match):
             jointopt.finish(supernet, supernet.space.smallest, **{"batches": batches("vit"), **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 2}], ids=["rounded", "trained"])
+def test_batches_may_be_arrays_with_labels_from_whatever_gives_them_as_often_as_is_needed(options):
+    supernet = supernet_of("timm_vit", ["W4A16"])
+    given = batches("timm_vit")
+    arrays = [{"x": batch["x"].numpy(), "labels": np.zeros(6)} for batch in given]
+    once = (lambda epoch: iter(arrays)) if options else iter(arrays)
+    plain = (lambda epoch: given) if options else given
+    first, second = (jointopt.finish(supernet, supernet.space.largest, each, **options).model for each in (once, plain))
+    assert torch.equal(logits(first, given[0]), logits(second, given[0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 2}], ids=["rounded", "trained"])
+def test_batches_that_are_no_dicts_are_refused_by_their_type(options):
+    supernet = supernet_of("vit", ["W4A16"])
+    tuples = [(batch["pixel_values"], torch.zeros(6)) for batch in batches("vit")]
+    for given, found in ((tuples, "a batch of type tuple; allowed: dicts"), (5, "a int"), (None, "a NoneType")):
+        with pytest.raises(JointoptError, match=f"finish: found .*{found}"):
+            jointopt.finish(supernet, supernet.space.largest, given, **options)
 
 
 def test_a_trained_super_network_teaches_what_the_original_does_not_know():

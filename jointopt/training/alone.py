@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
-from jointopt.evaluation import logits_of
+from jointopt.evaluation import check_batch, logits_of
 from jointopt.subnetwork import Plan, detach, pass_gradients, quantize_layer, renamed
 from jointopt.training.distillation import soft_labels
 from jointopt.training.loop import Batches, check_batches, endless, schedule
@@ -75,6 +75,7 @@ def train_alone(
     numbered = zip(range(steps), endless(batches, seed, 0), strict=False)
     with _whole(supernet) as teacher, torch.enable_grad():
         for step, batch in track(numbered, "finishing", total=steps, disable=not progress):
+            check_batch("finish", batch)
             inputs = {k: v for k, v in on_device(batch, supernet.device).items() if k != "labels"}
             with torch.no_grad():
                 target = logits_of(teacher, inputs)
