@@ -22,6 +22,22 @@ from tests.zoo import MODELS, batches, logits, make
 CLASSES = {"bert": 3}
 
 
+class Narrow(nn.Module):
+    """A teacher of three classes that says so only when it is run."""
+
+    num_labels = 5
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values.flatten(1)[:, :3]
+
+
+class Other(Narrow):
+    """A teacher of other inputs."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return input_ids
+
+
 def calibrated(name: str, **options) -> Supernet:
     model = make(name)
     supernet = Supernet(model, SearchSpace.for_model(model, **{"schemes": ["none", "W8A8"], **options}))
@@ -430,6 +446,115 @@ def test_labels_may_be_probabilities_of_the_classes():
     torch.testing.assert_close(task_loss(logits, {"labels": one_hot}), task_loss(logits, {"labels": labels}))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [torch.arange(6, dtype=torch.int32) % 5, np.arange(6) % 5, [0, 1, 2, 3, 4, 0]],
+    ids=["int32", "array", "list"],
+)
+def test_labels_may_be_whole_numbers_of_any_kind(given):
+    supernet = calibrated("vit")
+    expected = jointopt.elastic_loss(supernet, labelled("vit")[0], 0)
+    assert jointopt.elastic_loss(supernet, {**labelled("vit")[0], "labels": given}, 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (torch.arange(6), "labels: found 5; allowed: 0 to 4, and -100"),
+        (torch.arange(6) - 1, "labels: found -1; allowed: 0 to 4"),
+        (torch.arange(5), r"labels are int64 \[5\], logits \[6, 5\]; allowed: classes"),
+        (torch.zeros(6, 1, dtype=torch.long), r"labels are int64 \[6, 1\]"),
+        ("cat", "labels: found 'cat'; allowed: a tensor, or an array of numbers"),
+        (None, "a batch has no 'labels'"),
+    ],
+)
+def test_labels_that_are_no_classes_of_the_samples_are_refused(given, said):
+    with pytest.raises(JointoptError, match=f"train: .*{said}"):
+        jointopt.elastic_loss(calibrated("vit"), {**labelled("vit")[0], "labels": given}, 0)
+
+
+def test_labels_of_which_none_counts_give_no_gradient():
+    supernet = calibrated("llama_tied", schemes=["none"])
+    batch = {**labelled("llama_tied")[0], "labels": torch.full((6, 16), -100)}
+    loss = jointopt.elastic_loss(supernet, batch, 0, Recipe(distillation=None))
+    loss.backward()
+    assert loss == 0 and not any(each.any() for each in gradients(supernet).values())
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (
+            lambda logits, batch: logits.mean(1),
+            r"loss: returned a tensor of shape \[6\]; allowed: a tensor of one number",
+        ),
+        (lambda logits, batch: 1.0, "loss: returned 1.0"),
+        (lambda logits, batch: logits.detach().mean(), "loss: returned a number that no gradient can go back from"),
+    ],
+)
+def test_a_loss_that_is_no_number_of_the_logits_is_refused(loss, said):
+    with pytest.raises(JointoptError, match=said):
+        jointopt.elastic_loss(calibrated("vit"), labelled("vit")[0], 0, Recipe(loss=loss))
+
+
+@pytest.mark.parametrize(
+    ("make_it", "said"),
+    [
+        (lambda: Recipe(5), "sampling: found 5; allowed: sandwich"),
+        (lambda: Recipe(Sandwich), "sampling: found <class"),
+        (lambda: Recipe(distillation=True), "distillation: found True; allowed: a Distillation, or None"),
+        (lambda: Recipe(precision_from=float("nan")), "precision_from: found nan; allowed: from 0 to 1"),
+        (lambda: Recipe(loss="mse"), "loss: found 'mse'; allowed: a function"),
+        (lambda: Recipe(seed=-1), "recipe: seed: found -1; allowed: a whole number from 0"),
+        (lambda: Distillation(temperature=float("inf")), "temperature: found inf; allowed: above 0"),
+        (lambda: Distillation(hidden=float("nan")), "hidden: found nan; allowed: 0 or more"),
+        (lambda: Distillation(teacher="bert"), "teacher: found a str; allowed: a torch.nn.Module"),
+        (lambda: Sandwich(-1), "sandwich: count: found -1; allowed: a whole number from 0"),
+        (lambda: Uniform(1.5), "random: count: found 1.5"),
+        (lambda: Progressive(width_from=2), "progressive: width_from: found 2; allowed: from 0 to 1"),
+        (lambda: Attentive(mutation=-1), "attentive: mutation: found -1; allowed: from 0 to 1"),
+        (lambda: Attentive(region=3), "attentive: region: found 3; allowed: a function"),
+        (lambda: Attentive(front=np.zeros((0, 20))), r"attentive: front: found shape \(0, 20\)"),
+    ],
+)
+def test_a_recipe_s_numbers_and_kinds_are_checked_where_it_is_made(make_it, said):
+    with pytest.raises(JointoptError, match=said):
+        make_it()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"step": -1}, "step: found -1; allowed: a whole number from 0"),
+        ({"steps": 0}, "steps: found 0; allowed: a whole number from 1"),
+        ({"recipe": "sandwich"}, "recipe: found 'sandwich'; allowed: a Recipe"),
+        ({"recipe": Recipe(Attentive(front=np.zeros((1, 3), int)))}, r"genome: found shape \(1, 3\)"),
+        ({"recipe": Recipe(Attentive(region=lambda genomes: 0))}, r"region: returned shape \(\) for 128 genomes"),
+        ({"recipe": Recipe(distillation=Distillation(teacher=nn.Linear(2, 5)))}, "teacher: num_labels is None"),
+        (
+            {"recipe": Recipe(distillation=Distillation(teacher=Narrow()))},
+            r"teacher: its logits are \[6, 3\], .* \[6, 5\]",
+        ),
+        ({"recipe": Recipe(distillation=Distillation(teacher=Other()))}, "teacher: does not take pixel_values"),
+    ],
+)
+def test_what_a_step_cannot_be_made_of_is_refused(options, said):
+    with pytest.raises(JointoptError, match=said):
+        jointopt.elastic_loss(calibrated("vit"), labelled("vit")[0], **{"step": 0, **options})
+
+
+def test_a_single_output_is_not_distilled():
+    model = make("bert")
+    model.classifier, model.config.num_labels = nn.Linear(128, 1), 1
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"]))
+    supernet.calibrate(batches("bert"))
+    batch = {**batches("bert")[0], "labels": torch.rand(6)}
+    loss = lambda logits, batch: (logits[:, 0] - batch["labels"]).square().mean()  # noqa: E731
+    with pytest.raises(JointoptError, match=r"logits of a single output.*Recipe\(distillation=None\)"):
+        jointopt.elastic_loss(supernet, batch, 0, Recipe(loss=loss))
+    assert jointopt.elastic_loss(supernet, batch, 0, Recipe(loss=loss, distillation=None)) > 0
+
+
 def test_a_frozen_model_is_not_trained():
     supernet = calibrated("vit")
     supernet.model.requires_grad_(False)
@@ -446,7 +571,7 @@ def test_what_cannot_be_trained_is_refused_before_any_step():
         r"no 'labels'; found pixel_values": lambda: jointopt.elastic_loss(supernet, batches("vit")[0], 0),
         r"sampling: found 'sandwitch'; did you mean 'sandwich'": lambda: Recipe("sandwitch"),
         r"precision_from: found 2": lambda: Recipe(precision_from=2),
-        r"temperature 0": lambda: Distillation(temperature=0),
+        r"temperature: found 0; allowed: above 0": lambda: Distillation(temperature=0),
         r"neither a front nor a region": lambda: jointopt.elastic_loss(supernet, batch, 0, Recipe("attentive")),
         r"steps: found none": lambda: jointopt.elastic_loss(supernet, batch, 0, Recipe("progressive")),
         r"step: found 5 of 5": lambda: jointopt.elastic_loss(supernet, batch, 5, steps=5),
@@ -457,10 +582,12 @@ def test_what_cannot_be_trained_is_refused_before_any_step():
             calibrated("resnet").family, calibrated("resnet").space, make("resnet")
         ),
         r"no number format": lambda: Recipe(precision_from=0.5).check(calibrated("vit", schemes=["none"])),
-        r"labels are float32 \[6\]; .*Recipe\(loss=": lambda: jointopt.elastic_loss(
+        r"labels are float32 \[6\], .*Recipe\(loss=": lambda: jointopt.elastic_loss(
             supernet, {**batch, "labels": torch.rand(6)}, 0
         ),
         r"found batches in a generator": lambda: jointopt.train_supernet(supernet, (each for each in [batch]), 1),
+        r"found batches in a dict": lambda: jointopt.train_supernet(supernet, batch, 1),
+        r"found a batch of type tuple; allowed: dicts": lambda: jointopt.elastic_loss(supernet, (batch,), 0),
         r"found no batch": lambda: jointopt.train_supernet(supernet, [], 1),
     }.items():
         with pytest.raises(JointoptError, match=match):
@@ -502,7 +629,7 @@ def test_a_checkpoint_that_cannot_be_read_or_written_is_refused_in_one_line(tmp_
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"steps": 0}, "train: steps: found 0"), ({"sort_every": 0}, "sort_every: found 0"),
-     ({"learning_rate": float("nan")}, "learning_rate nan; allowed: above 0")],
+     ({"learning_rate": float("nan")}, "learning_rate: found nan; allowed: above 0")],
 )  # fmt: skip
 def test_numbers_that_train_nothing_are_refused(options, said):
     with pytest.raises(JointoptError, match=said):

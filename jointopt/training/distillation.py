@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jointopt.evaluation import Batch, logits_of
 from jointopt.subnetwork import Plan, renamed
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_above_0, check_number
 from search_spaces.family import Family, Width
 from search_spaces.space import SearchSpace
 
@@ -47,11 +47,13 @@ class Distillation:
     teacher: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise JointoptError(f"distillation: temperature {self.temperature}; allowed: above 0")
+        check_above_0("distillation: temperature", self.temperature)
         for name in ("hidden", "attention", "labels"):
-            if getattr(self, name) < 0:
-                raise JointoptError(f"distillation: {name} {getattr(self, name)}; allowed: 0 or more")
+            check_number(f"distillation: {name}", getattr(self, name))
+        if self.teacher is not None and not isinstance(self.teacher, nn.Module):
+            raise JointoptError(
+                f"distillation: teacher: found a {type(self.teacher).__name__}; allowed: a torch.nn.Module"
+            )
 
     def check(self, family: Family, space: SearchSpace, model: nn.Module) -> None:
         """Raises JointoptError for what this super-network cannot learn from."""
@@ -69,6 +71,9 @@ def _check_teacher(model: Any, teacher: Any) -> None:
         own, other = (getattr(getattr(m, "config", m), name, None) for m in (model, teacher))
         if own != other:
             raise JointoptError(f"teacher: {name} is {other}, the model's {own}; allowed: the same")
+    own, other = (next((each.device for each in m.parameters()), None) for m in (model, teacher))
+    if other not in (None, own):
+        raise JointoptError(f"teacher: is on {other}, the model on {own}; allowed: the same device")
 
 
 @dataclass
@@ -91,7 +96,16 @@ class Target:
 
 
 def target(shown: Seen, temperature: float) -> Target:
-    """What a teacher showed, without gradients and in float32, its distributions at a temperature."""
+    """What a teacher showed, without gradients and in float32, its distributions at a temperature.
+
+    Raises:
+        JointoptError: a single output, which as a distribution is always 1.
+    """
+    if shown.logits.shape[-1] == 1:
+        raise JointoptError(
+            "distillation: found logits of a single output, which are no distribution; allowed: two or more, or none "
+            "(Recipe(distillation=None))"
+        )
     logs = _log_probabilities(shown.logits.detach(), temperature)
     hidden = {name: each.detach() for name, each in shown.hidden.items()}
     return Target(logs, logs.exp(), hidden, [each.detach() for each in shown.attention])
@@ -206,6 +220,10 @@ def teacher_logits(teacher: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     try:
         with torch.no_grad():
             return logits_of(teacher, inputs)
+    except TypeError as error:
+        raise JointoptError(
+            f"teacher: does not take {', '.join(inputs)}: {error}; allowed: a model of the same inputs"
+        ) from error
     finally:
         for module in before:
             module.training = True

@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
-from jointopt.evaluation import Batch
+from jointopt.evaluation import Batch, check_batch
 from jointopt.learned_ranges import NAME
 from jointopt.subnetwork import Plan
 from jointopt.training.distillation import Distillation, Seen, Target, loss_of, seen, target, teacher_logits
 from jointopt.training.sampling import Sampling, sampling, step_seed
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_count, check_number, check_whole
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
 Loss = Callable[[Tensor, Batch], Tensor]
+IGNORED = -100
+"""The label of what counts for nothing, torch's and transformers'."""
 
 
 def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
@@ -38,14 +40,27 @@ def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
     Args:
         smoothing: share of each label that is spread over all classes.
     """
-    labels = batch["labels"]
-    if labels.is_floating_point() and (labels.shape != logits.shape or logits.shape[-1] == 1):
-        raise JointoptError(
-            f"train: labels are {str(labels.dtype)[6:]} {list(labels.shape)}; allowed: classes, whole numbers, or a "
-            "probability of each; for what is no classification Recipe(loss=...), a function of logits and batch"
-        )
+    given = labels = batch["labels"]
     if labels.dim() == 2 and logits.dim() == 3:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    real = labels.is_floating_point() or labels.is_complex()
+    classes = logits.shape[1] if logits.dim() > 1 else 1
+    fitting = logits.shape if real else logits.shape[:1] + logits.shape[2:]
+    if labels.shape != fitting or (real and classes == 1):
+        raise JointoptError(
+            f"train: labels are {str(given.dtype)[6:]} {list(given.shape)}, logits {list(logits.shape)}; allowed: "
+            "classes, whole numbers, or a probability of each; for what is no classification Recipe(loss=...), a "
+            "function of logits and batch"
+        )
+    if not real:
+        labels = labels.long()
+        counted = labels != IGNORED
+        if wrong := labels[counted & ((labels < 0) | (labels >= classes))].tolist():
+            raise JointoptError(
+                f"train: labels: found {wrong[0]}; allowed: 0 to {classes - 1}, and {IGNORED} for what does not count"
+            )
+        if not counted.any():
+            return logits.float().sum() * 0.0  # a mean over nothing is no number
     return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
@@ -74,8 +89,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampling", sampling(self.sampling))
-        if self.precision_from is not None and not 0 <= self.precision_from <= 1:
-            raise JointoptError(f"precision_from: found {self.precision_from}; allowed: from 0 to 1")
+        if not isinstance(self.distillation, Distillation | None):
+            raise JointoptError(f"distillation: found {self.distillation!r}; allowed: a Distillation, or None")
+        if self.precision_from is not None:
+            check_number("precision_from", self.precision_from, 1)
+        if not callable(self.loss):
+            raise JointoptError(f"loss: found {self.loss!r}; allowed: a function of logits and batch")
+        check_whole("recipe: seed", self.seed)
         if self.learned_ranges and self.precision_from is None:
             raise JointoptError("learned_ranges: found no precision_from; allowed: with number formats in training")
 
@@ -113,7 +133,7 @@ def elastic_loss(
         JointoptError: the super-network is not calibrated, the batch has no labels, `steps` is missing or passed, the
             loss is not finite.
     """
-    recipe = recipe or Recipe()
+    recipe = checked(recipe) or Recipe()
     if supernet.calibrated or not supernet.trained:  # at the first step; later ones go on with what was checked
         recipe.check(supernet)
     if recipe.learned_ranges and NAME not in supernet.model._parameters:
@@ -126,12 +146,21 @@ def elastic_loss(
     return _Gathered.apply(total, gradients, *parameters)
 
 
+def checked(recipe: Recipe | None) -> Recipe | None:
+    """Raises JointoptError for what is no recipe."""
+    if not isinstance(recipe, Recipe | None):
+        raise JointoptError(f"recipe: found {recipe!r}; allowed: a Recipe, such as Recipe(sampling='random')")
+    return recipe
+
+
 def _progress(step: int, steps: int | None, recipe: Recipe) -> float:
+    check_whole("step", step)
+    check_count("steps", steps)
     if steps is None:
         if recipe.precision_from not in (None, 0, 0.0) or hasattr(recipe.sampling, "width_from"):
             raise JointoptError("steps: found none; this recipe counts by their number; allowed: how many there are")
         return 0.0
-    if not 0 <= step < steps:
+    if step >= steps:
         raise JointoptError(f"step: found {step} of {steps}; allowed: 0 to {steps - 1}")
     return step / steps
 
@@ -140,9 +169,7 @@ def gradients_of(
     supernet: Supernet, batch: Batch, step: int, progress: float, recipe: Recipe
 ) -> tuple[list[Tensor], list[Tensor | None], list[nn.Parameter]]:
     """The losses of the largest and of each sampled sub-network, and the sum of their gradients by parameter."""
-    batch = on_device(batch, supernet.device)
-    if "labels" not in batch:
-        raise JointoptError(f"train: a batch has no 'labels'; found {', '.join(batch)}")
+    batch = _labelled(batch, supernet.device)
     parameters = [each for each in supernet.model.parameters() if each.requires_grad]
     places = {id(each): at for at, each in enumerate(parameters)}
     if not parameters:
@@ -153,7 +180,7 @@ def gradients_of(
     def learn(loss: Tensor, slices: list[tuple[Tensor, int]]) -> Tensor:
         if not torch.isfinite(loss):
             raise JointoptError(f"train: the loss is {loss.item()}; a smaller learning_rate may help")
-        if torch.is_grad_enabled():
+        if loss.requires_grad:  # not where what is trained is not in this sub-network
             wanted = [*parameters, *(part for part, _ in slices)]
             found = _in_memory_of_their_own(torch.autograd.grad(loss, wanted, allow_unused=True))
             for at, new in enumerate(found[: len(parameters)]):
@@ -178,6 +205,19 @@ def gradients_of(
         del loss, shown, view, modules, slices
     supernet.weights_changed()  # as soon as the optimizer steps: what was quantized here is of the weights before
     return losses, gradients, parameters
+
+
+def _labelled(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch on the device, its labels as a tensor."""
+    check_batch("train", batch)
+    labels = batch.get("labels")
+    if labels is None:
+        raise JointoptError(f"train: a batch has no 'labels'; found {', '.join(batch)}")
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise JointoptError(f"train: labels: found {labels!r:.60}; allowed: a tensor, or an array of numbers") from None
+    return on_device({**batch, "labels": labels}, device)
 
 
 def _sum(held: Tensor | None, new: Tensor | None, whole: Tensor) -> Tensor | None:
@@ -260,16 +300,32 @@ def _loss(
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     shown = seen(view, inputs, supernet.family, student.plan, wanted or Distillation())
     if wanted is None:
-        return recipe.loss(shown.logits, batch), shown
+        return _task_loss(recipe, shown.logits, batch), shown
     if teacher is not None:
         loss = loss_of(shown, teacher, batch, wanted)
-        return (loss + wanted.labels * recipe.loss(shown.logits, batch) if wanted.labels else loss), shown
-    loss = recipe.loss(shown.logits, batch)
+        return (loss + wanted.labels * _task_loss(recipe, shown.logits, batch) if wanted.labels else loss), shown
+    loss = _task_loss(recipe, shown.logits, batch)
     if wanted.teacher is not None:
         given = Seen(teacher_logits(wanted.teacher, inputs))
+        if given.logits.shape != shown.logits.shape:
+            raise JointoptError(
+                f"teacher: its logits are {list(given.logits.shape)}, the model's {list(shown.logits.shape)}; allowed: "
+                "the same"
+            )
         loss = loss + loss_of(shown, target(given, wanted.temperature), batch, wanted)
         shown.logits = given.logits
     return loss, shown
+
+
+def _task_loss(recipe: Recipe, logits: Tensor, batch: Batch) -> Tensor:
+    """The recipe's loss, a scalar from which gradients reach the logits."""
+    loss = recipe.loss(logits, batch)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise JointoptError(f"loss: returned {found}; allowed: a tensor of one number")
+    if logits.requires_grad and not loss.requires_grad:
+        raise JointoptError("loss: returned a number that no gradient can go back from; allowed: one of the logits")
+    return loss.reshape(())
 
 
 class _Gathered(torch.autograd.Function):

@@ -21,9 +21,9 @@ from jointopt.evaluation import Batch
 from jointopt.learned_ranges import learn, settle
 from jointopt.supernet_state import distinct_tensors
 from jointopt.training.distillation import NUMBERS
-from jointopt.training.elastic import Recipe, gradients_of
+from jointopt.training.elastic import Recipe, checked, gradients_of
 from jointopt.training.lora import adapted, attach, merge
-from quant.errors import JointoptError, check_count
+from quant.errors import JointoptError, check_above_0, check_count, check_number, check_whole
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -71,9 +71,10 @@ def train_supernet(
     check_batches("train", batches)
     check_count("train: steps", steps)
     check_count("sort_every", sort_every)
-    if not 0 < learning_rate < math.inf:
-        raise JointoptError(f"train: found learning_rate {learning_rate}; allowed: above 0")
-    recipe = recipe or Recipe(seed=seed)
+    check_above_0("train: learning_rate", learning_rate)
+    check_number("train: weight_decay", weight_decay)
+    check_whole("train: seed", seed)
+    recipe = checked(recipe) or Recipe(seed=seed)
     recipe.check(supernet)
     if lora is not None:
         if sort_every is not None:
@@ -120,7 +121,8 @@ def train_supernet(
 
 def check_batches(name: str, batches: Any) -> None:
     """Raises JointoptError for what cannot be gone through again and again."""
-    if not (callable(batches) or (hasattr(batches, "__len__") and hasattr(batches, "__getitem__"))):
+    listed = hasattr(batches, "__len__") and hasattr(batches, "__getitem__") and not isinstance(batches, Mapping | str)
+    if not (callable(batches) or listed):
         raise JointoptError(
             f"{name}: found batches in a {type(batches).__name__}; allowed: a list, which every epoch goes through in "
             "an order of its own, or a function from an epoch's number to its batches"

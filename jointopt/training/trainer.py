@@ -28,7 +28,7 @@ from jointopt.evaluation import Batch, logits_of
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
-from jointopt.training.elastic import Recipe, elastic_loss, task_loss
+from jointopt.training.elastic import Recipe, checked, elastic_loss, task_loss
 from jointopt.training.lora import NAMES, adapted, attach, merge, with_adapters
 from quant.errors import JointoptError
 from search_spaces.families import Declare
@@ -95,7 +95,7 @@ class ElasticTrainer(Trainer):
         if options.get("compute_loss_func") is not None:
             raise JointoptError("compute_loss_func: is not called here; allowed: recipe=Recipe(loss=...)")
         self.supernet = _supernet(model, space, supernet, family)
-        self.recipe = _smoothed(recipe or Recipe(seed=args.seed), args.label_smoothing_factor)
+        self.recipe = _smoothed(checked(recipe) or Recipe(seed=args.seed), args.label_smoothing_factor)
         self.sort_every = sort_every
         self._use_cache = getattr(getattr(self.supernet.model, "config", None), "use_cache", None)
         super().__init__(

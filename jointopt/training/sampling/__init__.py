@@ -26,8 +26,13 @@ __all__ = ["STRATEGIES", "Attentive", "Progressive", "Sampling", "Sandwich", "Un
 
 
 def sampling(wanted: str | Sampling) -> Sampling:
-    """The strategy of that name with its defaults, or the one given. Raises JointoptError for an unknown name."""
+    """The strategy of that name with its defaults, or the one given. Raises JointoptError for an unknown name, and for
+    what is no strategy."""
     if not isinstance(wanted, str):
+        if isinstance(wanted, type) or not callable(getattr(wanted, "genomes", None)):
+            raise JointoptError(
+                f"sampling: found {wanted!r}; allowed: {', '.join(STRATEGIES)}, or a strategy such as Sandwich(count=2)"
+            )
         return wanted
     if wanted not in STRATEGIES:
         raise JointoptError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jointopt.objectives import constraint
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_number, check_whole
 from search_spaces.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Attentive:
     """The smallest and `count` sub-networks of the region of interest.
 
     Attributes:
-        front: genomes [n, genes] of a front, `study.front()`'s; None where there is no search yet.
+        front: genomes [n, genes] of a front, `np.stack(study.front()["genome"])`; None where there is no search yet.
         region: genomes [n, genes] -> how far each is beyond the region, 0 inside (`beyond_limits`); None for all.
         mutation: share of a front genome's genes that are drawn anew.
     """
@@ -39,6 +39,17 @@ class Attentive:
     region: Callable[[np.ndarray], np.ndarray] | None = None
     mutation: float = 0.2
 
+    def __post_init__(self) -> None:
+        check_whole("attentive: count", self.count)
+        check_number("attentive: mutation", self.mutation, 1)
+        if self.region is not None and not callable(self.region):
+            raise JointoptError(f"attentive: region: found {self.region!r}; allowed: a function of genomes")
+        if self.front is not None and (np.ndim(self.front) != 2 or not len(self.front)):
+            raise JointoptError(
+                f"attentive: front: found shape {np.shape(self.front)}; allowed: (n, genes), one or more genomes such "
+                "as np.stack(study.front()['genome'])"
+            )
+
     def genomes(self, space: SearchSpace, progress: float, seed: int) -> list[np.ndarray]:
         if self.front is None and self.region is None:
             raise JointoptError("sampling attentive: found neither a front nor a region; allowed: one of them, or both")
@@ -47,13 +58,20 @@ class Attentive:
         if len(drawn) < self.count * TRIES:
             drawn = drawn[random.integers(len(drawn), size=self.count * TRIES)]
         if self.front is not None:
-            parents = np.asarray(self.front)[random.integers(len(self.front), size=len(drawn))]
+            front = np.asarray(self.front)
+            space.validate(front)
+            parents = front[random.integers(len(front), size=len(drawn))]
             drawn = space.canonical(np.where(random.random(drawn.shape) < self.mutation, drawn, parents))
         candidates = drawn.reshape(self.count, TRIES, len(space))
         if self.region is None:
             return [space.smallest, *candidates[:, 0]]
-        beyond = np.asarray(self.region(drawn)).reshape(self.count, TRIES)
-        return [space.smallest, *candidates[np.arange(self.count), beyond.argmin(1)]]
+        beyond = np.asarray(self.region(drawn))
+        if beyond.shape != (len(drawn),):
+            raise JointoptError(
+                f"attentive: region: returned shape {beyond.shape} for {len(drawn)} genomes; allowed: a number for each"
+            )
+        nearest = beyond.reshape(self.count, TRIES).argmin(1)
+        return [space.smallest, *candidates[np.arange(self.count), nearest]]
 
 
 def beyond_limits(supernet: Supernet, constraints: Mapping[str, str]) -> Callable[[np.ndarray], np.ndarray]:

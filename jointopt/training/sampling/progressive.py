@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quant.errors import check_number, check_whole
 from search_spaces.space import SearchSpace
 
 
@@ -24,6 +25,11 @@ class Progressive:
     count: int = 2
     width_from: float = 0.33
     precision_from: float = 0.67
+
+    def __post_init__(self) -> None:
+        check_whole("progressive: count", self.count)
+        check_number("progressive: width_from", self.width_from, 1)
+        check_number("progressive: precision_from", self.precision_from, 1)
 
     def genomes(self, space: SearchSpace, progress: float, seed: int) -> list[np.ndarray]:
         elastic = np.array([progress >= self._begins(name) for name in space.names])

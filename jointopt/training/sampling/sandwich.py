@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quant.errors import check_whole
 from search_spaces.space import SearchSpace
 
 
@@ -14,6 +15,9 @@ class Sandwich:
     """The smallest and `count` random sub-networks."""
 
     count: int = 2
+
+    def __post_init__(self) -> None:
+        check_whole("sandwich: count", self.count)
 
     def genomes(self, space: SearchSpace, progress: float, seed: int) -> list[np.ndarray]:
         return [space.smallest, *space.sample(self.count, seed)] if self.count else [space.smallest]
