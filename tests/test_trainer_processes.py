@@ -22,7 +22,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from jointopt import ElasticTrainer, SearchSpace
 from tests.test_trainer import Recipe, Sandwich, arguments, trainer, weights
-from tests.test_trainer_processes import masked_rows
+from tests.test_trainer_processes import image_rows, masked_rows
 from tests.zoo import make
 folder, backend = Path(sys.argv[1]), "gloo" if sys.argv[2] == "2" else None
 """
@@ -74,6 +74,26 @@ def test_two_processes_whose_labels_count_differently_train_the_same_weights(tmp
     before = make("llama_tied").state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert any(not torch.equal(tensor, before[name]) for name, tensor in first.items() if name in before)
+
+
+def test_two_processes_keep_the_same_statistics_of_normalizations(tmp_path):
+    first, second = trained(
+        tmp_path / "two",
+        "model = make('resnet')\n"
+        "options = {'max_steps': 2, 'per_device_train_batch_size': 3, 'ddp_backend': backend}\n"
+        "made = ElasticTrainer(model=model, space=SearchSpace.for_model(model, schemes=['none', 'W8A8']),\n"
+        "                      args=arguments(folder, **options), train_dataset=image_rows())\n",
+        2,
+    )
+    before = make("resnet").state_dict()
+    means = [name for name in first if name.endswith("running_mean")]
+    assert means and all(not torch.equal(first[name], before[name]) for name in means)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def image_rows() -> list[dict]:
+    images = batches("resnet", 1, 12)[0]["pixel_values"]
+    return [{"pixel_values": image, "labels": at % 5} for at, image in enumerate(images)]
 
 
 def masked_rows() -> list[dict]:

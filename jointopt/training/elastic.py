@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.batch_norm import on_device
+from jointopt.batch_norm import on_device, running_statistics
 from jointopt.evaluation import Batch, check_batch
 from jointopt.learned_ranges import NAME
 from jointopt.subnetwork import Plan
@@ -119,8 +119,8 @@ def elastic_loss(
     """The loss of one step, a scalar whose backward pass gives the super-network's parameters their gradients.
 
     The work of all backward passes is done here already. Where torch.distributed has several processes, each with its
-    own part of the batch, they sample the same sub-networks, and gradients are averaged over them. Parameters that
-    need no gradient get none.
+    own part of the batch, they sample the same sub-networks, and gradients and BatchNorm's running statistics are
+    averaged over them. Parameters that need no gradient get none.
 
     Args:
         supernet: calibrated; after training calibrate it again. Its `model.parameters()` are for the optimizer.
@@ -140,6 +140,7 @@ def elastic_loss(
         raise JointoptError("learned_ranges: call supernet.learn_ranges() before the optimizer is made")
     progress = _progress(step, steps, recipe)
     losses, gradients, parameters = gradients_of(supernet, batch, step, progress, recipe)
+    _average_statistics(supernet.model)
     total = torch.stack(losses).sum()
     if not torch.is_grad_enabled():
         return total
@@ -345,11 +346,27 @@ class _Gathered(torch.autograd.Function):
 
 def _averaged(gradients: list[Tensor | None]) -> list[Tensor | None]:
     """Over the processes of torch.distributed, which all have the same sub-networks and so the same gaps."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return gradients
-    count = torch.distributed.get_world_size()
+    count = _processes()
     for each in gradients if count > 1 else ():
         if each is not None:
             torch.distributed.all_reduce(each)
             each /= count
     return gradients
+
+
+@torch.no_grad()
+def _average_statistics(model: nn.Module) -> None:
+    """BatchNorm's running ones, over the processes: each has moved them by its own part of the batch."""
+    count = _processes()
+    held = [each for pair in running_statistics(model).values() for each in pair] if count > 1 else []
+    if held:
+        together = torch.cat(held)
+        torch.distributed.all_reduce(together)
+        for each, mean in zip(held, (together / count).split([len(each) for each in held]), strict=True):
+            each.copy_(mean)
+
+
+def _processes() -> int:
+    """Of torch.distributed."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if several else 1
