@@ -11,6 +11,7 @@ import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe
 from jointopt.training import loop
 from jointopt.training.lora import adapted, attach, merge
+from jointopt.training.sampling import Sandwich
 from tests.test_trainer import arguments, trainer, weights
 from tests.test_training import calibrated, labelled
 from tests.zoo import batches, logits
@@ -148,6 +149,28 @@ def test_impossible_adapters_are_refused_at_the_start():
     attach(supernet, config("llama_tied"))
     with pytest.raises(JointoptError, match="adapters already"):
         attach(supernet, config("llama_tied"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["qkv"], "found 'qkv', which is no Linear layer here; allowed: fc1, fc2, head, k, proj, q, v"),
+        (["fc1", "fc3"], "found 'fc3', which is no Linear layer here; did you mean 'fc2'"),
+        (".*qkv_proj", "not found in the base model.*allowed: fc1, fc2, head, k, proj, q, v"),
+    ],
+)
+def test_targets_that_name_no_layer_are_refused_with_those_that_do(targets, said):
+    with pytest.raises(JointoptError, match=f"lora: .*{said}"):
+        attach(calibrated("timm_vit"), peft.LoraConfig(target_modules=targets))
+
+
+def test_adapters_of_a_block_that_left_learn_nothing_from_the_sub_network():
+    supernet = calibrated("vit", depth=[2, 3], schemes=["none"])
+    leaving = int(supernet._leaving["depth"][0].removeprefix("block"))
+    attach(supernet, peft.LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[leaving]))
+    jointopt.elastic_loss(supernet, labelled("vit")[0], 0, Recipe(Sandwich(0))).backward()
+    found = {name: each.grad for name, each in supernet.model.named_parameters() if each.requires_grad}
+    assert len(found) == 2 and any(each.any() for each in found.values())
 
 
 class Stops(TrainerCallback):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, did_you_mean
 from search_spaces.family import structural_clone, structural_clones
 
 if TYPE_CHECKING:
@@ -54,10 +54,19 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
             )
     if adapted(supernet.model):
         raise JointoptError("lora: the super-network has adapters already; allowed: one set")
+    linear = [path for path, module in supernet.model.named_modules() if isinstance(module, nn.Linear)]
+    names = sorted({path.rpartition(".")[2] for path in linear})
+    targets = config.target_modules
+    for wanted in () if targets is None or isinstance(targets, str) else targets:
+        if not any(path == wanted or path.endswith(f".{wanted}") for path in linear):
+            raise JointoptError(
+                f"lora: target_modules: found {wanted!r}, which is no Linear layer here"
+                f"{did_you_mean(wanted, names)}; allowed: {', '.join(names)}"
+            )
     try:
         wrapped = get_peft_model(structural_clone(supernet.model), config)
     except ValueError as error:
-        raise JointoptError(f"lora: {' '.join(str(error).split())[:300]}") from None
+        raise JointoptError(f"lora: {' '.join(str(error).split())[:300]}; allowed: {', '.join(names)}") from None
     found: dict[str, Any] = {
         name.removeprefix("base_model.model."): module
         for name, module in wrapped.named_modules()
