@@ -199,6 +199,11 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
         "the vit model has no such place": {"model": model, "space": other},
         "given beside a model": {"model": model, "supernet": supernet},
         "model: found NoneType": {},
+        "supernet: found a ViTForImageClassification; allowed: a Supernet": {"supernet": model},
+        "eval_dataset: found pixel_values; allowed: one of them labels": {"model": model, "eval_dataset": unlabelled},
+        "eval_dataset: own: found no sample": {"model": model, "eval_dataset": {"own": []}},
+        "train_dataset: found none, and so nothing to calibrate with": {"model": model, "train_dataset": None},
+        "sort_every: found -1; allowed: a whole number from 1": {"model": model, "sort_every": -1},
     }.items():
         with pytest.raises(JointoptError, match=match):
             ElasticTrainer(args=arguments(tmp_path), **{"train_dataset": data(), **options})
@@ -216,6 +221,15 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
         trainer(tmp_path, recipe=Recipe(loss=lambda logits, batch: logits.mean()), label_smoothing_factor=0.1)
     with pytest.raises(JointoptError, match="compute_loss_func"):
         ElasticTrainer(model=model, args=arguments(tmp_path), train_dataset=data(), compute_loss_func=print)
+
+
+def test_an_evaluation_that_scores_nothing_is_refused_and_a_prediction_needs_no_labels(tmp_path):
+    made = trainer(tmp_path)
+    unlabelled = [{"pixel_values": each["pixel_values"]} for each in data(4)]
+    for given in (unlabelled, []):
+        with pytest.raises(JointoptError, match="evaluate: found no sample with labels; allowed: one or more"):
+            made.evaluate(given)
+    assert made.predict(unlabelled).predictions.shape == (4, 5)
 
 
 def test_accumulated_batches_weigh_by_the_tokens_that_count(tmp_path):

@@ -30,7 +30,7 @@ from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
 from jointopt.training.elastic import Recipe, checked, elastic_loss, task_loss
 from jointopt.training.lora import NAMES, adapted, attach, merge, with_adapters
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_count
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
 
@@ -103,12 +103,23 @@ class ElasticTrainer(Trainer):
         )
         _check_optimizer(self.optimizer, self.supernet)
         self.label_names: list[str] = self.label_names or ["labels"]
+        check_count("sort_every", sort_every)
         if train_dataset is not None:
-            self._check_labels()
+            self._check_labels("train_dataset", train_dataset)
+        if isinstance(eval_dataset, dict):
+            for name, dataset in eval_dataset.items():
+                self._check_labels(f"eval_dataset: {name}", dataset)
+        elif eval_dataset is not None:
+            self._check_labels("eval_dataset", eval_dataset)
         # The Trainer divides what `compute_loss` returns by the number of batches in a step.
         self.loss_is_scaled_for_ga = False
         self._calibration = list(calibration) if calibration is not None else self._first_samples()
         if not self.supernet.calibrated and not self.supernet.trained:
+            if calibration is None and train_dataset is None:
+                raise JointoptError(
+                    "train_dataset: found none, and so nothing to calibrate with; allowed: one, calibration=, or a "
+                    "calibrated supernet="
+                )
             self.supernet.calibrate(self._calibration)
         self.recipe.check(self.supernet)
         if lora is not None and sort_every is not None:
@@ -140,15 +151,15 @@ class ElasticTrainer(Trainer):
         batches = [collate(samples[at : at + size]) for at in range(0, len(samples), size)]
         return [self._inputs(batch) for batch in batches]
 
-    def _check_labels(self) -> None:
+    def _check_labels(self, dataset_name: str, dataset: Any) -> None:
         """Raises JointoptError where no labels come of the first sample, from which a collator may make them."""
-        first = next(iter(self.train_dataset), None)
+        first = next(iter(dataset), None)
         if first is None:
-            raise JointoptError("train_dataset: found no sample; allowed: one or more")
+            raise JointoptError(f"{dataset_name}: found no sample; allowed: one or more")
         batch = self._get_collator_with_removed_columns(self.data_collator, "training")([first])
         if not any(name in batch for name in self.label_names):
             raise JointoptError(
-                f"train_dataset: found {', '.join(map(str, batch))}; allowed: one of them "
+                f"{dataset_name}: found {', '.join(map(str, batch))}; allowed: one of them "
                 f"{' or '.join(self.label_names)}, there or from the data_collator"
             )
 
@@ -255,7 +266,12 @@ class ElasticTrainer(Trainer):
         """The Trainer's, of the largest sub-network; where it evaluates, the losses of the smallest and of a middle one
         beside, so that callbacks (early stopping) see them too."""
         found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if f"{metric_key_prefix}_loss" in found.metrics and description == "Evaluation":
+        if description == "Evaluation":
+            if f"{metric_key_prefix}_loss" not in found.metrics:
+                raise JointoptError(
+                    f"evaluate: found no sample with {' or '.join(self.label_names)}; allowed: one or more (predict "
+                    "needs none)"
+                )
             space = self.supernet.space
             middle = space.canonical((space.largest + space.smallest) // 2)
             for name, genome in (("smallest", space.smallest), ("middle", middle)):
@@ -350,6 +366,10 @@ def _supernet(
     model: nn.Module | None, space: SearchSpace | None, supernet: Supernet | None, family: Declare | None
 ) -> Supernet:
     if supernet is not None:
+        if not isinstance(supernet, Supernet):
+            raise JointoptError(
+                f"supernet: found a {type(supernet).__name__}; allowed: a Supernet, or model= and space="
+            )
         if model is not None or space is not None:
             raise JointoptError("supernet: given beside a model or a space; allowed: it alone, or these")
         return supernet
