@@ -555,6 +555,26 @@ def test_a_single_output_is_not_distilled():
     assert jointopt.elastic_loss(supernet, batch, 0, Recipe(loss=loss, distillation=None)) > 0
 
 
+def test_formats_without_ranges_are_refused_before_the_step_that_needs_them(tmp_path):
+    trained = calibrated("vit", schemes=["W8A8_STATIC"])
+    jointopt.train_supernet(trained, labelled("vit"), 1)
+    trained.save(tmp_path / "supernet.safetensors")
+    restored = Supernet(make("vit"), trained.space)
+    restored.load(tmp_path / "supernet.safetensors")
+    with pytest.raises(JointoptError, match="W8A8_STATIC needs ranges of activations; call calibrate"):
+        jointopt.train_supernet(restored, labelled("vit"), 4, recipe=Recipe(precision_from=0.75))
+
+
+def test_training_where_gradients_are_off_trains_all_the_same():
+    one, two = calibrated("vit"), calibrated("vit")
+    jointopt.train_supernet(one, labelled("vit"), 2)
+    with torch.no_grad():
+        jointopt.train_supernet(two, labelled("vit"), 2)
+        assert not torch.is_grad_enabled()
+    for mine, theirs in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_a_frozen_model_is_not_trained():
     supernet = calibrated("vit")
     supernet.model.requires_grad_(False)

@@ -110,6 +110,8 @@ class Recipe:
         quantized = any(wanted.weights is not None for wanted in supernet._schemes.values())
         if self.precision_from is not None and not quantized:
             raise JointoptError("precision_from: found no number format in the space; allowed: leave it out")
+        for (path, _), wanted in supernet._schemes.items() if self.precision_from is not None else ():
+            supernet.statistics(path, wanted)
         self.sampling.genomes(supernet.space, 0.0, self.seed)  # type: ignore[union-attr]
 
 

@@ -146,7 +146,8 @@ def _ending(supernet: Supernet, optimizer: torch.optim.Optimizer) -> Iterator[No
     before = supernet.model.training
     supernet.model.train()
     try:
-        yield
+        with torch.enable_grad():  # whatever the caller has, as a step without gradients would train nothing
+            yield
     finally:
         supernet.model.train(before)
         optimizer.zero_grad(set_to_none=True)
