@@ -255,6 +255,17 @@ def test_accumulated_batches_weigh_by_the_tokens_that_count(tmp_path):
         torch.testing.assert_close(found[1][name], tensor, atol=1e-5, rtol=1e-4)
 
 
+def test_a_step_in_which_no_label_counts_leaves_the_weights_finite(tmp_path):
+    ids = batches("llama_tied", 1, 4)[0]["input_ids"]
+    rows = [{"input_ids": row, "labels": torch.full_like(row, -100) if at % 2 else row} for at, row in enumerate(ids)]
+    made = ElasticTrainer(
+        model=make("llama_tied"), args=arguments(tmp_path, max_steps=4, per_device_train_batch_size=1),
+        train_dataset=rows,
+    )  # fmt: skip
+    made.train()
+    assert all(torch.isfinite(tensor).all() for tensor in weights(made).values())
+
+
 def test_smoothed_labels_are_those_of_the_trainer(tmp_path):
     made = trainer(tmp_path, label_smoothing_factor=0.2)
     batch = made.data_collator(data(8, 1))

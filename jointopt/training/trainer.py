@@ -233,7 +233,7 @@ class ElasticTrainer(Trainer):
             return 1.0
         shown = labels[..., 1:] if self._loss_shifts_labels else labels
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return shown.ne(-100).sum() / counted * self.current_gradient_accumulation_steps * processes
+        return shown.ne(-100).sum() / max(counted, 1) * self.current_gradient_accumulation_steps * processes
 
     def prediction_step(self, model: nn.Module, *args: Any, **options: Any) -> Any:
         """The Trainer's, with adapters where there are some."""
