@@ -565,11 +565,13 @@ def test_formats_without_ranges_are_refused_before_the_step_that_needs_them(tmp_
         jointopt.train_supernet(restored, labelled("vit"), 4, recipe=Recipe(precision_from=0.75))
 
 
-def test_training_where_gradients_are_off_trains_all_the_same():
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_training_where_gradients_are_off_trains_all_the_same(off):
     one, two = calibrated("vit"), calibrated("vit")
-    jointopt.train_supernet(one, labelled("vit"), 2)
-    with torch.no_grad():
-        jointopt.train_supernet(two, labelled("vit"), 2)
+    data = labelled("vit")
+    jointopt.train_supernet(one, data, 2)
+    with off():
+        jointopt.train_supernet(two, data, 2)
         assert not torch.is_grad_enabled()
     for mine, theirs in zip(one.model.parameters(), two.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -146,7 +146,10 @@ def _ending(supernet: Supernet, optimizer: torch.optim.Optimizer) -> Iterator[No
     before = supernet.model.training
     supernet.model.train()
     try:
-        with torch.enable_grad():  # whatever the caller has, as a step without gradients would train nothing
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):  # whatever the caller has, as a step without gradients would train nothing
             yield
     finally:
         supernet.model.train(before)
