@@ -97,8 +97,7 @@ def build(
     if not training:
         without_autocast(shell)
     shell._parameters.pop(NAME, None)
-    if training:
-        absorb(modules.values())
+    absorb(modules.values(), training)
     rows, columns = _cuts(family, plan)
     gone = _gone(family, plan)
     layers = {layer.path: layer for layer in family.layers}

@@ -164,6 +164,20 @@ def test_targets_that_name_no_layer_are_refused_with_those_that_do(targets, said
         attach(calibrated("timm_vit"), peft.LoraConfig(target_modules=targets))
 
 
+def test_a_view_in_the_middle_of_training_computes_with_the_adapters(tmp_path):
+    supernet = calibrated("vit", schemes=["none"])
+    attach(supernet, config("vit"))
+    stir(supernet)
+    batch = batches("vit")[0]
+    for genome in (supernet.space.smallest, supernet.space.largest):
+        expected = logits(supernet.training_view(genome).eval(), batch)
+        with supernet.active(genome) as view:
+            torch.testing.assert_close(logits(view, batch), expected)
+        folder = jointopt.export(supernet, genome, tmp_path / str(genome.sum()))
+        assert jointopt.verify(folder).ok
+    assert adapted(supernet.model)
+
+
 def test_adapters_of_a_block_that_left_learn_nothing_from_the_sub_network():
     supernet = calibrated("vit", depth=[2, 3], schemes=["none"])
     leaving = int(supernet._leaving["depth"][0].removeprefix("block"))

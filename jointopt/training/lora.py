@@ -110,11 +110,14 @@ def with_adapters(model: nn.Module) -> nn.Module:
     return clones[""]
 
 
-def absorb(clones: Iterable[nn.Module]) -> None:
-    """Makes adapters part of the weights, in clones of a model's modules."""
+def absorb(clones: Iterable[nn.Module], training: bool = True) -> None:
+    """Makes adapters part of the weights, in clones of a model's modules; with `training` gradients reach them."""
     for layer in clones:
         if "lora_A" in layer._parameters:
-            layer._parameters["weight"] = effective(layer)  # type: ignore[assignment]
+            whole = effective(layer)
+            weight = whole if training else nn.Parameter(whole.detach(), requires_grad=False)
+            layer._parameters["weight"] = weight  # type: ignore[assignment]
+            del layer.__dict__["lora_scale"]
             for name in NAMES:
                 del layer._parameters[name]
 
