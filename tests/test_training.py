@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertForTokenClassification
 
 import jointopt
 from jointopt import Distillation, Gene, JointoptError, Recipe, SearchSpace, Supernet
@@ -541,6 +542,22 @@ def test_a_recipe_s_numbers_and_kinds_are_checked_where_it_is_made(make_it, said
 def test_what_a_step_cannot_be_made_of_is_refused(options, said):
     with pytest.raises(JointoptError, match=said):
         jointopt.elastic_loss(calibrated("vit"), labelled("vit")[0], **{"step": 0, **options})
+
+
+def test_labels_of_the_tokens_themselves_are_not_taken_for_the_next_ones():
+    model = BertForTokenClassification(make("bert").config).eval()
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"]))
+    supernet.calibrate(batches("bert"))
+    batch = {**batches("bert")[0], "labels": torch.arange(96).reshape(6, 16) % 3}
+    with pytest.raises(JointoptError, match=r"loss: found a BertForTokenClassification.*Recipe\(loss="):
+        jointopt.elastic_loss(supernet, batch, 0)
+
+    def loss(logits, batch):
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+    still(supernet.model)
+    found = jointopt.elastic_loss(supernet, batch, 0, Recipe(Uniform(0), loss=loss))
+    torch.testing.assert_close(found, model(**batch).loss)
 
 
 def test_a_single_output_is_not_distilled():

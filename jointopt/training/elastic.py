@@ -105,6 +105,12 @@ class Recipe:
             raise JointoptError(
                 "train: call supernet.calibrate(batches) first; training follows the order of importance"
             )
+        kind = getattr(supernet.model, "loss_type", None)
+        if kind in ("ForTokenClassification", "ForMaskedLM") and getattr(self.loss, "func", self.loss) is task_loss:
+            raise JointoptError(
+                f"loss: found a {type(supernet.model).__name__}, whose labels are each token's own, not the next's; "
+                "allowed: Recipe(loss=...), a function of logits and batch"
+            )
         if self.distillation is not None:
             self.distillation.check(supernet.family, supernet.space, supernet.model)
         quantized = any(wanted.weights is not None for wanted in supernet._schemes.values())
