@@ -208,6 +208,8 @@ class Supernet:
 
     def view(self, plan: Plan) -> nn.Module:
         """What a plan describes, as a view, in eval mode."""
+        if self.trained and not self.calibrated:
+            self._bank.clear()  # an optimizer may have made a step since
         return self.renormalized(self.built(plan), plan)
 
     def built(self, plan: Plan) -> nn.Module:

@@ -26,7 +26,7 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     if supernet.device.type == "meta":
         raise JointoptError("calibrate: the model is on the meta device, without weights; allowed: a loaded model")
     if not isinstance(batches, Iterable):
-        raise JointoptError(f"calibrate: found a {type(batches).__name__}; allowed: dicts of the model's inputs")
+        raise JointoptError(f"calibrate: found a {type(batches).__name__}; allowed: batches, dicts of model inputs")
     settle(supernet)
     _scale(supernet, batches)
     ranges = Ranges(supernet.model, supernet.family, supernet.space, supernet._schemes, supernet.activation_calibration)
@@ -88,8 +88,6 @@ def _scale(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
 def _checked(supernet: Supernet, batches: Iterable[Any], kept: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """The batches on the model's device; the first samples of them are kept as well."""
     wanted = SAMPLES
-    if not isinstance(batches, Iterable):
-        raise JointoptError(f"calibrate: found {batches!r}; allowed: batches, dicts of the model's inputs")
     for batch in batches:
         check_batch("calibrate", batch)
         moved = on_device(batch, supernet.device)

@@ -288,7 +288,7 @@ def test_errors_name_what_was_found_and_what_is_allowed():
 def test_calibration_batches_that_the_model_does_not_take_are_refused_with_what_it_takes():
     model = make("timm_vit")
     supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
-    with pytest.raises(JointoptError, match="calibrate: found None; allowed: batches"):
+    with pytest.raises(JointoptError, match="calibrate: found a NoneType; allowed: batches"):
         supernet.calibrate(None)
     images = batches("timm_vit")[0]["x"]
     said = "calibrate: the model does not run on a batch of pixels: .*; allowed: what its forward takes, x"

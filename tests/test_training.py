@@ -419,6 +419,18 @@ def test_ranges_of_the_weights_before_training_are_neither_scored_nor_exported(n
     assert jointopt.finish(supernet, smallest, batches(name)).model is not None
 
 
+def test_between_steps_a_sub_network_has_the_codes_of_the_weights_as_they_are():
+    supernet = calibrated("bert", schemes=["W8A8"])
+    optimizer = torch.optim.SGD(supernet.model.parameters(), lr=0.5)
+    jointopt.elastic_loss(supernet, labelled("bert")[0], 0).backward()
+    before = logits(supernet.extract(supernet.space.largest), batches("bert")[0])
+    optimizer.step()
+    after = logits(supernet.extract(supernet.space.largest), batches("bert")[0])
+    supernet.weights_changed()
+    assert torch.equal(after, logits(supernet.extract(supernet.space.largest), batches("bert")[0]))
+    assert not torch.allclose(before, after)
+
+
 def test_layers_that_were_fitted_before_training_are_not_left_out_unsaid():
     model = make("bert")
     supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]), repair=True)
