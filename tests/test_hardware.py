@@ -23,7 +23,8 @@ from jointopt.cost.configured import latency_of
 from jointopt.cost.device import device_names
 from jointopt.cost.expected import expected_cost
 from jointopt.cost.operators import Answer, Operator
-from jointopt.report.devices import on_device
+from jointopt.report.devices import device_figure, on_device
+from jointopt.report.terminal import device_table
 from quant.formats import scheme
 from tests.saved import save_vit
 from tests.zoo import MODELS, batches, make
@@ -328,6 +329,20 @@ def test_a_run_s_own_device_has_its_own_front_and_a_time_is_added_where_there_is
     study = jointopt.search(supernet_of("vit", FAST), lambda m: 1.0, ["quality", "size"], evaluations=4)
     added = on_device(study, supernet, "h100", FAST)
     assert [objective.name for objective in added.objectives] == ["quality", "size", "latency"]
+
+
+def test_on_a_device_the_choice_keeps_to_the_constraints_and_an_original_that_does_not_fit_has_no_times():
+    supernet = supernet_of("vit", FAST)
+    limit = float(np.median([supernet.costs(genome)["size"] for genome in supernet.space.sample(20, 0)])) / 1e6
+    limits = {"size_mb": f"<= {limit}"}
+    study = jointopt.search(supernet, lambda m: 1.0, ["quality", "size"], constraints=limits, evaluations=20)
+    whole = supernet.original_costs()["peak_memory"]
+    small = Roofline(FAST.device.model_copy(update={"capacity": whole - 1}))
+    found = on_device(study, supernet, "small", small)
+    assert supernet.costs(np.array(found.chosen))["size"] <= limit * 1e6
+    assert "latency" not in found.original and found.original["quality"] == 1.0
+    assert "latency" in on_device(study, supernet, "h100", FAST).original
+    device_table(found), device_figure(study, found)
 
 
 def one_hot(space: SearchSpace, genome) -> list[torch.Tensor]:

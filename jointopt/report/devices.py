@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from jointopt.choice import best_of, front_of
-from jointopt.objectives import Objective
+from jointopt.choice import best_of, front_of, within
+from jointopt.objectives import ON_HARDWARE, Objective
 from jointopt.study import Study
 from quant.errors import JointoptError
 
@@ -36,8 +36,9 @@ class OnDevice:
         measures: the device's costs, the time that is an objective first.
         rows: all evaluations that fit into its memory, with the device's costs.
         front: those that are not dominated in the objectives, fast ones first.
-        chosen: genome of the front's knee.
-        original: quality and costs of the original there.
+        chosen: genome of the front's knee, of what keeps to the study's constraints but those of the run's own
+            hardware.
+        original: quality and costs of the original there; its quality alone where it does not fit.
     """
 
     name: str
@@ -78,8 +79,12 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
     wanted = study.objectives if asked else (*study.objectives, Objective(first, "min"))
     measures = (first, *(name for name in times[:3] if name != first), "peak_memory")
     front = front_of(rows, wanted).sort_values(first)
-    chosen = tuple(best_of(rows, wanted, None, knee=True).tolist())
-    original = {**study.baselines.get("original", {}), **supernet.original_costs(model)}
+    kept = within(rows, [each for each in study.constraints if each.name not in ON_HARDWARE])
+    chosen = tuple(best_of(kept, wanted, None, knee=True).tolist())
+    original = {name: v for name, v in study.baselines.get("original", {}).items() if name not in ON_HARDWARE}
+    there = supernet.original_costs(model)
+    if there["peak_memory"] <= model.capacity:
+        original |= there
     return OnDevice(name, model.source, wanted, measures, rows, front, chosen, original)
 
 
