@@ -91,6 +91,18 @@ def test_two_processes_keep_the_same_statistics_of_normalizations(tmp_path):
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+def test_a_training_of_one_process_is_refused_in_two(tmp_path):
+    trained(
+        tmp_path / "two",
+        "import pytest\n"
+        "from jointopt import JointoptError, train_supernet\n"
+        "made = trainer(folder, recipe=Recipe(Sandwich(1)), max_steps=1, ddp_backend=backend)\n"
+        "with pytest.raises(JointoptError, match='found 2 processes of torch.distributed'):\n"
+        "    train_supernet(made.supernet, [], 1)\n",
+        2,
+    )
+
+
 def image_rows() -> list[dict]:
     images = batches("resnet", 1, 12)[0]["pixel_values"]
     return [{"pixel_values": image, "labels": at % 5} for at, image in enumerate(images)]

@@ -354,7 +354,7 @@ class _Gathered(torch.autograd.Function):
 
 def _averaged(gradients: list[Tensor | None]) -> list[Tensor | None]:
     """Over the processes of torch.distributed, which all have the same sub-networks and so the same gaps."""
-    count = _processes()
+    count = processes()
     for each in gradients if count > 1 else ():
         if each is not None:
             torch.distributed.all_reduce(each)
@@ -365,7 +365,7 @@ def _averaged(gradients: list[Tensor | None]) -> list[Tensor | None]:
 @torch.no_grad()
 def _average_statistics(model: nn.Module) -> None:
     """BatchNorm's running ones, over the processes: each has moved them by its own part of the batch."""
-    count = _processes()
+    count = processes()
     held = [each for pair in running_statistics(model).values() for each in pair] if count > 1 else []
     if held:
         together = torch.cat(held)
@@ -374,7 +374,7 @@ def _average_statistics(model: nn.Module) -> None:
             each.copy_(mean)
 
 
-def _processes() -> int:
+def processes() -> int:
     """Of torch.distributed."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if several else 1

@@ -21,7 +21,7 @@ from jointopt.evaluation import Batch
 from jointopt.learned_ranges import learn, settle
 from jointopt.supernet_state import distinct_tensors
 from jointopt.training.distillation import NUMBERS
-from jointopt.training.elastic import Recipe, checked, gradients_of
+from jointopt.training.elastic import Recipe, checked, gradients_of, processes
 from jointopt.training.lora import adapted, attach, merge
 from quant.errors import JointoptError, check_above_0, check_count, check_number, check_whole
 
@@ -66,8 +66,14 @@ def train_supernet(
 
     Raises:
         JointoptError: the super-network is not calibrated, no batch came, labels are missing, a loss is not finite, a
-            checkpoint of another training. Like an interrupt, it leaves what was trained so far.
+            checkpoint of another training, several processes of torch.distributed. Like an interrupt, it leaves what
+            was trained so far.
     """
+    if processes() > 1:
+        raise JointoptError(
+            f"train: found {processes()} processes of torch.distributed, which would each train weights of their own; "
+            "allowed: one, or elastic_loss or ElasticTrainer in their place"
+        )
     check_batches("train", batches)
     check_count("train: steps", steps)
     check_count("sort_every", sort_every)
