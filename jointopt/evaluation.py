@@ -82,7 +82,8 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
         if changed:
             raise ChangedWeights(
                 f"quality changed weights that sub-networks share: {', '.join(changed[:3])}"
-                f"{' and others' if changed[3:] else ''}; allowed: to leave them, or to change a copy.deepcopy"
+                f"{' and others' if changed[3:] else ''}; allowed: to leave them as and where they are, or "
+                "to change a copy.deepcopy"
             )
     metrics = _numbers(found if isinstance(found, Mapping) else {"quality": found})
     errors = _numbers(given) if (given := getattr(found, "errors", None)) else {}
