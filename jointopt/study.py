@@ -102,9 +102,10 @@ class Study:
             raise JointoptError(f"storage: {str(path)!r} is a folder; allowed: a file, new or a study")
         if path is not None and not path.parent.is_dir():
             raise JointoptError(f"storage: the folder {str(path.parent)!r} does not exist")
-        lock = None if path is None else locked(Path(f"{path}.lock"), f"study {str(path)!r}")
+        connection, lock = _connect(path, new=True), None  # first, as nothing is left beside what is no study
         try:
-            connection = _connect(path, new=True)
+            if path is not None:
+                lock = locked(Path(f"{path}.lock"), f"study {str(path)!r}")
             wanted = {
                 "version": VERSION,
                 "space": space.to_dict(),
@@ -122,6 +123,7 @@ class Study:
                         connection.executemany("INSERT INTO facts VALUES (?, ?)", rows)
             return cls(connection, path, lock)
         except BaseException:
+            connection.close()
             if lock is not None:
                 lock.close()
             raise

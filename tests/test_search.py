@@ -237,7 +237,7 @@ def test_another_program_s_database_and_an_empty_one_are_left_as_they_are(supern
         Study.open(path)
     with pytest.raises(JointoptError, match="is no study"):
         jointopt.search(supernet, agreement, evaluations=3, storage=path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     (tmp_path / "empty.db").touch()
     with pytest.raises(JointoptError, match="found tables none"):
         Study.open(tmp_path / "empty.db")
