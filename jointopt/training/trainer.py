@@ -28,7 +28,7 @@ from jointopt.evaluation import Batch, logits_of
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
-from jointopt.training.elastic import Recipe, checked, elastic_loss, task_loss
+from jointopt.training.elastic import IGNORED, Recipe, checked, elastic_loss, task_loss
 from jointopt.training.lora import NAMES, adapted, attach, merge, with_adapters
 from quant.errors import JointoptError, check_count
 from search_spaces.families import Declare
@@ -233,7 +233,7 @@ class ElasticTrainer(Trainer):
             return 1.0
         shown = labels[..., 1:] if self._loss_shifts_labels else labels
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return shown.ne(-100).sum() / max(counted, 1) * self.current_gradient_accumulation_steps * processes
+        return shown.ne(IGNORED).sum() / max(counted, 1) * self.current_gradient_accumulation_steps * processes
 
     def prediction_step(self, model: nn.Module, *args: Any, **options: Any) -> Any:
         """The Trainer's, with adapters where there are some."""
