@@ -295,14 +295,15 @@ class Finish(Section):
     steps; with neither, rounding is gptq.
 
     Attributes:
-        rounding: "gptq"; or "descent", which goes on from it column by column.
+        rounding: "gptq"; or "descent" or "learned", which go on from it, the one column by column, the other block by
+            block towards the block's outputs.
         steps: of training each of them alone, in its number formats, distilled from the whole model on `data.train`.
         batch_size, learning_rate: of that training.
         learned_ranges: whether it trains the ranges of quantized weights and static inputs too (LSQ).
         top: how many points are finished and scored again; what is best then is exported.
     """
 
-    rounding: Literal["gptq", "descent"] | None = None
+    rounding: Literal["gptq", "descent", "learned"] | None = None
     steps: Positive | None = None
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4

@@ -14,44 +14,26 @@ from __future__ import annotations
 
 import hashlib
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quant.errors import JointoptError, check_above_0, check_count, check_whole, did_you_mean
-from quant.formats import Scheme
-from quant.layers import held_input
-from quant.reference import Clip
-from quant.rounding.descent import descent
-from quant.rounding.gptq import gptq
-from quant.rounding.moments import NEVER_REACHED, InputMoments, joined
-from quant.rounding.recovery import recovered
 
-from .batch_norm import on_device
 from .choice import front_of, within
-from .evaluation import Quality, check_batch, measured
-from .lockstep import Arrived, in_step
+from .evaluation import Quality, measured
 from .objectives import COSTS
-from .subnetwork import Plan, detach, quantize_layer, renamed
+from .rounding import ROUNDINGS, rounded_anew
 from .training.alone import train_alone
 from .training.loop import Batches
-from .weight_bank import BankedWeight
 
 if TYPE_CHECKING:
     from .study import Study
     from .supernet import Supernet
-
-ROUNDINGS = {"gptq": gptq, "descent": descent}
-
-Halves = tuple[InputMoments, InputMoments]
 
 
 @dataclass(frozen=True)
@@ -59,7 +41,8 @@ class Finishing:
     """How sub-networks are finished.
 
     Attributes:
-        rounding: "gptq"; or "descent", which goes on from it column by column and takes about three times as long.
+        rounding: a name of `ROUNDINGS`: "gptq"; or "descent" or "learned", which go on from it, the one column by
+            column, the other block by block.
         steps: of training in place of such a rounding, None for none.
         learning_rate, seed: of the training.
         learned_ranges: whether ranges of weights' scales and static inputs are trained too (LSQ, arXiv 1902.08153).
@@ -127,7 +110,7 @@ def finish(
 ) -> Finished:
     """Gives one sub-network its last weights: rounded by the expensive method, or trained.
 
-    Rounding runs every batch's forward pass twice, side by side in the sub-network and in its unquantized self: layers
+    Rounding runs every batch's forward pass side by side in the sub-network and in its unquantized self: layers
     whose inputs are not rounded are fitted to the outputs there (from two samples on) before they are rounded. Memory
     is that of the sub-network, one block's activations of both for all batches, and one layer's Hessians, of both
     halves of the samples. Layers that are not quantized, and embeddings, stay as the search scored them. Where a layer
@@ -139,7 +122,10 @@ def finish(
         batches: dicts of what the model's forward takes, such as those it was calibrated with, in a list or whatever
             gives them once; "labels" are left out, and padding (where the attention mask is 0) does not count. To
             train: a list of many, or a function from the epoch's number to an iterable of them.
-        rounding: "gptq"; or "descent", which goes on from it column by column and takes about three times as long.
+        rounding: "gptq"; "descent", which goes on from it column by column and takes about three times as long; or
+            "learned", which goes on from it block by block by 200 steps towards the block's outputs, each of one batch,
+            and keeps what holds on every fourth batch, of which it does not learn. It takes the longest, and is worth
+            most where inputs are in 4 bits. Memory is then also that of one block's activations to train it.
         quality: scores the finished sub-network: `Finished.metrics`.
         steps: of training, in place of the rounding; with `learning_rate` (AdamW's, 10% warm-up, then a cosine) and
             `seed` (of the order of batches).
@@ -177,49 +163,13 @@ def finish_by(
         found = "function of epochs" if callable(batches) else type(batches).__name__
         raise JointoptError(f"finish: found a {found} to round by {how.rounding}; allowed: a list of batches")
     else:
-        model = _rounded_anew(supernet, plan, batches, how.rounding)
+        model = rounded_anew(supernet, plan, batches, how.rounding)
     seconds = time.perf_counter() - started
     metrics = None
     if quality is not None:
         costs = {name: float(value) for name, value in supernet.costs(genome).items()}
         metrics = {**costs, **measured(quality, model)}
     return Finished(genome, how.name, model, metrics, seconds)
-
-
-def _rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str, Any]], rounding: str) -> nn.Module:
-    """The sub-network of a plan, its layers rounded one after the other."""
-    moved = []
-    for batch in batches:
-        check_batch("finish", batch)
-        moved.append({k: v for k, v in on_device(batch, supernet.device).items() if k != "labels"})
-    if not moved:
-        raise JointoptError("finish: found no batch; allowed: one or more dicts of the model's inputs")
-    modules = dict(supernet.model.named_modules())
-    rounded = {p: s for p, s in plan.schemes.items() if not isinstance(modules[p], nn.Embedding)}
-    bare = replace(plan, schemes={p: s for p, s in plan.schemes.items() if p not in rounded})
-    shell = supernet.renormalized(supernet.built(bare), plan)
-    original = supernet.view(replace(plan, schemes={}, caches={}))
-    names = {renamed(path, supernet.family, plan.blocks): path for path in rounded}
-    left = dict(names)
-    shared = _SharedMoments()
-
-    def change(name: str, module: nn.Module, arrived: Arrived) -> None:
-        path = left.pop(name)
-        scheme, constants = rounded[path], supernet.statistics(path, rounded[path])
-        try:
-            halves = shared.of(module, scheme, constants, arrived)
-            weight, shift = _rounded(module, scheme, halves, partial(supernet.clip, path, scheme), rounding)
-        except JointoptError as error:
-            raise JointoptError(f"finish: {path}: {error}") from None
-        quantize_layer(module, scheme, weight, None, None, constants)
-        if shift is not None:
-            module._parameters["bias"] = nn.Parameter(module.get_parameter("bias") + shift, requires_grad=False)
-
-    with _without_cache(shell), _without_cache(original):
-        in_step(shell, moved, names, change, original)
-    if left:
-        raise JointoptError(f"finish: {next(iter(left.values()))}: {NEVER_REACHED}")
-    return detach(supernet.renormalized(shell, plan))
 
 
 def finish_top(
@@ -314,80 +264,3 @@ def _nearest_on_front(study: Study, genome: np.ndarray, top: int) -> list[np.nda
     at = near["genome"].tolist().index(tuple(genome))
     nearest = sorted(range(len(near)), key=lambda index: abs(index - at))[:top]
     return [np.array(near["genome"].iloc[index], dtype=np.int64) for index in nearest]
-
-
-def _rounded(
-    module: nn.Module, scheme: Scheme, halves: Halves, clip_of: Callable[[Tensor, Tensor], Clip], rounding: str
-) -> tuple[BankedWeight, Tensor | None]:
-    """A layer's weight rounded for its inputs, fitted to the original's before, and what its bias gains, if it has one.
-
-    Ranges are chosen as in the search. The clipping that has the least squared error alone is not the best one here:
-    errors that go on to later columns need the room (ViT of the digits, NVFP4A16: KL 8.4e-5 by MSE, 3.2e-5 by
-    min-max).
-    """
-    weight = module.get_parameter("weight").detach()
-    assert scheme.weights is not None
-    has_bias = module._parameters.get("bias") is not None
-    moments = joined(halves)
-    hessian = moments.hessian(centred=has_bias)
-    energy = hessian.diagonal(dim1=-2, dim2=-1).repeat_interleave(len(weight) // len(hessian), 0)
-    target = recovered(weight, halves, centred=has_bias)
-    quantized = ROUNDINGS[rounding](target, hessian, scheme.weights, clip_of(target, energy))
-    values = quantized.dequantize(weight.dtype)
-    shift = None
-    if has_bias:
-        whole, held = (each.float().flatten(1).unflatten(0, (len(hessian), -1)) for each in (weight, values))
-        lost = whole @ moments.original_mean()[..., None] - held @ moments.mean()[..., None]
-        shift = lost.flatten().to(weight.dtype)
-    return BankedWeight(quantized, values), shift
-
-
-class _SharedMoments:
-    """The moments of the layer before, of every other sample and of the rest, which are also this one's where the same
-    tensors come in (q, k, v).
-
-    What the original gets counts for weights alone: where inputs are rounded, most of what they lost is the noise of
-    this rounding, for which no weight can make up (ViT of the digits, W4A4: KL 4.6e-3 without it, 5.5e-3 with it).
-    """
-
-    def __init__(self) -> None:
-        self._inputs: list[weakref.ref[Tensor]] = []
-        self._constants: tuple[Any, ...] = ()
-        self._halves: Halves | None = None
-
-    def of(self, module: nn.Module, scheme: Scheme, constants: Mapping[str, Tensor], arrived: Arrived) -> Halves:
-        form = scheme.activations
-        inputs = [x for pair in arrived for x in pair[:2]]
-        values = (form, *(constant.tolist() for constant in constants.values()))
-        same = len(inputs) == len(self._inputs) and all(x is ref() for x, ref in zip(inputs, self._inputs, strict=True))
-        if same and values == self._constants and isinstance(module, nn.Linear) and self._halves is not None:
-            return self._halves
-        self._halves = None
-        halves = InputMoments(module), InputMoments(module)
-        seen = 0
-        for x, original, mask in arrived:
-            held = x if form is None else held_input(module, x, form, **constants)
-            for number, half in enumerate(halves):
-                part = slice((number - seen) % 2, None, 2)
-                chosen: Any = part
-                if mask is not None and held.dim() == 3 and mask.shape == held.shape[:2]:
-                    chosen = mask.bool() & (torch.arange(len(x), device=x.device)[:, None] % 2 == part.start)
-                if held[chosen].numel():
-                    half.add(held[chosen], original[chosen] if form is None else None)
-            seen += len(x)
-        self._inputs, self._constants, self._halves = [weakref.ref(x) for x in inputs], values, halves
-        return halves
-
-
-@contextmanager
-def _without_cache(model: Any) -> Iterator[None]:
-    """Keys and values of layers that are done would only fill the memory."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if before:
-            config.use_cache = before

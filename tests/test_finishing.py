@@ -12,7 +12,7 @@ from torch import nn
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
 from jointopt.finishing import finish_top
-from jointopt.lockstep import in_step
+from jointopt.lockstep import in_step, starting
 from tests.zoo import MODELS, RELATIVES, batches, logits, make
 
 SCHEMES = ["W4A16", "NVFP4A16", "MXFP4A16", "W4A16_ASYM", "FP4A16", "W8A16_CHANNEL", "FP8A16"]
@@ -61,6 +61,20 @@ def test_what_was_finished_exports_verifies_and_weighs_the_same(tmp_path):
 def test_finished_sub_networks_of_other_families_export_too(name, tmp_path):
     supernet = supernet_of(name, [*SCHEMES, "W8A8_STATIC"])
     finished = jointopt.finish(supernet, supernet.space.sample(1, seed=5)[0], batches(name, count=2))
+    verification = jointopt.verify(jointopt.export(supernet, finished, tmp_path / "finished"))
+    assert verification.ok, verification.differences
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_tied", "timm_vit", "timm_resnet", "resnet"])
+def test_learned_rounding_exports_with_the_codes_that_it_learned(name, tmp_path):
+    supernet = supernet_of(name, ["W4A4", "W8A8", "W4A16_CHANNEL"])
+    genome, given = supernet.space.sample(1, seed=5)[0], batches(name, count=3)
+    before = supernet.fingerprint()
+    finished = jointopt.finish(supernet, genome, given, "learned")
+    rounded = jointopt.finish(supernet, genome, given, "gptq")
+    assert supernet.fingerprint() == before
+    same = [torch.equal(a, b) for a, b in zip(finished.model.parameters(), rounded.model.parameters(), strict=True)]
+    assert not all(same)
     verification = jointopt.verify(jointopt.export(supernet, finished, tmp_path / "finished"))
     assert verification.ok, verification.differences
 
@@ -136,7 +150,7 @@ class TwoWays(nn.Module):
 def test_passes_that_reach_the_layers_in_another_order_do_not_wait_for_each_other():
     model = TwoWays()
     seen = []
-    passes = [{"x": torch.ones(1, 2), "turned": turned} for turned in (False, True, False)]
+    passes = [starting({"x": torch.ones(1, 2), "turned": turned}) for turned in (False, True, False)]
     in_step(model, passes, ["first", "second", "never"], lambda path, _, arrived: seen.append((path, len(arrived))))
     assert seen == [("first", 2), ("second", 3)]
     assert "forward" not in vars(model.first)
@@ -151,10 +165,10 @@ def test_an_original_beside_is_seen_as_it_was():
         seen[path] = arrived[0]
         nn.init.zeros_(module.weight)
 
-    in_step(model, [{"x": x, "turned": False}], ["first", "second"], change, original)
-    assert seen["first"][0] is x and seen["first"][1] is x
-    assert torch.equal(seen["second"][0][0], model.first.bias)
-    assert torch.equal(seen["second"][1], original.first(x))
+    in_step(model, [starting({"x": x, "turned": False})], ["first", "second"], change, original)
+    assert seen["first"].x is x and seen["first"].original_x is x
+    assert torch.equal(seen["second"].x[0], model.first.bias)
+    assert torch.equal(seen["second"].original_x, original.first(x))
 
 
 @pytest.mark.parametrize("where", ["change", "forward"])
@@ -166,8 +180,8 @@ def test_an_error_in_the_middle_ends_every_pass(where):
             raise JointoptError("stop")
 
     passes = [
-        {"x": torch.ones(1, 2), "turned": False},
-        {"x": torch.ones(1, 3 if where == "forward" else 2), "turned": 0},
+        starting({"x": torch.ones(1, 2), "turned": False}),
+        starting({"x": torch.ones(1, 3 if where == "forward" else 2), "turned": 0}),
     ]
     with pytest.raises((JointoptError, RuntimeError)):
         in_step(model, passes, ["first", "second"], change)
@@ -189,7 +203,7 @@ def test_a_layer_that_changes_its_class_computes_as_the_new_one_at_once():
         if path == "first":
             module.__class__ = Doubled
 
-    in_step(model, [{"x": torch.ones(1, 2), "turned": False}], ["first"], change)
+    in_step(model, [starting({"x": torch.ones(1, 2), "turned": False})], ["first"], change)
     assert torch.equal(outputs[-1], expected)
 
 

@@ -10,6 +10,7 @@ ROUNDINGS = {
     "nearest": "the nearest value",
     "gptq": "GPTQ (arXiv 2210.17323), layer after layer",
     "descent": "GPTQ and coordinate descent from there (QuantEase, arXiv 2309.01885), layer after layer",
+    "learned": "GPTQ and learned rounding from there (AutoRound, arXiv 2309.05516), block after block",
 }
 
 
