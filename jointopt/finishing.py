@@ -124,8 +124,8 @@ def finish(
             train: a list of many, or a function from the epoch's number to an iterable of them.
         rounding: "gptq"; "descent", which goes on from it column by column and takes about three times as long; or
             "learned", which goes on from it block by block by 200 steps towards the block's outputs, each of one batch,
-            and keeps what holds on every fourth batch, of which it does not learn. It takes the longest, and is worth
-            most where inputs are in 4 bits. Memory is then also that of one block's activations to train it.
+            and keeps what holds on every eighth batch (of fewer the last), of which it does not learn. It takes the
+            longest, and is worth most where inputs are in 4 bits. Memory is then also that of training one block.
         quality: scores the finished sub-network: `Finished.metrics`.
         steps: of training, in place of the rounding; with `learning_rate` (AdamW's, 10% warm-up, then a cosine) and
             `seed` (of the order of batches).

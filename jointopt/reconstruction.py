@@ -21,8 +21,8 @@ from .lockstep import Arrived, Call
 STEPS = 200
 RATE = 0.015
 """Adam's, in spacings between a format's values, going to 0 in a straight line: enough to move by 1.5 of them."""
-HELD_OUT = 4
-"""One batch of so many only judges."""
+HELD_OUT = 8
+"""One batch of so many only judges, of fewer the last."""
 _JUDGED = 20
 
 
@@ -31,10 +31,11 @@ def reconstruct(
 ) -> int:
     """Moves codes of a block's layers so that its outputs come nearer to those that the original has there.
 
-    Each step takes one batch, in their order. Every `HELD_OUT`th batch is left out, and every 20 steps says how far
-    the outputs are there; what was best stays. So codes stay as they were where what is learned does not hold for
-    inputs not seen, as where rounding costs little (with fewer batches, all are learned from and judge). Positions of
-    padding do not count. Scales, biases and whatever is not quantized stay.
+    Each step takes one batch, in their order. Every eighth batch (of fewer the last) is left out, and every 20 steps
+    says how far the outputs are there; what was best stays. So codes stay as they were where what is learned does not
+    hold for inputs not seen, as where rounding costs little (MiniLM with INT4 weights: KL 1.9e-3 before, 2.7e-3 when
+    all 200 steps stay). A single batch judges itself. Positions of padding do not count. Scales, biases and whatever
+    is not quantized stay.
 
     Args:
         block: its quantized layers are changed in place.
@@ -47,8 +48,8 @@ def reconstruct(
     with torch.no_grad():
         targets = [_output(original, each.original) for each in arrived]
     everything = range(len(arrived))
-    judging = everything[HELD_OUT - 1 :: HELD_OUT] or everything
-    learning = [at for at in everything if at not in judging] or everything
+    judging = everything[HELD_OUT - 1 :: HELD_OUT] or everything[-1:]
+    learning = [at for at in everything if at not in judging] or judging
     codes = _Codes(block, weights)
 
     def distance(at: int) -> Tensor:
