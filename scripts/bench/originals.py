@@ -108,7 +108,7 @@ class Original:
         calibrate: batches of inputs, labels left out.
         train: the same samples in the batches that it was itself trained with.
         quality: model -> its metrics, "kl" to this model among them.
-        calibration_quality: the same on the calibration batches (of a language model on the first: logits are large).
+        calibration_quality: the same on the calibration batches (of a language model on the first four: logits are large).
     """
 
     folder: Path
@@ -131,14 +131,15 @@ def original(name: str, case: Case, assets: Path, work: Path) -> Original:
         loaded.processor.save_pretrained(folder)
         loaded.model.save_pretrained(folder)
     loaded = load_model(str(folder), case.task, device="cpu", dtype="float32")
-    given = task.batches(case.calibrate, loaded.processor, loaded.model, 8)
+    causal = case.task == "causal-lm"
+    given = task.batches(case.calibrate, loaded.processor, loaded.model, 2 if causal else 8)
     calibrate, train = (
         [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
         for batches in (given, task.batches(case.calibrate, loaded.processor, loaded.model, case.batch_size))
     )
-    size = 4 if case.task == "causal-lm" else 100
+    size = 4 if causal else 100
     quality = task.quality(task.batches(case.evaluate, loaded.processor, loaded.model, size), loaded.model)
-    scored = given[:1] if case.task == "causal-lm" else given
+    scored = given[:4] if causal else given
     return Original(folder, loaded.model, calibrate, train, quality, task.quality(scored, loaded.model))
 
 

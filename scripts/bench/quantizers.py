@@ -11,8 +11,8 @@ images, or 32 pieces of 256 tokens. What a tool's weights stand for comes back a
 the same code and with the same quantized inputs as jointopt's, so that formats and bytes are equal; bitsandbytes' INT8
 and 4-bit formats are its own, and their bytes are stated. Inputs of LLM.int8 are those of its kernels.
 
-jointopt's row is the way (to nearest, GPTQ, descent, GPTQ after scaling channels by SmoothQuant or AWQ) whose KL
-divergence from the original on the calibration batches is least. Its seconds are those of that way, calibration
+jointopt's row is the way (to nearest, GPTQ, descent, GPTQ after scaling channels by SmoothQuant or AWQ, learned rounding
+with or without SmoothQuant's scaling) whose KL divergence from the original on the calibration batches is least. Its seconds are those of that way, calibration
 included. The row of "jointopt trained" is `finish` by --steps of training on the same samples and nothing else. The aim
 of a KL is the best neighbour's. A neighbour that cannot do a case, or takes longer than --limit seconds, has no row but
 a line that says so. Results are kept in --work: a bench that was stopped goes on.
@@ -126,12 +126,14 @@ WAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "nearest": ((), None),
     "gptq": ((), "gptq"),
     "descent": ((), "descent"),
+    "learned": ((), "learned"),
     "smooth, gptq": (("smooth",), "gptq"),
     "awq, gptq": (("awq",), "gptq"),
+    "smooth, learned": (("smooth",), "learned"),
     "rotate, gptq": (("rotate",), "gptq"),
 }
 """Name -> transforms of the super-network, and what `finish` rounds by (None: to nearest)."""
-USUAL_WAYS = ["nearest", "gptq", "descent", "smooth, gptq", "awq, gptq"]
+USUAL_WAYS = [way for way in WAYS if way != "rotate, gptq"]
 
 
 def ours(name: str, given: Original, ways: list[str] | None) -> Metrics:
