@@ -108,7 +108,7 @@ class Original:
         calibrate: batches of inputs, labels left out.
         train: the same samples in the batches that it was itself trained with.
         quality: model -> its metrics, "kl" to this model among them.
-        calibration_quality: the same on the calibration batches (of a language model on the first four: logits are large).
+        calibration_quality: the same on the calibration batches (of a language model on four: logits are large).
     """
 
     folder: Path

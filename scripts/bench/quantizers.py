@@ -11,11 +11,12 @@ images, or 32 pieces of 256 tokens. What a tool's weights stand for comes back a
 the same code and with the same quantized inputs as jointopt's, so that formats and bytes are equal; bitsandbytes' INT8
 and 4-bit formats are its own, and their bytes are stated. Inputs of LLM.int8 are those of its kernels.
 
-jointopt's row is the way (to nearest, GPTQ, descent, GPTQ after scaling channels by SmoothQuant or AWQ, learned rounding
-with or without SmoothQuant's scaling) whose KL divergence from the original on the calibration batches is least. Its seconds are those of that way, calibration
-included. The row of "jointopt trained" is `finish` by --steps of training on the same samples and nothing else. The aim
-of a KL is the best neighbour's. A neighbour that cannot do a case, or takes longer than --limit seconds, has no row but
-a line that says so. Results are kept in --work: a bench that was stopped goes on.
+jointopt's row is the way (to nearest, GPTQ, descent, GPTQ after scaling channels by SmoothQuant or AWQ, learned
+rounding with or without SmoothQuant's scaling) whose KL divergence from the original on the calibration batches is
+least. Its seconds are those of that way, calibration included. The row of "jointopt trained" is `finish` by --steps of
+training on the same samples and nothing else. The aim of a KL is the best neighbour's. A neighbour that cannot do a
+case, or takes longer than --limit seconds, has no row but a line that says so. Results are kept in --work: a bench that
+was stopped goes on.
 """
 
 from __future__ import annotations
