@@ -33,6 +33,14 @@ def check_batch(name: str, batch: Any) -> None:
         raise JointoptError(
             f"{name}: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
         )
+    if not batch:
+        raise JointoptError(f"{name}: found an empty batch; allowed: dicts of the model's inputs")
+
+
+def check_supernet(name: str, found: object) -> None:
+    """Raises JointoptError for a model in place of a super-network, or whatever else."""
+    if isinstance(found, nn.Module) or not hasattr(found, "space"):
+        raise JointoptError(f"{name}: found a {type(found).__name__}; allowed: a Supernet, made of a model and a space")
 
 
 class Metrics(dict[str, float]):

@@ -25,7 +25,7 @@ from torch import nn
 from quant.errors import JointoptError, check_above_0, check_count, check_whole, did_you_mean
 
 from .choice import front_of, within
-from .evaluation import Quality, measured
+from .evaluation import Quality, check_supernet, measured
 from .objectives import COSTS
 from .rounding import ROUNDINGS, rounded_anew
 from .training.alone import train_alone
@@ -150,6 +150,7 @@ def finish_by(
 ) -> Finished:
     """`finish`, as `how` says."""
     started = time.perf_counter()
+    check_supernet("finish", supernet)
     genome = supernet.space.canonical(genome)
     plan = supernet.plan(genome)
     supernet.check_calibrated(plan)

@@ -15,7 +15,7 @@ import torch
 
 from jointopt import strategies
 from jointopt import workers as workplaces
-from jointopt.evaluation import Evaluation, Quality, measured
+from jointopt.evaluation import Evaluation, Quality, check_supernet, measured
 from jointopt.objectives import COSTS, ON_HARDWARE, Constraint, Objective, constraint, named
 from jointopt.sensitivity import quality_prior, telling
 from jointopt.sharing import evaluation_order, parts_of
@@ -93,6 +93,7 @@ def search(
             genome meets, another config on the same study, a function that failed on every genome of the first batch,
             workers that cannot be started.
     """
+    check_supernet("search", supernet)
     if not supernet.calibrated:
         raise JointoptError("search: the super-network is not calibrated; call supernet.calibrate(batches) first")
     budget = Budget(evaluations, minutes, patience)

@@ -23,7 +23,7 @@ import pandas as pd
 
 from jointopt.choice import best_of, costs_of, front_of, quality_of, with_finished, within
 from jointopt.objectives import Constraint, Objective, constraint, hypervolume, minimized
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_kind
 from search_spaces.space import SearchSpace
 
 _TABLES = """
@@ -131,6 +131,7 @@ class Study:
     @classmethod
     def open(cls, path: str | Path) -> Study:
         """A finished or a running study, to be read. Raises JointoptError where there is none."""
+        check_kind("study", path, (str, Path), "a path")
         path = Path(path)
         if not path.is_file():
             raise JointoptError(f"study: {str(path)!r} does not exist")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.calibration import check_activation_method, check_weight_method, choose_clip
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_kind
 from quant.formats import Scheme, scheme
 from quant.kernels import quantize_and_hold
 from quant.learned_ranges import widened
@@ -100,6 +100,7 @@ class Supernet:
         dtypes = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
         if not dtypes <= {torch.float32, torch.bfloat16}:
             raise JointoptError(f"dtype: the model holds {', '.join(map(str, dtypes))}; allowed: float32, bfloat16")
+        check_kind("space", space, SearchSpace, "a SearchSpace, such as SearchSpace.for_model(model)")
         self._given = model
         self._declared = partial(declare, family=family)
         self.model, self.family = self._declared(_own_copy(model))

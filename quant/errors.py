@@ -20,6 +20,13 @@ def did_you_mean(found: Any, allowed: Iterable[str]) -> str:
     return f"; did you mean {lowered[near[0]]!r}?" if near else ""
 
 
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], allowed: str) -> None:
+    """Raises JointoptError for what is of none of these types."""
+    if not isinstance(value, kind):
+        found = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+        raise JointoptError(f"{name}: found {found}; allowed: {allowed}")
+
+
 def check_count(name: str, value: object) -> None:
     """Raises JointoptError for what is neither None nor a whole number from 1."""
     if value is not None:

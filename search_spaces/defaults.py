@@ -74,6 +74,9 @@ def space_for_model(
     Raises:
         JointoptError: an unknown key, preset or scheme; a width that does not divide; a scheme that fits no layer.
     """
+    for name, given in (("schemes", schemes), ("caches", caches), ("unquantized", unquantized)):
+        if isinstance(given, str):
+            raise JointoptError(f"{name}: found {given!r}; allowed: a list of names")
     options = _options(preset, architecture)
     schemes = tuple(schemes or options.pop("schemes", None) or DEFAULT_SCHEMES)
     options.pop("schemes", None)

@@ -141,7 +141,7 @@ def test_a_path_in_place_of_a_study_and_no_folder_are_refused(tmp_path):
     supernet = supernet_of("bert", schemes=["none", "W8A8"])
     with pytest.raises(JointoptError, match="export: found study 'study.db'; allowed: a study, such as Study.open"):
         jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", study="study.db")
-    with pytest.raises(JointoptError, match="export: found folder None; allowed: a path"):
+    with pytest.raises(JointoptError, match="export: folder: found None; allowed: a path"):
         jointopt.export(supernet, supernet.space.smallest, None)
 
 

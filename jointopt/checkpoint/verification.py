@@ -23,7 +23,7 @@ from jointopt.checkpoint import gguf_writer
 from jointopt.checkpoint.onnx.writer import check_installed
 from jointopt.checkpoint.writer import RECORD, probe_inputs, probed, stored_bytes
 from jointopt.evaluation import Quality, measured
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_kind
 from quant.formats import scheme
 
 TOLERANCE = 1e-3
@@ -67,8 +67,8 @@ def verify(
         JointoptError: no such folder or no record in it, a quality function that fails, or an export for bitsandbytes
             where that is not installed.
     """
-    folder = Path(folder)
     record = read_record(folder)
+    folder = Path(folder)
     _check_installed(folder, record)
     if record.get("target") == "onnxruntime":
         device = "cpu"
@@ -105,6 +105,7 @@ def _scored(quality: Quality, model: nn.Module, differences: list[str]) -> dict[
 
 def read_record(folder: str | Path) -> dict[str, Any]:
     """What was recorded at export."""
+    check_kind("verify: folder", folder, (str, Path), "a path")
     path = Path(folder) / RECORD
     if not path.is_file():
         raise JointoptError(f"verify: {str(folder)!r} is no export: it has no {RECORD}")

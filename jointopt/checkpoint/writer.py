@@ -38,9 +38,10 @@ from jointopt.checkpoint.structure import (
     tensors_of,
 )
 from jointopt.checkpoint.timm_recipe import by_library, from_recipe, timm_recipe
+from jointopt.evaluation import check_supernet
 from jointopt.finishing import Finished
 from jointopt.study import Study, locked
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_kind
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -87,8 +88,8 @@ def export(
             number format that the target does not compute; weights were trained since the calibration that it needs.
     """
     targets.target(target)
-    if not isinstance(folder, str | Path):
-        raise JointoptError(f"export: found folder {folder!r}; allowed: a path")
+    check_supernet("export", supernet)
+    check_kind("export: folder", folder, (str, Path), "a path")
     if not isinstance(study, Study | None):
         raise JointoptError(f"export: found study {study!r}; allowed: a study, such as Study.open(path)")
     folder = Path(folder)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device, running_statistics
-from jointopt.evaluation import Batch, check_batch
+from jointopt.evaluation import Batch, check_batch, check_supernet
 from jointopt.learned_ranges import NAME
 from jointopt.subnetwork import Plan
 from jointopt.training.distillation import Distillation, Seen, Target, loss_of, seen, target, teacher_logits
@@ -101,6 +101,7 @@ class Recipe:
 
     def check(self, supernet: Supernet) -> None:
         """Raises JointoptError for what this super-network cannot be trained with, before any step."""
+        check_supernet("train", supernet)
         if not (supernet.calibrated or supernet.trained):
             raise JointoptError(
                 "train: call supernet.calibrate(batches) first; training follows the order of importance"
@@ -142,6 +143,7 @@ def elastic_loss(
             loss is not finite.
     """
     recipe = checked(recipe) or Recipe()
+    check_supernet("train", supernet)
     if supernet.calibrated or not supernet.trained:  # at the first step; later ones go on with what was checked
         recipe.check(supernet)
     if recipe.learned_ranges and NAME not in supernet.model._parameters:

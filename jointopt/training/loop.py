@@ -23,7 +23,7 @@ from jointopt.supernet_state import distinct_tensors
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import Recipe, checked, gradients_of, processes
 from jointopt.training.lora import adapted, attach, merge
-from quant.errors import JointoptError, check_above_0, check_count, check_number, check_whole
+from quant.errors import JointoptError, check_above_0, check_count, check_kind, check_number, check_whole
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -96,6 +96,7 @@ def train_supernet(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     kept = None
     if checkpoint is not None:
+        check_kind("train: checkpoint", checkpoint, (str, Path), "a path")
         rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "sort_every": sort_every}
         if not Path(checkpoint).parent.is_dir():
             raise JointoptError(f"train: the checkpoint's folder {str(Path(checkpoint).parent)!r} does not exist")

@@ -30,7 +30,7 @@ from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
 from jointopt.training.elastic import IGNORED, Recipe, checked, elastic_loss, task_loss
 from jointopt.training.lora import NAMES, adapted, attach, merge, with_adapters
-from quant.errors import JointoptError, check_count
+from quant.errors import JointoptError, check_count, check_kind
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
 
@@ -81,7 +81,8 @@ class ElasticTrainer(Trainer):
         lora: Any = None,
         **options: Any,
     ):
-        args = args or TrainingArguments(output_dir="tmp_trainer")
+        args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
+        check_kind("args", args, TrainingArguments, "TrainingArguments, or None")
         if args.fp16:
             raise JointoptError(
                 "args: fp16, in which gradients of small sub-networks vanish; allowed: bf16, or neither"

@@ -1,0 +1,68 @@
+"""What is of the wrong kind altogether is named at once, in one line, by every way in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import jointopt
+from jointopt import JointoptError, SearchSpace, Supernet
+from tests.zoo import batches, make
+
+MODEL = make("bert")
+SPACE = SearchSpace.for_model(MODEL, schemes=["W8A8", "W4A16"])
+
+
+@pytest.fixture(scope="module")
+def supernet() -> Supernet:
+    made = Supernet(MODEL, SPACE)
+    made.calibrate(batches("bert"))
+    return made
+
+
+def labelled() -> list[dict]:
+    return [{**batch, "labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)} for batch in batches("bert")]
+
+
+MODEL_FOR_SUPERNET = "found a BertForSequenceClassification; allowed: a Supernet"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: jointopt.search(MODEL, quality=lambda model: 0.5, evaluations=2), f"search: {MODEL_FOR_SUPERNET}"),
+        (lambda: jointopt.finish(MODEL, SPACE.largest, batches("bert")), f"finish: {MODEL_FOR_SUPERNET}"),
+        (lambda: jointopt.export(MODEL, SPACE.largest, "somewhere"), f"export: {MODEL_FOR_SUPERNET}"),
+        (lambda: jointopt.elastic_loss(MODEL, labelled()[0], 0), f"train: {MODEL_FOR_SUPERNET}"),
+        (lambda: jointopt.train_supernet(MODEL, labelled(), 1), f"train: {MODEL_FOR_SUPERNET}"),
+    ],
+)
+def test_a_model_in_place_of_a_super_network(call, said):
+    with pytest.raises(JointoptError, match=said):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: Supernet(MODEL, "vit"), "space: found 'vit'; allowed: a SearchSpace"),
+        (lambda: SearchSpace.for_model(MODEL, schemes="W8A8"), "schemes: found 'W8A8'; allowed: a list of names"),
+        (lambda: jointopt.verify(None), "verify: folder: found None; allowed: a path"),
+        (lambda: jointopt.Study.open(3), "study: found 3; allowed: a path"),
+        (lambda: jointopt.ElasticTrainer(MODEL, SPACE, {}, labelled()), "args: found a dict; allowed: TrainingArgum"),
+    ],
+)
+def test_something_else_altogether(call, said):
+    with pytest.raises(JointoptError, match=said):
+        call()
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 1}])
+def test_an_empty_batch(options, supernet):
+    with pytest.raises(JointoptError, match="finish: found an empty batch"):
+        jointopt.finish(supernet, supernet.space.smallest, [{}], **options)
+
+
+def test_a_checkpoint_that_is_no_path(supernet):
+    with pytest.raises(JointoptError, match="train: checkpoint: found 3; allowed: a path"):
+        jointopt.train_supernet(supernet, labelled(), 1, checkpoint=3)
