@@ -1,6 +1,6 @@
-"""Peak memory of calibrating and finishing (GPTQ) over that of the models themselves: random LLaMAs in bfloat16.
+"""Peak memory of calibrating and finishing over that of the models themselves: random LLaMAs in bfloat16.
 
-    python scripts/bench/memory.py [--case 135m] [--case 1.5b] [--json FILE]
+    python scripts/bench/memory.py [--case 135m] [--case 1.5b] [--rounding gptq] [--json FILE]
 
 Resident memory is reset to now where a phase begins (Linux), so that each has a peak of its own. "models" are the
 original, the super-network's copy, and, while finishing, the finished sub-network with its codes; "block" one block's
@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import jointopt
 from jointopt import SearchSpace, Supernet
+from jointopt.rounding import ROUNDINGS
 
 CASES = {
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512, help="of each batch")
     parser.add_argument("--blocks", type=int, help="that are quantized and finished (default: all)")
+    parser.add_argument("--rounding", choices=tuple(ROUNDINGS), default="gptq")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     table, rows = Table("case", "phase", "models (GB)", "peak (GB)", "beyond the models (GB)", "seconds"), []
@@ -80,14 +82,14 @@ def main() -> None:
         genome = space.encode(
             {gene: "W4A16" if any(gene.startswith(name) for name in wanted) else "none" for gene in chosen}
         )
-        for phase in ("calibrate", "finish"):
+        for phase in ("calibrate", options.rounding):
             begin()
             clock = time.perf_counter()
             if phase == "calibrate":
                 supernet.calibrate(seen)
                 models = 2 * weights
             else:
-                finished = jointopt.finish(supernet, genome, seen)
+                finished = jointopt.finish(supernet, genome, seen, options.rounding)
                 codes = sum(
                     layer.quantized.codes.nbytes for layer in finished.model.modules() if hasattr(layer, "quantized")
                 )
