@@ -24,6 +24,8 @@ RATE = 0.015
 HELD_OUT = 8
 """One batch of so many only judges, of fewer the last."""
 _JUDGED = 20
+_LEAST = 1e-6
+"""Mean square of a token that is not counted as smaller."""
 
 
 def reconstruct(
@@ -113,7 +115,12 @@ def _output(block: nn.Module, call: Call) -> Tensor:
 
 
 def _distance(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    lost = (output.float() - target.float()).square()
-    if mask is not None and lost.dim() == 3 and mask.shape == lost.shape[:2]:
-        lost = lost[mask.bool()]
+    """Mean over positions of the squared error, of tokens as a share of the target's square there: what reads a token
+    divides by its size, and the largest of a language model would leave the others no say."""
+    aim = target.float()
+    lost = (output.float() - aim).square()
+    if lost.dim() == 3:
+        lost = lost.mean(-1) / aim.square().mean(-1).clamp(min=_LEAST)
+        if mask is not None and mask.shape == lost.shape:
+            lost = lost[mask.bool()]
     return lost.mean()
