@@ -107,6 +107,16 @@ def test_padding_does_not_count():
     assert torch.equal(*found)
 
 
+def test_a_token_of_a_thousand_times_the_size_leaves_the_others_their_say():
+    block, original = pair()
+    given, unseen = arrivals(8, seed=0), arrivals(4, seed=1)
+    for each in given:
+        each.call.args[0][:, 0] *= 1000
+    before = distance(block, original, unseen)
+    assert reconstruct(block, weights(original), given, original) > 0
+    assert distance(block, original, unseen) < 0.9 * before
+
+
 def test_a_block_may_take_keywords_and_give_a_tuple():
     block, original = pair()
     assert reconstruct(block, weights(original), arrivals(4, seed=0, scale=0.5, as_tuple=True), original) > 0
