@@ -46,6 +46,8 @@ def reconstruct(
     Returns:
         After which step it was best; 0 where codes stay.
     """
+    if not weights:
+        return 0
     with torch.no_grad():
         targets = [_output(original, each.original) for each in arrived]
     everything = range(len(arrived))
@@ -66,7 +68,7 @@ def reconstruct(
     for step, at in zip(range(STEPS), itertools.cycle(learning), strict=False):
         with torch.enable_grad():
             codes.place()
-            gradients = torch.autograd.grad(distance(at), codes.moves)
+            gradients = torch.autograd.grad(distance(at), codes.moves, materialize_grads=True)
         for move, gradient in zip(codes.moves, gradients, strict=True):
             move.grad = gradient
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)

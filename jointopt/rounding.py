@@ -112,8 +112,13 @@ class _Rounder:
         quantize_layer(layer, scheme, weight, None, None, constants)
         if shift is not None:
             layer._parameters["bias"] = nn.Parameter(layer.get_parameter("bias") + shift, requires_grad=False)
-        if self.blocks:
+        if self.blocks and not _by_codes(scheme):
             self.targets[name] = target
+
+
+def _by_codes(scheme: Scheme) -> bool:
+    """Whether a layer multiplies codes and not the values of its weight (LLM.int8), so that no gradient reaches it."""
+    return scheme.activations is not None and scheme.activations.scale == "absmax"
 
 
 def _has_bias(layer: nn.Module) -> bool:

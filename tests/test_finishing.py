@@ -65,6 +65,18 @@ def test_finished_sub_networks_of_other_families_export_too(name, tmp_path):
     assert verification.ok, verification.differences
 
 
+@pytest.mark.parametrize("format", ["BNB_INT8", "BNB_NF4"])
+def test_learned_rounding_leaves_layers_that_multiply_codes_to_gptq(format):
+    supernet = supernet_of("bert", [format], preset="fixed")
+    models = [
+        jointopt.finish(supernet, supernet.space.largest, batches("bert", count=1), how).model
+        for how in ("gptq", "learned")
+    ]
+    pairs = zip(*(model.parameters() for model in models), strict=True)
+    same = all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    assert same == (format == "BNB_INT8")
+
+
 @pytest.mark.parametrize("name", ["bert", "llama_tied", "timm_vit", "timm_resnet", "resnet"])
 def test_learned_rounding_exports_with_the_codes_that_it_learned(name, tmp_path):
     supernet = supernet_of(name, ["W4A4", "W8A8", "W4A16_CHANNEL"])
