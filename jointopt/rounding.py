@@ -72,13 +72,11 @@ class _Rounder:
         left: name in the sub-network of each layer that is still to be rounded -> its path in the super-network.
         blocks: name of each block that is learned as a whole -> the names of its layers in it.
         modules: the names of all that is to be changed.
-        targets: name of each layer of the block at hand -> the weight that was rounded.
     """
 
     def __init__(self, supernet: Supernet, plan: Plan, rounding: str, original: nn.Module, names: Mapping[str, str]):
         self.supernet, self.plan, self.rounding, self.original = supernet, plan, rounding, original
         self.left, self.shared = dict(names), _SharedMoments()
-        self.targets: dict[str, Tensor] = {}
         self.blocks: dict[str, list[str]] = {}
         paths = [renamed(block.path, supernet.family, plan.blocks) for block in plan.blocks]
         for name in names if rounding == "learned" else ():
@@ -92,13 +90,19 @@ class _Rounder:
         if name not in self.blocks:
             self._change_layer(name, module, arrived)
             return
-        beside, parts = self.original.get_submodule(name), self.blocks[name]
-        in_step(module, arrived, parts, lambda part, *there: self._change_layer(f"{name}.{part}", *there), beside)
-        targets = {part: self.targets[f"{name}.{part}"] for part in parts if f"{name}.{part}" in self.targets}
-        reconstruct(module, targets, arrived, beside)
-        self.targets.clear()
+        beside = self.original.get_submodule(name)
+        targets: dict[str, Tensor] = {}
 
-    def _change_layer(self, name: str, layer: nn.Module, arrived: list[Arrived]) -> None:
+        def change_part(part: str, layer: nn.Module, there: list[Arrived]) -> None:
+            target = self._change_layer(f"{name}.{part}", layer, there)
+            if not _by_codes(layer.scheme):  # type: ignore[arg-type]
+                targets[part] = target
+
+        in_step(module, arrived, self.blocks[name], change_part, beside)
+        reconstruct(module, targets, arrived, beside)
+
+    def _change_layer(self, name: str, layer: nn.Module, arrived: list[Arrived]) -> Tensor:
+        """Returns the weight that was rounded."""
         path = self.left.pop(name)
         scheme = self.plan.schemes[path]
         constants = self.supernet.statistics(path, scheme)
@@ -112,8 +116,7 @@ class _Rounder:
         quantize_layer(layer, scheme, weight, None, None, constants)
         if shift is not None:
             layer._parameters["bias"] = nn.Parameter(layer.get_parameter("bias") + shift, requires_grad=False)
-        if self.blocks and not _by_codes(scheme):
-            self.targets[name] = target
+        return target
 
 
 def _by_codes(scheme: Scheme) -> bool:
