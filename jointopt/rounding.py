@@ -6,29 +6,27 @@ nothing is quantized. Learned rounding then goes on from there, block after bloc
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError
 from quant.formats import Format, Scheme
-from quant.layers import held_input
 from quant.reference import Clip, QuantizedTensor
 from quant.rounding.descent import descent
 from quant.rounding.gptq import gptq
-from quant.rounding.moments import NEVER_REACHED, InputMoments, joined
+from quant.rounding.moments import NEVER_REACHED, joined
 from quant.rounding.recovery import recovered
 
 from .batch_norm import on_device
 from .evaluation import check_batch
 from .lockstep import Arrived, in_step, starting
 from .reconstruction import reconstruct
+from .shared_moments import Halves, SharedMoments
 from .subnetwork import Plan, detach, quantize_layer, renamed, within
 from .weight_bank import BankedWeight
 
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 Method = Callable[[Tensor, Tensor, Format, Clip | None], QuantizedTensor]
 ROUNDINGS: dict[str, Method] = {"gptq": gptq, "descent": descent, "learned": gptq}
 """Name -> how each layer is rounded. What is learned goes on from there, a block at a time."""
-
-Halves = tuple[InputMoments, InputMoments]
 
 
 def rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str, Any]], rounding: str) -> nn.Module:
@@ -76,7 +72,7 @@ class _Rounder:
 
     def __init__(self, supernet: Supernet, plan: Plan, rounding: str, original: nn.Module, names: Mapping[str, str]):
         self.supernet, self.plan, self.rounding, self.original = supernet, plan, rounding, original
-        self.left, self.shared = dict(names), _SharedMoments()
+        self.left, self.shared = dict(names), SharedMoments()
         self.blocks: dict[str, list[str]] = {}
         paths = [renamed(block.path, supernet.family, plan.blocks) for block in plan.blocks]
         for name in names if rounding == "learned" else ():
@@ -159,44 +155,6 @@ def _rounded(
     )
     lost = whole @ moments.original_mean()[..., None] - held @ moments.mean()[..., None]
     return BankedWeight(quantized, values), lost.flatten().to(target.dtype)
-
-
-class _SharedMoments:
-    """The moments of the layer before, of every other sample and of the rest, which are also this one's where the same
-    tensors come in (q, k, v).
-
-    What the original gets counts for weights alone: where inputs are rounded, most of what they lost is the noise of
-    this rounding, for which no weight can make up (ViT of the digits, W4A4: KL 4.6e-3 without it, 5.5e-3 with it).
-    """
-
-    def __init__(self) -> None:
-        self._inputs: list[weakref.ref[Tensor]] = []
-        self._constants: tuple[Any, ...] = ()
-        self._halves: Halves | None = None
-
-    def of(self, module: nn.Module, scheme: Scheme, constants: Mapping[str, Tensor], arrived: list[Arrived]) -> Halves:
-        form = scheme.activations
-        inputs = [x for each in arrived for x in (each.x, each.original_x)]
-        values = (form, *(constant.tolist() for constant in constants.values()))
-        same = len(inputs) == len(self._inputs) and all(x is ref() for x, ref in zip(inputs, self._inputs, strict=True))
-        if same and values == self._constants and isinstance(module, nn.Linear) and self._halves is not None:
-            return self._halves
-        self._halves = None
-        halves = InputMoments(module), InputMoments(module)
-        seen = 0
-        for each in arrived:
-            x, original, mask = each.x, each.original_x, each.mask
-            held = x if form is None else held_input(module, x, form, **constants)
-            for number, half in enumerate(halves):
-                part = slice((number - seen) % 2, None, 2)
-                chosen: Any = part
-                if mask is not None and held.dim() == 3 and mask.shape == held.shape[:2]:
-                    chosen = mask.bool() & (torch.arange(len(x), device=x.device)[:, None] % 2 == part.start)
-                if held[chosen].numel():
-                    half.add(held[chosen], original[chosen] if form is None else None)
-            seen += len(x)
-        self._inputs, self._constants, self._halves = [weakref.ref(x) for x in inputs], values, halves
-        return halves
 
 
 @contextmanager

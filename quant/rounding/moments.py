@@ -26,7 +26,7 @@ class InputMoments:
         lost: sum of (o - x) x^T, o what the original's layer gets in place of x; None where none was ever given.
         lost_total: sum of o - x, float32 [groups, columns].
         total: sum of x, float32 [groups, columns].
-        count: number of inputs.
+        count: number of inputs. In all of these an input counts as often as its weight says.
     """
 
     def __init__(self, layer: nn.Module):
@@ -37,24 +37,28 @@ class InputMoments:
         self.total = torch.zeros(groups, columns, device=device)
         self.lost: Tensor | None = None
         self.lost_total = torch.zeros_like(self.total)
-        self.count = 0
+        self.count = 0.0
 
     @torch.no_grad()
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+    def add(self, x: Tensor, original: Tensor | None = None, weight: Tensor | None = None) -> None:
         """Adds inputs: [..., features] of a linear layer, [N, C, H, W] of a convolution (a sample at a time).
 
         Args:
             original: what the original's layer gets in their place.
+            weight: how often each input of a linear layer counts, [...]; None for once.
         """
         convolution = isinstance(self.layer, nn.Conv2d)
         for at, part in enumerate(x if convolution else (x,)):
             columns = input_columns(part, self.layer).float()
-            self.gram.baddbmm_(columns.mT, columns)
-            self.total += columns.sum(1)
-            self.count += columns.shape[1]
+            counted = columns if weight is None else columns * weight.reshape(1, -1, 1)
+            self.gram.baddbmm_(counted.mT, columns)
+            self.total += counted.sum(1)
+            self.count += columns.shape[1] if weight is None else float(weight.sum())
             if original is not None:
                 beside = original[at] if convolution else original
                 lost = input_columns(beside, self.layer).float() - columns
+                if weight is not None:
+                    lost = lost * weight.reshape(1, -1, 1)
                 if self.lost is None:
                     self.lost = torch.zeros_like(self.gram)
                 self.lost.baddbmm_(lost.mT, columns)
