@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from jointopt import SearchSpace, Supernet
-from jointopt.repair import repaired
+from jointopt.repair import Repairs, repaired
+from quant.rounding.moments import InputMoments
 from tests.test_quant_gptq import moments_of
 from tests.test_three_are_one import three_are_one
 from tests.zoo import batches, logits, make
+
+
+def all_in_one(layer: nn.Module, x: torch.Tensor) -> tuple[InputMoments, InputMoments]:
+    """Moments with nothing beside them to try a fit on."""
+    return moments_of(layer, x), InputMoments(layer)
 
 
 def correlated(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -26,7 +32,7 @@ def correlated(rows: int, columns: int, seed: int) -> torch.Tensor:
 def test_a_repaired_layer_is_never_further_from_the_whole_one_than_its_slice(seed, channels, biased):
     torch.manual_seed(seed % 1000)
     layer, x = nn.Linear(12, 5, bias=biased), correlated(200, 12, seed)
-    weight, bias = repaired(layer, moments_of(layer, x), channels)
+    weight, bias = repaired(layer, (moments_of(layer, x[:100]), moments_of(layer, x[100:])), channels)
     with torch.no_grad():
         error = (nn.functional.linear(x[:, :channels], weight, bias) - layer(x)).square().sum()
         plain = (
@@ -37,7 +43,7 @@ def test_a_repaired_layer_is_never_further_from_the_whole_one_than_its_slice(see
 
 def test_without_damping_it_is_the_least_squares_fit():
     layer, x = nn.Linear(12, 5), correlated(300, 12, 0).double().float()
-    weight, bias = repaired(layer, moments_of(layer, x), 7, damping=1e-9)
+    weight, bias = repaired(layer, all_in_one(layer, x), 7, dampings=[1e-9])
     design = torch.cat([x[:, :7], torch.ones(300, 1)], dim=1).double()
     fit = torch.linalg.lstsq(design, layer(x).detach().double()).solution.T
     torch.testing.assert_close(weight, fit[:, :7].float(), rtol=1e-3, atol=1e-4)
@@ -47,21 +53,51 @@ def test_without_damping_it_is_the_least_squares_fit():
 def test_channels_that_repeat_others_can_leave_at_no_loss():
     layer, half = nn.Linear(8, 3), correlated(100, 4, 0)
     x = torch.cat([half, half], dim=1)
-    weight, bias = repaired(layer, moments_of(layer, x), 4, damping=1e-7)
+    weight, bias = repaired(layer, all_in_one(layer, x), 4, dampings=[1e-7])
     torch.testing.assert_close(nn.functional.linear(half, weight, bias), layer(x), rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_that_were_always_zero_leave_the_slice_as_it_is():
     layer = nn.Linear(8, 3, bias=False)
-    weight, bias = repaired(layer, moments_of(layer, torch.zeros(10, 8)), 5)
+    weight, bias = repaired(layer, all_in_one(layer, torch.zeros(10, 8)), 5)
     assert torch.equal(weight, layer.weight[:, :5])
     assert bias is None
+
+
+def test_of_what_few_inputs_say_only_that_is_taken_which_holds_for_others():
+    """Channels that leave have nothing to do with those that stay: from 60 inputs it looks otherwise."""
+    torch.manual_seed(0)
+    layer, x, unseen = nn.Linear(64, 16, bias=False), torch.randn(60, 64), torch.randn(2000, 64)
+
+    def error(halves: tuple[InputMoments, InputMoments]) -> float:
+        weight, _ = repaired(layer, halves, 48)
+        return float((unseen[:, :48] @ weight.T - layer(unseen)).square().mean().detach())
+
+    plain = float((unseen[:, :48] @ layer.weight[:, :48].T - layer(unseen)).square().mean().detach())
+    tried = error((moments_of(layer, x[:30]), moments_of(layer, x[30:])))
+    assert tried < 1.05 * plain
+    assert error(all_in_one(layer, x)) > 2 * plain
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_halves_have_other_samples_and_all_of_them(size):
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"]), repair=True)
+    repairs = Repairs(supernet.model, supernet.family, supernet.space)
+    path, listen = repairs.listeners()[0]
+    layer = supernet.model.get_submodule(path)
+    x = torch.randn(10, layer.in_features)
+    for batch in x.split(size):
+        listen(batch)
+    first, second = repairs._moments[path]
+    assert (first.count, second.count) == (5, 5)
+    torch.testing.assert_close(first.gram + second.gram, (x.T @ x)[None])
 
 
 def test_a_convolution_is_repaired_over_its_patches():
     layer = nn.Conv2d(6, 4, 3, padding=1)
     x = correlated(4 * 25, 6, 0).reshape(4, 5, 5, 6).permute(0, 3, 1, 2)
-    weight, bias = repaired(layer, moments_of(layer, x), 4)
+    weight, bias = repaired(layer, (moments_of(layer, x[:2]), moments_of(layer, x[2:])), 4)
     assert weight.shape == (4, 4, 3, 3)
     whole = layer(x)
     plain = nn.functional.conv2d(x[:, :4], layer.weight[:, :4], layer.bias, padding=1)
