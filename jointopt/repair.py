@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quant.errors import JointoptError
 from quant.rounding.moments import InputMoments, joined
+from quant.rounding.recovery import tried
 from search_spaces.family import Family, Part, Width
 from search_spaces.space import SearchSpace
 
@@ -80,17 +81,13 @@ def _least_squares(hessian: Tensor, leave: Tensor, damping: float) -> Tensor:
 
 def _that_holds(halves: Sequence[Tensor], leave: Tensor, dampings: Sequence[float]) -> tuple[float, float]:
     """The damping, and the share from 0 to 1 of D, with which fits to each half lose least on the other."""
+    kept = len(halves[0]) - leave.shape[1]
+    wanted, hessians = [leave @ half[kept:, :kept] for half in halves], [half[:kept, :kept] for half in halves]
     most, best = -1.0, (dampings[0], 0.0)
     for damping in dampings:
-        gained = energy = 0.0
-        for mine, other in zip(halves, halves[::-1], strict=True):
-            change = _least_squares(mine, leave, damping)
-            kept = change.shape[1]
-            gained += float((change * (leave @ other[kept:, :kept])).sum())
-            energy += float((change * (change @ other[:kept, :kept])).sum())
-        share = min(max(gained / energy, 0.0), 1.0) if energy > 0 else 1.0
-        if (less := 2 * share * gained - share**2 * energy) > most:
-            most, best = less, (damping, share)
+        share, gain = tried([_least_squares(half, leave, damping) for half in halves], wanted, hessians)
+        if gain > most:
+            most, best = gain, (damping, share)
     return best
 
 

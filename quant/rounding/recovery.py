@@ -33,12 +33,27 @@ def recovered(weight: Tensor, halves: Sequence[InputMoments], centred: bool = Fa
     whole = weight.detach().float().flatten(1).unflatten(0, (len(halves[0].gram), -1))
     lost = [whole @ half.loss(centred) for half in halves]
     changes = [_least_squares(half, each, centred) for half, each in zip(halves, lost, strict=True)]
-    gained = energy = torch.zeros((), device=weight.device)
-    for change, other, wanted in zip(changes, reversed(halves), reversed(lost), strict=True):
-        gained = gained + (change * wanted).sum()
-        energy = energy + (change * (change @ other.hessian(centred))).sum()
-    share = (gained / energy).clamp(0, 1) if energy > 0 else energy
+    share, _ = tried(changes, lost, [half.hessian(centred) for half in halves])
     return (whole + share * (changes[0] + changes[1]) / 2).reshape(weight.shape).to(weight.dtype)
+
+
+def tried(changes: Sequence[Tensor], wanted: Sequence[Tensor], hessians: Sequence[Tensor]) -> tuple[float, float]:
+    """How much of two changes of a weight holds, each tried on the half of the data that it was not fitted to.
+
+    Args:
+        changes: [..., rows, columns], each fitted to its half.
+        wanted: of each half the error's part along its inputs, E[e x^T], [..., rows, columns].
+        hessians: of each half E[x x^T], [..., columns, columns].
+
+    Returns:
+        The share from 0 to 1 with which both together lose least, and by how much squared error that is less.
+    """
+    gained = energy = 0.0
+    for change, aim, hessian in zip(changes, reversed(wanted), reversed(hessians), strict=True):
+        gained += float((change * aim).sum())
+        energy += float((change * (change @ hessian)).sum())
+    share = min(max(gained / energy, 0.0), 1.0) if energy > 0 else 0.0
+    return share, 2 * share * gained - share**2 * energy
 
 
 def _least_squares(moments: InputMoments, lost: Tensor, centred: bool) -> Tensor:
