@@ -213,6 +213,12 @@ def test_a_chosen_genome_that_was_not_evaluated_is_refused(tmp_path):
             write_report(study, tmp_path / "report.html", chosen=chosen)
 
 
+def test_a_device_by_its_name_alone_is_refused(tmp_path):
+    with pytest.raises(JointoptError, match="report: found device 'h100'; allowed: what .*on_device gives"):
+        write_report(make_study(), tmp_path / "report.html", devices=["h100"])
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_rounding_that_nothing_was_finished_by_is_refused():
     study = make_study()
     with pytest.raises(JointoptError, match="found finished='gptq'; allowed: none, since nothing was finished"):

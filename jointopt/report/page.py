@@ -49,10 +49,14 @@ def write_report(
         The path.
 
     Raises:
-        JointoptError: no such study, a chosen genome that it did not evaluate, or the file cannot be written.
+        JointoptError: no such study, a chosen genome that it did not evaluate, a device by its name alone, or the file
+                cannot be written.
     """
     if not isinstance(path, str | Path) or not Path(path).name:
         raise JointoptError(f"report: found path {path!r}; allowed: that of an HTML file")
+    for each in devices:
+        if not isinstance(each, OnDevice):
+            raise JointoptError(f"report: found device {each!r}; allowed: what jointopt.report.devices.on_device gives")
     opened = study if isinstance(study, Study) else Study.open(study)
     try:
         choice = opened.fact("choice", {})
