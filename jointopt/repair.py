@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError
-from quant.rounding.moments import InputMoments, joined
+from quant.rounding.moments import Halves, InputMoments, joined
 from quant.rounding.recovery import tried
 from search_spaces.family import Family, Part, Width
 from search_spaces.space import SearchSpace
@@ -23,8 +23,6 @@ from .importance import Listener, channel_order
 
 DAMPINGS = (0.01, 0.1)
 """Of the mean diagonal of the kept inputs' second moments, as in GPTQ: the pull back to the unrepaired weight."""
-
-Halves = tuple[InputMoments, InputMoments]
 
 Repaired = tuple[Tensor, Tensor | None]
 """Weight [rows, channels that stay, ...] and bias [rows]."""
@@ -55,16 +53,16 @@ def repaired(layer: nn.Module, halves: Halves, channels: int, dampings: Sequence
     def hessian(moments: InputMoments) -> Tensor:
         return moments.hessian(centred=bias is not None)[0].to(place).double()
 
-    parts = [hessian(half) for half in halves if half.count]
+    both, parts = joined(halves), [hessian(half) for half in halves if half.count]
     whole = weight.flatten(1).to(place).double()
     stay, leave = whole[:, :kept], whole[:, kept:]
     damping, share = _that_holds(parts, leave, dampings) if len(parts) > 1 else (dampings[0], 1.0)
-    change = share * _least_squares(hessian(joined(halves)), leave, damping)
+    change = share * _least_squares(hessian(both), leave, damping)
     shape = (len(weight), channels, *weight.shape[2:])
     repaired_weight = (stay + change).reshape(shape).to(weight)
     if bias is None:
         return repaired_weight, None
-    mean = joined(halves).mean()[0].to(place).double()
+    mean = both.mean()[0].to(place).double()
     shift = leave @ mean[kept:] - change @ mean[:kept]
     return repaired_weight, (bias.detach().to(place).double() + shift).to(bias)
 

@@ -19,14 +19,14 @@ from quant.formats import Format, Scheme
 from quant.reference import Clip, QuantizedTensor
 from quant.rounding.descent import descent
 from quant.rounding.gptq import gptq
-from quant.rounding.moments import NEVER_REACHED, joined
+from quant.rounding.moments import NEVER_REACHED, Halves, joined
 from quant.rounding.recovery import recovered
 
 from .batch_norm import on_device
 from .evaluation import check_batch
 from .lockstep import Arrived, in_step, starting
 from .reconstruction import reconstruct
-from .shared_moments import Halves, SharedMoments
+from .shared_moments import SharedMoments
 from .subnetwork import Plan, detach, quantize_layer, renamed, within
 from .weight_bank import BankedWeight
 

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from quant.formats import Scheme
 from quant.layers import held_input
-from quant.rounding.moments import InputMoments
+from quant.rounding.moments import Halves, InputMoments
 
 from .lockstep import Arrived
 
 OUTLYING = 10.0
 """Times the median of the squared lengths of a layer's inputs: the most that one may have and count whole."""
-
-Halves = tuple[InputMoments, InputMoments]
 
 
 class SharedMoments:

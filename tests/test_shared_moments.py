@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.lockstep import Arrived, Call
-from jointopt.shared_moments import Halves, SharedMoments
+from jointopt.shared_moments import SharedMoments
 from quant import scheme
 from quant.rounding.gptq import gptq
-from quant.rounding.moments import InputMoments, joined
+from quant.rounding.moments import Halves, InputMoments, joined
 
 SCHEME = scheme("W4A16_G64")
 

@@ -109,6 +109,10 @@ class InputMoments:
         return mean.baddbmm_(shift, self.mean()[:, None], alpha=-1) if centred else mean
 
 
+Halves = tuple[InputMoments, InputMoments]
+"""Of two parts of the data."""
+
+
 def joined(halves: Sequence[InputMoments]) -> InputMoments:
     """The moments of all inputs of one layer, without `lost`."""
     whole = InputMoments(halves[0].layer)
