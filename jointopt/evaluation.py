@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import signal
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -128,7 +130,8 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evaluation:
-    """One real measurement. What the user's function raises, sys.exit too, is recorded; Ctrl-C goes through.
+    """One real measurement. What the user's function raises, sys.exit too, is recorded; Ctrl-C goes through, as does
+    sys.exit of a signal handler, where the process was asked to end.
 
     Raises:
         ChangedWeights: the function wrote to the weights, which others share, so that nothing after it would be true.
@@ -140,11 +143,18 @@ def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evalua
     except ChangedWeights:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and _in_signal_handler(error):
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         return Evaluation(None, reason, time.perf_counter() - started)
     seconds = time.perf_counter() - started
     costs = {name: float(value) for name, value in supernet.costs(genome).items()}
     return Evaluation({**costs, **metrics}, None, seconds, metrics.errors)
+
+
+def _in_signal_handler(error: BaseException) -> bool:
+    handlers = {getattr(signal.getsignal(each), "__code__", None) for each in signal.valid_signals()}
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:

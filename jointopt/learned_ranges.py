@@ -96,6 +96,11 @@ class LearnedRanges:
         if ranges:
             self.inputs = torch.stack(ranges).to(self.values.device)
 
+    def move(self, place: torch.device) -> None:
+        """To a device; values that are a parameter of the model move with it."""
+        self.values = self.values if isinstance(self.values, nn.Parameter) else self.values.to(place)
+        self.inputs = self.inputs.to(place) if self.inputs is not None else None
+
     def forget_inputs(self) -> None:
         """Leaves ranges of inputs to calibration again."""
         if self.inputs is not None:

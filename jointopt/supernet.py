@@ -49,7 +49,7 @@ from .learned_ranges import NAME, LearnedRanges, learn
 from .repair import Repaired
 from .subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
 from .supernet_calibration import calibrate, sort_again
-from .supernet_state import fingerprint, for_workers, load, save
+from .supernet_state import fingerprint, follow, for_workers, load, save
 from .training.lora import effective
 from .transforms import checked, rotated
 from .weight_bank import BankedWeight, WeightBank
@@ -127,6 +127,7 @@ class Supernet:
         self._positions: dict[str, float] | None = None
         self.learned: LearnedRanges | None = None
         self.scores: dict[bytes, dict[str, float]] = {}
+        self._place = self.device
         _warn_where_not_loadable(self.model)
 
     @property
@@ -185,6 +186,7 @@ class Supernet:
 
     def view_to_train(self, plan: Plan, precision: bool) -> nn.Module:
         """`training_view` of a plan."""
+        follow(self)
         plan = Plan(plan.blocks, plan.dropped, plan.units, plan.schemes if precision else {})
         return build(
             self.model, self.family, plan, self._banked, self._constants, {}, training=True, learned=self.learned
@@ -215,6 +217,7 @@ class Supernet:
 
     def built(self, plan: Plan) -> nn.Module:
         """`view` with BatchNorm statistics that are slices of the whole model's."""
+        follow(self)
         self.check_calibrated(plan)
         return build(self.model, self.family, plan, self._banked, self._constants, self._repaired)
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from jointopt.batch_norm import on_device
 from jointopt.learned_ranges import INPUTS, NAME, LearnedRanges, settle
 from quant.errors import JointoptError
 
@@ -89,6 +90,24 @@ def load(supernet: Supernet, path: str | Path) -> None:
     supernet._statistics, supernet._repaired = {}, {}
     supernet._condition_space()
     supernet._forget()
+
+
+def follow(supernet: Supernet) -> None:
+    """Brings what calibration measured to where the model is: a Trainer, accelerate or the user may have moved it."""
+    place = supernet.device
+    if supernet._place == place:
+        return
+    supernet._place = place
+    supernet._statistics = {key: on_device(each, place) for key, each in supernet._statistics.items()}
+    supernet._repaired = {
+        key: (weight.to(place), None if bias is None else bias.to(place))
+        for key, (weight, bias) in supernet._repaired.items()
+    }
+    supernet.samples = [on_device(batch, place) for batch in supernet.samples]
+    if supernet.learned is not None:
+        supernet.learned.move(place)
+    supernet._bank.clear()
+    supernet.__dict__.pop("_whole_statistics", None)
 
 
 @contextmanager

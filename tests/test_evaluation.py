@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import numpy as np
@@ -181,6 +182,16 @@ def test_a_function_that_ends_the_process_has_failed():
     supernet = supernet_of("bert")
     found = evaluate(supernet, supernet.space.smallest, lambda _: sys.exit(0))
     assert found.metrics is None and found.failed == "SystemExit: 0"
+
+
+def test_a_signal_handler_that_ends_the_process_ends_it_in_an_evaluation_too():
+    supernet = supernet_of("bert")
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
+    try:
+        with pytest.raises(SystemExit, match="3"):
+            evaluate(supernet, supernet.space.smallest, lambda _: signal.raise_signal(signal.SIGUSR1))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def halved(model: nn.Module) -> float:

@@ -9,7 +9,9 @@ from transformers import TrainerCallback
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe
+from jointopt.config import load_config
 from jointopt.training import loop
+from jointopt.training.configured import lora_of
 from jointopt.training.lora import adapted, attach, merge
 from jointopt.training.sampling import Sandwich
 from tests.test_trainer import arguments, trainer, weights
@@ -162,6 +164,15 @@ def test_impossible_adapters_are_refused_at_the_start():
 def test_targets_that_name_no_layer_are_refused_with_those_that_do(targets, said):
     with pytest.raises(JointoptError, match=f"lora: .*{said}"):
         attach(calibrated("timm_vit"), peft.LoraConfig(target_modules=targets))
+
+
+def test_a_config_is_told_its_own_key_of_a_target_that_names_no_layer(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "model: m\ntask: image-classification\ndata: {train: t.csv, calibrate: t.csv, evaluate: t.csv}\noutput: o\n"
+        "train: {steps: 1, lora: {targets: [q, out]}}\n"
+    )
+    with pytest.raises(JointoptError, match=r"^train.lora.targets: found 'out', which is no Linear layer here"):
+        lora_of(load_config(tmp_path / "c.yaml"), calibrated("timm_vit"))
 
 
 def test_a_view_in_the_middle_of_training_computes_with_the_adapters(tmp_path):

@@ -261,6 +261,20 @@ def test_a_restored_super_network_has_no_calibration_of_the_weights_before(tmp_p
         other.extract(space.smallest)
 
 
+def test_what_was_calibrated_follows_a_model_that_is_moved_to_another_device():
+    model = make("resnet")
+    space = SearchSpace.for_model(model, schemes=["W8A8_STATIC"])
+    supernet = Supernet(model, space, repair=True)
+    supernet.calibrate(batches("resnet"))
+    supernet.model.to("meta")  # as the Trainer and accelerate move it to an accelerator
+    view = supernet.training_view(space.smallest)
+    constants = [each for held in supernet._statistics.values() for each in held.values()]
+    repaired = [each for pair in supernet._repaired.values() for each in pair if each is not None]
+    kept = [each for batch in supernet.samples for each in batch.values()]
+    held = [*view.parameters(), *constants, *repaired, *kept]
+    assert constants and repaired and kept and {each.device.type for each in held} == {"meta"}
+
+
 def test_errors_name_what_was_found_and_what_is_allowed():
     model = make("bert")
     space = SearchSpace.for_model(model)

@@ -172,6 +172,8 @@ def test_formats_without_ranges_are_refused_before_the_step_that_needs_them(tmp_
     restored.load(tmp_path / "supernet.safetensors")
     with pytest.raises(JointoptError, match="W8A8_STATIC needs ranges of activations; call calibrate"):
         jointopt.train_supernet(restored, labelled("vit"), 4, recipe=Recipe(precision_from=0.75))
+    with pytest.raises(JointoptError, match="W8A8_STATIC needs ranges of activations; call calibrate"):
+        jointopt.elastic_loss(restored, labelled("vit")[0], 0, Recipe(precision_from=0.75), steps=4)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jointopt.training.distillation import NUMBERS, Distillation
 from jointopt.training.elastic import Recipe
+from jointopt.training.lora import check_targets
 from jointopt.training.sampling import STRATEGIES, Attentive, Sampling
 from jointopt.training.sampling.attentive import beyond_limits
 from quant.errors import JointoptError
@@ -48,7 +49,11 @@ HEADS = ("classifier", "score", "fc", "head")
 
 
 def lora_of(config: Config, supernet: Supernet) -> Any:
-    """The `peft.LoraConfig` of a config, None where it has none. Raises JointoptError where peft is missing."""
+    """The `peft.LoraConfig` of a config, None where it has none.
+
+    Raises:
+        JointoptError: peft is missing, or a layer that is named.
+    """
     assert config.train is not None
     wanted = config.train.lora
     if wanted is None:
@@ -57,6 +62,7 @@ def lora_of(config: Config, supernet: Supernet) -> Any:
         from peft import LoraConfig
     except ImportError:
         raise JointoptError("train.lora: found no peft; pip install 'jointopt[lora]'") from None
+    check_targets(supernet.model, wanted.targets, "train.lora.targets")
     heads = [name for name in HEADS if has_module(supernet.model, name)]
     return LoraConfig(
         r=wanted.rank, lora_alpha=wanted.alpha, target_modules=list(wanted.targets), modules_to_save=heads or None

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -144,8 +145,9 @@ def elastic_loss(
     """
     recipe = checked(recipe) or Recipe()
     check_supernet("train", supernet)
-    if supernet.calibrated or not supernet.trained:  # at the first step; later ones go on with what was checked
+    if _CHECKED.get(supernet) != recipe or not supernet.trained:
         recipe.check(supernet)
+        _CHECKED[supernet] = recipe
     if recipe.learned_ranges and NAME not in supernet.model._parameters:
         raise JointoptError("learned_ranges: call supernet.learn_ranges() before the optimizer is made")
     progress = _progress(step, steps, recipe)
@@ -155,6 +157,10 @@ def elastic_loss(
     if not torch.is_grad_enabled():
         return total
     return _Gathered.apply(total, gradients, *parameters)
+
+
+_CHECKED: WeakKeyDictionary[Supernet, Recipe] = WeakKeyDictionary()
+"""What each super-network was found to be trainable with."""
 
 
 def checked(recipe: Recipe | None) -> Recipe | None:

@@ -54,15 +54,8 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
             )
     if adapted(supernet.model):
         raise JointoptError("lora: the super-network has adapters already; allowed: one set")
-    linear = [path for path, module in supernet.model.named_modules() if isinstance(module, nn.Linear)]
-    names = sorted({path.rpartition(".")[2] for path in linear})
     targets = config.target_modules
-    for wanted in () if targets is None or isinstance(targets, str) else targets:
-        if not any(path == wanted or path.endswith(f".{wanted}") for path in linear):
-            raise JointoptError(
-                f"lora: target_modules: found {wanted!r}, which is no Linear layer here"
-                f"{did_you_mean(wanted, names)}; allowed: {', '.join(names)}"
-            )
+    names = check_targets(supernet.model, () if targets is None or isinstance(targets, str) else targets)
     try:
         wrapped = get_peft_model(structural_clone(supernet.model), config)
     except ValueError as error:
@@ -89,6 +82,19 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
             layer.register_parameter(name, nn.Parameter(value.clone()))
         layer.__dict__["lora_scale"] = float(adapter.scaling["default"])
     return list(found)
+
+
+def check_targets(model: nn.Module, targets: Iterable[str], key: str = "lora: target_modules") -> list[str]:
+    """The names that linear layers end in. Raises JointoptError for a target that is none."""
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = sorted({path.rpartition(".")[2] for path in linear})
+    for wanted in targets:
+        if not any(path == wanted or path.endswith(f".{wanted}") for path in linear):
+            raise JointoptError(
+                f"{key}: found {wanted!r}, which is no Linear layer here{did_you_mean(wanted, names)}; allowed: "
+                f"{', '.join(names)}"
+            )
+    return names
 
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
