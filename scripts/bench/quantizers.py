@@ -14,9 +14,9 @@ and 4-bit formats are its own, and their bytes are stated. Inputs of LLM.int8 ar
 jointopt's row is the way (to nearest, GPTQ, descent, GPTQ after scaling channels by SmoothQuant or AWQ, learned
 rounding with or without SmoothQuant's scaling) whose KL divergence from the original on the calibration batches is
 least. Its seconds are those of that way, calibration included. The row of "jointopt trained" is `finish` by --steps of
-training on the same samples and nothing else. The aim of a KL is the best neighbour's. A neighbour that cannot do a
-case, or takes longer than --limit seconds, has no row but a line that says so. Results are kept in --work: a bench that
-was stopped goes on.
+training on the same samples and nothing else. The aim of a KL is the best neighbour's; as a mean over what is
+evaluated it has a standard error. A neighbour that cannot do a case, or takes longer than --limit seconds, has no row
+but a line that says so. Results are kept in --work: a bench that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -123,6 +123,12 @@ def subject(given: Original, name: str, transforms: tuple[str, ...] = ()) -> Sub
     return Subject(supernet, supernet.space.smallest)
 
 
+def scored(given: Original, model: nn.Module) -> Metrics:
+    """With the standard error of the KL, which comes from the choice of the samples that are evaluated."""
+    found = given.quality(model)
+    return {**found, "KL error": found.errors["kl"]}
+
+
 WAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "nearest": ((), None),
     "gptq": ((), "gptq"),
@@ -155,8 +161,11 @@ def ours(name: str, given: Original, ways: list[str] | None) -> Metrics:
             model = jointopt.finish(wanted.supernet, wanted.genome, given.calibrate, rounding).model
         seconds = time.perf_counter() - started
         divergence = given.calibration_quality(model)["kl"]
-        metrics = {**given.quality(model), "seconds": seconds, "MB": wanted.megabytes}
-        print(f"  {way}: KL {divergence:.4g} calibrating, {metrics['kl']:.4g} evaluating", flush=True)
+        metrics = {**scored(given, model), "seconds": seconds, "MB": wanted.megabytes}
+        print(
+            f"  {way}: KL {divergence:.4g} calibrating, {metrics['kl']:.4g} ± {metrics['KL error']:.2g} evaluating",
+            flush=True,
+        )
         if divergence < least:
             best, least = metrics, divergence
     return best
@@ -168,7 +177,7 @@ def trained(name: str, given: Original, steps: int) -> Metrics:
     wanted = subject(given, FORMATS[name])
     model = jointopt.finish(wanted.supernet, wanted.genome, given.train, steps=steps).model
     seconds = time.perf_counter() - started
-    return {**given.quality(model), "seconds": seconds, "MB": wanted.megabytes}
+    return {**scored(given, model), "seconds": seconds, "MB": wanted.megabytes}
 
 
 def theirs(tool: str, name: str, given: Original, arguments: argparse.Namespace) -> Metrics:
@@ -214,7 +223,7 @@ def theirs(tool: str, name: str, given: Original, arguments: argparse.Namespace)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             tensor.copy_(weights[key])
-    return {**given.quality(model), "seconds": result["seconds"], "MB": megabytes}
+    return {**scored(given, model), "seconds": result["seconds"], "MB": megabytes}
 
 
 def formats_of(model: nn.Module) -> dict[str, Any]:
@@ -280,7 +289,7 @@ def main() -> None:
     for model in arguments.case or ["minilm", "vit", "resnet", "smollm2"]:
         case = cases(arguments.assets)[model]
         given = original(model, case, arguments.assets, arguments.work)
-        results.measured(f"{model}/original", lambda given=given: given.quality(given.model))
+        results.measured(f"{model}/original", lambda given=given: scored(given, given.model))
         for name in arguments.format or FORMATS:
             for tool in tools:
                 if tool == "jointopt":
@@ -319,7 +328,7 @@ def show(found: dict[str, Any], known: dict[str, Case]) -> None:
         model, name, *tool = case.split("/")
         quality = f"{known[model].metric} {result[known[model].metric]:.4g}"
         cost = (f"{result['seconds']:.1f}", f"{result['MB']:.3f}") if tool else ("", "")
-        table.add_row(model, name, *(tool or ("",)), quality, f"{result['kl']:.4g}", *cost)
+        table.add_row(model, name, *(tool or ("",)), quality, f"{result['kl']:.4g} ± {result['KL error']:.2g}", *cost)
     console = Console()
     console.print(table)
     for line in missing:
@@ -331,12 +340,12 @@ def rows(found: dict[str, Any], known: dict[str, Case]) -> list[dict]:
     for case, result in found.items():
         if not isinstance(result, dict):
             continue
-        wanted = {**measures(known[case.split("/")[0]]), "seconds": "lower", "MB": "lower"}
+        wanted = {**measures(known[case.split("/")[0]]), **dict.fromkeys(("KL error", "seconds", "MB"), "lower")}
         for measure, better in wanted.items():
             if measure not in result:
                 continue
             aim = None
-            if case.split("/")[2] in OWN and measure not in ("seconds", "MB"):
+            if case.split("/")[2] in OWN and measure in (known[case.split("/")[0]].metric, "kl"):
                 aim = best_neighbour(found, case, measure, min if better == "lower" else max)
             flat.append({"case": case, "measure": measure, "value": result[measure], "aim": aim, "better": better})
     return flat
