@@ -48,6 +48,8 @@ DOUBT = 2.0
 little likelier on one of these by chance."""
 LIMIT = 1e100
 """Values beyond are taken as this, so that their squares are finite."""
+STARTLING = 3.0
+"""Standard deviations from what all others foretell, from which on a value is not believed: at most a tenth of them."""
 
 
 class Choices:
@@ -321,6 +323,12 @@ class Predictor:
         high, low = self._standard.max(), self._standard.min()
         self._bounds = low - 1.5 * (high - low) - 0.1, high + 1.5 * (high - low) + 0.1
 
+    def surprises(self) -> np.ndarray:
+        """How far each value is from what all others foretell, in standard deviations [n] (leave-one-out, Rasmussen and
+        Williams 2006, eqs. 5.10 to 5.12)."""
+        inverse = cho_solve((self._factor, True), np.eye(len(self._standard)))
+        return np.abs(inverse @ self._standard) / np.sqrt(np.diag(inverse))
+
     def _fit(self, scale: Scale, costs: np.ndarray, noise: np.ndarray, grams: np.ndarray) -> tuple:
         """How unlikely the costs are on a scale; the scale; the variances that make them least so; mean and spread."""
         targets = scale.forward(costs)
@@ -388,3 +396,20 @@ class Predictor:
     def __call__(self, genomes: np.ndarray) -> np.ndarray:
         """Predicted costs [n], in the objective's own unit, its sign turned so that less is better."""
         return self.values(self.choices.sums(genomes, self.table))
+
+
+def robust(
+    choices: Choices, genomes: np.ndarray, costs: np.ndarray, noise: np.ndarray, prior: np.ndarray | None = None
+) -> tuple[Predictor, np.ndarray]:
+    """A `Predictor` of the costs that others bear out, and which these are [n]: one evaluation that went wrong (data
+    that did not arrive, a latency taken while something else ran) would be learned as its genome's choices' effect."""
+    believed = np.ones(len(costs), dtype=bool)
+    while True:
+        predictor = Predictor(choices, genomes[believed], costs[believed], noise[believed], prior)
+        surprises = predictor.surprises()
+        left = len(costs) // 10 - int((~believed).sum())
+        startling = np.argsort(-surprises)[: max(left, 0)]
+        startling = startling[surprises[startling] > STARTLING]
+        if not len(startling):
+            return predictor, believed
+        believed[np.flatnonzero(believed)[startling]] = False

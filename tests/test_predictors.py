@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from jointopt import Gene, Objective, SearchSpace
-from jointopt.predictors import Choices, Predictor, scales
+from jointopt.predictors import Choices, Predictor, robust, scales
 
 FORMATS = ("W4A16", "W8A8", "none")
 
@@ -90,6 +90,27 @@ def test_what_is_known_to_be_noisy_is_trusted_less():
         for given in (None, noise)
     ]
     assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("wrong", [30.0, -30.0])
+def test_a_value_that_no_other_bears_out_is_not_believed(wrong):
+    known, unseen = SPACE.sample(60, 0), SPACE.sample(200, 1)
+    truth = additive(SPACE)
+    observed = truth(known) + np.random.default_rng(0).normal(0, 0.05, 60)
+    observed[[7, 23, 41]] += wrong * np.ptp(truth(known))
+    predictor, believed = robust(choices_of(SPACE), known, observed, np.zeros(60))
+    plain = Predictor(choices_of(SPACE), known, observed)
+    assert not believed[[7, 23, 41]].any() and believed.sum() >= 54
+    errors = [np.abs(each(unseen) - truth(unseen)).mean() for each in (predictor, plain)]
+    assert errors[0] < 0.2 * errors[1]
+
+
+def test_what_fits_together_is_believed_and_of_few_values_all():
+    few, many = SPACE.sample(9, 0), SPACE.sample(60, 0)
+    outlying = additive(SPACE)(few)
+    outlying[4] *= 1000
+    assert robust(choices_of(SPACE), few, outlying, np.zeros(9))[1].all()
+    assert robust(choices_of(SPACE), many, additive(SPACE)(many), np.zeros(60))[1].all()
 
 
 def test_a_prior_that_is_right_is_believed_and_one_that_is_not_is_not():

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from jointopt.objectives import Constraint, Objective, non_dominated
-from jointopt.predictors import LIMIT, Choices, Predictor
+from jointopt.predictors import LIMIT, Choices, Predictor, robust
 from jointopt.strategies.batches import Areas, Points, Times, crossed, pick
 from jointopt.strategies.genetic import distinct, evolve, handicapped
 from jointopt.strategies.strategy import Strategy
@@ -242,17 +242,23 @@ class Beliefs:
     Args:
         search: whose objectives they are.
         told: evaluated genomes, with their `costs` [n, objectives], less is better, and the `noise` of these.
+
+    Attributes:
+        costs: those told, but for what no other evaluation bears out: there what is foreseen.
     """
 
     def __init__(self, search: GuidedSearch, told: np.ndarray, costs: np.ndarray, noise: np.ndarray):
-        self.search, self.told, self.costs = search, told, costs
-        self.predictors = {
-            at: Predictor(search.choices, told, costs[:, at], noise[:, at], search.priors.get(at))
-            for at in search.measured
-        }
+        self.search, self.told, self.costs = search, told, costs.copy()
+        self.predictors: dict[int, Predictor] = {}
+        for at in search.measured:
+            predictor, believed = robust(search.choices, told, costs[:, at], noise[:, at], search.priors.get(at))
+            self.predictors[at], wrong = predictor, ~believed
+            self.costs[wrong, at] = np.clip(
+                predictor(told[wrong]), costs[believed, at].min(), costs[believed, at].max()
+            )
         self.drawn = {at: p.draw(search.draws, BOLDNESS, search.random) for at, p in self.predictors.items()}
         self._by_ratio = [at for at in search.exact if 0 <= costs[:, at].min() < costs[:, at].max()]
-        self._exploding = [at for at in self.predictors if _explodes(costs[:, at])]
+        self._exploding = [at for at in self.predictors if _explodes(self.costs[:, at])]
 
     def foreseen(self, genomes: np.ndarray) -> np.ndarray:
         """Costs [n, objectives] under the mean."""
