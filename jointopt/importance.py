@@ -45,7 +45,7 @@ class CalibrationPass:
         self.listeners, self.keys = tuple(listeners), keys
         self.channel_energy: dict[str, Tensor] = {}
         self.influence: dict[str, float] = {}
-        self._cosines: dict[str, list[Tensor]] = {}
+        self._cosines: dict[str, tuple[float, int]] = {}
         self._mask: Tensor | None = None
 
     def run(self, batches: Iterable[Mapping[str, Any]]) -> int:
@@ -63,7 +63,7 @@ class CalibrationPass:
                 self._mask = batch.get("attention_mask")
                 self._forward(batch)
                 count += 1
-        self.influence = {name: 1 - float(torch.cat(parts).mean()) for name, parts in self._cosines.items()}
+        self.influence = {name: 1 - total / count for name, (total, count) in self._cosines.items()}
         return count
 
     def _forward(self, batch: Mapping[str, Any]) -> None:
@@ -115,7 +115,8 @@ class CalibrationPass:
             if before.shape == after.shape:
                 first, second = (self._tokens(each, module).float() for each in (before, after))
                 cosine = nn.functional.cosine_similarity(first, second)
-                self._cosines.setdefault(name, []).append(cosine)
+                total, count = self._cosines.get(name, (0.0, 0))
+                self._cosines[name] = total + float(cosine.double().sum()), count + cosine.numel()
 
         return hook
 

@@ -265,7 +265,7 @@ class _SharedRun:
             return
         digest = xxhash.xxh3_128()
         try:
-            _feed(digest, [args, kwargs, _autocast(next(view.parameters()).device.type)])
+            _feed(digest, [args, kwargs, _autocast(next(view.parameters()).device.type), _attention_kernels()])
         except _Opaque:
             return
         self._call = _Call(digest)
@@ -377,8 +377,18 @@ def _feed(digest: Any, value: Any) -> None:
         raise _Opaque
 
 
+_SETTINGS = {bool, int, float, str, tuple}
+"""Kinds of what a module computes with beside tensors: an epsilon, a scale of attention."""
+
+
 def _autocast(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _attention_kernels() -> list[bool]:
+    """Which of torch's may be chosen from: each has other last bits."""
+    allowed = torch.backends.cuda
+    return [allowed.flash_sdp_enabled(), allowed.mem_efficient_sdp_enabled(), allowed.math_sdp_enabled()]
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -393,6 +403,8 @@ def _state(modules: Sequence[nn.Module]) -> list[Any]:
         own = module.__dict__
         found += (own["training"], *own["_forward_pre_hooks"], *own["_forward_hooks"])
         found += map(id, own["_modules"].values())
+        found += [value for value in own.values() if type(value) in _SETTINGS]
+        found.append(id(own.get("forward")))  # one put in place of the class's
         for store in (own["_parameters"], own["_buffers"]):
             for tensor in store.values():
                 if tensor is not None:

@@ -127,7 +127,7 @@ class Supernet:
         self._positions: dict[str, float] | None = None
         self.learned: LearnedRanges | None = None
         self.scores: dict[bytes, dict[str, float]] = {}
-        self._place = self.device
+        self._place = self.device, next(self.model.parameters()).dtype
         _warn_where_not_loadable(self.model)
 
     @property
@@ -360,6 +360,7 @@ class Supernet:
     def cost_columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """`costs` of many genomes at once: name -> one value a row of `genomes`."""
         self.space.validate(genomes)
+        follow(self)
         return self._costs.columns(self.space.canonical(genomes))
 
     def shapes(self) -> dict[str, Any]:

@@ -93,21 +93,22 @@ def load(supernet: Supernet, path: str | Path) -> None:
 
 
 def follow(supernet: Supernet) -> None:
-    """Brings what calibration measured to where the model is: a Trainer, accelerate or the user may have moved it."""
-    place = supernet.device
-    if supernet._place == place:
+    """Brings what calibration measured to where the model is, and forgets what another dtype gave: a Trainer,
+    accelerate or the user may have moved it."""
+    weight = next(supernet.model.parameters())
+    place, dtype = found = weight.device, weight.dtype
+    if supernet._place == found:
         return
-    supernet._place = place
+    supernet._place = found
     supernet._statistics = {key: on_device(each, place) for key, each in supernet._statistics.items()}
     supernet._repaired = {
-        key: (weight.to(place), None if bias is None else bias.to(place))
+        key: (weight.to(place, dtype), None if bias is None else bias.to(place, dtype))
         for key, (weight, bias) in supernet._repaired.items()
     }
     supernet.samples = [on_device(batch, place) for batch in supernet.samples]
     if supernet.learned is not None:
         supernet.learned.move(place)
-    supernet._bank.clear()
-    supernet.__dict__.pop("_whole_statistics", None)
+    supernet._forget()
 
 
 @contextmanager

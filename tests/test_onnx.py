@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import jointopt
-from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
 from jointopt.checkpoint.onnx import writer
 from jointopt.checkpoint.onnx.session import OnnxModel
 from jointopt.targets import TARGETS
@@ -337,3 +338,46 @@ def test_an_embedding_in_fp8_is_looked_up_as_bytes(name, scheme, place):
     folder = jointopt.export(supernet, genome, place / f"{name}-{scheme}", target="onnxruntime")
     verification = jointopt.verify(folder)
     assert verification.ok, verification.differences
+
+
+class Residual(nn.Module):
+    def __init__(self, padding: int | str, mode: str):
+        super().__init__()
+        self.up = nn.Conv2d(9, 32, 3, padding=padding, padding_mode=mode)
+        self.down = nn.Conv2d(32, 9, 1)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class Grey(nn.Module):
+    """Convolutions over one and over nine channels, so that kernels have an odd number of columns."""
+
+    def __init__(self, padding: int | str, mode: str):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 9, 3, padding=1)
+        self.blocks = nn.ModuleList([Residual(padding, mode)])
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks[0](self.stem(x)).mean((2, 3)))
+
+
+def declare(model: nn.Module) -> Family:
+    layers = [Layer("stem", "stem", "stem"), Layer("head", "head", "head", tokens=False)]
+    layers += [Layer(f"block0.{each}", f"blocks.0.{each}", f"block0.{each}", "block0") for each in ("up", "down")]
+    width = Width("block0.mlp", "mlp", 32, (Part("blocks.0.up"),), (Part("blocks.0.down"),), block="block0")
+    return Family("grey", (Block("block0", "blocks.0"),), (width,), tuple(layers))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC", "W4A16_CHANNEL", "FP8A16"])
+@pytest.mark.parametrize(("padding", "mode"), [(1, "zeros"), ("same", "zeros"), (1, "reflect"), (1, "circular")])
+def test_convolutions_of_any_padding_and_number_of_columns_export(scheme, padding, mode, tmp_path):
+    torch.manual_seed(0)
+    net, images = Grey(padding, mode).eval(), torch.randn(8, 1, 8, 8)
+    supernet = Supernet(net, SearchSpace.for_model(net, [scheme], family=declare, mlp=[32]), family=declare)
+    supernet.calibrate([{"x": images}])
+    expected = supernet.extract(supernet.space.largest)(images).detach()
+    folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "grey", target="onnxruntime")
+    found = OnnxModel(folder / "model.onnx", 1)(x=images)
+    torch.testing.assert_close(found, expected, atol=0.01 * float(expected.abs().max()), rtol=0)

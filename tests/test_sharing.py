@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import evaluate
@@ -307,6 +308,28 @@ def with_other_attention(model: nn.Module) -> float:
     mask = torch.ones(6, 16, dtype=torch.long)
     mask[:, :4] = 0
     return first + bits(logits(model, {**BATCH, "attention_mask": mask}))
+
+
+def with_other_settings(model: nn.Module) -> float:
+    first = bits(logits(model, BATCH))
+    block = model.model.layers[0]
+    block.self_attn.scaling *= 2
+    second = bits(logits(model, BATCH))
+    block.post_attention_layernorm.variance_epsilon = 1.0
+    return first + second + bits(logits(model, BATCH))
+
+
+def with_a_forward_of_its_own(model: nn.Module) -> float:
+    first, mlp = bits(logits(model, BATCH)), model.model.layers[0].mlp
+    before = mlp.forward
+    mlp.forward = lambda x: before(x) * 0.5
+    return first + bits(logits(model, BATCH))
+
+
+def with_one_kernel_of_attention(model: nn.Module) -> float:
+    with sdpa_kernel(SDPBackend.MATH):
+        first = bits(logits(model, BATCH))
+    return first + bits(logits(model, BATCH))
 
 
 QUALITIES = [value for name, value in list(globals().items()) if name.startswith("with_")]

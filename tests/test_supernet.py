@@ -275,6 +275,21 @@ def test_what_was_calibrated_follows_a_model_that_is_moved_to_another_device():
     assert constants and repaired and kept and {each.device.type for each in held} == {"meta"}
 
 
+def test_what_was_quantized_follows_a_model_that_is_put_into_another_dtype():
+    moved, model = supernet_of("llama_tied", schemes=["W8A8"]), make("llama_tied").to(torch.bfloat16)
+    genome, batch = moved.space.largest, batches("llama_tied")[0]
+    with moved.active(genome) as view:
+        logits(view, batch)
+    before = moved.costs(genome)
+    moved.model.to(torch.bfloat16)
+    made = Supernet(model, moved.space)
+    made.calibrate(batches("llama_tied"))
+    assert moved.costs(genome) == made.costs(genome) != before
+    with moved.active(genome) as view:
+        assert {each.dtype for each in view.parameters()} == {torch.bfloat16}
+        assert logits(view, batch).dtype == torch.bfloat16
+
+
 def test_errors_name_what_was_found_and_what_is_allowed():
     model = make("bert")
     space = SearchSpace.for_model(model)

@@ -186,3 +186,19 @@ def test_what_the_library_cannot_build_is_refused_with_its_path(tmp_path):
     with pytest.raises(JointoptError, match=r"layer1\.0\.conv1 has a bias; the Conv2d .* has none"):
         jointopt.export(supernet, supernet.space.largest, tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet_basic", "timm_resnet_basic"])
+def test_convolutions_that_pad_by_more_than_zeros_are_reloaded_as_they_were(name, tmp_path):
+    model = make(name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.padding_mode = "circular"
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]))
+    supernet.calibrate(batches(name))
+    batch = batches(name, seed=1)[0]
+    with supernet.active(supernet.space.largest) as view:
+        expected = logits(view, batch)
+    folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "circular")
+    (found,) = reloaded([folder], batch, tmp_path).values()
+    same(found, expected)

@@ -115,9 +115,12 @@ class Quantized(nn.Module):
         for name, value in vars(layer).items():  # which code around a layer may read: stride, in_features
             if isinstance(value, (int, tuple, str)) and not name.startswith("_"):
                 setattr(self, name, value)
-        self.kind, self.options = type(layer).__name__, {}
+        self.kind, self.options, self.around = type(layer).__name__, {}, None
         if isinstance(layer, nn.Conv2d):
             self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+            if layer.padding_mode != "zeros":
+                self.around = list(layer._reversed_padding_repeated_twice), layer.padding_mode
+                self.options["padding"] = 0
         if isinstance(layer, nn.Embedding):
             self.options = {"padding_idx": layer.padding_idx}
         for name, (dtype, shape) in record["tensors"].items():
@@ -163,6 +166,9 @@ class Quantized(nn.Module):
             constants = (getattr(self, f"input_{name}", None) for name in ("scale", "zero_point", "global_scale"))
             tokens = x.flatten(0, 2) if x.dim() == 4 and self.kind == "Linear" else x
             x = hold(tokens, self.activations, *constants).reshape(x.shape)
+        if self.around is not None:
+            pads, mode = self.around
+            x = nn.functional.pad(x, pads, mode=mode)
         run = nn.functional.conv2d if self.kind == "Conv2d" else nn.functional.linear
         return run(x, self.weight, self.bias, **self.options)
 

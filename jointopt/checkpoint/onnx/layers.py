@@ -8,6 +8,7 @@ without a kernel of their own are folded by ONNX Runtime when it loads the model
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -79,8 +80,9 @@ class OnnxLayer(nn.Module):
 
     def values(self) -> Tensor:
         """The weight in float32, which ONNX Runtime folds into a constant."""
-        rows, columns = self.shape[0], self.codes.shape[-1] * (2 if self.weights.bits == 4 else 1)
-        values = self.numbers(self.codes).float()
+        rows, columns = self.shape[0], prod(self.shape[1:])
+        values = self.numbers(self.codes.reshape(rows, -1)).float()
+        values = values if values.shape[1] == columns else values[:, :columns]
         scale = self.weight_scale.float()
         if scale.dim() == 1:
             return (values * scale).reshape(self.shape)
@@ -95,7 +97,8 @@ def stored(quantized: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     kind = quantized.format.kind
     zero_point = None
     if quantized.format.bits == 4:
-        codes = pack_nibbles((quantized.codes + 8).to(torch.uint8))
+        odd = quantized.codes.shape[1] % 2  # a kernel's, of an odd number of channels: a code more, which none reads
+        codes = pack_nibbles(nn.functional.pad((quantized.codes + 8).to(torch.uint8), (0, odd)))
         if quantized.zero_point is not None:
             padded = nn.functional.pad(quantized.zero_point + 8, (0, quantized.zero_point.shape[1] % 2))
             zero_point = pack_nibbles(padded.to(torch.uint8)).contiguous()
@@ -191,17 +194,24 @@ class OnnxConv2d(OnnxLayer):
     """Integer products where the input is INT8 (see `convolutions`), else a convolution in float32."""
 
     stride: tuple[int, ...]
-    padding: tuple[int, ...]
+    padding: Any
+    padding_mode: str
     dilation: tuple[int, ...]
     groups: int
 
     def __init__(self, layer: Any, source: OnnxLayer | None = None):
         super().__init__(layer, source)
+        left, right, top, bottom = layer._reversed_padding_repeated_twice
+        self.pads, self.around = [top, left, bottom, right], (left, right, top, bottom)
+        if layer.padding_mode != "zeros":
+            self.pads, self.padding = [0, 0, 0, 0], (0, 0)
         self.whole = self.activations is not None and not self.activations.kind.is_float
         if self.whole:
             self.codes = self.codes.reshape(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.padding_mode != "zeros":
+            x = nn.functional.pad(x, self.around, mode=self.padding_mode)
         options = (self.stride, self.padding, self.dilation, self.groups)
         if self.activations is None or not self.whole:
             return nn.functional.conv2d(held(x, self.activations, self.input_scale), self.values(), self.bias, *options)
@@ -209,10 +219,9 @@ class OnnxConv2d(OnnxLayer):
         codes, scale, zero_point = integers(x, self.activations, self.input_scale, self.input_zero_point)
         static = (None, None) if self.activations.dynamic else (self.input_scale, self.bias)
         inputs = (codes, self.codes, zero_point, self.weight_scale, *static)
-        top, left = self.padding
         attributes: dict[str, Any] = {
             "strides": list(self.stride),
-            "pads": [top, left, top, left],
+            "pads": self.pads,
             "dilations": list(self.dilation),
             "group": self.groups,
         }
