@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from quant.errors import JointoptError, check_count
@@ -164,7 +165,7 @@ def _init(options: argparse.Namespace) -> int:
             file.write(text)
     except FileExistsError:
         raise JointoptError(f"init: {str(path)!r} exists; choose another file with -o") from None
-    print(f"{path}: written; name your data in it, then: python -m jointopt run {path}")
+    print(f"{path}: written; name your data in it, then: python -m jointopt run {quote(str(path))}")
     return 0
 
 
@@ -294,12 +295,13 @@ def _export(options: argparse.Namespace) -> int:
         export_genome(supernet, study, genome, finished, folder, prepared, options.overwrite, target)
     finally:
         study.close()
-    print(f"exported: {folder}; check it: python -m jointopt verify {folder}" + _config_option(folder, output))
+    check = f"python -m jointopt verify {quote(str(folder))}" + _config_option(folder, output)
+    print(f"exported: {folder}; check it: {check}")
     return 0
 
 
 def _config_option(folder: Path, output: Path) -> str:
-    return "" if folder.resolve().parent == output.resolve() else f" --config {output / 'config.yaml'}"
+    return "" if folder.resolve().parent == output.resolve() else f" --config {quote(str(output / 'config.yaml'))}"
 
 
 def parse_pick(text: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Config(Section):
         output: the folder of everything that the run writes.
     """
 
-    model: str
+    model: Annotated[str, Field(min_length=1)]
     task: TaskName | None = None
     quality: str | None = None
     data: Data = Data()
@@ -75,7 +75,7 @@ class Config(Section):
     hardware: Hardware | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    output: str
+    output: Annotated[str, Field(min_length=1)]
 
     @field_validator("quality")
     @classmethod

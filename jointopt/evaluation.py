@@ -123,10 +123,17 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise JointoptError(f"quality returned {type(value).__name__} for {name!r}; allowed: a number")
-        if not math.isfinite(value):
+        if not _is_finite(value):
             raise JointoptError(f"quality returned {value} for {name!r}; allowed: a finite number")
         metrics[name] = float(value)
     return metrics
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evaluation:

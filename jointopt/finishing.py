@@ -100,7 +100,7 @@ def finish(
     supernet: Supernet,
     genome: Any,
     batches: Batches,
-    rounding: str = "gptq",
+    rounding: str | None = None,
     quality: Quality | None = None,
     *,
     steps: int | None = None,
@@ -122,10 +122,11 @@ def finish(
         batches: dicts of what the model's forward takes, such as those it was calibrated with, in a list or whatever
             gives them once; "labels" are left out, and padding (where the attention mask is 0) does not count. To
             train: a list of many, or a function from the epoch's number to an iterable of them.
-        rounding: "gptq"; "descent", which goes on from it column by column and takes about three times as long; or
-            "learned", which goes on from it block by block by 200 steps towards the block's outputs, each of one batch,
-            and keeps what holds on every eighth batch (of fewer the last), of which it does not learn. It takes the
-            longest, and is worth most where inputs are in 4 bits. Memory is then also that of training one block.
+        rounding: "gptq" (default); "descent", which goes on from it column by column and takes about three times as
+            long; or "learned", which goes on from it block by block by 200 steps towards the block's outputs, each of
+            one batch, and keeps what holds on every eighth batch (of fewer the last), of which it does not learn. It
+            takes the longest, and is worth most where inputs are in 4 bits. Memory is then also that of training one
+            block.
         quality: scores the finished sub-network: `Finished.metrics`.
         steps: of training, in place of the rounding; with `learning_rate` (AdamW's, 10% warm-up, then a cosine) and
             `seed` (of the order of batches).
@@ -133,10 +134,12 @@ def finish(
             arXiv 1902.08153).
 
     Raises:
-        JointoptError: an unknown rounding, no batch, a layer that no batch reaches, a Hessian that cannot be used,
-            weights that were trained since the calibration that it needs; with the layer's name.
+        JointoptError: an unknown rounding, or one beside steps, no batch, a layer that no batch reaches, a Hessian that
+            cannot be used, weights that were trained since the calibration that it needs; with the layer's name.
     """
-    how = Finishing(rounding, steps, learning_rate, seed, learned_ranges)
+    if rounding is not None and steps is not None:
+        raise JointoptError(f"finish: found rounding {rounding!r} and steps {steps}; allowed: one of them")
+    how = Finishing(rounding or "gptq", steps, learning_rate, seed, learned_ranges)
     return finish_by(how, supernet, genome, batches, quality)
 
 

@@ -94,6 +94,8 @@ def search(
             workers that cannot be started.
     """
     check_supernet("search", supernet)
+    if not callable(quality):
+        raise JointoptError(f"quality: found {quality!r:.60}; allowed: a function of a model")
     if not supernet.calibrated:
         raise JointoptError("search: the super-network is not calibrated; call supernet.calibrate(batches) first")
     budget = Budget(evaluations, minutes, patience)
@@ -149,6 +151,7 @@ def search(
     except BaseException:
         study.close()
         raise
+    study.unlock()
     return study
 
 

@@ -134,7 +134,7 @@ class Study:
         check_kind("study", path, (str, Path), "a path")
         path = Path(path)
         if not path.is_file():
-            raise JointoptError(f"study: {str(path)!r} does not exist")
+            raise JointoptError(f"study: {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
         connection = _connect(path, new=False)
         with _explained(path):
             if not connection.execute("SELECT count(*) FROM facts").fetchone()[0]:
@@ -144,6 +144,10 @@ class Study:
     def close(self) -> None:
         """Closes the file and lets other writers in."""
         self._connection.close()
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Lets other writers in, as where a search has ended; the file stays open."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -101,6 +101,9 @@ class Supernet:
         if not dtypes <= {torch.float32, torch.bfloat16}:
             raise JointoptError(f"dtype: the model holds {', '.join(map(str, dtypes))}; allowed: float32, bfloat16")
         check_kind("space", space, SearchSpace, "a SearchSpace, such as SearchSpace.for_model(model)")
+        check_kind("repair", repair, bool, "True or False")
+        if latency is not None and not hasattr(latency, "described"):
+            raise JointoptError(f"latency: found {latency!r:.60}; allowed: a model of it, such as Roofline(...)")
         self._given = model
         self._declared = partial(declare, family=family)
         self.model, self.family = self._declared(_own_copy(model))
@@ -440,6 +443,13 @@ def _warn_where_not_loadable(model: nn.Module) -> None:
 
 def _own_copy(model: nn.Module) -> nn.Module:
     """A deep copy; what is no module is left for the family's declaration to refuse."""
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise JointoptError(
+                    f"model: {path}.{name} is computed from others (pruning); allowed: a plain tensor, as "
+                    "torch.nn.utils.prune.remove leaves it"
+                )
     return copy.deepcopy(model) if isinstance(model, nn.Module) else model
 
 

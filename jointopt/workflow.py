@@ -235,6 +235,9 @@ def note_choice(
     rounding = finished.rounding if finished else NEAREST
     layers = {"layers": supernet.layout(genome), "full_layers": supernet.layout(supernet.space.largest)}
     spent = {"spent": supernet.breakdown(genome), "full_spent": supernet.original_breakdown()}
+    before = study.fact("choice") or {}
+    if (before.get("genome"), before.get("rounding")) != (genome.tolist(), rounding):
+        study.note("verified", None)  # which another model was
     study.note("choice", {"genome": genome.tolist(), "wanted": dict(wanted), "rounding": rounding, **layers, **spent})
 
 

@@ -77,6 +77,8 @@ def space_for_model(
     for name, given in (("schemes", schemes), ("caches", caches), ("unquantized", unquantized)):
         if isinstance(given, str):
             raise JointoptError(f"{name}: found {given!r}; allowed: a list of names")
+    if schemes is not None and not (schemes := tuple(schemes)):
+        raise JointoptError("schemes: found none; allowed: one or more, 'none' among them for unquantized layers")
     options = _options(preset, architecture)
     schemes = tuple(schemes or options.pop("schemes", None) or DEFAULT_SCHEMES)
     options.pop("schemes", None)
@@ -194,7 +196,10 @@ def _width_genes(
     kinds = {width.kind for width in family.widths}
     for key in ("heads", "mlp", "bottleneck", "stage"):
         if key in chosen and key not in kinds and explicit:
-            raise JointoptError(f"space.{key}: the {family.name} family has none; allowed: {', '.join(sorted(kinds))}")
+            raise JointoptError(
+                f"space.{key} (of the preset, where one is given): the {family.name} family has none; allowed: "
+                f"{', '.join(sorted(kinds))}"
+            )
     for width in family.widths:
         if width.kind not in chosen or width.gene in genes:
             continue

@@ -85,6 +85,11 @@ def declare_timm(model: Model) -> Family:
             activations = tuple(f"{path}.act{i}" for i in range(1, count + 1))
             blocks.append(_Names(path, convolutions, activations, _timm_shortcut(path, block.downsample)))
         stages.append(blocks)
+    if model.global_pool.feat_mult() != 1:
+        raise JointoptError(
+            f"model: global_pool {model.global_pool.pool_type!r} hands each channel on twice, its parts far apart; "
+            "allowed: avg, max, avgmax"
+        )
     last = next(name for name, m in reversed(list(model.conv1.named_modules())) if isinstance(m, nn.Conv2d))
     stem = ("conv1" + (f".{last}" if last else ""), "bn1")
     attributes = (("", "num_features", 1), ("", "head_hidden_size", 1))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, check_whole, did_you_mean
 
 Choice = Any
 """A number, a string, a bool, None, or a tuple of those: what a gene may be."""
@@ -213,6 +213,7 @@ class SearchSpace:
         Every gene that matters is drawn evenly from its choices. Where a few genomes take nearly all of the chance,
         so that draws bring hardly a new one, the others are reached from those found, one gene at a time.
         """
+        check_whole("sample: n", n)
         random = np.random.default_rng(seed)
         if self._at_least() <= 4 * n:
             everything = np.array(list(islice(self.genomes(), 4 * n + 1)), dtype=np.int64)

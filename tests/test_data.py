@@ -167,6 +167,7 @@ def test_a_label_that_the_model_lacks_is_named_with_its_row(bad, row):
         ("text,label\n", "holds no row"),
         ("text,label,label\ngood,1,0\n", "the header has 'label' twice"),
         ("text,label\ngood\n", "row 1 has 1 fields, the header 2"),
+        ("text,label\ngood,1\n,0\n", "data.train.text: row 2 has no token; allowed: texts of one token or more"),
         ("snippets,label\ngood,1\n", "data.train.text: found none of the columns text, .*; there are snippets, label"),
         ("text,stars\ngood,1\n", "data.train.label: found none of the columns label, .*; there are text, stars"),
     ],

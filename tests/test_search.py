@@ -120,12 +120,24 @@ def test_another_config_on_the_same_study_is_refused_with_the_differences(supern
 
 
 def test_a_second_writer_is_refused_while_readers_are_not(supernet, tmp_path):
-    study = jointopt.search(supernet, agreement, evaluations=5, storage=tmp_path / "study.db")
-    with pytest.raises(JointoptError, match="another process is writing"):
-        jointopt.search(supernet, agreement, evaluations=9, storage=tmp_path / "study.db")
-    assert len(Study.open(tmp_path / "study.db")) == 5
-    study.close()
+    path = tmp_path / "study.db"
+    jointopt.search(supernet, agreement, evaluations=5, storage=path).close()
+
+    def quality(model: torch.nn.Module) -> float:
+        with pytest.raises(JointoptError, match="another process is writing"):
+            jointopt.search(supernet, agreement, evaluations=9, storage=path)
+        assert len(Study.open(path)) >= 5
+        return agreement(model)
+
+    study = jointopt.search(supernet, quality, evaluations=9, storage=path)
+    assert len(study) == 9 and not study.evaluations()["failed"].any()
+
+
+def test_a_study_that_is_still_open_is_gone_on_with_by_the_same_call_and_a_larger_budget(supernet, tmp_path):
+    before = jointopt.search(supernet, agreement, evaluations=5, storage=tmp_path / "study.db")
     assert len(jointopt.search(supernet, agreement, evaluations=9, storage=tmp_path / "study.db")) == 9
+    before.note("mine", 1)
+    assert len(before) == 9
 
 
 def test_failures_are_recorded_and_the_search_goes_on(supernet):

@@ -202,3 +202,17 @@ def test_convolutions_that_pad_by_more_than_zeros_are_reloaded_as_they_were(name
     folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "circular")
     (found,) = reloaded([folder], batch, tmp_path).values()
     same(found, expected)
+
+
+def test_a_model_that_drops_paths_in_training_is_reloaded(tmp_path):
+    model = VisionTransformer(
+        img_size=16, patch_size=8, num_classes=5, embed_dim=64, depth=2, num_heads=2, drop_path_rate=0.2
+    ).eval()
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]))
+    batch = {"x": torch.randn(6, 3, 16, 16)}
+    supernet.calibrate([batch])
+    with supernet.active(supernet.space.smallest) as view, torch.no_grad():
+        expected = view(**batch)
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "dropped")
+    (found,) = reloaded([folder], batch, tmp_path).values()
+    same(found, expected)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.models.resnet import BasicBlock, ResNet
+from torch.nn.utils import prune
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
@@ -47,6 +49,11 @@ def test_a_model_in_place_of_a_super_network(call, said):
     [
         (lambda: Supernet(MODEL, "vit"), "space: found 'vit'; allowed: a SearchSpace"),
         (lambda: SearchSpace.for_model(MODEL, schemes="W8A8"), "schemes: found 'W8A8'; allowed: a list of names"),
+        (lambda: SearchSpace.for_model(MODEL, schemes=[]), "schemes: found none; allowed: one or more"),
+        (lambda: Supernet(MODEL, SPACE, latency="h100"), "latency: found 'h100'; allowed: a model of it"),
+        (lambda: Supernet(MODEL, SPACE, repair="no"), "repair: found 'no'; allowed: True or False"),
+        (lambda: SPACE.sample(-1, seed=0), "sample: n: found -1; allowed: a whole number from 0"),
+        (lambda: jointopt.Study.open("tests"), "study: 'tests' is a folder"),
         (lambda: jointopt.verify(None), "verify: folder: found None; allowed: a path"),
         (lambda: jointopt.Study.open(3), "study: found 3; allowed: a path"),
         (lambda: jointopt.ElasticTrainer(MODEL, SPACE, {}, labelled()), "args: found a dict; allowed: TrainingArgum"),
@@ -66,3 +73,31 @@ def test_an_empty_batch(options, supernet):
 def test_a_checkpoint_that_is_no_path(supernet):
     with pytest.raises(JointoptError, match="train: checkpoint: found 3; allowed: a path"):
         jointopt.train_supernet(supernet, labelled(), 1, checkpoint=3)
+
+
+def test_a_quality_that_is_no_function(supernet):
+    with pytest.raises(JointoptError, match="quality: found 'accuracy'; allowed: a function of a model"):
+        jointopt.search(supernet, quality="accuracy", evaluations=1)
+
+
+def test_a_rounding_beside_steps(supernet):
+    with pytest.raises(JointoptError, match="found rounding 'descent' and steps 2; allowed: one of them"):
+        jointopt.finish(supernet, SPACE.largest, labelled(), rounding="descent", steps=2)
+
+
+def test_a_pruned_normalization():
+    model = make("bert")
+    prune.l1_unstructured(model.bert.embeddings.LayerNorm, "weight", 0.5)
+    with pytest.raises(JointoptError, match=r"bert.embeddings.LayerNorm.weight is computed from others.*prune.remove"):
+        Supernet(model, SPACE)
+
+
+def test_a_pooling_that_hands_each_channel_on_twice():
+    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(64, 64, 64, 128), global_pool="catavgmax")
+    with pytest.raises(JointoptError, match="global_pool 'catavgmax' hands each channel on twice"):
+        SearchSpace.for_model(model, schemes=["W8A8"])
+
+
+def test_a_number_beyond_all_others(supernet):
+    with pytest.raises(JointoptError, match="quality returned .* allowed: a finite number"):
+        jointopt.search(supernet, quality=lambda model: 10**400, evaluations=1)

@@ -170,6 +170,8 @@ def rebuild_spec(model: nn.Module, built: nn.Module, pack: bool) -> dict[str, An
         kind = type(module).__name__
         plain = kind.removeprefix("Quantized") if hasattr(module, "quantized") else kind
         if path not in there or type(there[path]).__name__ != plain:
+            if plain == "DropPath" and isinstance(there.get(path), nn.Identity):
+                continue  # which it is but in training
             if plain not in STAND_INS and not any(path.startswith(f"{done}.") for done in spec["replaced"]):
                 raise JointoptError(
                     f"export: {path or 'the model'} is a {kind}; the library builds {there.get(path)!s:.60}"

@@ -29,6 +29,9 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     if processor.pad_token is None:
         raise JointoptError("model: its tokenizer has no padding token; set one and save it beside the model")
     encoded = processor(*given, truncation=True, max_length=text_length(source, model))
+    for row, tokens in enumerate(encoded["input_ids"], 1):
+        if not tokens:
+            raise JointoptError(f"{source.key}.text: row {row} has no token; allowed: texts of one token or more")
 
     def collate(indices: Sequence[int]) -> Mapping[str, Tensor]:
         picked = {name: [many[index] for index in indices] for name, many in encoded.items()}
