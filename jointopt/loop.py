@@ -221,16 +221,32 @@ def _constraints(
             raise JointoptError(f"constraints: found {name!r}; allowed: {allowed}")
         found.append(constraint(name, text, column(cost, 1e6 if name == "size_mb" else 1.0) if cost in costs else None))
     latency = supernet.latency
-    if latency is not None and costs["peak_memory"] > latency.capacity:
+    if latency is not None:
         # What does not fit into the memory is no choice.
-        least = supernet.costs(supernet.space.smallest)["peak_memory"]
+        least, most = _peak_memory(supernet)
         if least > latency.capacity:
             raise JointoptError(
                 f"latency: the smallest sub-network takes {least / 1e9:.4g} GB, {latency.source} has "
                 f"{latency.capacity / 1e9:.4g} GB; allowed: more devices, a smaller batch or context"
             )
-        found.append(Constraint("peak_memory", latency.capacity, "<=", column("peak_memory", 1.0)))
+        if max(most, costs["peak_memory"]) > latency.capacity:
+            found.append(Constraint("peak_memory", latency.capacity, "<=", column("peak_memory", 1.0)))
     return found
+
+
+def _peak_memory(supernet: Supernet) -> tuple[float, float]:
+    """The least and the most of any sub-network: of both ends, with caches of each kind, as inputs that are cached can
+    take more than keys and values."""
+    space = supernet.space
+    caches = np.array([gene.name.endswith(".cache") for gene in space.genes])
+    kinds = range(int(space.sizes[caches].max(initial=1)))
+    ends = [
+        np.where(caches, np.minimum(kind, space.sizes - 1), end)
+        for end in (space.smallest, space.largest)
+        for kind in kinds
+    ]
+    found = supernet.cost_columns(space.canonical(np.array(ends)))["peak_memory"]
+    return float(found.min()), float(found.max())
 
 
 def _threads(study: Study, wanted: int | None, parallel: bool) -> int:

@@ -304,12 +304,14 @@ class Study:
 
     def reference_point(self) -> list[float] | None:
         """The point that hypervolume is measured from, in the objectives' units: 10% beyond the worst of the original's
-        values and those of the evaluations up to number FIRST. None before there is one."""
+        values and those of the evaluations up to number FIRST; where all of these failed, of the next that did not.
+        None before there is one."""
         frame = self.evaluations()
-        costs = costs_of(frame[frame["number"] <= FIRST], self.objectives)
-        costs = costs[np.isfinite(costs).all(axis=1)]
-        if not len(costs):
+        costs, first = costs_of(frame, self.objectives), (frame["number"] <= FIRST).to_numpy()
+        succeeded = np.isfinite(costs).all(axis=1)
+        if not succeeded.any():
             return None
+        costs = costs[succeeded & first] if (succeeded & first).any() else costs[succeeded][:1]
         original = [self.baselines.get("original", {}).get(objective.name, np.nan) for objective in self.objectives]
         if np.isfinite(original).all():
             costs = np.vstack([costs, minimized(np.array([original]), self.objectives)])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
 
+@torch.inference_mode(False)  # what is kept of it is trained
 def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     """`Supernet.calibrate`."""
     if supernet.device.type == "meta":

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+import numpy as np
 import yaml
 from torch import nn
 
@@ -127,12 +128,20 @@ def _options(preset: str | None, architecture: Mapping[str, Any]) -> dict[str, A
             raise JointoptError(
                 f"space.{key}: unknown key{did_you_mean(key, ARCHITECTURE)}; allowed: {', '.join(ARCHITECTURE)}"
             )
+    architecture = {key: _without_numpy(given) for key, given in architecture.items()}
     if preset is None:
-        return {k: v for k, v in architecture.items() if v not in (None, False)}
+        return {k: v for k, v in architecture.items() if v is not None and v is not False}
     known = presets()
     if preset not in known:
         raise JointoptError(f"space.preset: found {preset!r}; allowed: {', '.join(known)}")
     return {**(known[preset] or {}), **architecture}
+
+
+def _without_numpy(given: Any) -> Any:
+    """The same in Python's own numbers and lists."""
+    if isinstance(given, np.ndarray | np.generic):
+        return given.tolist()
+    return [_without_numpy(each) for each in given] if isinstance(given, list | tuple) else given
 
 
 def default_architecture(family: Family) -> dict[str, Any]:

@@ -387,3 +387,16 @@ def test_a_trained_super_network_teaches_what_the_original_does_not_know():
         )
     distances = [float(nn.functional.kl_div(found, each, log_target=True)) for each in (learned, given)]
     assert distances[0] < distances[1]
+
+
+def test_inference_mode_around_calibration_and_training_changes_nothing():
+    model, data, found = make("bert"), batches("bert"), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]), repair=True)
+        with mode():
+            supernet.calibrate(data)
+            finished = jointopt.finish(supernet, supernet.space.smallest, data, steps=2).model
+        with supernet.active(supernet.space.smallest) as view:
+            found.append([logits(each, data[0]) for each in (view, finished)])
+    for plain, other in zip(*found, strict=True):
+        assert torch.equal(plain, other)

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import ViTForImageClassification
+from transformers import LlamaConfig, LlamaForCausalLM, ViTForImageClassification
 
 import jointopt
 from jointopt import Family, Gene, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
@@ -429,3 +429,28 @@ def test_impossible_hardware_is_refused():
     plain = supernet_of("vit", None)
     with pytest.raises(JointoptError, match="objective 'latency': found no hardware"):
         jointopt.search(plain, lambda m: 1.0, ["quality", "latency"], evaluations=2)
+
+
+def test_what_fits_is_told_from_what_does_not_where_cached_inputs_are_larger_than_keys_and_values():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    space = SearchSpace.for_model(model, ["none"], depth=[2, 3], caches=["none", "X_INT8"])
+
+    def searched(capacity: float):
+        device = load_device("h100").model_copy(update={"capacity": capacity})
+        supernet = Supernet(model, space, latency=Roofline(device, batch=8, context=100_000))
+        supernet.calibrate(batches("llama_tied"))
+        taken = supernet.cost_columns(supernet.space.sample(100, seed=0))["peak_memory"]
+        if not np.isfinite(capacity):
+            return taken, supernet.original_costs()["peak_memory"]
+        found = jointopt.search(supernet, lambda _: 0.5, ["quality", "latency"], evaluations=4, strategy="random")
+        return found.evaluations()["peak_memory"], None
+
+    taken, original = searched(float("inf"))
+    assert taken.min() < original < taken.max()
+    for capacity in (1.05 * original, (taken.min() + original) / 2):
+        assert (searched(capacity)[0] <= capacity).all()

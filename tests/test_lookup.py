@@ -301,3 +301,9 @@ def test_formats_that_cannot_be_timed_in_torch_are_refused_before_any_training(t
     check_timed(config, of_weights())
     with pytest.raises(JointoptError, match=r"hardware.device this: W8A8\w*: rounds a layer's inputs"):
         check_timed(config, supernet())
+
+
+def test_a_study_notices_other_timings(timed):
+    lookup, _ = timed
+    other = replace(lookup, seconds={key: 10 * value for key, value in lookup.seconds.items()})
+    assert lookup.described() == replace(lookup).described() != other.described()

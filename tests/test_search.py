@@ -308,3 +308,15 @@ def test_ten_kills_leave_the_front_byte_for_byte_as_it_would_have_been(tmp_path)
     assert start("killed").wait(timeout=120) == 0
     assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert len(json.loads((tmp_path / "whole.json").read_text())["number"]) > 2
+
+
+def test_hypervolume_is_measured_where_the_first_evaluations_all_failed(supernet):
+    calls = iter(range(100))
+
+    def quality(model: torch.nn.Module) -> float:
+        if 0 < next(calls) <= 11:
+            raise ValueError("not yet")
+        return agreement(model)
+
+    study = jointopt.search(supernet, quality, evaluations=14, batch=14, strategy="random")
+    assert study.evaluations()["failed"].notna().sum() == 11 and study.reference_point() is not None

@@ -329,3 +329,12 @@ def test_llama_nas_on_llama2_7b():
 def test_the_fixed_preset_leaves_the_architecture_as_it_is():
     space = SearchSpace.for_model(full(BertForSequenceClassification, BertConfig()), preset="fixed", schemes=["W8A16"])
     assert {gene.name.rpartition(".")[2] for gene in space.genes} == {"precision"}
+
+
+def test_choices_may_be_numpy_s():
+    model = make("bert")
+    given = {"depth": np.array([1, 2]), "mlp": [np.int64(64), np.float32(1.0)]}
+    assert (
+        SearchSpace.for_model(model, ["none"], **given).to_dict()
+        == SearchSpace.for_model(model, ["none"], depth=[1, 2], mlp=[64, 1.0]).to_dict()
+    )

@@ -278,3 +278,17 @@ def test_an_optimizer_whose_state_does_not_follow_channels_is_not_sorted():
     with pytest.raises(JointoptError, match="sort_every: Adafactor keeps row_var"):
         supernet.sort_again(batches("vit"), optimizer)
     assert all(torch.equal(tensor, before[name]) for name, tensor in supernet.model.state_dict().items())
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([[1.0, 0, 1, 0, 1]]).repeat(6, 1), torch.zeros(6, 5)])
+def test_several_classes_at_once_are_not_taken_for_probabilities(labels):
+    with pytest.raises(JointoptError, match=r"float32 \[6, 5\] of which a sample's do not add up to 1.*Recipe\(loss="):
+        jointopt.elastic_loss(calibrated("vit"), {**labelled("vit")[0], "labels": labels}, 0)
+
+
+def test_float16_autocast_is_refused_and_bfloat16_is_not():
+    supernet = calibrated("vit")
+    with torch.autocast("cpu", torch.float16), pytest.raises(JointoptError, match="found float16 autocast"):
+        jointopt.elastic_loss(supernet, labelled("vit")[0], 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(jointopt.elastic_loss(supernet, labelled("vit")[0], 0))

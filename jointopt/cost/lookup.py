@@ -10,6 +10,7 @@ timed end to end: `fit`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,7 @@ class Lookup:
             "context": self.context,
             "parallel": 1,
             "factors": dict(self.factors),
+            "seconds": hashlib.sha256(json.dumps(sorted(self.seconds.items())).encode()).hexdigest()[:16],
         }
 
     def answer(self, operator: Operator) -> Answer:

@@ -261,8 +261,8 @@ def _finished(study: Study, frame: Any) -> str:
         lines.append("".join(f"<td>{cell}</td>" for cell in (before["number"], escape(record["rounding"]), *told)))
     rows = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
-        "<h2>Finished sub-networks</h2><p>Their weights were rounded anew after the search, by a method too slow to be "
-        "used in it; sizes are what they were. Measured by the search, and finished.</p>"
+        "<h2>Finished sub-networks</h2><p>Their weights were rounded anew after the search, or trained alone, which is "
+        "too slow for it; sizes are what they were. Measured by the search, and finished.</p>"
         f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
     )
 

@@ -53,6 +53,12 @@ def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
             "classes, whole numbers, or a probability of each; for what is no classification Recipe(loss=...), a "
             "function of logits and batch"
         )
+    if real and not torch.allclose(total := labels.detach().sum(1), torch.ones_like(total), atol=1e-2):
+        raise JointoptError(
+            f"train: labels are {str(given.dtype)[6:]} {list(given.shape)} of which a sample's do not add up to 1; "
+            "allowed: classes, or a probability of each; for several classes at once or measured values "
+            "Recipe(loss=...), a function of logits and batch"
+        )
     if not real:
         labels = labels.long()
         counted = labels != IGNORED
@@ -186,6 +192,9 @@ def gradients_of(
     supernet: Supernet, batch: Batch, step: int, progress: float, recipe: Recipe
 ) -> tuple[list[Tensor], list[Tensor | None], list[nn.Parameter]]:
     """The losses of the largest and of each sampled sub-network, and the sum of their gradients by parameter."""
+    kind = supernet.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        raise JointoptError("train: found float16 autocast, in which gradients vanish; allowed: bfloat16, or none")
     batch = _labelled(batch, supernet.device)
     parameters = [each for each in supernet.model.parameters() if each.requires_grad]
     places = {id(each): at for at, each in enumerate(parameters)}
