@@ -84,6 +84,7 @@ class Supernet:
             transform that the family does not allow.
     """
 
+    @torch.inference_mode(False)  # its copy may be trained
     def __init__(
         self,
         model: nn.Module,

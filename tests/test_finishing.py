@@ -392,8 +392,8 @@ def test_a_trained_super_network_teaches_what_the_original_does_not_know():
 def test_inference_mode_around_calibration_and_training_changes_nothing():
     model, data, found = make("bert"), batches("bert"), []
     for mode in (torch.no_grad, torch.inference_mode):
-        supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]), repair=True)
         with mode():
+            supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]), repair=True)
             supernet.calibrate(data)
             finished = jointopt.finish(supernet, supernet.space.smallest, data, steps=2).model
         with supernet.active(supernet.space.smallest) as view:
