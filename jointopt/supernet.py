@@ -133,6 +133,7 @@ class Supernet:
         self.scores: dict[bytes, dict[str, float]] = {}
         self._place = self.device, next(self.model.parameters()).dtype
         _warn_where_not_loadable(self.model)
+        _warn_of_hooks(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -440,6 +441,19 @@ def _warn_where_not_loadable(model: nn.Module) -> None:
             check_loadable(model)
         except JointoptError as error:
             warnings.warn(f"{error}; this model can be searched, but not exported for its library", stacklevel=3)
+
+
+def _warn_of_hooks(model: nn.Module) -> None:
+    """Of the user's own, which no file holds; those of libraries watch, or come again with the model."""
+    for path, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            made_by = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+            if made_by.partition(".")[0] not in ("torch", "transformers", "timm", "accelerate", "peft"):
+                warnings.warn(
+                    f"model: {path or 'it'} has a forward hook, which is scored with it and is no part of an export",
+                    stacklevel=3,
+                )
+                return
 
 
 def _own_copy(model: nn.Module) -> nn.Module:

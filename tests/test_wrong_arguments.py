@@ -101,3 +101,10 @@ def test_a_pooling_that_hands_each_channel_on_twice():
 def test_a_number_beyond_all_others(supernet):
     with pytest.raises(JointoptError, match="quality returned .* allowed: a finite number"):
         jointopt.search(supernet, quality=lambda model: 10**400, evaluations=1)
+
+
+def test_a_hook_that_no_export_holds():
+    model = make("bert")
+    model.bert.encoder.layer[1].register_forward_pre_hook(lambda module, given: None)
+    with pytest.warns(UserWarning, match=r"bert.encoder.layer.1 has a forward hook, .* no part of an export"):
+        Supernet(model, SPACE)
