@@ -9,8 +9,6 @@ with supernet.active(space.sample(1, seed=0)[0]) as small:
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -40,11 +38,10 @@ from .batch_norm import (
     running_statistics,
     shift_by_whole_products,
 )
-from .checkpoint.loadable import check_loadable
-from .checkpoint.timm_recipe import by_library
 from .cost.operators import LatencyModel
 from .cost.shapes import ShapeCosts, measure_positions
 from .elastic import check_space, fitted_schemes, plan_of, precision_genes
+from .given import own_copy, warn_of_what_is_lost
 from .learned_ranges import NAME, LearnedRanges, learn
 from .repair import Repaired
 from .subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
@@ -107,7 +104,7 @@ class Supernet:
             raise JointoptError(f"latency: found {latency!r:.60}; allowed: a model of it, such as Roofline(...)")
         self._given = model
         self._declared = partial(declare, family=family)
-        self.model, self.family = self._declared(_own_copy(model))
+        self.model, self.family = self._declared(own_copy(model))
         self.transforms = checked(transforms, self.family)
         self.model, self.family = rotated(self.model, self.family, self.transforms, self._declared)
         self._scaled = False
@@ -132,8 +129,7 @@ class Supernet:
         self.learned: LearnedRanges | None = None
         self.scores: dict[bytes, dict[str, float]] = {}
         self._place = self.device, next(self.model.parameters()).dtype
-        _warn_where_not_loadable(self.model)
-        _warn_of_hooks(self.model)
+        warn_of_what_is_lost(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -432,40 +428,6 @@ def _by_block(records: list[dict[str, Any]], family: Family) -> list[dict[str, A
     for record in records:
         record["block"] = next((name for path, name in paths.items() if within(record["path"], path)), None)
     return records
-
-
-def _warn_where_not_loadable(model: nn.Module) -> None:
-    """Says at once what `export` would say after the search."""
-    if by_library(model):
-        try:
-            check_loadable(model)
-        except JointoptError as error:
-            warnings.warn(f"{error}; this model can be searched, but not exported for its library", stacklevel=3)
-
-
-def _warn_of_hooks(model: nn.Module) -> None:
-    """Of the user's own, which no file holds; those of libraries watch, or come again with the model."""
-    for path, module in model.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            made_by = getattr(getattr(hook, "func", hook), "__module__", None) or ""
-            if made_by.partition(".")[0] not in ("torch", "transformers", "timm", "accelerate", "peft"):
-                warnings.warn(
-                    f"model: {path or 'it'} has a forward hook, which is scored with it and is no part of an export",
-                    stacklevel=3,
-                )
-                return
-
-
-def _own_copy(model: nn.Module) -> nn.Module:
-    """A deep copy; what is no module is left for the family's declaration to refuse."""
-    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                raise JointoptError(
-                    f"model: {path}.{name} is computed from others (pruning); allowed: a plain tensor, as "
-                    "torch.nn.utils.prune.remove leaves it"
-                )
-    return copy.deepcopy(model) if isinstance(model, nn.Module) else model
 
 
 def _lookup(schemes: Mapping[tuple[str, str], Scheme], layer: Layer, choice: str) -> Scheme:

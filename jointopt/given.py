@@ -1,0 +1,60 @@
+"""The model that a super-network is made of: copied, and what a copy or an export of it would lose told at once."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+from torch import Tensor, nn
+
+from quant.errors import JointoptError
+
+from .checkpoint.loadable import check_loadable
+from .checkpoint.timm_recipe import by_library
+
+LIBRARIES = ("torch", "transformers", "timm", "accelerate", "peft")
+"""Whose hooks only watch, or come again with the model."""
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """A deep copy; what is no module is left for the family's declaration to refuse.
+
+    Raises:
+        JointoptError: a tensor that is computed from others, by its path.
+    """
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise JointoptError(
+                    f"model: {path}.{name} is computed from others (pruning); allowed: a plain tensor, as "
+                    "torch.nn.utils.prune.remove leaves it"
+                )
+    return copy.deepcopy(model) if isinstance(model, nn.Module) else model
+
+
+def warn_of_what_is_lost(model: nn.Module) -> None:
+    """Warns of what `export` would refuse after the search, and of forward hooks, which no file holds."""
+    _warn_where_not_loadable(model)
+    _warn_of_hooks(model)
+
+
+def _warn_where_not_loadable(model: nn.Module) -> None:
+    """Says at once what `export` would say after the search."""
+    if by_library(model):
+        try:
+            check_loadable(model)
+        except JointoptError as error:
+            warnings.warn(f"{error}; this model can be searched, but not exported for its library", stacklevel=5)
+
+
+def _warn_of_hooks(model: nn.Module) -> None:
+    """Of the user's own, which no file holds; those of libraries watch, or come again with the model."""
+    for path, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            made_by = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+            if made_by.partition(".")[0] not in LIBRARIES:
+                warnings.warn(
+                    f"model: {path or 'it'} has a forward hook, which is scored with it and is no part of an export",
+                    stacklevel=5,
+                )
+                return
