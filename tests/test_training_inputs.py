@@ -292,3 +292,10 @@ def test_float16_autocast_is_refused_and_bfloat16_is_not():
         jointopt.elastic_loss(supernet, labelled("vit")[0], 0)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(jointopt.elastic_loss(supernet, labelled("vit")[0], 0))
+
+
+def test_a_recipe_may_be_made_anew_at_each_step():
+    supernet = calibrated("vit")
+    for step in range(2):
+        recipe = Recipe(Attentive(front=supernet.space.sample(3, seed=0)))
+        assert torch.isfinite(jointopt.elastic_loss(supernet, labelled("vit")[0], step, recipe))

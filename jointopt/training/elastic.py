@@ -149,9 +149,9 @@ def elastic_loss(
         JointoptError: the super-network is not calibrated, the batch has no labels, `steps` is missing or passed, the
             loss is not finite.
     """
-    recipe = checked(recipe) or Recipe()
+    recipe = checked(recipe) or USUAL
     check_supernet("train", supernet)
-    if _CHECKED.get(supernet) != recipe or not supernet.trained:
+    if _CHECKED.get(supernet) is not recipe or not supernet.trained:
         recipe.check(supernet)
         _CHECKED[supernet] = recipe
     if recipe.learned_ranges and NAME not in supernet.model._parameters:
@@ -165,6 +165,7 @@ def elastic_loss(
     return _Gathered.apply(total, gradients, *parameters)
 
 
+USUAL = Recipe()
 _CHECKED: WeakKeyDictionary[Supernet, Recipe] = WeakKeyDictionary()
 """What each super-network was found to be trainable with."""
 
