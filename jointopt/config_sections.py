@@ -40,7 +40,7 @@ class Source(Section):
             (default: all; to calibrate 128 rows or 16 pieces).
     """
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     split: str | None = None
     text: str | None = None
     text_pair: str | None = None

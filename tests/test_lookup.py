@@ -133,6 +133,24 @@ def test_a_width_between_those_timed_is_interpolated_and_one_beyond_is_refused()
         lookup.time_of(Operator("linear", 96, 64, 10, scheme=scheme("W8A8")))
 
 
+@pytest.mark.parametrize(
+    "of_width",
+    [
+        lambda width: Operator("linear", 64, width, 8.0),
+        lambda width: Operator("norm", width, width, 8.0),
+        lambda width: Operator("attention", width, width // 2, 8.0, 8.0, heads=width // 16),
+        lambda width: Operator("conv", width, width, 64.0, area=9),
+        lambda width: Operator("conv", width, 1, 64.0, area=9, heads=width),
+    ],
+    ids=["input", "norm", "attention", "square convolution", "depthwise convolution"],
+)
+def test_a_width_that_is_several_sides_is_interpolated_along_all_of_them(of_width):
+    lookup = Lookup(Backend(), seconds={key_of(of_width(width), 1): width * 1e-6 for width in (32, 96)})
+    assert lookup.time_of(of_width(64)) == pytest.approx(64e-6)
+    with pytest.raises(JointoptError, match="no timing of"):
+        lookup.time_of(of_width(128))
+
+
 def test_a_fit_finds_what_a_graph_adds_to_its_operators(timed):
     lookup, _ = timed
     genomes = list(supernet().space.sample(12, seed=0))

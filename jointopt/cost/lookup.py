@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 TOGETHER = 40
 """Operators that are timed in turns, so that what else the machine does falls on all of them."""
+_WIDTHS = (("rows",), ("columns",), ("rows", "columns"), ("rows", "columns", "heads"), ("rows", "heads"))
+"""What grows with a width: an output's, an input's, a norm's, attention's, a depthwise convolution's."""
 Key = str
 
 
@@ -132,21 +134,23 @@ class Lookup:
         return self._between(operator) if found is None else found
 
     def _between(self, operator: Operator) -> float:
-        for side in ("rows", "columns"):
-            near = []
-            for key, seconds in self.seconds.items():
-                record = json.loads(key)
-                if {**_record(operator, self.batch), side: None} == {**record, side: None}:
-                    near.append((record[side], seconds))
-            widths = sorted(near)
-            wanted = getattr(operator, side)
-            if widths and widths[0][0] <= wanted <= widths[-1][0]:
-                sizes, times = zip(*widths, strict=True)
-                return float(np.interp(wanted, sizes, times))
+        timed = [(json.loads(key), seconds) for key, seconds in self.seconds.items()]
+        for sides in _WIDTHS:
+            wanted = {side: getattr(operator, side) for side in sides}
+            rest = {**_record(operator, self.batch), **dict.fromkeys(sides)}
+            near = sorted(
+                (record[sides[0]] / wanted[sides[0]], seconds)
+                for record, seconds in timed
+                if rest == {**record, **dict.fromkeys(sides)}
+                and all(record[side] * wanted[sides[0]] == wanted[side] * record[sides[0]] for side in sides)
+            )
+            if near and near[0][0] <= 1 <= near[-1][0]:
+                return float(np.interp(1, *zip(*near, strict=True)))
         scheme = operator.scheme.name if operator.scheme else "none"
         raise JointoptError(
             f"lookup: no timing of {operator.kind} {operator.rows} x {operator.columns} in {scheme} at "
-            f"{operator.positions:g} positions; allowed: widths between those timed; Lookup.of(supernet) times all"
+            f"{operator.positions:g} positions; allowed: widths between those timed, one at a time; "
+            "Lookup.of(supernet) times all"
         )
 
     def fit(self, supernet: Supernet, genomes: Sequence[Any], seconds: Sequence[float]) -> Lookup:
