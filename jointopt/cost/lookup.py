@@ -145,7 +145,8 @@ class Lookup:
                 and all(record[side] * wanted[sides[0]] == wanted[side] * record[sides[0]] for side in sides)
             )
             if near and near[0][0] <= 1 <= near[-1][0]:
-                return float(np.interp(1, *zip(*near, strict=True)))
+                sizes, times = zip(*near, strict=True)
+                return float(np.interp(1.0, sizes, times))
         scheme = operator.scheme.name if operator.scheme else "none"
         raise JointoptError(
             f"lookup: no timing of {operator.kind} {operator.rows} x {operator.columns} in {scheme} at "
