@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
 from quant.errors import JointoptError, check_above_0, check_count, check_whole, did_you_mean
@@ -143,6 +144,7 @@ def finish(
     return finish_by(how, supernet, genome, batches, quality)
 
 
+@torch.inference_mode(False)  # what comes of it may be trained
 def finish_by(
     how: Finishing,
     supernet: Supernet,

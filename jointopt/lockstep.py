@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jointopt.importance import hidden_input
 from quant.errors import JointoptError
 
 
@@ -46,11 +47,11 @@ class Arrived:
     @property
     def x(self) -> Tensor:
         """The input of a layer that takes one tensor."""
-        return self.call.args[0]
+        return hidden_input(self.call.args, self.call.kwargs)
 
     @property
     def original_x(self) -> Tensor:
-        return self.original.args[0]
+        return hidden_input(self.original.args, self.original.kwargs)
 
 
 def starting(batch: Mapping[str, Any]) -> Arrived:

@@ -136,12 +136,11 @@ def _embedding(model: Model, root: str) -> Layer:
 
 def configure(model: Model, kept: Sequence[Block]) -> None:
     """A config of its own for the sub-network, with the kept blocks counted and the rest of it unchanged."""
-    config = copy.deepcopy(model.config)
+    whole, config = model.config, copy.deepcopy(model.config)
     indices = [int(block.path.rpartition(".")[2]) for block in kept]
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in indices]
     config.num_hidden_layers = len(indices)
     for module in model.modules():
-        if module.__dict__.get("config") is model.config and module is not model:
-            module.config = config
-    model.config = config
+        if module.__dict__.get("config") is whole:
+            module.__dict__["config"] = config

@@ -389,6 +389,20 @@ def test_a_trained_super_network_teaches_what_the_original_does_not_know():
     assert distances[0] < distances[1]
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "descent", "learned"])
+def test_what_was_rounded_in_inference_mode_may_be_trained_afterwards(rounding):
+    model, data, found = make("bert"), batches("bert"), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W4A8"]))
+        supernet.calibrate(data)
+        with mode():
+            made_here = [{name: each.clone() for name, each in batch.items()} for batch in data]
+            found.append(jointopt.finish(supernet, supernet.space.smallest, made_here, rounding).model)
+    plain, other = (logits(each, data[0]) for each in found)
+    assert torch.equal(plain, other)
+    found[1](**data[0]).logits.sum()
+
+
 def test_inference_mode_around_calibration_and_training_changes_nothing():
     model, data, found = make("bert"), batches("bert"), []
     for mode in (torch.no_grad, torch.inference_mode):

@@ -140,11 +140,39 @@ def declare_recommender(model: nn.Module) -> Family:
     return Family("recommender", (), (Width("hidden", "mlp", 64, (Part("up"),), (Part("down"),)),), layers)
 
 
-def test_its_inputs_and_outputs_keep_their_names(tmp_path):
+class ByKeyword(Recommender):
+    """The same, its layers called by the name of what they take."""
+
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        pooled = (self.items(input=ids) * weights[..., None]).sum(1)
+        return {"taste": self.down(input=torch.relu(self.up(input=pooled))), "total": weights.sum(1)}
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "descent", "learned"])
+def test_layers_called_by_keyword_are_finished_like_others(rounding):
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "weights": torch.rand(64, 5, generator=generator),
+        "ids": torch.randint(0, 40, (64, 5), generator=generator),
+    }
+    found = []
+    for kind in (Recommender, ByKeyword):
+        torch.manual_seed(1)
+        model = kind()
+        space = SearchSpace.for_model(model, family=declare_recommender, schemes=["W4A16_G32"], mlp=[32, 64])
+        supernet = Supernet(model, space, family=declare_recommender)
+        supernet.calibrate([batch])
+        with torch.no_grad():
+            found.append(jointopt.finish(supernet, space.largest, [batch], rounding).model(**batch)["taste"])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", [Recommender, ByKeyword])
+def test_its_inputs_and_outputs_keep_their_names(tmp_path, kind):
     pytest.importorskip("onnxruntime")
     torch.manual_seed(1)
     batch = {"weights": torch.rand(4, 5), "ids": torch.randint(0, 40, (4, 5), dtype=torch.int32)}
-    supernet = for_onnx(Recommender(), declare_recommender, batch, mlp=[32, 64])
+    supernet = for_onnx(kind(), declare_recommender, batch, mlp=[32, 64])
     folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
     assert jointopt.verify(folder).ok
     taste, total = session_of(folder)(**batch)

@@ -129,16 +129,16 @@ class OnnxEmbedding(OnnxLayer):
             self.decoded = torch.arange(256, dtype=torch.uint8).view(self.codes.dtype).float()
             self.codes = self.codes.view(torch.uint8)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        values = self.numbers(self._looked_up(self.codes, ids)).float()
+    def forward(self, input: Tensor) -> Tensor:
+        values = self.numbers(self._looked_up(self.codes, input)).float()[..., : self.shape[1]]
         if self.weight_scale.dim() == 1:
             return values * self.weight_scale.float()
-        scale = self._looked_up(self.weight_scale, ids).float()
+        scale = self._looked_up(self.weight_scale, input).float()
         groups = scale.shape[-1]
-        grouped = values.reshape(*ids.shape, groups, self.shape[1] // groups)
+        grouped = values.reshape(*input.shape, groups, self.shape[1] // groups)
         if self.weight_zero_point is not None:
-            grouped = grouped - unpacked(self._looked_up(self.weight_zero_point, ids))[..., :groups, None]
-        return (grouped * scale[..., None]).reshape(*ids.shape, self.shape[1])
+            grouped = grouped - unpacked(self._looked_up(self.weight_zero_point, input))[..., :groups, None]
+        return (grouped * scale[..., None]).reshape(*input.shape, self.shape[1])
 
     def _looked_up(self, table: Tensor, ids: Tensor) -> Tensor:
         shape = (*ids.shape, table.shape[1])
@@ -148,15 +148,15 @@ class OnnxEmbedding(OnnxLayer):
 class OnnxLinear(OnnxLayer):
     """Integer products where the input is INT8, MatMulNBits for INT4 weights, else a product in float32."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4:  # tokens in a grid
-            return self(x.flatten(0, 2)).unflatten(0, x.shape[:3])
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 4:  # tokens in a grid
+            return self(input.flatten(0, 2)).unflatten(0, input.shape[:3])
         if self.weights.bits == 4 and (block := self._block()):
-            product = self._block_product(x, block)
+            product = self._block_product(input, block)
         elif self.activations is not None and not self.activations.kind.is_float:
-            product = self._integer_product(x)
+            product = self._integer_product(input)
         else:
-            product = held(x, self.activations, self.input_scale) @ self.values().T
+            product = held(input, self.activations, self.input_scale) @ self.values().T
         return product if self.bias is None else product + self.bias
 
     def _integer_product(self, x: Tensor) -> Tensor:
@@ -209,7 +209,8 @@ class OnnxConv2d(OnnxLayer):
         if self.whole:
             self.codes = self.codes.reshape(self.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self.around, mode=self.padding_mode)
         options = (self.stride, self.padding, self.dilation, self.groups)
