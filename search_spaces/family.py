@@ -102,6 +102,8 @@ class Layer:
         tokens: False where the layer's input is one vector a sample: no scheme with activations is offered there,
             since a dynamic scale would be shared by the whole batch.
         norm: path of the batch normalization that alone reads its output, if any.
+        readers: of a convolution, paths of the layers that alone read its output, through a batch normalization, a ReLU
+            and a maximum pooling at most; one or two.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Layer:
     tied: tuple[str, ...] = ()
     tokens: bool = True
     norm: str | None = None
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ every block's first convolution, the next stage and the classifier consume it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ def declare(model: Model) -> Family:
         path = f"{root}encoder.stages.{stage}.layers"
         stages.append([_hf_block(model, f"{path}.{i}") for i in range(len(model.get_submodule(path)))])
     stem = (f"{root}embedder.embedder.convolution", f"{root}embedder.embedder.normalization")
-    return _family(model, "resnet", stages, stem, "classifier.1", _configure, _example_image)
+    before = (f"{root}embedder.embedder.activation", f"{root}embedder.pooler")
+    return _family(model, "resnet", stages, stem, before, "classifier.1", _configure, _example_image)
 
 
 def _hf_block(model: Model, path: str) -> _Names:
@@ -93,7 +94,10 @@ def declare_timm(model: Model) -> Family:
     last = next(name for name, m in reversed(list(model.conv1.named_modules())) if isinstance(m, nn.Conv2d))
     stem = ("conv1" + (f".{last}" if last else ""), "bn1")
     attributes = (("", "num_features", 1), ("", "head_hidden_size", 1))
-    return _family(model, "timm_resnet", stages, stem, "fc", example=example_timm, attributes=attributes)
+    shortcut = model.get_submodule(stages[0][0].path).downsample
+    pools = [name for name, m in shortcut.named_children() if type(m) is not nn.Conv2d] if shortcut else []
+    before = ("act1", "maxpool", *(f"{stages[0][0].path}.downsample.{name}" for name in pools[:-1]))
+    return _family(model, "timm_resnet", stages, stem, before, "fc", example=example_timm, attributes=attributes)
 
 
 def _timm_shortcut(path: str, downsample: nn.Module | None) -> tuple[str, str] | None:
@@ -112,6 +116,7 @@ def _family(
     name: str,
     stages: list[list[_Names]],
     stem: tuple[str, str],
+    before: tuple[str, ...],
     head: str,
     configure: Any = unchanged,
     example: Any = None,
@@ -119,7 +124,9 @@ def _family(
 ) -> Family:
     has_head = has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear)
     blocks, widths, links = [], [], []
-    layers = [Layer("stem", stem[0], "stem", norm=stem[1])]
+    first = stages[0][0]
+    of_stem = (first.convolutions[0][0], first.shortcut[0]) if first.shortcut and _are_maxima(model, before) else ()
+    layers = [Layer("stem", stem[0], "stem", norm=stem[1], readers=of_stem)]
     for number, stage in enumerate(stages, 1):
         following = stages[number] if number < len(stages) else None
         joined = stem if number == 1 and stage[0].shortcut is None else None
@@ -135,8 +142,14 @@ def _family(
             parts = {f"{block}.conv{i}": paths for i, paths in enumerate(names.convolutions, 1)}
             if names.shortcut:
                 parts[f"{block}.shortcut"] = names.shortcut
+            next_of = {
+                before[0]: (after[0],)
+                for before, after, activation in _neighbours(names)
+                if _are_maxima(model, (activation,))
+            }
             for part, (convolution, norm) in parts.items():
-                layers.append(Layer(part, convolution, part, block, norm=norm))
+                readers = next_of.get(convolution, ())
+                layers.append(Layer(part, convolution, part, block, norm=norm, readers=readers))
     if has_head:
         layers.append(Layer("head", head, "head", tokens=False))
     return Family(
@@ -150,12 +163,21 @@ def _family(
     )
 
 
+def _neighbours(names: _Names) -> Iterator[tuple[tuple[str, str], tuple[str, str], str]]:
+    """A block's convolutions, each with the next and the activation between them."""
+    return zip(names.convolutions, names.convolutions[1:], names.activations, strict=False)
+
+
+def _are_maxima(model: Model, paths: Sequence[str]) -> bool:
+    """Whether these modules only ever hand on numbers that they are given, or 0."""
+    return all(isinstance(model.get_submodule(path), nn.ReLU | nn.MaxPool2d | nn.Identity) for path in paths)
+
+
 def _links(model: Model, names: _Names) -> list[Link]:
     """Between a block's convolutions: a ReLU hands on what its input is scaled by (Nagel et al., arXiv 1906.04721)."""
-    pairs = zip(names.convolutions, names.convolutions[1:], names.activations, strict=False)
     return [
         Link(before[1], (after[0],))
-        for before, after, activation in pairs
+        for before, after, activation in _neighbours(names)
         if isinstance(model.get_submodule(activation), nn.ReLU)
     ]
 

@@ -17,13 +17,14 @@ from jointopt.cost.backend import Backend, host
 from jointopt.cost.configured import check_timed
 from jointopt.cost.here import FITTED, lookup_here
 from jointopt.cost.lookup import key_of
-from jointopt.cost.operators import Operator
+from jointopt.cost.operators import Answer, Operator
 from jointopt.cost.timing import module_of, time_export, time_operators
 from quant.formats import scheme
 from quant.layers import QuantizedLinear
 from tests.zoo import batches, make
 
 pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
 
 
 @cache
@@ -101,6 +102,32 @@ def test_a_convolution_s_time_follows_from_its_reader_s_format():
         return next(part["latency"] for part in parts if part["path"] == path)
 
     assert (latency(), latency(conv2="W8A8"), latency(conv1="W8A8")) == (1.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "timm_resnet_basic"])
+def test_as_many_convolutions_are_fused_as_an_export_writes_as_one_kernel(kind, tmp_path):
+    model = make(kind)
+    formats = ["W8A8_STATIC", "W8A8_STATIC_ASYM", "W8A8", "none"]
+    space = SearchSpace.for_model(model, schemes=formats, preset="fixed", precision_per="layer")
+    supernet = Supernet(model, space)
+    supernet.calibrate(batches(kind))
+    firsts = ["stem", "stage1.block0.conv1", "stage1.block0.shortcut"]
+    of_stem = [f"{name}.precision" for name in firsts if f"{name}.precision" in space.names]
+    alike = dict.fromkeys(of_stem, "W8A8_STATIC")
+    decoded = [{**space.decode(genome), **alike} for genome in space.sample(2, seed=1)]
+    decoded += [{**decoded[-1], of_stem[-1]: "W8A8_STATIC_ASYM"}, dict.fromkeys(space.names, "W8A8_STATIC")]
+
+    class Fused(Lookup):
+        def answer(self, operator: Operator) -> Answer:
+            return Answer(float(operator.fused), 0.0)
+
+    genomes = [space.encode(each) for each in decoded]
+    told = supernet.costs_by(Fused(Backend())).columns(np.stack(genomes))["latency"]
+    for at, genome in enumerate(genomes):
+        folder = jointopt.export(supernet, genome, tmp_path / str(at), target="onnxruntime")
+        nodes = onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+        assert told[at] == sum(node.op_type == "QLinearConv" for node in nodes)
+    assert len(set(told)) > 1
 
 
 def test_every_operator_of_the_space_is_timed_once_and_kept(timed, monkeypatch):

@@ -58,8 +58,8 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
     total = torch.zeros((), dtype=torch.float64)
     for table in tables.tables:
         value = torch.as_tensor(table.values[measure], dtype=torch.float64)
-        value = value @ by_index[table.reader] if table.reader is not None else value.sum(-1)
-        value = value @ by_index[table.precision] if table.precision is not None else value.sum(-1)
+        for index in (*reversed(table.readers), table.precision):
+            value = value @ by_index[index] if index is not None else value.sum(-1)
         rows, columns = table.rows.gene, table.columns.gene
         if rows is not None and rows == columns:
             value = value.diagonal() @ by_index[rows]

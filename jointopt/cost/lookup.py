@@ -28,8 +28,11 @@ from quant.errors import JointoptError, check_count
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
-TOGETHER = 40
-"""Operators that are timed in turns, so that what else the machine does falls on all of them."""
+TOGETHER = 10**9
+"""Bytes of weights in float32 of operators that are timed in turns, so that what else the machine does falls on all of
+them: within a minute it may be half as fast again, and what fewer operators leave in its caches makes each faster."""
+ANCHORS = 8
+"""Operators timed already that are timed again with others, for how fast the machine is by then."""
 _WIDTHS = (("rows",), ("columns",), ("rows", "columns"), ("rows", "columns", "heads"), ("rows", "heads"))
 """What grows with a width: an output's, an input's, a norm's, attention's, a depthwise convolution's."""
 Key = str
@@ -197,14 +200,12 @@ def times_of(
     path = Path(path) if path is not None else default_path()
     machine = backend.machine
     known = _read(path, machine)
-    keys = [key_of(each, batch) for each in operators]
-    missing = {key: each for key, each in zip(keys, operators, strict=True) if key not in known}
-    if missing:
+    asked = {key_of(each, batch): each for each in operators}
+    if not asked.keys() <= known.keys():
         _write(path, machine, known)  # found out before the timing, not after it
-    known |= _timed(missing, batch, backend)
-    if missing:
+        known |= _timed(asked, known, batch, backend)
         _write(path, machine, known)
-    return [known[key] for key in keys]
+    return [known[key_of(each, batch)] for each in operators]
 
 
 @dataclass
@@ -246,15 +247,33 @@ def key_of(operator: Operator, batch: int) -> Key:
     return json.dumps(_record(operator, batch), sort_keys=True)
 
 
-def _timed(missing: Mapping[Key, Operator], batch: int, backend: Backend) -> dict[Key, float]:
+def _timed(asked: Mapping[Key, Operator], known: Mapping[Key, float], batch: int, backend: Backend) -> dict[Key, float]:
+    """Times of what is asked and not known, as the machine was when those known were timed."""
     from jointopt.cost.timing import time_operators
 
     found: dict[Key, float] = {}
-    keys = list(missing)
-    for at in range(0, len(keys), TOGETHER):
-        part = keys[at : at + TOGETHER]
-        found |= dict(zip(part, time_operators([missing[key] for key in part], batch, backend), strict=True))
+    for group in _groups([key for key in asked if key not in known], asked):
+        timed = {key: seconds for key, seconds in {**known, **found}.items() if key in asked and seconds > 0}
+        anchors = sorted(timed, key=timed.__getitem__)[:: max(1, -(-len(timed) // ANCHORS))]
+        now = time_operators([asked[key] for key in (*group, *anchors)], batch, backend)
+        slower = [each / timed[key] for key, each in zip(anchors, now[len(group) :], strict=True) if each > 0]
+        pace = float(np.median(slower)) if slower else 1.0
+        found |= {key: each / pace for key, each in zip(group, now, strict=False)}
     return found
+
+
+def _groups(keys: Sequence[Key], asked: Mapping[Key, Operator]) -> list[list[Key]]:
+    """Of about equal size, each within `TOGETHER`; cheap and expensive ones in all of them."""
+    keys = sorted(keys, key=lambda key: (asked[key].macs, key))
+    count = 1 + sum(4 * _stored(asked[key]) for key in keys) // TOGETHER
+    return [keys[at::count] for at in range(min(count, len(keys)))]
+
+
+def _stored(operator: Operator) -> int:
+    """Numbers of an operator's weight, as it is timed."""
+    if operator.kind in ("linear", "conv"):
+        return operator.rows * operator.columns * operator.area
+    return 0
 
 
 def _read(path: Path, machine: str) -> dict[Key, float]:

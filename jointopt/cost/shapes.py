@@ -162,18 +162,20 @@ class ShapeCosts:
         rows = self._axis(self._producer.get(path), full_rows)
         columns = self._heads_of(path, module) or self._axis(self._consumer.get(path), full_columns)
         gene, schemes = self._schemes(layer)
-        reader = self._reader(path, module)
-        reader_gene, readers = self._schemes(reader)
-        own = reader is not None and reader_gene == gene  # then its scheme is that of the same choice
-        shape = (len(rows.sizes), len(columns.sizes), len(schemes), 1 if own else len(readers))
-        values = self._zeros(shape)
-        for at in np.ndindex(shape):
-            r, c, s, read = at
-            by = readers[s if own else read]
-            cost = self._module_cost(path, module, owned, rows.sizes[r], columns.sizes[c], schemes[s], by)
+        readers = [self._schemes(each) for each in self._readers(layer)]
+        apart = [each for each in dict.fromkeys(of for of, _ in readers) if each not in (None, gene)]
+        others = [*apart, None, None][:2]
+        counts = [len(next((found for of, found in readers if of == each), (None,))) for each in others]
+        values = self._zeros((len(rows.sizes), len(columns.sizes), len(schemes), *counts))
+        for at in np.ndindex(values["macs"].shape):
+            r, c, s = at[:3]
+            chosen: dict[int | None, int] = {**dict(zip(others, at[3:], strict=True)), gene: s, None: 0}
+            by = {found[chosen[of]] for of, found in readers}
+            reader = by.pop() if len(by) == 1 else None
+            cost = self._module_cost(path, module, owned, rows.sizes[r], columns.sizes[c], schemes[s], reader)
             for measure, value in cost.items():
                 values[measure][at] = value
-        return Table(path, kind_of(module) or "other", rows, columns, gene, None if own else reader_gene, values)
+        return Table(path, kind_of(module) or "other", rows, columns, gene, (others[0], others[1]), values)
 
     def _heads_of(self, path: str, module: nn.Module) -> Axis | None:
         """The heads that a normalization within them meets at each token; None for all other modules. Only times depend
@@ -193,13 +195,10 @@ class ShapeCosts:
         choices = ("none",) if gene is None else self.space.genes[gene].choices
         return gene, [self._scheme_of(layer, str(choice)) if layer else None for choice in choices]
 
-    def _reader(self, path: str, module: nn.Module) -> Layer | None:
-        """What alone reads a convolution: the one that consumes the width inside a block that it produces. Only times
-        depend on it."""
-        width = self._producer[path][0] if path in self._producer else None
-        if self.latency is None or not isinstance(module, nn.Conv2d) or width is None or width.block is None:
-            return None
-        return self._layers.get(width.consumers[0].module) if len(width.consumers) == 1 else None
+    def _readers(self, layer: Layer | None) -> list[Layer]:
+        """What alone reads a convolution. Only times depend on it."""
+        paths = layer.readers if layer is not None and self.latency is not None else ()
+        return [self._layers[path] for path in paths]
 
     def _zeros(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         whole = ("parameters", "size", "macs", "cache", "decode_macs")
@@ -309,13 +308,13 @@ class ShapeCosts:
         tokens = self.positions.get(part.module, 0.0)
         weight = self._model.get_submodule(part.module).get_parameter("weight")
         bits = weight.element_size() * 8
-        macs = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1, 1) * 2 * tokens * tokens
+        macs = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1, 1, 1) * 2 * tokens * tokens
         values = self._zeros(macs.shape) | {"macs": np.round(macs).astype(np.int64), "bops": macs * bits * bits}
         if self.family.caches:
             values["decode_macs"] = np.round(macs / max(tokens, 1)).astype(np.int64)
         if self.latency is not None:
             self._time_attention(width, rows, tokens * self._scale, bits, values)
-        return Table(part.module, "attention", rows, Axis(None, (0,)), None, None, values)
+        return Table(part.module, "attention", rows, Axis(None, (0,)), None, (None, None), values)
 
     def _time_attention(
         self, width: Width, rows: Axis, tokens: float, bits: int, values: Mapping[str, np.ndarray]
@@ -344,19 +343,19 @@ class ShapeCosts:
         head_dim = self._producer[keys][1]
         gene = self._index.get(cache.name)
         choices = self.space.genes[gene].choices if gene is not None else ("none",)
-        values = self._zeros((len(rows.sizes), 1, len(choices), 1))
+        values = self._zeros((len(rows.sizes), 1, len(choices), 1, 1))
         for r, row in enumerate(rows.sizes):
             for c, choice in enumerate(choices):
                 form = cache_format(str(choice))
                 values["size"][r, 0, c] = form.constant_bytes(row // head_dim, head_dim)
                 values["cache"][r, 0, c] = form.token_bytes(row // head_dim, head_dim, hidden, weight.element_size())
                 if self.latency is not None:
-                    held = values["cache"][r, 0, c, 0] * self._tokens * self._scale
+                    held = values["cache"][r, 0, c, 0, 0] * self._tokens * self._scale
                     answer = self.latency.answer(Operator("cache", 0, 0, 0.0, cache_bytes=held))
                     values["decode_latency"][r, 0, c], values["decode_energy"][r, 0, c] = answer.seconds, answer.joules
                 if form.inputs:
                     values["decode_macs"][r, 0, c] = round(self.positions.get(keys, 0.0)) * 2 * row * hidden
-        return Table(keys, "cache", rows, Axis(None, (0,)), gene, None, values)
+        return Table(keys, "cache", rows, Axis(None, (0,)), gene, (None, None), values)
 
 
 def _stores(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Tables of costs that depend on a few genes each, and the costs of many genomes as sums of look-ups in them.
 
-Every stored tensor and every product belongs to a module whose cost depends on four genes at most: the one of its
-rows, the one of its columns, the one of its precision, and for a convolution's time that of what reads it.
+Every stored tensor and every product belongs to a module whose cost depends on five genes at most: the one of its
+rows, the one of its columns, the one of its precision, and for a convolution's time those of one or two that read it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Table:
-    """Cost of one module: measure -> array [row choices, column choices, precision choices, its reader's]."""
+    """Cost of one module: measure -> array [row choices, column choices, precision choices, its two readers']."""
 
     path: str
     kind: str
     rows: Axis
     columns: Axis
     precision: int | None
-    reader: int | None
+    readers: tuple[int | None, int | None]
     values: Mapping[str, np.ndarray]
 
 
@@ -52,12 +52,12 @@ class Tables:
     ):
         self.tables, self.family, self.space, self.leaving = tables, family, space, leaving
         self._index = {name: i for i, name in enumerate(space.names)}
-        # An entry is at `_first` + indices of its table's four genes x `_strides`; a gene that a table does not depend
+        # An entry is at `_first` + indices of its table's five genes x `_strides`; a gene that a table does not depend
         # on is the one past the last.
         none = len(space)
-        genes = [(table.rows.gene, table.columns.gene, table.precision, table.reader) for table in tables]
+        genes = [(table.rows.gene, table.columns.gene, table.precision, *table.readers) for table in tables]
         shapes = np.array([table.values["macs"].shape for table in tables])
-        self._genes = np.array([[none if gene is None else gene for gene in four] for four in genes])
+        self._genes = np.array([[none if gene is None else gene for gene in five] for five in genes])
         self._strides = np.cumprod(np.pad(shapes[:, :0:-1], ((0, 0), (1, 0)), constant_values=1), axis=1)[:, ::-1]
         self._first = np.cumsum(shapes.prod(1)) - shapes.prod(1)
         self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in tables[0].values}

@@ -22,8 +22,9 @@ from jointopt.cost.operators import Operator
 from quant.kernels import quantize
 from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 
-LEAST = 1.0
-"""Seconds for which operators are timed in turns, so that those of some microseconds are timed often."""
+LEAST, EACH = 1.0, 0.1
+"""Seconds for which operators are timed in turns at least, altogether and for each of them: so that those of some
+microseconds are timed often, and all outlast what else the machine does for a while."""
 WORDS = 1000
 """Rows of the table that an embedding is timed with: those that are looked up count."""
 _QUANTIZED = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d, nn.Embedding: QuantizedEmbedding}
@@ -133,7 +134,7 @@ def time_operators(operators: Sequence[Operator], batch: int, backend: Backend, 
     make = _torch_calls if backend.name == TORCH else _sessions
     calls = [*make(modules, inputs, backend), *make((nn.Identity(),), ((torch.zeros(1),),), backend)]
     with _as_deployed(backend):
-        medians = in_turns(calls, rounds, LEAST)
+        medians = in_turns(calls, rounds, max(LEAST, EACH * len(calls)))
     found = [max(each - medians[-1], 0.0) for each in medians[:-1]]
     for at, rounding in zip(spared, found[len(operators) :], strict=True):
         found[at] = max(found[at] - rounding, 0.0)
