@@ -8,8 +8,8 @@
 For each case random sub-networks are exported to ONNX, and timed in turns for at least half a minute, medians, on one
 thread. A first few of them fit the look-up, and the roofline whose rates are those of 48 of the operators; the errors
 are those on all others: mean absolute relative error (MAPE), and Kendall's tau. Exports are kept in --work; but for
-smollm2's, which weigh some 300 MB and take a minute each: one at a time is loaded and timed, in turns with the first,
-and deleted unless --export-only had made it.
+smollm2's, which weigh some 300 MB and take a minute each: one at a time is loaded and timed, in turns with the first
+for 20 seconds, and deleted unless --export-only had made it.
 
 With --backend torch sub-networks are extracted and timed in torch, and the look-up is that of torch.
 """
@@ -45,8 +45,8 @@ FIT = 8
 BATCHES = {"digits_vit": 8, "digits_resnet": 8, "minilm": 1, "smollm2": 1}
 LENGTHS = {"minilm": 128, "smollm2": 64}
 LARGE = ("smollm2",)
-LEAST = 30.0
-"""Seconds for which the exports of a case are timed, where they are beside each other."""
+LEAST, APART = 30.0, 20.0
+"""Seconds for which the exports of a case are timed: all that are beside each other, and a pair of those that are not."""
 
 
 def supernet_of(name: str, network: Network, arguments: argparse.Namespace) -> tuple[Supernet, dict]:
@@ -87,31 +87,32 @@ def exported(supernet: Supernet, genome: np.ndarray, folder: Path) -> Path:
     return path
 
 
-def timed(paths: list[Path], batch: dict, threads: int, rounds: int) -> np.ndarray:
-    """Median seconds of each export, all of them in turns."""
-    models = [OnnxModel(path / "model.onnx", threads) for path in paths]
+def rounds_of(paths: list[Path], batch: dict, arguments: Any, least: float) -> np.ndarray:
+    """Seconds of each export, all of them in turns: [rounds, exports]."""
+    models = [OnnxModel(path / "model.onnx", arguments.threads) for path in paths]
     feeds = [model.completed({name: each.numpy() for name, each in batch.items()}) for model in models]
     seconds: list[list[float]] = []
-    ends = time.monotonic() + LEAST
-    while len(seconds) < rounds or (time.monotonic() < ends and len(models) > 2):
+    ends = time.monotonic() + least
+    while len(seconds) < arguments.rounds or time.monotonic() < ends:
         seconds.append([])
         for model, feed in zip(models, feeds, strict=True):
             started = time.perf_counter()
             model.session.run(None, feed)
             seconds[-1].append(time.perf_counter() - started)
-    return np.median(seconds[1:], axis=0)
+    return np.array(seconds[1:])
 
 
 def timed_apart(supernet: Supernet, genomes: np.ndarray, folder: Path, batch: dict, arguments: Any) -> np.ndarray:
-    """The same for exports that do not fit beside each other: each in turns with the first, as a ratio to it."""
+    """Medians for exports that do not fit beside each other: each in turns with the first, as a ratio to its neighbour
+    in time."""
     first = exported(supernet, genomes[0], folder)
     ratios, reference = [], []
     for genome in genomes:
         made = not place_of(folder, genome).is_dir()
         path = exported(supernet, genome, folder)
-        its, one = timed([path, first], batch, arguments.threads, arguments.rounds)
-        ratios.append(its / one)
-        reference.append(one)
+        seconds = rounds_of([path, first], batch, arguments, APART)
+        ratios.append(np.median(seconds[:, 0] / seconds[:, 1]))
+        reference.append(np.median(seconds[:, 1]))
         if made:
             shutil.rmtree(path)
     return np.array(ratios) * np.median(reference)
@@ -154,7 +155,7 @@ def main() -> None:
         elif name in LARGE:
             seconds = timed_apart(supernet, genomes, folder, batch, arguments)
         else:
-            seconds = timed(paths, batch, arguments.threads, arguments.rounds)
+            seconds = np.median(rounds_of(paths, batch, arguments, LEAST), axis=0)
         lookup = lookup.fit(supernet, list(genomes[:FIT]), list(seconds[:FIT]))
         models_of_time: list[tuple[str, Lookup | Roofline, tuple[float, float]]] = [("look-up", lookup, (0.1, 0.9))]
         if not in_torch:
