@@ -46,7 +46,7 @@ BATCHES = {"digits_vit": 8, "digits_resnet": 8, "minilm": 1, "smollm2": 1}
 LENGTHS = {"minilm": 128, "smollm2": 64}
 LARGE = ("smollm2",)
 LEAST, APART = 30.0, 20.0
-"""Seconds for which the exports of a case are timed: all that are beside each other, and a pair of those that are not."""
+"""Seconds for which exports are timed: all of a case that are beside each other, a pair of those that are not."""
 
 
 def supernet_of(name: str, network: Network, arguments: argparse.Namespace) -> tuple[Supernet, dict]:
