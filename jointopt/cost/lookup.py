@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 TOGETHER = 10**9
 """Bytes of weights in float32 of operators that are timed in turns, so that what else the machine does falls on all of
 them: within a minute it may be half as fast again, and what fewer operators leave in its caches makes each faster."""
-ANCHORS = 8
-"""Operators timed already that are timed again with others, for how fast the machine is by then."""
+ANCHORS, LONG = 8, 2e-5
+"""Operators timed already that are timed again with others, for how fast the machine is by then; and seconds that they
+take at least, since those of shorter ones are half noise."""
 _WIDTHS = (("rows",), ("columns",), ("rows", "columns"), ("rows", "columns", "heads"), ("rows", "heads"))
 """What grows with a width: an output's, an input's, a norm's, attention's, a depthwise convolution's."""
 Key = str
@@ -253,10 +254,10 @@ def _timed(asked: Mapping[Key, Operator], known: Mapping[Key, float], batch: int
 
     found: dict[Key, float] = {}
     for group in _groups([key for key in asked if key not in known], asked):
-        timed = {key: seconds for key, seconds in {**known, **found}.items() if key in asked and seconds > 0}
+        timed = {key: seconds for key, seconds in {**known, **found}.items() if key in asked and seconds > LONG}
         anchors = sorted(timed, key=timed.__getitem__)[:: max(1, -(-len(timed) // ANCHORS))]
         now = time_operators([asked[key] for key in (*group, *anchors)], batch, backend)
-        slower = [each / timed[key] for key, each in zip(anchors, now[len(group) :], strict=True) if each > 0]
+        slower = [each / timed[key] for key, each in zip(anchors, now[len(group) :], strict=True) if each > LONG]
         pace = float(np.median(slower)) if slower else 1.0
         found |= {key: each / pace for key, each in zip(group, now, strict=False)}
     return found
