@@ -53,12 +53,11 @@ def _hf_block(model: Model, path: str) -> _Names:
 
 def _configure(model: Model, kept: Sequence[Block]) -> None:
     """A config of its own for the sub-network, with its depths."""
-    config = copy.deepcopy(model.config)
+    whole, config = model.config, copy.deepcopy(model.config)
     config.depths = [sum(b.stage == f"stage{i + 1}.depth" for b in kept) for i in range(len(config.depths))]
     for module in model.modules():
-        if module.__dict__.get("config") is model.config and module is not model:
-            module.config = config
-    model.config = config
+        if module.__dict__.get("config") is whole:
+            module.__dict__["config"] = config
 
 
 def _example_image(model: Model) -> dict[str, Tensor]:

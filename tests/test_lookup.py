@@ -16,9 +16,9 @@ from jointopt.config import load_config
 from jointopt.cost.backend import Backend, host
 from jointopt.cost.configured import check_timed
 from jointopt.cost.here import FITTED, lookup_here
-from jointopt.cost.lookup import key_of
+from jointopt.cost.lookup import ANCHORS, key_of, times_of
 from jointopt.cost.operators import Answer, Operator
-from jointopt.cost.timing import module_of, time_export, time_operators
+from jointopt.cost.timing import module_of, time_export, time_exports, time_operators
 from quant.formats import scheme
 from quant.layers import QuantizedLinear
 from tests.zoo import batches, make
@@ -335,7 +335,42 @@ def test_energy_by_look_up_is_no_objective(timed):
 
 def test_an_export_is_timed_end_to_end(tmp_path):
     folder = jointopt.export(supernet(), supernet().space.smallest, tmp_path / "out", target="onnxruntime")
-    assert time_export(folder, batches("vit")[0], Backend(), rounds=3) > 0
+    inputs = batches("vit")[0]
+    assert time_export(folder, inputs, Backend(), rounds=3) > 0
+    small, larger = time_exports((folder, folder), inputs, Backend(), rounds=3)
+    assert small > 0 and larger > 0
+
+
+class Machine:
+    """One that gets slower by a tenth with every group of operators it is given."""
+
+    def __init__(self) -> None:
+        self.groups: list[int] = []
+
+    def __call__(self, operators, batch, backend):
+        self.groups.append(len(operators))
+        return [1.1 ** len(self.groups) * 1e-9 * operator.macs for operator in operators]
+
+
+def test_operators_are_timed_together_and_later_ones_at_the_pace_of_those_before(monkeypatch, tmp_path):
+    machine, path = Machine(), tmp_path / "operators.json"
+    monkeypatch.setattr("jointopt.cost.timing.time_operators", machine)
+    asked = [Operator("linear", rows, 512, 64) for rows in range(8, 1024, 8)]
+    first = times_of(asked[:60], 1, Backend(), path)
+    whole = times_of(asked, 1, Backend(), path)
+    assert machine.groups[0] == 60 and 68 < machine.groups[1] <= 68 + ANCHORS and len(machine.groups) == 2
+    assert whole[:60] == first
+    np.testing.assert_allclose(whole, [1.1e-9 * each.macs for each in asked])
+
+
+def test_operators_that_do_not_fit_in_memory_together_are_timed_in_groups_of_one_pace(monkeypatch, tmp_path):
+    machine = Machine()
+    monkeypatch.setattr("jointopt.cost.timing.time_operators", machine)
+    monkeypatch.setattr("jointopt.cost.lookup.TOGETHER", 10**8)
+    asked = [Operator("linear", rows, 512, 64) for rows in range(8, 1024, 8)]
+    found = times_of(asked, 1, Backend(), tmp_path / "operators.json")
+    assert len(machine.groups) == 2
+    np.testing.assert_allclose(found, [1.1e-9 * each.macs for each in asked])
 
 
 def test_formats_that_cannot_be_timed_in_torch_are_refused_before_any_training(tmp_path):

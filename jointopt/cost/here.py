@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jointopt.batch_norm import first_samples, sample_count
-from jointopt.cost.backend import ONNXRUNTIME, TORCH, Backend
+from jointopt.cost.backend import ONNXRUNTIME, TORCH
 from jointopt.cost.lookup import Lookup
-from jointopt.cost.timing import time_export
+from jointopt.cost.timing import time_exports
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -43,10 +43,9 @@ def lookup_here(
     if kept.is_file():
         return replace(lookup, **_read(kept, lookup.backend.machine))
     genomes = [supernet.space.smallest, supernet.space.largest, *supernet.space.sample(FITTED_BY, seed)]
-    seconds = []
     with tempfile.TemporaryDirectory() as place:
-        for at, genome in enumerate(genomes):
-            seconds.append(time_genome(supernet, genome, Path(place) / str(at), batch, lookup.backend, inputs))
+        folders = (_exported(supernet, genome, Path(place) / str(at), backend) for at, genome in enumerate(genomes))
+        seconds = time_exports(folders, batch_of(inputs, batch), lookup.backend)
     fitted = lookup.fit(supernet, genomes, seconds)
     beside = kept.with_name(f".{kept.name}")
     record = {"machine": lookup.backend.machine, **{name: getattr(fitted, name) for name in FITTED}}
@@ -72,14 +71,10 @@ def _read(kept: Path, machine: str) -> dict[str, Any]:
     return fitted
 
 
-def time_genome(
-    supernet: Supernet, genome: Any, folder: Path, batch: int, backend: Backend, inputs: Sequence[Mapping[str, Any]]
-) -> float:
-    """Seconds that a sub-network's export takes for a batch, end to end."""
+def _exported(supernet: Supernet, genome: Any, folder: Path, backend: str) -> Path:
     from jointopt.checkpoint.writer import export
 
-    export(supernet, genome, folder, target="transformers" if backend.name == TORCH else "onnxruntime")
-    return time_export(folder, batch_of(inputs, batch), backend)
+    return export(supernet, genome, folder, target="transformers" if backend == TORCH else "onnxruntime")
 
 
 def batch_of(inputs: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:

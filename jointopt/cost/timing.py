@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -228,15 +228,38 @@ def time_modules(
 
 def time_export(folder: str | Path, inputs: Mapping[str, Any], backend: Backend, rounds: int = 20) -> float:
     """Median seconds of an exported folder's model for a batch, end to end, as its library loads it."""
+    with _as_deployed(backend):
+        return in_turns([run_of_export(folder, inputs, backend)], rounds, LEAST)[0]
+
+
+def time_exports(
+    folders: Iterable[str | Path], inputs: Mapping[str, Any], backend: Backend, rounds: int = 20
+) -> list[float]:
+    """`time_export` of each, as if the machine had been as fast for all of them: each is timed in turns with the first.
+
+    Two models are held at a time; a folder may be gone when the next is asked for.
+    """
+    first, ratios, reference = None, [], []
+    for folder in folders:
+        run = run_of_export(folder, inputs, backend)
+        first = first or run
+        with _as_deployed(backend):
+            its, one = in_turns([run, first], rounds, LEAST)
+        ratios.append(its / one)
+        reference.append(one)
+    return [each * float(np.median(reference)) for each in ratios]
+
+
+def run_of_export(folder: str | Path, inputs: Mapping[str, Any], backend: Backend) -> Callable[[], Any]:
+    """A call that runs an exported folder's model, as its library loads it, on a batch."""
     if backend.name == TORCH:
         from jointopt.checkpoint.reload import load_model
 
         with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
             model = load_model(str(folder), backend.device).to(backend.device)
-            return time_modules([model], inputs, backend, rounds)[0]
+        return _finished(partial(model, **on_device(inputs, torch.device(backend.device))), backend)
     from jointopt.checkpoint.onnx.session import OnnxModel
     from jointopt.checkpoint.onnx.writer import MODEL
 
     session = OnnxModel(Path(folder) / MODEL, backend.threads)
-    feed = session.completed({name: each.numpy() for name, each in inputs.items()})
-    return in_turns([partial(session.session.run, None, feed)], rounds)[0]
+    return partial(session.session.run, None, session.completed({name: each.numpy() for name, each in inputs.items()}))
