@@ -336,7 +336,12 @@ def _check_layers(family: Family, model: nn.Module) -> None:
     shared: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         shared.setdefault(id(module._parameters.get("weight")), []).append(path)
+    quantizable = {layer.path for layer in family.layers}
     for layer in family.layers:
+        if len(layer.readers) > 2 or not quantizable.issuperset(layer.readers):
+            raise JointoptError(
+                f"{layer.path}: found readers {', '.join(layer.readers)}; allowed: paths of one or two declared layers"
+            )
         module = model.get_submodule(layer.path)
         if not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             raise JointoptError(

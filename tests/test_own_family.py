@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -367,3 +368,13 @@ def test_a_layer_that_computes_in_its_own_way_is_refused_with_its_path():
     grid.blocks[1].down = HalvedLinear(128, 64)
     with pytest.raises(JointoptError, match=r"blocks\.1\.down: HalvedLinear computes its output in its own way"):
         SearchSpace.for_model(grid, ["none", "W8A8"], family=declare_grid)
+
+
+@pytest.mark.parametrize("readers", [("up", "down", "items"), ("absent",)])
+def test_readers_that_are_no_declared_layers_or_too_many_are_refused(readers):
+    def declared(model: nn.Module) -> Family:
+        family = declare_recommender(model)
+        return replace(family, layers=(replace(family.layers[0], readers=readers), *family.layers[1:]))
+
+    with pytest.raises(JointoptError, match=rf"items: found readers {', '.join(readers)}; allowed: .* one or two"):
+        SearchSpace.for_model(Recommender(), ["none", "W8A8"], family=declared)
