@@ -39,8 +39,8 @@ def declare(model: Model) -> Family:
         path = f"{root}encoder.stages.{stage}.layers"
         stages.append([_hf_block(model, f"{path}.{i}") for i in range(len(model.get_submodule(path)))])
     stem = (f"{root}embedder.embedder.convolution", f"{root}embedder.embedder.normalization")
-    before = (f"{root}embedder.embedder.activation", f"{root}embedder.pooler")
-    return _family(model, "resnet", stages, stem, before, "classifier.1", _configure, _example_image)
+    after_stem = (f"{root}embedder.embedder.activation", f"{root}embedder.pooler")
+    return _family(model, "resnet", stages, stem, after_stem, "classifier.1", _configure, _example_image)
 
 
 def _hf_block(model: Model, path: str) -> _Names:
@@ -95,8 +95,8 @@ def declare_timm(model: Model) -> Family:
     attributes = (("", "num_features", 1), ("", "head_hidden_size", 1))
     shortcut = model.get_submodule(stages[0][0].path).downsample
     pools = [name for name, m in shortcut.named_children() if type(m) is not nn.Conv2d] if shortcut else []
-    before = ("act1", "maxpool", *(f"{stages[0][0].path}.downsample.{name}" for name in pools[:-1]))
-    return _family(model, "timm_resnet", stages, stem, before, "fc", example=example_timm, attributes=attributes)
+    after_stem = ("act1", "maxpool", *(f"{stages[0][0].path}.downsample.{name}" for name in pools[:-1]))
+    return _family(model, "timm_resnet", stages, stem, after_stem, "fc", example=example_timm, attributes=attributes)
 
 
 def _timm_shortcut(path: str, downsample: nn.Module | None) -> tuple[str, str] | None:
@@ -115,7 +115,7 @@ def _family(
     name: str,
     stages: list[list[_Names]],
     stem: tuple[str, str],
-    before: tuple[str, ...],
+    after_stem: tuple[str, ...],
     head: str,
     configure: Any = unchanged,
     example: Any = None,
@@ -124,7 +124,7 @@ def _family(
     has_head = has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear)
     blocks, widths, links = [], [], []
     first = stages[0][0]
-    of_stem = (first.convolutions[0][0], first.shortcut[0]) if first.shortcut and _are_maxima(model, before) else ()
+    of_stem = (first.convolutions[0][0], first.shortcut[0]) if first.shortcut and _are_maxima(model, after_stem) else ()
     layers = [Layer("stem", stem[0], "stem", norm=stem[1], readers=of_stem)]
     for number, stage in enumerate(stages, 1):
         following = stages[number] if number < len(stages) else None

@@ -228,8 +228,9 @@ def time_modules(
 
 def time_export(folder: str | Path, inputs: Mapping[str, Any], backend: Backend, rounds: int = 20) -> float:
     """Median seconds of an exported folder's model for a batch, end to end, as its library loads it."""
+    run = run_of_export(folder, inputs, backend)
     with _as_deployed(backend):
-        return in_turns([run_of_export(folder, inputs, backend)], rounds, LEAST)[0]
+        return in_turns([run], rounds, LEAST)[0]
 
 
 def time_exports(
