@@ -256,9 +256,12 @@ def run_of_export(folder: str | Path, inputs: Mapping[str, Any], backend: Backen
     if backend.name == TORCH:
         from jointopt.checkpoint.reload import load_model
 
-        with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
+        with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars, the last of them at the first run
             model = load_model(str(folder), backend.device).to(backend.device)
-        return _finished(partial(model, **on_device(inputs, torch.device(backend.device))), backend)
+            run = _finished(partial(model, **on_device(inputs, torch.device(backend.device))), backend)
+            with _as_deployed(backend):
+                run()
+        return run
     from jointopt.checkpoint.onnx.session import OnnxModel
     from jointopt.checkpoint.onnx.writer import MODEL
 
