@@ -28,6 +28,9 @@ Quality = Callable[..., Any]
 Batch = Mapping[str, Any]
 """What a model's forward takes, by name; "labels" beside it are for losses and metrics."""
 
+IGNORED = -100
+"""The label of what counts for nothing, torch's and transformers'."""
+
 
 def check_batch(name: str, batch: Any) -> None:
     """Raises JointoptError for what is no dict of a model's inputs."""

@@ -31,6 +31,17 @@ class Given(nn.Module):
         return logits
 
 
+class Shifted(nn.Module):
+    """Its input, and what is added to it."""
+
+    def __init__(self, added: torch.Tensor):
+        super().__init__()
+        self.added = added
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits + self.added
+
+
 def table(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 4, generator=generator), torch.randint(4, (count,), generator=generator)
@@ -71,6 +82,25 @@ def test_masked_tokens_belong_to_no_sample():
     error = math.sqrt(((losses - mean) ** 2 * counts**2).sum() * 6 / 5) / counts.sum()
     assert math.isclose(found(Given())["loss"], mean, rel_tol=1e-5)
     assert math.isclose(found(Given()).errors["loss"], error, rel_tol=1e-4)
+
+
+def test_scores_of_a_large_vocabulary_are_those_of_all_logits_at_once():
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 9, 2**16)  # a few rows of these are scored at a time
+    logits, original = torch.randn(2, *shape, generator=generator)
+    labels = torch.randint(shape[-1], shape[:2], generator=generator)
+    labels[1, 6:] = -100
+    batch = {"logits": logits, "labels": labels}
+    metrics = ("accuracy", "loss", "kl")
+    found = quality_function([batch], next_tokens, metrics, Shifted(original - logits))(Given())
+    rows, wanted = logits[:, :-1][labels[:, 1:] != -100].double(), labels[:, 1:][labels[:, 1:] != -100]
+    reference = original[:, :-1][labels[:, 1:] != -100].double()
+    divergence = nn.functional.kl_div(
+        rows.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    assert math.isclose(found["loss"], nn.functional.cross_entropy(rows, wanted), rel_tol=1e-5)
+    assert math.isclose(found["accuracy"], (rows.argmax(-1) == wanted).double().mean(), abs_tol=1e-9)
+    assert math.isclose(found["kl"], divergence, rel_tol=1e-4)
 
 
 def test_a_quality_function_stops_behind_its_first_samples():

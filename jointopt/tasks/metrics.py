@@ -8,31 +8,47 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import Batch, Metrics, Quality, logits_of
+from jointopt.evaluation import IGNORED, Batch, Metrics, Quality, logits_of
 
-Counted = tuple[Tensor, Tensor]
-"""(logits [n, classes], labels [n]) that count."""
+Targets = Callable[[Tensor], Tensor]
+"""Labels of a batch -> for each row of logits the class that it should have, or IGNORED."""
 
-ROWS = 1024
-"""Distributions that are turned into float32 at once: those of a vocabulary take 0.2 MB each."""
+TOGETHER = 2**18
+"""Logits that are scored at a time: of a large vocabulary, more would leave a CPU's cache between two passes over
+them. Elsewhere AT_ONCE, which bounds the memory."""
+AT_ONCE = 2**26
 
 
-def every(logits: Tensor, labels: Tensor) -> Counted:
+def every(labels: Tensor) -> Tensor:
     """One label a sample."""
-    return logits, labels
+    return labels
 
 
-def next_tokens(logits: Tensor, labels: Tensor) -> Counted:
-    """Each token's logits with the token after it, where that is not masked (-100)."""
-    counted = labels[:, 1:] != -100
-    if counted.all():
-        return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return logits[:, :-1][counted], labels[:, 1:][counted]
+def next_tokens(labels: Tensor) -> Tensor:
+    """For each token the one after it."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+class _Counted:
+    """Of a batch's logits, flattened to [rows, classes], those that count.
+
+    Attributes:
+        rows, wanted: their places and classes, [n].
+        owners: the samples that they belong to, [n], on the CPU.
+    """
+
+    def __init__(self, labels: Tensor, targets: Targets):
+        wanted = targets(labels)
+        samples = torch.arange(len(wanted), device=wanted.device).view(-1, *[1] * (wanted.dim() - 1))
+        owners, wanted = samples.expand_as(wanted).flatten(), wanted.flatten()
+        self.rows = (wanted != IGNORED).nonzero()[:, 0]
+        self.wanted = wanted[self.rows]
+        self.owners = owners[self.rows].cpu()
 
 
 def quality_function(
     batches: Sequence[Batch],
-    counted: Callable[[Tensor, Tensor], Counted],
+    targets: Targets,
     metrics: Sequence[str],
     original: nn.Module | None = None,
 ) -> Quality:
@@ -42,37 +58,33 @@ def quality_function(
 
     Args:
         batches: inputs by name, and "labels".
-        counted: (logits, labels) -> those that count.
+        targets: what of the labels each row of logits should say.
         metrics: of "accuracy", "loss" (cross-entropy, in nats), "perplexity" (its exponential) and "kl" (divergence of
             the model's distribution from the original's, in nats), which is left out where `original` is None.
         original: what "kl" is measured from; run once, its logits are kept.
     """
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    counted = [_Counted(batch["labels"], targets) for batch in batches]
     references: list[Tensor] | None = None
     if original is not None:
         with torch.no_grad():
             references = [
-                counted(logits_of(original, given), batch["labels"])[0].clone()
-                for batch, given in zip(batches, inputs, strict=True)
+                logits_of(original, given).flatten(0, -2)[each.rows]
+                for each, given in zip(counted, inputs, strict=True)
             ]
     wanted = [name for name in metrics if name != "kl" or references is not None]
-    owners, total = [], 0
-    for batch in batches:
-        owners.append(_owners(counted, batch["labels"]).cpu() + total)
-        total += len(batch["labels"])
 
     def quality(model: nn.Module, samples: int | None = None) -> Metrics:
-        scores, seen = [], 0
-        for at, (batch, given) in enumerate(zip(batches, inputs, strict=True)):
-            # A model that runs in another process answers on the CPU.
-            logits = logits_of(model, given)
-            logits, labels = counted(logits, batch["labels"].to(logits.device))
-            scores.append(_scores(logits, labels, None if references is None else references[at]))
+        scores, owners, seen = [], [], 0
+        for at, (batch, each, given) in enumerate(zip(batches, counted, inputs, strict=True)):
+            logits = logits_of(model, given).flatten(0, -2)
+            scores.append(_scores(logits, each, None if references is None else references[at]))
+            owners.append(each.owners + seen)
             seen += len(batch["labels"])
             if samples is not None and seen >= samples:
                 break
         # Only here does the device have to be waited for.
-        means, errors = _means(torch.cat(scores).cpu().double(), torch.cat(owners[: len(scores)]), seen)
+        means, errors = _means(torch.cat(scores).cpu().double(), torch.cat(owners), seen)
         loss, right, divergence = means
         # The class of largest logit means nothing where logits are not numbers.
         accuracy = right if math.isfinite(loss) else math.nan
@@ -84,24 +96,22 @@ def quality_function(
     return quality
 
 
-def _scores(logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
-    """Of each row cross-entropy, whether it is right, and divergence from the reference, float32 [rows, 3]."""
-    found = torch.zeros(len(labels), 3, device=logits.device)
-    for at in range(0, len(labels), ROWS):
-        rows, wanted = logits[at : at + ROWS].float(), labels[at : at + ROWS]
-        scores, part = rows.log_softmax(-1), found[at : at + ROWS]
+def _scores(logits: Tensor, counted: _Counted, reference: Tensor | None) -> Tensor:
+    """Of each row that counts cross-entropy, whether it is right, and divergence from the reference, float32 [n, 3]."""
+    # A model that runs in another process answers on the CPU.
+    device = logits.device
+    places, labels = counted.rows.to(device), counted.wanted.to(device)
+    found = torch.zeros(len(labels), 3, device=device)
+    count = max(1, (TOGETHER if device.type == "cpu" else AT_ONCE) // logits.shape[1])
+    for at in range(0, len(labels), count):
+        rows, wanted = logits[places[at : at + count]].float(), labels[at : at + count]
+        scores, part = rows.log_softmax(-1), found[at : at + count]
         part[:, 0] = nn.functional.nll_loss(scores, wanted, reduction="none")
         part[:, 1] = rows.argmax(-1) == wanted
         if reference is not None:
-            target = reference[at : at + ROWS].to(rows.device).float().log_softmax(-1)
+            target = reference[at : at + count].to(device).float().log_softmax(-1)
             part[:, 2] = nn.functional.kl_div(scores, target, reduction="none", log_target=True).sum(-1)
     return found
-
-
-def _owners(counted: Callable[[Tensor, Tensor], Counted], labels: Tensor) -> Tensor:
-    """The sample that each label which counts belongs to, [rows]."""
-    numbers = torch.arange(len(labels), device=labels.device).view(-1, *[1] * labels.dim())
-    return counted(numbers.expand(*labels.shape, 1), labels)[0][:, 0]
 
 
 def _means(scores: Tensor, owners: Tensor, samples: int) -> tuple[list[float], list[float]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jointopt.evaluation import Batch, Quality
 from jointopt.rows import DataSource
-from jointopt.tasks.metrics import Counted, quality_function
+from jointopt.tasks.metrics import Targets, quality_function
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Task:
         batch_size: samples in one forward pass of an evaluation, where a config does not say.
         calibration: samples to calibrate with, where a config does not say.
         samples: (source, processor, model) -> samples.
-        counted: (logits, labels) -> those that count, as [n, classes] and [n].
+        targets: what of the labels each row of logits should say.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Task:
     batch_size: int
     calibration: int
     samples: Callable[[DataSource, Any, nn.Module], Samples]
-    counted: Callable[[Tensor, Tensor], Counted]
+    targets: Targets
 
     def batches(self, source: DataSource, processor: Any, model: nn.Module, batch_size: int) -> list[Batch]:
         """All of a source's samples as batches with "labels", where the model is.
@@ -77,7 +77,7 @@ class Task:
 
     def quality(self, batches: Sequence[Batch], original: nn.Module | None = None) -> Quality:
         """model -> its metrics on the batches; "kl" is there where the original is, whose outputs are kept."""
-        return quality_function(batches, self.counted, self.metrics, original)
+        return quality_function(batches, self.targets, self.metrics, original)
 
 
 def place_of(model: nn.Module) -> torch.device:

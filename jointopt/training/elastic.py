@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device, running_statistics
-from jointopt.evaluation import Batch, check_batch, check_supernet
+from jointopt.evaluation import IGNORED, Batch, check_batch, check_supernet
 from jointopt.learned_ranges import NAME
 from jointopt.subnetwork import Plan
 from jointopt.training.distillation import Distillation, Seen, Target, loss_of, seen, target, teacher_logits
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
 Loss = Callable[[Tensor, Batch], Tensor]
-IGNORED = -100
-"""The label of what counts for nothing, torch's and transformers'."""
 
 
 def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:

@@ -24,11 +24,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from jointopt.batch_norm import has_batch_norm, reestimate
-from jointopt.evaluation import Batch, logits_of
+from jointopt.evaluation import IGNORED, Batch, logits_of
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
-from jointopt.training.elastic import IGNORED, Recipe, checked, elastic_loss, task_loss
+from jointopt.training.elastic import Recipe, checked, elastic_loss, task_loss
 from jointopt.training.lora import NAMES, adapted, attach, merge, with_adapters
 from quant.errors import JointoptError, check_count, check_kind
 from search_spaces.families import Declare

@@ -126,8 +126,8 @@ class Bench:
         batches = [{k: v for k, v in case.batch().items() if k != "labels"} for _ in range(2)]
         self.supernet.calibrate(batches)
         self.extra = batches if has_batch_norm(model) else []
-        counted = next_tokens if isinstance(model, LlamaForCausalLM) else every
-        self.quality = quality_function([case.batch()], counted, ("accuracy", "loss"))
+        targets = next_tokens if isinstance(model, LlamaForCausalLM) else every
+        self.quality = quality_function([case.batch()], targets, ("accuracy", "loss"))
         self.genomes = self.supernet.space.sample(genomes, seed=0)
 
     def rows(self) -> list[Row]:
