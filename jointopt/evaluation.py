@@ -7,7 +7,7 @@ import numbers
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,11 @@ Batch = Mapping[str, Any]
 
 IGNORED = -100
 """The label of what counts for nothing, torch's and transformers'."""
+
+TOGETHER = 2**18
+"""Logits that are worked on at a time: of a large vocabulary, more would leave a CPU's cache between two passes over
+them. Elsewhere AT_ONCE, which bounds the memory."""
+AT_ONCE = 2**26
 
 
 def check_batch(name: str, batch: Any) -> None:
@@ -165,6 +170,12 @@ def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evalua
 def _in_signal_handler(error: BaseException) -> bool:
     handlers = {getattr(signal.getsignal(each), "__code__", None) for each in signal.valid_signals()}
     return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def row_groups(rows: int, classes: int, device: torch.device) -> Iterator[slice]:
+    """Rows of logits [rows, classes] in groups that are worked on one after the other."""
+    count = max(1, (TOGETHER if device.type == "cpu" else AT_ONCE) // classes)
+    return (slice(at, at + count) for at in range(0, rows, count))
 
 
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:

@@ -8,15 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import IGNORED, Batch, Metrics, Quality, logits_of
+from jointopt.evaluation import IGNORED, Batch, Metrics, Quality, logits_of, row_groups
 
 Targets = Callable[[Tensor], Tensor]
 """Labels of a batch -> for each row of logits the class that it should have, or IGNORED."""
-
-TOGETHER = 2**18
-"""Logits that are scored at a time: of a large vocabulary, more would leave a CPU's cache between two passes over
-them. Elsewhere AT_ONCE, which bounds the memory."""
-AT_ONCE = 2**26
 
 
 def every(labels: Tensor) -> Tensor:
@@ -102,14 +97,13 @@ def _scores(logits: Tensor, counted: _Counted, reference: Tensor | None) -> Tens
     device = logits.device
     places, labels = counted.rows.to(device), counted.wanted.to(device)
     found = torch.zeros(len(labels), 3, device=device)
-    count = max(1, (TOGETHER if device.type == "cpu" else AT_ONCE) // logits.shape[1])
-    for at in range(0, len(labels), count):
-        rows, wanted = logits[places[at : at + count]].float(), labels[at : at + count]
-        scores, part = rows.log_softmax(-1), found[at : at + count]
+    for group in row_groups(len(labels), logits.shape[1], device):
+        rows, wanted, part = logits[places[group]].float(), labels[group], found[group]
+        scores = rows.log_softmax(-1)
         part[:, 0] = nn.functional.nll_loss(scores, wanted, reduction="none")
         part[:, 1] = rows.argmax(-1) == wanted
         if reference is not None:
-            target = reference[at : at + count].to(device).float().log_softmax(-1)
+            target = reference[group].to(device).float().log_softmax(-1)
             part[:, 2] = nn.functional.kl_div(scores, target, reduction="none", log_target=True).sum(-1)
     return found
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import Batch, logits_of
+from jointopt.evaluation import Batch, logits_of, row_groups
 from jointopt.subnetwork import Plan, renamed
 from quant.errors import JointoptError, check_above_0, check_number
 from search_spaces.family import Family, Width
@@ -90,7 +90,6 @@ class Target:
     """What sub-networks are compared with, made once for all of them."""
 
     log_probabilities: Tensor
-    probabilities: Tensor
     hidden: dict[str, Tensor] = field(default_factory=dict)
     attention: list[Tensor] = field(default_factory=list)
 
@@ -108,7 +107,7 @@ def target(shown: Seen, temperature: float) -> Target:
         )
     logs = _log_probabilities(shown.logits.detach(), temperature)
     hidden = {name: each.detach() for name, each in shown.hidden.items()}
-    return Target(logs, logs.exp(), hidden, [each.detach() for each in shown.attention])
+    return Target(logs, hidden, [each.detach() for each in shown.attention])
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -184,8 +183,38 @@ def soft_labels(student: Tensor, teacher: Tensor, mask: Tensor | None = None, te
 
 
 def _divergence(student: Tensor, teacher: Target, mask: Tensor | None, temperature: float) -> Tensor:
-    lost = teacher.log_probabilities - _log_probabilities(student, temperature)
-    return temperature**2 * _mean((teacher.probabilities * lost).sum(-1), mask)
+    rows = teacher.log_probabilities.shape[:-1]
+    if mask is not None and mask.shape == rows:
+        weights = mask.float() / mask.sum()
+    else:
+        weights = torch.full(rows, 1 / rows.numel(), device=student.device)
+    return temperature**2 * _Divergence.apply(student, teacher.log_probabilities, weights, temperature)
+
+
+class _Divergence(torch.autograd.Function):
+    """Weighted sum of the KL divergences of each row of logits from a teacher's, float32.
+
+    Rows go one group after the other, as many as stay in a CPU's cache, each with its gradient: of a large vocabulary
+    one tensor like the logits is kept, in place of four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, temperature: float) -> Tensor:
+        logits, targets, shares = student.flatten(0, -2), teacher.flatten(0, -2), weights.flatten()
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), device=logits.device)
+        for part in row_groups(len(logits), logits.shape[1], logits.device):
+            own, target, share = _log_probabilities(logits[part], temperature), targets[part], shares[part]
+            probabilities = target.exp()
+            total += ((target - own).mul_(probabilities).sum(-1) * share).sum()
+            if gradient is not None:
+                gradient[part] = own.exp_().sub_(probabilities).mul_(share[:, None] / temperature)
+        ctx.save_for_backward(*([] if gradient is None else [gradient.view_as(student)]))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *above: Any) -> tuple[Tensor | None, None, None, None]:
+        return above[0] * ctx.saved_tensors[0], None, None, None
 
 
 def _difference(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:

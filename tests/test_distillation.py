@@ -1,0 +1,73 @@
+"""Soft labels: divergence and gradient are those of the formula in higher precision, however rows are grouped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from jointopt.training.distillation import soft_labels
+
+
+def formula(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(loss, its gradient) in double precision by torch's own operations."""
+    own = student.detach().double().requires_grad_()
+    logs = (each / temperature for each in (own, teacher.double()))
+    own_logs, teacher_logs = (each.log_softmax(-1) for each in logs)
+    rows = nn.functional.kl_div(own_logs, teacher_logs, reduction="none", log_target=True).sum(-1)
+    loss = temperature**2 * (rows * weights.double()).sum() / weights.double().sum()
+    loss.backward()
+    assert own.grad is not None
+    return loss.detach(), own.grad
+
+
+def logits(*shape: int, seed: int) -> Tensor:
+    return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check(student: Tensor, teacher: Tensor, mask: Tensor | None, weights: Tensor, temperature: float) -> None:
+    student = student.requires_grad_()
+    loss = soft_labels(student, teacher, mask, temperature)
+    (3 * loss).backward()
+    expected, gradient = formula(student, teacher, weights, temperature)
+    assert student.grad is not None
+    # Terms of a row cancel, and are then multiplied by the temperature's square.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6 * max(1.0, temperature**2))
+    torch.testing.assert_close(student.grad.double(), 3 * gradient, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert soft_labels(student, teacher, mask, temperature) == loss
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 9), classes=st.integers(2, 300), temperature=st.floats(0.3, 5.0), seed=st.integers(0, 2**16))
+def test_soft_labels_of_samples(rows, classes, temperature, seed):
+    student, teacher = logits(rows, classes, seed=seed), logits(rows, classes, seed=seed + 1)
+    check(student, teacher, None, torch.ones(rows), temperature)
+
+
+def test_soft_labels_of_a_vocabulary_whose_rows_go_in_groups():
+    student, teacher = logits(2, 3, 100_000, seed=0), logits(2, 3, 100_000, seed=1)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    check(student, teacher, mask, mask, 2.0)
+    check(student.detach(), teacher, None, torch.ones(2, 3), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_comes_in_the_type_of_its_logits(dtype):
+    student, teacher = logits(4, 50, seed=0).to(dtype), logits(4, 50, seed=1).to(dtype)
+    student.requires_grad_()
+    loss = soft_labels(student, teacher)
+    loss.backward()
+    expected, gradient = formula(student, teacher, torch.ones(4), 1.0)
+    assert loss.dtype == torch.float32 and student.grad is not None and student.grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(student.grad.double(), gradient, rtol=2**-7, atol=1e-4)
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn():
+    student = logits(5, 7, seed=0).requires_grad_()
+    loss = soft_labels(student, student.detach())
+    loss.backward()
+    assert abs(float(loss)) < 1e-6 and student.grad is not None and student.grad.abs().max() < 1e-6
