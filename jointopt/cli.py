@@ -62,7 +62,7 @@ def _quiet() -> None:
     # These two set their own level when they are imported.
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    for name in ("transformers", "datasets", "timm", "httpx", "huggingface_hub"):
+    for name in ("transformers", "datasets", "timm", "httpx", "huggingface_hub", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

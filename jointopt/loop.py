@@ -21,7 +21,7 @@ from jointopt.sensitivity import quality_prior, telling
 from jointopt.sharing import evaluation_order, parts_of
 from jointopt.stopping import Budget, Watch, heeding_ctrl_c
 from jointopt.study import Study
-from quant.errors import JointoptError, check_count
+from quant.errors import JointoptError, check_count, did_you_mean
 from search_spaces.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -217,8 +217,9 @@ def _constraints(
     for name, text in given.items():
         cost = "size" if name == "size_mb" else name
         if cost not in costs and name not in measured_names:
-            allowed = ", ".join(["size_mb", *costs, *measured_names])
-            raise JointoptError(f"constraints: found {name!r}; allowed: {allowed}")
+            allowed = ["size_mb", *costs, *measured_names]
+            meant = did_you_mean(name, [*allowed, *ON_HARDWARE])
+            raise JointoptError(f"constraints: found {name!r}{meant}; allowed: {', '.join(allowed)}")
         found.append(constraint(name, text, column(cost, 1e6 if name == "size_mb" else 1.0) if cost in costs else None))
     latency = supernet.latency
     if latency is not None:

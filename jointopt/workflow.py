@@ -53,6 +53,8 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
     if config.train is None:
         supernet.calibrate(prepared.inputs)
+        if config.hardware is not None and config.hardware.device == THIS:
+            _check_wishes(config, prepared, supernet)
         look_up(config, prepared.inputs, supernet)
         return supernet
     output = Path(config.output)
@@ -90,7 +92,7 @@ def _trained_from(prepared: Prepared) -> dict[str, str]:
 
 
 def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> None:
-    """What the search would refuse, before the training. This machine's times are taken after it."""
+    """What the search would refuse, before training and timing."""
     from .loop import check_wishes
     from .objectives import ON_HARDWARE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -214,6 +215,24 @@ def test_an_export_that_cannot_be_put_into_place_leaves_the_old_one(tmp_path, mo
         jointopt.export(supernet, supernet.space.largest, folder, overwrite=True)
     assert (folder / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_full_disk_is_named_in_one_line_and_leaves_nothing_behind(tmp_path):
+    supernet = supernet_of("bert", schemes=["none", "W8A8"])
+
+    def full(at: Path) -> None:  # as tokenizers says it
+        raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(JointoptError, match=r"export: the Processor cannot be written: No space left on device"):
+        jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", processor=Processor(full))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(JointoptError, match=r"export: '.*small' cannot be written: .*File too large"):
+            jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_fails_half_way_leaves_nothing_behind(tmp_path, monkeypatch):

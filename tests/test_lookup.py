@@ -16,7 +16,7 @@ from jointopt.config import load_config
 from jointopt.cost.backend import Backend, host
 from jointopt.cost.configured import check_timed
 from jointopt.cost.here import FITTED, lookup_here
-from jointopt.cost.lookup import ANCHORS, key_of, times_of
+from jointopt.cost.lookup import ANCHORS, default_path, key_of, times_of
 from jointopt.cost.operators import Answer, Operator
 from jointopt.cost.timing import module_of, time_export, time_exports, time_operators
 from quant.formats import scheme
@@ -201,6 +201,18 @@ def test_timings_of_another_machine_are_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(JointoptError, match="cannot be read"):
         Lookup.of(supernet(), path=path)
+
+
+def test_a_home_that_machines_share_keeps_the_timings_of_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = {"Another CPU, 64 cores, ONNX Runtime 1.0, 1 threads": {"of it": 1.0}}
+    (tmp_path / "jointopt").mkdir()
+    default_path().write_text(json.dumps({"machines": other}))
+    asked = [Operator("linear", rows, 16, 4) for rows in (8, 16)]
+    found = times_of(asked, 1, Backend())
+    kept = json.loads(default_path().read_text())["machines"]
+    assert kept.keys() == {*other, Backend().machine} and other.items() <= kept.items()
+    assert sorted(kept[Backend().machine].values()) == sorted(found)
 
 
 @pytest.mark.parametrize(

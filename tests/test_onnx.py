@@ -319,6 +319,11 @@ def test_a_config_that_targets_onnx_runtime_searches_its_formats_and_exports_mod
     assert "ms measured" in timed.stdout and ", torch 2." in timed.stdout
     assert "ompressing" not in timed.stdout + timed.stderr
     (tmp_path / "torch.yaml").write_text(yaml.safe_dump({**here, "target": "gguf"}))
+    slip = {**here, "output": "runs/slip", "constraints": {"latency_ms": "<= 5"}}
+    (tmp_path / "slip.yaml").write_text(yaml.safe_dump(slip))
+    early = command("run", "slip.yaml")
+    assert early.returncode == 2 and "found 'latency_ms'; did you mean 'latency'?" in early.stderr
+    assert not (tmp_path / "runs/slip/latency.json").exists()
     unknown = command("run", "torch.yaml")
     assert unknown.returncode == 2 and "allowed: transformers, onnxruntime, which are timed" in unknown.stderr
     assert refused.returncode == 2

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -124,8 +124,9 @@ def export(
                 _write(whole, model, record, processor)
                 _weigh(whole, model, record["costs"]["size"])
             _move(whole, folder, Path(place))
-    except OSError as error:
-        raise JointoptError(f"export: {str(folder)!r} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise JointoptError(f"export: {str(folder)!r} cannot be written: {reason}") from None
     return folder
 
 
@@ -295,7 +296,12 @@ def _write(place: Path, model: nn.Module, record: dict[str, Any], processor: Any
 def _write_beside(place: Path, record: dict[str, Any], processor: Any, loading: str) -> None:
     """What any folder has beside the model: the processor, the record, the card."""
     if processor is not None and hasattr(processor, "save_pretrained"):
-        processor.save_pretrained(place)
+        try:
+            processor.save_pretrained(place)
+        except Exception as error:  # tokenizers tells of a full disk by this very class
+            raise JointoptError(
+                f"export: the {type(processor).__name__} cannot be written: {error or repr(error)}"
+            ) from error
     (place / RECORD).write_text(json.dumps(record, indent=1))
     (place / "README.md").write_text(card.model_card(record, loading))
 

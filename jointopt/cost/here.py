@@ -67,7 +67,9 @@ def _read(kept: Path, machine: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise JointoptError(f"hardware: {str(kept)!r} cannot be read: {error!r}; allowed: remove it") from None
     if found != machine:
-        raise JointoptError(f"hardware: {str(kept)!r} is of {found}; this is {machine}")
+        raise JointoptError(
+            f"hardware: {str(kept)!r} is of {found}; this is {machine}; allowed: remove it, or another output"
+        )
     return fitted
 
 

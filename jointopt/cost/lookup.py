@@ -79,7 +79,8 @@ class Lookup:
 
         Args:
             threads: of the CPU.
-            path: the file of timings (default: one for all in the user's cache folder).
+            path: the file of timings (default: one for all, and for all machines of a home, in the user's cache
+                folder).
             backend: "onnxruntime"; or "torch", on the super-network's device, where all formats of weights take the
                 time of unquantized ones and no others are allowed (`Backend`).
 
@@ -198,9 +199,11 @@ def times_of(
     Raises:
         JointoptError: a file of another machine, or one that cannot be read or written.
     """
-    path = Path(path) if path is not None else default_path()
     machine = backend.machine
-    known = _read(path, machine)
+    if path is not None:
+        known = _read(path := Path(path), machine, ours=True)
+    else:
+        known = _read(path := default_path(), machine, ours=False)
     asked = {key_of(each, batch): each for each in operators}
     if not asked.keys() <= known.keys():
         _write(path, machine, known)  # found out before the timing, not after it
@@ -277,14 +280,15 @@ def _stored(operator: Operator) -> int:
     return 0
 
 
-def _read(path: Path, machine: str) -> dict[Key, float]:
+def _read(path: Path, machine: str, ours: bool) -> dict[Key, float]:
+    """What was timed on this machine; of a file that has to be `ours`, nothing but another one's is refused."""
     if not path.exists():
         return {}
     try:
         machines = {machine: dict(times) for machine, times in json.loads(path.read_text())["machines"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise JointoptError(f"lookup: {str(path)!r} cannot be read: {error!r}; allowed: remove it") from None
-    if machines and not any(each.startswith(f"{host()}, ") for each in machines):
+    if ours and machines and not any(each.startswith(f"{host()}, ") for each in machines):
         told = "; ".join(machines)
         raise JointoptError(f"lookup: {str(path)!r} was timed on another machine ({told}); allowed: another path")
     known = machines.get(machine, {})
