@@ -11,6 +11,7 @@ from quant.errors import JointoptError
 
 from .checkpoint.loadable import check_loadable
 from .checkpoint.timm_recipe import by_library
+from .cost.shapes import kind_of
 
 LIBRARIES = ("torch", "transformers", "timm", "accelerate", "peft")
 """Whose hooks only watch, or come again with the model."""
@@ -33,9 +34,11 @@ def own_copy(model: nn.Module) -> nn.Module:
 
 
 def warn_of_what_is_lost(model: nn.Module) -> None:
-    """Warns of what `export` would refuse after the search, and of forward hooks, which no file holds."""
+    """Warns of what `export` would refuse after the search, of forward hooks, which no file holds, and of layers whose
+    products no cost counts."""
     _warn_where_not_loadable(model)
     _warn_of_hooks(model)
+    _warn_of_products(model)
 
 
 def _warn_where_not_loadable(model: nn.Module) -> None:
@@ -45,6 +48,20 @@ def _warn_where_not_loadable(model: nn.Module) -> None:
             check_loadable(model)
         except JointoptError as error:
             warnings.warn(f"{error}; this model can be searched, but not exported for its library", stacklevel=5)
+
+
+def _warn_of_products(model: nn.Module) -> None:
+    kinds = {
+        type(module).__name__
+        for module in model.modules()
+        if kind_of(module) is None and getattr(module._parameters.get("weight"), "ndim", 0) > 1
+    }
+    if kinds:
+        warnings.warn(
+            f"model: has layers of kind {', '.join(sorted(kinds))}, whose MACs and time are not counted; they stay "
+            "whole and unquantized",
+            stacklevel=5,
+        )
 
 
 def _warn_of_hooks(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from jointopt.sensitivity import quality_prior, telling
 from jointopt.sharing import evaluation_order, parts_of
 from jointopt.stopping import Budget, Watch, heeding_ctrl_c
 from jointopt.study import Study
+from jointopt.supernet_state import notice
 from quant.errors import JointoptError, check_count, did_you_mean
 from search_spaces.space import SearchSpace
 
@@ -59,7 +60,7 @@ def search(
         quality: model -> a number, higher is better, which is the metric "quality"; or model -> a mapping of metrics.
         objectives: names of metrics ("quality", "accuracy", "loss", "kl", "perplexity"), of costs ("size", "macs",
             "bops", "parameters"; of a super-network with a model of latency "latency", "energy", "peak_memory"),
-            {name: direction} for a metric of one's own, or `Objective`s.
+            {name: direction} for a metric of one's own, or `Objective`s: with `compute` of a cost of one's own.
         evaluations: how many genomes the study has in the end, those of earlier runs counted (default: 200, or
             without limit where `minutes` or `patience` is given).
         storage: the study's file; one that exists is gone on with. None keeps it in memory.
@@ -96,6 +97,7 @@ def search(
     check_supernet("search", supernet)
     if not callable(quality):
         raise JointoptError(f"quality: found {quality!r:.60}; allowed: a function of a model")
+    notice(supernet)
     if not supernet.calibrated:
         raise JointoptError("search: the super-network is not calibrated; call supernet.calibrate(batches) first")
     budget = Budget(evaluations, minutes, patience)
@@ -143,7 +145,8 @@ def search(
         evaluator = _evaluator(supernet, quality, workers, ray, threads)
         try:
             with heeding_ctrl_c() as check_interrupt, Watch(study, budget, progress) as watch:
-                run = _Run(study, asking, evaluator, budget, watch, batch, check_interrupt)
+                own = [each for each in wanted if each.compute is not None and each.name not in COSTS]
+                run = _Run(study, asking, evaluator, budget, watch, batch, own, check_interrupt)
                 watch.ended(run.stream() if asynchronous else run.batches())
         finally:
             evaluator.close()
@@ -208,7 +211,7 @@ def _constraints(
     """Raises JointoptError for what is neither a cost nor a measured objective."""
     if not isinstance(given, Mapping):
         raise JointoptError(f"constraints: found {given!r}; allowed: a mapping such as {{size_mb: '<= 20'}}")
-    measured_names = [o.name for o in objectives if o.name not in costs]
+    own = {o.name: o.compute for o in objectives if o.name not in costs}
 
     def column(name: str, unit: float):
         return lambda genomes: supernet.cost_columns(genomes)[name] / unit
@@ -216,11 +219,12 @@ def _constraints(
     found = []
     for name, text in given.items():
         cost = "size" if name == "size_mb" else name
-        if cost not in costs and name not in measured_names:
-            allowed = ["size_mb", *costs, *measured_names]
+        if cost not in costs and name not in own:
+            allowed = ["size_mb", *costs, *own]
             meant = did_you_mean(name, [*allowed, *ON_HARDWARE])
             raise JointoptError(f"constraints: found {name!r}{meant}; allowed: {', '.join(allowed)}")
-        found.append(constraint(name, text, column(cost, 1e6 if name == "size_mb" else 1.0) if cost in costs else None))
+        compute = column(cost, 1e6 if name == "size_mb" else 1.0) if cost in costs else own[name]
+        found.append(constraint(name, text, compute))
     latency = supernet.latency
     if latency is not None:
         # What does not fit into the memory is no choice.
@@ -280,7 +284,10 @@ def _check_metrics(objectives: Sequence[Objective], metrics: Mapping[str, float]
     for objective in objectives:
         if objective.compute is None and objective.name not in metrics:
             returned = [name for name in metrics if name not in COSTS]
-            raise JointoptError(f"objective {objective.name!r}: the quality function returns {', '.join(returned)}")
+            such = f"; allowed: such as {{{returned[0]!r}: 'max'}}" if returned else ""
+            raise JointoptError(
+                f"objective {objective.name!r}: the quality function returns {', '.join(returned)}{such}"
+            )
 
 
 def _evaluator(
@@ -301,7 +308,11 @@ def _evaluator(
 
 @dataclass
 class _Run:
-    """One run of a search: everything that its steps need."""
+    """One run of a search: everything that its steps need.
+
+    Attributes:
+        own: objectives that a function of the user's computes.
+    """
 
     study: Study
     asking: strategies.Strategy
@@ -309,6 +320,7 @@ class _Run:
     budget: Budget
     watch: Watch
     batch: int
+    own: Sequence[Objective] = ()
     check_interrupt: Callable[[], None] = lambda: None
 
     def batches(self) -> str:
@@ -390,6 +402,9 @@ class _Run:
 
     def _record(self, number: int, generation: int, genome: np.ndarray, found: Evaluation) -> None:
         elapsed = self.watch.elapsed()
+        if found.failed is None and self.own:
+            computed = {each.name: float(each.values(genome[None])[0]) for each in self.own}
+            found = replace(found, metrics={**(found.metrics or {}), **computed})
         lacking = [each.name for each in self.study.objectives if each.name not in (found.metrics or {})]
         if lacking and found.failed is None:
             found = replace(found, metrics=None, failed=f"quality returned no {lacking[0]!r}")

@@ -72,6 +72,15 @@ class Objective:
         """Times a value, it gives what is to be minimized."""
         return 1.0 if self.direction == "min" else -1.0
 
+    def values(self, genomes: np.ndarray) -> np.ndarray:
+        """What `compute` gives, [n]. Raises JointoptError for another shape, and for what is not finite."""
+        assert self.compute is not None
+        found = np.asarray(self.compute(genomes), dtype=float)
+        if found.shape != (len(genomes),) or not np.isfinite(found).all():
+            told = f"shape {found.shape}" if found.shape != (len(genomes),) else "a value that is not finite"
+            raise JointoptError(f"objective {self.name!r}: compute gave {told}; allowed: ({len(genomes)},), finite")
+        return found
+
 
 def named(objective: str | Objective | dict[str, str]) -> Objective:
     """An objective from its name, or from {name: direction} where the name is none of the known."""

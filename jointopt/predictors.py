@@ -18,7 +18,6 @@ from scipy.linalg import cho_solve, cholesky
 from scipy.optimize import minimize
 
 from jointopt.objectives import Objective
-from quant.errors import JointoptError
 from search_spaces.space import Gene, SearchSpace
 
 KNOTS = 5
@@ -102,7 +101,7 @@ class Choices:
 
     def compute(self, genomes: np.ndarray) -> np.ndarray:
         """The computed objectives, exact, in their own units: [n, computed]."""
-        columns = [_computed(objective, genomes) for objective in self.computed]
+        columns = [objective.values(genomes) for objective in self.computed]
         return np.stack(columns, axis=1) if columns else np.empty((len(genomes), 0))
 
     def _measure_costs(self) -> None:
@@ -178,15 +177,6 @@ class Choices:
             hat = np.maximum(0, 1 - np.abs(place - knot))[self.gene] * np.sqrt(self.share[self.gene])
             columns.append(_scattered(kinds[self.gene] * 100 + self.choice, hat))
         return np.hstack(columns)
-
-
-def _computed(objective: Objective, genomes: np.ndarray) -> np.ndarray:
-    assert objective.compute is not None
-    values = np.asarray(objective.compute(genomes), dtype=float)
-    if values.shape != (len(genomes),) or not np.isfinite(values).all():
-        found = f"shape {values.shape}" if values.shape != (len(genomes),) else "a value that is not finite"
-        raise JointoptError(f"objective {objective.name!r}: compute gave {found}; allowed: ({len(genomes)},), finite")
-    return values
 
 
 def _levels(gene: Gene, costs: np.ndarray | None) -> np.ndarray:

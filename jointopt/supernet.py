@@ -46,7 +46,7 @@ from .learned_ranges import NAME, LearnedRanges, learn
 from .repair import Repaired
 from .subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
 from .supernet_calibration import calibrate, sort_again
-from .supernet_state import fingerprint, follow, for_workers, load, save
+from .supernet_state import fingerprint, follow, for_workers, load, notice, save, stamp
 from .training.lora import effective
 from .transforms import checked, rotated
 from .weight_bank import BankedWeight, WeightBank
@@ -129,6 +129,7 @@ class Supernet:
         self.learned: LearnedRanges | None = None
         self.scores: dict[bytes, dict[str, float]] = {}
         self._place = self.device, next(self.model.parameters()).dtype
+        self._stamp = stamp(self.model)
         warn_of_what_is_lost(self.model)
 
     @property
@@ -219,6 +220,7 @@ class Supernet:
     def built(self, plan: Plan) -> nn.Module:
         """`view` with BatchNorm statistics that are slices of the whole model's."""
         follow(self)
+        notice(self)
         self.check_calibrated(plan)
         return build(self.model, self.family, plan, self._banked, self._constants, self._repaired)
 
@@ -380,8 +382,12 @@ class Supernet:
         return layout(self.built(plan), self.family, plan)
 
     def weights_changed(self) -> None:
-        """To be called when they have: what was measured on the old ones no longer holds. Calibrate it again, which
-        keeps the order that the weights have learned, and ranges of inputs that were learned with them."""
+        """What was measured on the old ones no longer holds. Calibrate it again, which keeps the order that the weights
+        have learned, and ranges of inputs that were learned with them.
+
+        It is found out by itself where parameters were written to in place, as optimizers and `load_state_dict` do; to
+        be called where their `.data` was.
+        """
         if self.learned is not None and NAME not in self.model._parameters:
             self.learned.forget_inputs()
         self.trained, self.calibrated, self._scaled = True, False, False

@@ -14,6 +14,7 @@ from jointopt.importance import CalibrationPass, check_sortable, sort_widths
 from jointopt.learned_ranges import settle
 from jointopt.ranges import Ranges
 from jointopt.repair import Repairs
+from jointopt.supernet_state import stamp
 from jointopt.transforms import reread, scale_links
 from quant.errors import JointoptError
 
@@ -46,7 +47,7 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     supernet._repaired = repairs.solved()
     supernet._forget()
     _check_smallest(supernet, kept[0])
-    supernet.calibrated = True
+    supernet.calibrated, supernet._stamp = True, stamp(supernet.model)
 
 
 def _check_smallest(supernet: Supernet, batch: Mapping[str, Any]) -> None:
@@ -69,6 +70,11 @@ def sort_again(
 ) -> None:
     """`Supernet.sort_again`."""
     if optimizer is not None:
+        own = {id(each) for each in supernet.model.parameters()}
+        if any(id(each) not in own for group in optimizer.param_groups for each in group["params"]):
+            raise JointoptError(
+                "sort_again: found an optimizer of other parameters; allowed: of supernet.model.parameters()"
+            )
         check_sortable(optimizer)
     calibration = CalibrationPass(supernet.model, supernet.family)
     if not calibration.run(_checked(supernet, batches, [])):

@@ -90,6 +90,7 @@ def load(supernet: Supernet, path: str | Path) -> None:
     supernet._statistics, supernet._repaired = {}, {}
     supernet._condition_space()
     supernet._forget()
+    supernet._stamp = stamp(supernet.model)
 
 
 def follow(supernet: Supernet) -> None:
@@ -109,6 +110,20 @@ def follow(supernet: Supernet) -> None:
     if supernet.learned is not None:
         supernet.learned.move(place)
     supernet._forget()
+
+
+def stamp(model: nn.Module) -> tuple[int, int]:
+    """What differs once a parameter was written to in place: by an optimizer, or by `load_state_dict`. Not so one whose
+    `.data` was."""
+    return id(model), sum(0 if each.is_inference() else each._version for each in model.parameters())
+
+
+def notice(supernet: Supernet) -> None:
+    """Finds out whether someone has changed the weights, as a loop of one's own or averaged weights do."""
+    found = stamp(supernet.model)
+    if found != supernet._stamp and found[0] == supernet._stamp[0]:  # else it is a copy, whose counts begin anew
+        supernet.weights_changed()
+    supernet._stamp = found
 
 
 @contextmanager

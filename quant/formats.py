@@ -20,7 +20,7 @@ class Element:
     """A type of number.
 
     Attributes:
-        bits: width in storage.
+        bits: width in storage: 4, or that of `dtype`. An integer of fewer is stored as one of int8.
         max, min: the ends of its range; conversions saturate there.
         mantissa, exponent_min: for floating point, mantissa bits and the exponent of the smallest normal number.
         dtype: torch's own type, where it has one.
@@ -35,6 +35,13 @@ class Element:
     exponent_min: int = 0
     dtype: torch.dtype | None = None
     values: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits != 4 and (self.dtype is None or self.bits != 8 * self.dtype.itemsize):
+            raise JointoptError(
+                f"element {self.name!r}: {self.bits} bits, dtype {self.dtype}; allowed: 4 bits, or those of a dtype "
+                "(an integer from -32 to 31 has 8 bits and dtype torch.int8)"
+            )
 
     @property
     def is_float(self) -> bool:
@@ -238,4 +245,7 @@ def scheme(name: str) -> Scheme:
             if int(group) in GROUP_SIZES:
                 return wanted._with_group(int(group))
             raise JointoptError(f"scheme {name!r}: groups of {group}; allowed: {', '.join(map(str, GROUP_SIZES))}")
-    raise JointoptError(f"scheme {name!r}: unknown{did_you_mean(name, SCHEMES)}; allowed: {', '.join(SCHEMES)}")
+    raise JointoptError(
+        f"scheme {name!r}: unknown{did_you_mean(name, SCHEMES)}; allowed: {', '.join(SCHEMES)}, and what is put into "
+        "quant.formats.SCHEMES"
+    )

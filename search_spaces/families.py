@@ -10,6 +10,8 @@ from quant.errors import JointoptError
 from search_spaces import bert, llama, resnet, vit
 from search_spaces.family import Family, check, structural_clone
 
+WRAPPERS = ("PeftModel", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+
 Declare = Callable[[nn.Module], Family]
 
 _TRANSFORMERS: dict[str, Declare] = {
@@ -30,10 +32,14 @@ def declare(model: nn.Module, family: Declare | None = None) -> tuple[nn.Module,
         (timm's fused qkv layers, for one, are split), and the declaration.
 
     Raises:
-        JointoptError: no known family describes the model, or the declaration does not fit it.
+        JointoptError: no known family describes the model, it is in a wrapper, or the declaration does not fit it.
     """
     if not isinstance(model, nn.Module):
         raise JointoptError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    wrapper = next((each.__name__ for each in type(model).__mro__ if each.__name__ in WRAPPERS), None)
+    if wrapper is not None:
+        merged = " (merge_and_unload() gives it)" if wrapper == "PeftModel" else ""
+        raise JointoptError(f"model: found it in a {wrapper}; allowed: the model itself{merged}")
     for path, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule":
             raise JointoptError(f"model: {path or 'it'} is what torch.compile made; allowed: what was given to it")

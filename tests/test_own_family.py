@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import jointopt
 from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
@@ -30,6 +30,29 @@ def own() -> SimpleNamespace:
     names: dict[str, object] = {"__name__": "own"}
     exec(compile(code("A model of your own"), "README.md", "exec"), names)
     return SimpleNamespace(**names)
+
+
+def test_layers_of_other_kinds_stay_whole_and_their_parameters_are_counted(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=3, n_head=4, n_positions=64)).eval()
+
+    def shorter(model, kept: Sequence[int]) -> None:
+        model.config = copy.deepcopy(model.config)
+        model.config.n_layer = len(kept)
+
+    def declare(model) -> Family:
+        blocks = tuple(Block(f"block{at}", f"transformer.h.{at}") for at in range(len(model.transformer.h)))
+        embedding = Layer("embedding", "transformer.wte", "embedding", tied=("lm_head",))
+        return Family("gpt2", blocks, (), (embedding,), configure=shorter)
+
+    space = SearchSpace.for_model(model, family=declare, depth=[2, 3], schemes=["none", "W8A16_CHANNEL"])
+    with pytest.warns(UserWarning, match="layers of kind Conv1D, whose MACs and time are not counted"):
+        supernet = Supernet(model, space, family=declare)
+    supernet.calibrate([{"input_ids": torch.randint(96, (4, 12))}])
+    for at, genome in enumerate((space.largest, space.smallest)):
+        extracted = supernet.extract(genome)
+        assert supernet.costs(genome)["parameters"] == sum(each.numel() for each in extracted.parameters())
+        verification = jointopt.verify(jointopt.export(supernet, genome, tmp_path / str(at)))
+        assert verification.ok, verification.differences
 
 
 def test_the_declaration_takes_a_few_dozen_lines():

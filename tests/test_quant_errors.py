@@ -8,6 +8,8 @@ import torch
 from jointopt import SearchSpace, Supernet
 from quant import SCHEMES, Format, JointoptError, fake_quantize_activation, quantize, round_to_format, scheme
 from quant.calibration import choose_clip
+from quant.formats import ELEMENTS, Element, Scheme
+from quant.layers import QuantizedLinear
 from quant.packing import storage_bytes, unpacked_tensors
 from tests.zoo import batches, make
 
@@ -138,6 +140,24 @@ def test_formats_that_make_no_sense():
     assert "fp8_e4m3 with a zero point" in refusal(Format, "fp8_e4m3", "channel", None, False)
     assert "a group size with granularity 'channel'" in refusal(Format, "int8", "channel", 32)
     assert "format scale: found 'float32'; did you mean 'bfloat16'" in refusal(Format, *unknown_scale)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(6, None), (8, None), (6, torch.int8)])
+def test_an_element_that_no_file_would_hold_is_refused(bits, dtype):
+    assert "an integer from -32 to 31 has 8 bits" in refusal(Element, "int6", bits, -32, 31, None, 0, dtype)
+
+
+def test_a_format_of_one_s_own_is_offered_under_its_name(monkeypatch):
+    monkeypatch.setitem(ELEMENTS, "int6", Element("int6", 8, -32, 31, dtype=torch.int8))
+    monkeypatch.setitem(SCHEMES, "W6A16", Scheme("W6A16", Format("int6", "channel"), None))
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W6A16"]))
+    supernet.calibrate(batches("vit"))
+    chosen = supernet.space.decode(supernet.space.largest)
+    genome = supernet.space.encode({k: "W6A16" if k.endswith("precision") else v for k, v in chosen.items()})
+    with supernet.active(genome) as view:
+        weight = next(m.weight for m in view.modules() if isinstance(m, QuantizedLinear)).detach()
+    assert max(row.unique().numel() for row in weight) <= 64
 
 
 def test_there_is_nothing_to_unpack_without_a_format():

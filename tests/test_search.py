@@ -41,6 +41,35 @@ def dump(study: Study) -> str:
     return study.front().drop(columns="seconds").to_json()
 
 
+def test_a_cost_of_one_s_own_is_computed_limited_and_never_measured(supernet, tmp_path):
+    def unquantized(genomes: np.ndarray) -> np.ndarray:
+        return np.array([list(supernet.space.decode(each).values()).count("none") for each in genomes], dtype=float)
+
+    def quality(model) -> float:
+        return agreement(model)
+
+    wanted = ["quality", Objective("unquantized", "min", compute=unquantized)]
+    path, limit = tmp_path / "study.db", {"unquantized": "<= 5"}
+    jointopt.search(supernet, quality, wanted, evaluations=6, storage=path, constraints=limit).close()
+    study = jointopt.search(supernet, quality, wanted, evaluations=12, storage=path, constraints=limit)
+    found = study.evaluations()
+    assert len(found) == 12 and found["failed"].isna().all()
+    assert found["unquantized"].tolist() == unquantized(np.array(found["genome"].tolist())).tolist()
+    assert found["unquantized"].max() <= 5
+    assert "unquantized" in jointopt.write_report(study, tmp_path / "report.html").read_text()
+
+
+def test_a_cost_of_one_s_own_that_is_no_number_is_named(supernet):
+    wanted = ["quality", Objective("mine", "min", compute=lambda genomes: np.full(len(genomes), np.nan))]
+    with pytest.raises(JointoptError, match="objective 'mine': compute gave a value that is not finite"):
+        jointopt.search(supernet, agreement, wanted, evaluations=6)
+
+
+def test_metrics_by_other_names_than_the_objectives_are_shown_with_how_to_ask_for_them(supernet):
+    with pytest.raises(JointoptError, match=r"the quality function returns f1; allowed: such as \{'f1': 'max'\}"):
+        jointopt.search(supernet, lambda model: {"f1": 0.5}, evaluations=6)
+
+
 def test_a_damaged_study_says_so_in_one_line(supernet, tmp_path):
     path = tmp_path / "study.db"
     jointopt.search(supernet, agreement, evaluations=20, storage=path).close()

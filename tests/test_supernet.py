@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -33,6 +34,44 @@ def named(request) -> tuple[str, Supernet]:
 def unquantized(supernet: Supernet, genome: np.ndarray) -> np.ndarray:
     chosen = supernet.space.decode(genome)
     return supernet.space.encode({k: "none" if k.endswith(".precision") else v for k, v in chosen.items()})
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "an optimizer"])
+def test_weights_that_someone_changed_are_noticed(change):
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]))
+    supernet.calibrate(batches("vit"))
+    genome, batch = supernet.space.largest, batches("vit")[0]
+    with supernet.active(genome) as view:
+        before = logits(view, batch)
+    assert supernet.calibrated and not supernet.trained
+    if change == "load_state_dict":
+        supernet.model.load_state_dict({k: 2 * v for k, v in supernet.model.state_dict().items()})
+    else:
+        optimizer = torch.optim.SGD(supernet.model.parameters(), lr=0.1)
+        supernet.model(**batch).logits.square().sum().backward()
+        optimizer.step()
+    with pytest.raises(JointoptError, match="search: the super-network is not calibrated"):
+        jointopt.search(supernet, lambda view: 1.0, evaluations=3)
+    with supernet.active(genome) as view:
+        noticed = logits(view, batch)
+    assert not supernet.calibrated and supernet.trained
+    supernet.calibrate(batches("vit"))
+    with supernet.active(genome) as view:
+        fresh = logits(view, batch)
+    assert torch.equal(noticed, fresh) and not torch.equal(before, fresh)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda supernet: pickle.loads(pickle.dumps(supernet))])
+def test_a_copy_stays_calibrated(how):
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]))
+    supernet.calibrate(batches("vit"))
+    other = how(supernet)
+    for each in (supernet, other):
+        with each.active(each.space.largest) as view:
+            logits(view, batches("vit")[0])
+        assert each.calibrated
 
 
 def test_sorting_leaves_the_function_of_the_whole_model_unchanged(named):

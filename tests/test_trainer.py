@@ -195,7 +195,7 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
     for match, options in {
         "train_dataset: found pixel_values; allowed: one of them labels": {"model": model, "train_dataset": unlabelled},
         "model: found a super-network": {"model": supernet},
-        "model: found it in a PeftModel": {"model": adapted},
+        r"model: found it in a PeftModel; allowed: the model itself \(merge_and_unload": {"model": adapted},
         "the vit model has no such place": {"model": model, "space": other},
         "given beside a model": {"model": model, "supernet": supernet},
         "model: found NoneType": {},
@@ -209,6 +209,8 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
             ElasticTrainer(args=arguments(tmp_path), **{"train_dataset": data(), **options})
     with pytest.raises(JointoptError, match="fp16"):
         trainer(tmp_path, fp16=True)
+    with pytest.raises(JointoptError, match="fp16_full_eval, which leave the super-network in 16 bits"):
+        trainer(tmp_path, bf16_full_eval=True)
     with pytest.raises(JointoptError, match="fsdp or deepspeed, which keep parts of the weights"):
         sharded = arguments(tmp_path)
         sharded.fsdp = "full_shard"

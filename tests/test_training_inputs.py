@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -162,6 +164,25 @@ def test_a_single_output_is_not_distilled():
     with pytest.raises(JointoptError, match=r"logits of a single output.*Recipe\(distillation=None\)"):
         jointopt.elastic_loss(supernet, batch, 0, Recipe(loss=loss))
     assert jointopt.elastic_loss(supernet, batch, 0, Recipe(loss=loss, distillation=None)) > 0
+    supernet.calibrate(batches("bert"))
+    with pytest.raises(JointoptError, match=r"finish: steps: found logits of a single output.*allowed: rounding"):
+        jointopt.finish(supernet, supernet.space.largest, batches("bert"), steps=1)
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A sampling strategy of one's own that gives what is no list of genomes."""
+
+    given: object
+
+    def genomes(self, space, progress, seed):
+        return self.given
+
+
+@pytest.mark.parametrize("given", [None, np.zeros(3, int), np.zeros((1, 2, 3), int)])
+def test_what_a_sampling_of_one_s_own_gives_in_place_of_genomes_is_named(given):
+    with pytest.raises(JointoptError, match="(?s)sampling: found .* in place of genomes; allowed: a list of them"):
+        jointopt.elastic_loss(calibrated("vit"), labelled("vit")[0], 0, Recipe(Odd(given)))
 
 
 def test_formats_without_ranges_are_refused_before_the_step_that_needs_them(tmp_path):
@@ -267,6 +288,12 @@ def test_a_checkpoint_that_cannot_be_read_or_written_is_refused_in_one_line(tmp_
 def test_numbers_that_train_nothing_are_refused(options, said):
     with pytest.raises(JointoptError, match=said):
         jointopt.train_supernet(calibrated("vit"), labelled("vit"), **{"steps": 2, **options})
+
+
+def test_an_optimizer_of_another_model_is_not_sorted():
+    other = torch.optim.AdamW(make("vit").parameters())
+    with pytest.raises(JointoptError, match="sort_again: found an optimizer of other parameters"):
+        calibrated("vit").sort_again(batches("vit"), other)
 
 
 def test_an_optimizer_whose_state_does_not_follow_channels_is_not_sorted():

@@ -367,7 +367,8 @@ def _sliced_shape(module: nn.Module, name: str, tensor: Tensor, rows: int, colum
     shape = list(tensor.shape)
     if isinstance(module, nn.Embedding):
         return (shape[0], rows)
-    if module._parameters.get("weight") is None or not shape:
+    weight = module._parameters.get("weight")
+    if weight is None or not shape or shape[0] != len(weight):  # of some modules a weight is [in, out]
         return tuple(shape)
     shape[0] = rows
     if name == "weight" and len(shape) > 1:

@@ -42,7 +42,8 @@ def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed:
     """
     if name not in STRATEGIES:
         raise JointoptError(
-            f"strategy {name!r}: unknown{did_you_mean(name, STRATEGIES)}; allowed: {', '.join(STRATEGIES)}"
+            f"strategy {name!r}: unknown{did_you_mean(name, STRATEGIES)}; allowed: {', '.join(STRATEGIES)}, and what "
+            "is put into jointopt.strategies.STRATEGIES"
         )
     kind = STRATEGIES[name]
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:

@@ -99,7 +99,8 @@ class Strategy:
         return found
 
     def _propose(self, n: int) -> Iterable[np.ndarray]:
-        """Genomes in order of preference, repetitions and known ones allowed."""
+        """Genomes in order of preference, [genes] each. Repetitions, known ones and what is not canonical may be
+        among them; what is missing is drawn at random."""
         return ()
 
     def _learn(self, rows: np.ndarray) -> None:
@@ -111,7 +112,8 @@ class Strategy:
 
     def _unseen(self, proposed: Iterable[np.ndarray], n: int) -> list[np.ndarray]:
         found: dict[bytes, np.ndarray] = {}
-        for genome in proposed:
+        for each in proposed:
+            genome = self.space.canonical(each)
             key = genome.tobytes()
             if key not in self._seen and not self.feasible.excess(genome[None])[0]:
                 found.setdefault(key, genome)

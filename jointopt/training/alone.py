@@ -80,6 +80,11 @@ def train_alone(
             inputs = {k: v for k, v in on_device(batch, supernet.device).items() if k != "labels"}
             with torch.no_grad():
                 target = logits_of(teacher, inputs)
+            if target.shape[-1] == 1:
+                raise JointoptError(
+                    "finish: steps: found logits of a single output, which are no distribution to learn; allowed: "
+                    "rounding, or training before the search"
+                )
             view = _quantized(structural_clone(trained).eval(), supernet, plan, layers, ranges, training=True)
             loss = soft_labels(logits_of(view, inputs), target, inputs.get("attention_mask"))
             if not torch.isfinite(loss):

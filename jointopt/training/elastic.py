@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -277,6 +278,8 @@ class _Student:
 def _students(supernet: Supernet, step: int, progress: float, recipe: Recipe) -> list[_Student]:
     """The largest sub-network first, which every other one may learn from."""
     genomes = recipe.sampling.genomes(supernet.space, progress, step_seed(recipe.seed, step))  # type: ignore[union-attr]
+    if genomes is None or (len(genomes) and np.ndim(genomes) != 2):
+        raise JointoptError(f"sampling: found {genomes!r} in place of genomes; allowed: a list of them")
     precision = recipe.precision_from is not None and progress >= recipe.precision_from
     largest = _Student(supernet.plan(supernet.space.largest), False)
     return [largest, *(_Student(supernet.plan(genome), precision) for genome in genomes)]

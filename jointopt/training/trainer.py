@@ -51,7 +51,8 @@ class ElasticTrainer(Trainer):
         space: its search space (default: that of its family); or `supernet`, a calibrated super-network made before,
             in place of both.
         recipe: what each step trains (default: the sandwich rule, distilled from the largest, `args.seed`).
-        calibration: batches of model inputs (default: the first 128 samples of `train_dataset`).
+        calibration: batches of model inputs (default: the first 128 samples of `train_dataset`, which has to give them
+            again for training).
         family: a declaration of one's own (model -> Family).
         sort_every: steps after which channels and heads are sorted again, by their importance on `calibration`.
         lora: a `peft.LoraConfig`: adapters of its layers alone are trained, and merged when training has ended.
@@ -86,6 +87,11 @@ class ElasticTrainer(Trainer):
         if args.fp16:
             raise JointoptError(
                 "args: fp16, in which gradients of small sub-networks vanish; allowed: bf16, or neither"
+            )
+        if args.bf16_full_eval or args.fp16_full_eval:
+            raise JointoptError(
+                "args: bf16_full_eval or fp16_full_eval, which leave the super-network in 16 bits; allowed: bf16, with "
+                "which evaluation computes so too"
             )
         if args.fsdp or args.deepspeed:
             raise JointoptError("args: fsdp or deepspeed, which keep parts of the weights; allowed: data parallelism")
@@ -378,10 +384,6 @@ def _supernet(
         raise JointoptError("model: found a super-network; allowed: supernet=, or the model that it was made of")
     if not isinstance(model, nn.Module):
         raise JointoptError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
-    wrapped = ("PeftModel", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
-    kind = next((each.__name__ for each in type(model).__mro__ if each.__name__ in wrapped), None)
-    if kind is not None:
-        raise JointoptError(f"model: found it in a {kind}; allowed: the model itself")
     return Supernet(model, space or SearchSpace.for_model(model, family=family), family=family)
 
 
