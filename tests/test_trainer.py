@@ -185,6 +185,14 @@ def test_channels_are_sorted_again_during_training(tmp_path):
     assert calls == [2, 4]
 
 
+def test_an_optimizer_that_cannot_be_sorted_is_refused_after_its_first_step_and_not_after_an_hour(tmp_path):
+    args = arguments(tmp_path, optim="adafactor")
+    made = ElasticTrainer(model=make("vit"), args=args, train_dataset=data(), sort_every=5)
+    with pytest.raises(JointoptError, match="sort_every: Adafactor keeps .* which cannot be sorted"):
+        made.train()
+    assert made.state.global_step == 1
+
+
 def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
     model = make("vit")
     supernet = Supernet(model, SearchSpace.for_model(model))

@@ -69,7 +69,7 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
     fits = rows["peak_memory"] <= model.capacity
     if not fits.any():
         raise JointoptError(
-            f"device {name!r}: the smallest sub-network takes {rows['peak_memory'].min() / 1e9:.4g} GB; "
+            f"device {name!r}: the smallest that was evaluated takes {rows['peak_memory'].min() / 1e9:.4g} GB; "
             f"{model.source} has {model.capacity / 1e9:.4g} GB"
         )
     rows = rows[fits]

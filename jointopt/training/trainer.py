@@ -25,6 +25,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from jointopt.batch_norm import has_batch_norm, reestimate
 from jointopt.evaluation import IGNORED, Batch, logits_of
+from jointopt.importance import check_sortable
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
@@ -225,6 +226,8 @@ class ElasticTrainer(Trainer):
         batch = self._labelled(inputs)
         if model.training:
             step = self.state.global_step
+            if self.sort_every and step == 1:
+                check_sortable(self._inner_optimizer())
             if self.sort_every and step and step % self.sort_every == 0 and not self._sorted(step):
                 self.supernet.sort_again(self._calibration, self._inner_optimizer())
             loss = elastic_loss(self.supernet, batch, step, self.recipe, self.state.max_steps)
