@@ -221,7 +221,7 @@ def _constraints(
         cost = "size" if name == "size_mb" else name
         if cost not in costs and name not in own:
             allowed = ["size_mb", *costs, *own]
-            meant = did_you_mean(name, [*allowed, *ON_HARDWARE])
+            meant = "" if name in ON_HARDWARE else did_you_mean(name, [*allowed, *ON_HARDWARE])
             raise JointoptError(f"constraints: found {name!r}{meant}; allowed: {', '.join(allowed)}")
         compute = column(cost, 1e6 if name == "size_mb" else 1.0) if cost in costs else own[name]
         found.append(constraint(name, text, compute))

@@ -456,7 +456,7 @@ def test_a_wish_that_cannot_be_is_refused_before_training_and_costs_none(place, 
     data = {"train": "images", "evaluate": "images", "batch_size": 12}
     rest = {"data": data, "train": {"steps": 2, "batch_size": 4}, "search": {"evaluations": 3}, "output": "runs/typo"}
     for wish, said in {
-        "acuracy": "constraints: found 'acuracy'; allowed: size_mb",
+        "acuracy": "constraints: found 'acuracy'; did you mean 'accuracy'?; allowed: size_mb",
         "size_mb": "constraint size_mb <= 0.0001: no genome meets it",
     }.items():
         write_config(place, constraints={wish: "<= 0.0001"}, **rest)
