@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import jointopt
-from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet
+from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet, strategies
+from jointopt.strategies.strategy import Strategy
 from tests.zoo import batches, logits, make
 
 
@@ -39,6 +40,22 @@ def agreement(model: torch.nn.Module) -> float:
 
 def dump(study: Study) -> str:
     return study.front().drop(columns="seconds").to_json()
+
+
+class Careless(Strategy):
+    """Proposes lists of indices, many of them for genes that cannot matter."""
+
+    def _propose(self, n: int):
+        return np.random.default_rng(len(self._seen)).integers(0, self.space.sizes, (n, len(self.space))).tolist()
+
+
+def test_what_a_strategy_of_one_s_own_proposes_is_made_canonical(monkeypatch):
+    monkeypatch.setitem(strategies.STRATEGIES, "careless", Careless)
+    deep = {"depth": (2,)}
+    space = SearchSpace([Gene("depth", (1, 2)), *[Gene(f"width{at}", (1, 2, 3), requires=deep) for at in range(4)]])
+    strategy = strategies.create("careless", space, [Objective("x", "min")])
+    asked = np.concatenate([strategy.ask(8) for _ in range(3)])
+    assert space.is_canonical(asked).all() and len(np.unique(asked, axis=0)) == 24
 
 
 def test_a_cost_of_one_s_own_is_computed_limited_and_never_measured(supernet, tmp_path):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from jointopt import Gene, JointoptError, Objective, SearchSpace, strategies
 from jointopt.objectives import Constraint, constraint, hypervolume, minimized, non_dominated
 from jointopt.strategies.genetic import order, select
-from jointopt.strategies.strategy import Strategy
 
 STRATEGIES = list(strategies.STRATEGIES)
 WEIGHTS = np.array([0.2, 3.0, 1.0, 0.5, 0.1, 2.0, 0.4, 1.5, 0.7, 0.3, 1.1, 0.9])
@@ -98,22 +97,6 @@ def test_a_strategy_restored_from_json_goes_on_as_if_it_had_never_stopped(name):
 def test_one_to_four_objectives(name, objectives):
     strategy = searched(name, 4, objectives)
     assert strategy.values.shape == (40, len(objectives)) and np.isfinite(strategy.values).all()
-
-
-class Careless(Strategy):
-    """Proposes lists of indices, many of them for genes that cannot matter."""
-
-    def _propose(self, n: int):
-        return np.random.default_rng(len(self._seen)).integers(0, self.space.sizes, (n, len(self.space))).tolist()
-
-
-def test_what_a_strategy_of_one_s_own_proposes_is_made_canonical(monkeypatch):
-    monkeypatch.setitem(strategies.STRATEGIES, "careless", Careless)
-    deep = {"depth": (2,)}
-    space = SearchSpace([Gene("depth", (1, 2)), *[Gene(f"width{at}", (1, 2, 3), requires=deep) for at in range(4)]])
-    strategy = strategies.create("careless", space, [Objective("x", "min")])
-    asked = np.concatenate([strategy.ask(8) for _ in range(3)])
-    assert space.is_canonical(asked).all() and len(np.unique(asked, axis=0)) == 24
 
 
 def test_guided_finds_more_in_40_evaluations_than_evolutionary_in_200():
