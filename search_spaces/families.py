@@ -10,7 +10,7 @@ from quant.errors import JointoptError
 from search_spaces import bert, llama, resnet, vit
 from search_spaces.family import Family, check, structural_clone
 
-WRAPPERS = ("PeftModel", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+WRAPPERS = ("PeftModel", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 Declare = Callable[[nn.Module], Family]
 

@@ -200,10 +200,9 @@ def times_of(
         JointoptError: a file of another machine, or one that cannot be read or written.
     """
     machine = backend.machine
-    if path is not None:
-        known = _read(path := Path(path), machine, ours=True)
-    else:
-        known = _read(path := default_path(), machine, ours=False)
+    shared = path is None
+    path = default_path() if path is None else Path(path)
+    known = _read(path, machine, shared)
     asked = {key_of(each, batch): each for each in operators}
     if not asked.keys() <= known.keys():
         _write(path, machine, known)  # found out before the timing, not after it
@@ -280,15 +279,15 @@ def _stored(operator: Operator) -> int:
     return 0
 
 
-def _read(path: Path, machine: str, ours: bool) -> dict[Key, float]:
-    """What was timed on this machine; of a file that has to be `ours`, nothing but another one's is refused."""
+def _read(path: Path, machine: str, shared: bool) -> dict[Key, float]:
+    """What was timed on this machine. A file of other machines alone is refused, unless it is `shared` by them."""
     if not path.exists():
         return {}
     try:
         machines = {machine: dict(times) for machine, times in json.loads(path.read_text())["machines"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise JointoptError(f"lookup: {str(path)!r} cannot be read: {error!r}; allowed: remove it") from None
-    if ours and machines and not any(each.startswith(f"{host()}, ") for each in machines):
+    if not shared and machines and not any(each.startswith(f"{host()}, ") for each in machines):
         told = "; ".join(machines)
         raise JointoptError(f"lookup: {str(path)!r} was timed on another machine ({told}); allowed: another path")
     known = machines.get(machine, {})
