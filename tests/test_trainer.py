@@ -171,6 +171,7 @@ def test_training_leaves_a_model_that_generates_with_its_cache(tmp_path):
     exported = made.supernet.extract(made.supernet.space.largest)
     assert exported.config.use_cache
     assert not any(getattr(module, "gradient_checkpointing", False) for module in exported.modules())
+    assert not any(module._forward_hooks for module in exported.modules())
 
 
 def test_channels_are_sorted_again_during_training(tmp_path):

@@ -211,7 +211,11 @@ class ElasticTrainer(Trainer):
         """What the Trainer does to a model for training alone, which a search shall not score nor an export keep."""
         model: Any = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         if self.args.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            # Named so since transformers 5.24, where the earlier name warns.
+            undo = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            undo()
+            if getattr(model, "_require_grads_hooks", None):
+                model.disable_input_require_grads()
         if self._use_cache is not None:
             model.config.use_cache = self._use_cache
 
