@@ -86,7 +86,8 @@ def build(
     training: bool = False,
     learned: LearnedRanges | None = None,
 ) -> nn.Module:
-    """A module tree of its own whose tensors are leading slices of `model`'s, in eval mode unless `training`.
+    """A module tree of its own whose tensors are leading slices of `model`'s, in eval mode unless `training`; then in
+    training mode, but for what a model in training mode has in eval mode.
 
     What `repaired` has for a layer and its number of input channels stands in for the slice of its weight, and bias.
     With `training`, slices keep their link to the whole parameters, so that gradients reach them: of a quantized weight
@@ -137,7 +138,7 @@ def build(
     if training and not plan.whole(family):
         keep_statistics(modules.values())
     family.configure(shell, plan.blocks)
-    if any(module.training != training for module in modules.values()):
+    if not (training and shell.training) and any(module.training != training for module in modules.values()):
         shell.train(training)
     return shell
 

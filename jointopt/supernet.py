@@ -9,6 +9,7 @@ with supernet.active(space.sample(1, seed=0)[0]) as small:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -116,6 +117,7 @@ class Supernet:
         self.activation_calibration = activation_calibration
         self.calibrated = False
         self.trained = False
+        self._frozen: set[str] = set()
         self._leaving = default_order(self.family)
         self._precision_gene = precision_genes(self.family, space)
         self._schemes = fitted_schemes(self.model, self.family, space, self._precision_gene)
@@ -151,6 +153,13 @@ class Supernet:
         """
         calibrate(self, batches)
 
+    def __deepcopy__(self, memo: dict) -> Supernet:
+        made = copy.copy(self)
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        made._stamp = stamp(made.model)
+        return made
+
     def _condition_space(self) -> None:
         """Which genes matter at which depth follows from the order in which blocks leave."""
         choices = {gene.name: gene.choices for gene in self.space.genes}
@@ -177,13 +186,18 @@ class Supernet:
         return detach(self.view(self.plan(genome)))
 
     def training_view(self, genome: Any, precision: bool = False) -> nn.Module:
-        """The sub-network in training mode: gradients reach the super-network.
+        """The sub-network in training mode: gradients reach the super-network. Of a model in training mode modules that
+        are not (BatchNorm whose statistics shall stay) remain as they are.
 
         Args:
             precision: whether it computes in its number formats (gradients go straight through the rounding, scales
                 are chosen from the weights as they are, times what `learn_ranges` learns); else unquantized.
                 Unrepaired and with its cache as it was.
         """
+        follow(self)
+        notice(self)
+        if self.trained and not self.calibrated:
+            self._bank.clear()  # an optimizer may have made a step since
         return self.view_to_train(self.plan(genome), precision)
 
     def view_to_train(self, plan: Plan, precision: bool) -> nn.Module:

@@ -53,7 +53,7 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
 def _check_smallest(supernet: Supernet, batch: Mapping[str, Any]) -> None:
     """Raises JointoptError where a declaration does not say all that a width runs through, so that cut layers do not
     fit into each other."""
-    view = supernet.training_view(supernet.space.smallest).eval()
+    view = supernet.view_to_train(supernet.plan(supernet.space.smallest), False).eval()
     try:
         with torch.no_grad():
             view(**batch)

@@ -100,7 +100,7 @@ def follow(supernet: Supernet) -> None:
     place, dtype = found = weight.device, weight.dtype
     if supernet._place == found:
         return
-    supernet._place = found
+    supernet._place, supernet._stamp = found, stamp(supernet.model)
     supernet._statistics = {key: on_device(each, place) for key, each in supernet._statistics.items()}
     supernet._repaired = {
         key: (weight.to(place, dtype), None if bias is None else bias.to(place, dtype))

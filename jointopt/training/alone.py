@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from jointopt.batch_norm import on_device
 from jointopt.evaluation import check_batch, logits_of
 from jointopt.subnetwork import Plan, detach, pass_gradients, quantize_layer, renamed
-from jointopt.training.distillation import soft_labels
+from jointopt.training.distillation import problem_of, soft_labels
 from jointopt.training.loop import Batches, check_batches, endless, schedule
 from jointopt.weight_bank import BankedWeight
 from quant.calibration import choose_clip, static_constants
@@ -66,6 +66,11 @@ def train_alone(
         JointoptError: no batch, a loss that is not finite.
     """
     check_batches("finish", batches)
+    if problem := problem_of(supernet.model):
+        raise JointoptError(
+            f"finish: steps: found a model whose problem_type is {problem!r}, and whose outputs are no distribution to "
+            "learn; allowed: rounding, or training before the search"
+        )
     trained = detach(supernet.renormalized(supernet.built(replace(plan, schemes={}, caches={})), plan))
     layers = {renamed(path, supernet.family, plan.blocks): path for path in plan.schemes}
     ranges = _ranges(trained, supernet, plan, layers) if learned_ranges else _Ranges({}, {})

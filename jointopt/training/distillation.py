@@ -57,6 +57,11 @@ class Distillation:
 
     def check(self, family: Family, space: SearchSpace, model: nn.Module) -> None:
         """Raises JointoptError for what this super-network cannot learn from."""
+        if problem := problem_of(model):
+            raise JointoptError(
+                f"distillation: found a model whose problem_type is {problem!r}, and whose outputs are no distribution"
+                "; allowed: Recipe(distillation=None)"
+            )
         streams = [w.gene for w in family.widths if w.block is None and w.gene in space.names]
         if self.hidden and streams:
             raise JointoptError(f"distillation: hidden, but {streams[0]} narrows the hidden states; allowed: 0")
@@ -64,6 +69,25 @@ class Distillation:
             raise JointoptError(f"distillation: attention, of which a {family.name} has none; allowed: 0")
         if self.teacher is not None:
             _check_teacher(model, self.teacher)
+
+
+def problem_of(model: Any) -> str | None:
+    """What a model of transformers says that its outputs are, where they are not one class of several."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    return problem if problem in ("multi_label_classification", "regression") else None
+
+
+def check_one_class(logits: Tensor, labels: Any) -> None:
+    """Raises JointoptError for labels of several classes at once, or measured values: logits are then no distribution,
+    and soft labels blind to what they have in common."""
+    if not isinstance(labels, Tensor) or logits.dim() != 2 or labels.shape != logits.shape:
+        return
+    total = labels.detach().float().sum(1)
+    if not labels.is_floating_point() or not torch.allclose(total, torch.ones_like(total), atol=1e-2):
+        raise JointoptError(
+            f"distillation: found labels {str(labels.dtype)[6:]} {list(labels.shape)} that are no probabilities, so "
+            "that logits are no distribution; allowed: Recipe(distillation=None)"
+        )
 
 
 def _check_teacher(model: Any, teacher: Any) -> None:

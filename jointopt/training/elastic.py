@@ -10,7 +10,8 @@ itself gone back from: accumulation, loss scaling and clipping work as with any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -23,7 +24,17 @@ from jointopt.batch_norm import on_device, running_statistics
 from jointopt.evaluation import IGNORED, Batch, check_batch, check_supernet
 from jointopt.learned_ranges import NAME
 from jointopt.subnetwork import Plan
-from jointopt.training.distillation import Distillation, Seen, Target, loss_of, seen, target, teacher_logits
+from jointopt.training.distillation import (
+    Distillation,
+    Seen,
+    Target,
+    check_one_class,
+    loss_of,
+    problem_of,
+    seen,
+    target,
+    teacher_logits,
+)
 from jointopt.training.sampling import Sampling, sampling, step_seed
 from quant.errors import JointoptError, check_count, check_number, check_whole
 
@@ -117,6 +128,19 @@ class Recipe:
             raise JointoptError(
                 f"loss: found a {type(supernet.model).__name__}, whose labels are each token's own, not the next's; "
                 "allowed: Recipe(loss=...), a function of logits and batch"
+            )
+        for path, module in supernet.model.named_modules():
+            wrapping = getattr(module, "_gradient_checkpointing_func", None)  # transformers' name
+            if getattr(wrapping, "keywords", {}).get("use_reentrant"):
+                raise JointoptError(
+                    f"{path}: its activations are checkpointed with use_reentrant=True, which gradients of some "
+                    "parameters alone cannot go back through; allowed: use_reentrant=False"
+                )
+        problem = problem_of(supernet.model)
+        if problem and self.loss is task_loss:
+            raise JointoptError(
+                f"loss: found a model whose problem_type is {problem!r}; allowed: Recipe(loss=...), a function of "
+                "logits and batch"
             )
         if self.distillation is not None:
             self.distillation.check(supernet.family, supernet.space, supernet.model)
@@ -220,17 +244,31 @@ def gradients_of(
         return loss.detach()
 
     losses, teacher = [], None
-    for student in _students(supernet, step, progress, recipe):
-        view = supernet.view_to_train(student.plan, student.precision)
-        modules = list(view.modules())
-        slices = _as_leaves(modules, places) + _words_as_leaves(modules, places, batch)
-        loss, shown = _loss(supernet, student, view, batch, teacher, recipe)
-        losses.append(learn(loss, slices))
-        if recipe.distillation is not None and teacher is None:
-            teacher = target(shown, recipe.distillation.temperature)
-        del loss, shown, view, modules, slices
+    with _without_hooks(parameters):
+        for student in _students(supernet, step, progress, recipe):
+            view = supernet.view_to_train(student.plan, student.precision)
+            modules = list(view.modules())
+            slices = _as_leaves(modules, places) + _words_as_leaves(modules, places, batch)
+            loss, shown = _loss(supernet, student, view, batch, teacher, recipe)
+            losses.append(learn(loss, slices))
+            if recipe.distillation is not None and teacher is None:
+                teacher = target(shown, recipe.distillation.temperature)
+            del loss, shown, view, modules, slices
     supernet.weights_changed()  # as soon as the optimizer steps: what was quantized here is of the weights before
     return losses, gradients, parameters
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Hooks on gradients (`Tensor.register_hook`) are for the whole ones, as they come from the loss of the step."""
+    held = {each: hooks for each in parameters if (hooks := each._backward_hooks)}
+    for each in held:
+        each._backward_hooks = None
+    try:
+        yield
+    finally:
+        for each, hooks in held.items():
+            each._backward_hooks = hooks
 
 
 def _labelled(batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -304,14 +342,13 @@ def _as_leaves(view: Sequence[nn.Module], places: Mapping[int, int]) -> list[tup
 
 def _words_as_leaves(view: Sequence[nn.Module], places: Mapping[int, int], batch: Batch) -> list[tuple[Tensor, int]]:
     """Likewise the weights of embeddings of which a batch has few words, whose gradients hold these words alone: dense
-    ones would be filled with zeros for each sub-network, and a tied head's would be copied to add them. Whoever hooks a
-    gradient gets it whole."""
+    ones would be filled with zeros for each sub-network, and a tied head's would be copied to add them."""
     words = max((x.numel() for x in batch.values() if isinstance(x, Tensor) and not x.is_floating_point()), default=0)
     found = []
     for module in view:
         if type(module) is nn.Embedding and module.num_embeddings > words and not module.scale_grad_by_freq:
             weight = module.weight
-            known = weight.is_leaf and not weight._backward_hooks and id(weight) in places
+            known = weight.is_leaf and id(weight) in places
             if known and weight.device.type in ("cpu", "cuda"):
                 del module._parameters["weight"]
                 leaf = weight.detach().requires_grad_()
@@ -333,6 +370,7 @@ def _loss(
         loss = loss_of(shown, teacher, batch, wanted)
         return (loss + wanted.labels * _task_loss(recipe, shown.logits, batch) if wanted.labels else loss), shown
     loss = _task_loss(recipe, shown.logits, batch)
+    check_one_class(shown.logits, batch["labels"])
     if wanted.teacher is not None:
         given = Seen(teacher_logits(wanted.teacher, inputs))
         if given.logits.shape != shown.logits.shape:
@@ -347,7 +385,13 @@ def _loss(
 
 def _task_loss(recipe: Recipe, logits: Tensor, batch: Batch) -> Tensor:
     """The recipe's loss, a scalar from which gradients reach the logits."""
-    loss = recipe.loss(logits, batch)
+    try:
+        loss = recipe.loss(logits, batch)
+    except TypeError as error:
+        raise JointoptError(
+            f"loss: {error}; allowed: a function of logits and batch, such as lambda logits, batch: criterion(logits, "
+            'batch["labels"])'
+        ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise JointoptError(f"loss: returned {found}; allowed: a tensor of one number")

@@ -113,7 +113,7 @@ def train_supernet(
                 group["lr"] = learning_rate * schedule(step, steps)
             losses, gradients, _ = gradients_of(supernet, batch, step, step / steps, recipe)
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+                parameter.grad = _hooked(parameter, gradient)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             history.append(losses[0].item())
@@ -124,6 +124,15 @@ def train_supernet(
     if kept is not None:
         kept.path.unlink(missing_ok=True)
     return history
+
+
+def _hooked(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
+    """A gradient as the hooks on its parameter leave it."""
+    for hook in (parameter._backward_hooks or {}).values():
+        if gradient is not None:
+            changed = hook(gradient)
+            gradient = gradient if changed is None else changed
+    return gradient
 
 
 def check_batches(name: str, batches: Any) -> None:

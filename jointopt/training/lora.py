@@ -6,7 +6,7 @@ own layers, so that a sub-network computes with W[:rows, :columns] + scale * B[:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,10 +56,13 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
         raise JointoptError("lora: the super-network has adapters already; allowed: one set")
     targets = config.target_modules
     names = check_targets(supernet.model, () if targets is None or isinstance(targets, str) else targets)
+    frozen = {name for name, each in supernet.model.named_parameters() if not each.requires_grad}
     try:
         wrapped = get_peft_model(structural_clone(supernet.model), config)
     except ValueError as error:
         raise JointoptError(f"lora: {' '.join(str(error).split())[:300]}; allowed: {', '.join(names)}") from None
+    finally:  # PEFT freezes the clone's parameters, which are the model's
+        _freeze(supernet.model, frozen)
     found: dict[str, Any] = {
         name.removeprefix("base_model.model."): module
         for name, module in wrapped.named_modules()
@@ -72,6 +75,7 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
     if shared := sorted(tied & set(found)):
         raise JointoptError(f"lora: {shared[0]} shares its weight with another layer; allowed: layers with their own")
     kept = tuple(config.modules_to_save or ())
+    supernet._frozen = frozen
     for name, parameter in supernet.model.named_parameters():
         parameter.requires_grad_(any(part in kept for part in name.split(".")))
     for path, adapter in found.items():
@@ -82,6 +86,12 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
             layer.register_parameter(name, nn.Parameter(value.clone()))
         layer.__dict__["lora_scale"] = float(adapter.scaling["default"])
     return list(found)
+
+
+def _freeze(model: nn.Module, names: Collection[str]) -> None:
+    """These parameters, and no others."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in names)
 
 
 def check_targets(model: nn.Module, targets: Iterable[str], key: str = "lora: target_modules") -> list[str]:
@@ -130,12 +140,11 @@ def absorb(clones: Iterable[nn.Module], training: bool = True) -> None:
 
 @torch.no_grad()
 def merge(supernet: Supernet) -> None:
-    """Makes adapters part of the weights for good, and everything trainable again."""
+    """Makes adapters part of the weights for good, and trainable what was so before they came."""
     for layer in adapted(supernet.model).values():
         layer.get_parameter("weight").copy_(effective(layer))
         for name in NAMES:
             del layer._parameters[name]
         del layer.__dict__["lora_scale"]
-    for parameter in supernet.model.parameters():
-        parameter.requires_grad_(True)
+    _freeze(supernet.model, supernet._frozen)
     supernet.weights_changed()

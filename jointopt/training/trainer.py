@@ -52,11 +52,12 @@ class ElasticTrainer(Trainer):
         space: its search space (default: that of its family); or `supernet`, a calibrated super-network made before,
             in place of both.
         recipe: what each step trains (default: the sandwich rule, distilled from the largest, `args.seed`).
-        calibration: batches of model inputs (default: the first 128 samples of `train_dataset`, which has to give them
-            again for training).
+        calibration: batches of model inputs (default: 128 samples of `train_dataset`, drawn by `args.seed`; where it
+            has no length the first 128, which it has to give again for training).
         family: a declaration of one's own (model -> Family).
         sort_every: steps after which channels and heads are sorted again, by their importance on `calibration`.
-        lora: a `peft.LoraConfig`: adapters of its layers alone are trained, and merged when training has ended.
+        lora: a `peft.LoraConfig`: adapters of its layers alone are trained, and merged in what is saved, and when
+            training has ended. Until then a callback's `model` computes without them.
         **options: the Trainer's own: data_collator, processing_class, compute_metrics, callbacks, optimizers, ...
 
     Attributes:
@@ -64,7 +65,7 @@ class ElasticTrainer(Trainer):
 
     Raises:
         JointoptError: a model that is wrapped already, a space of another model, data without labels, float16,
-            torch_compile, a loss function that is not the recipe's.
+            torch_compile, a loss function that is not the recipe's, an optimizer made before what it is to train.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class ElasticTrainer(Trainer):
             self._check_labels("eval_dataset", eval_dataset)
         # The Trainer divides what `compute_loss` returns by the number of batches in a step.
         self.loss_is_scaled_for_ga = False
-        self._calibration = list(calibration) if calibration is not None else self._first_samples()
+        self._calibration = list(calibration) if calibration is not None else self._some_samples()
         if not self.supernet.calibrated and not self.supernet.trained:
             if calibration is None and train_dataset is None:
                 raise JointoptError(
@@ -132,7 +133,7 @@ class ElasticTrainer(Trainer):
         self.recipe.check(self.supernet)
         if lora is not None and sort_every is not None:
             raise JointoptError("sort_every: adapters are not sorted; allowed: without lora")
-        self._lora = lora
+        self._lora, self._optimizer_given = lora, self.optimizer is not None
         self._add()
 
     def _add(self) -> bool:
@@ -143,17 +144,24 @@ class ElasticTrainer(Trainer):
             attach(self.supernet, self._lora)
         if ranges:
             learn(self.supernet)
+        if self._optimizer_given and (adapters or ranges):
+            raise JointoptError(
+                f"optimizers: found one made before {'adapters' if adapters else 'learned ranges'}, which it would not "
+                "train; allowed: optimizer_cls_and_kwargs" + ("" if adapters else ", or supernet.learn_ranges() before")
+            )
+        self._began_with = [name for name, each in self.supernet.model.named_parameters() if each.requires_grad]
         return adapters or ranges
 
-    def _first_samples(self) -> list[Batch]:
-        """Inputs of the training data's first samples, as its collator makes them."""
+    def _some_samples(self) -> list[Batch]:
+        """Inputs of some of the training data's samples, as its collator makes them."""
         if self.train_dataset is None:
             return []
         collate = self._get_collator_with_removed_columns(self.data_collator, "calibration")
         size = self.args.per_device_train_batch_size
         whole: Any = self.train_dataset
         if hasattr(whole, "__len__") and hasattr(whole, "__getitem__"):  # which need not end where it is iterated
-            samples = [whole[at] for at in range(min(len(whole), SAMPLES))]
+            drawn = np.random.default_rng(self.args.seed).permutation(len(whole))[:SAMPLES]
+            samples = [whole[at] for at in drawn.tolist()]
         else:
             samples = list(islice(iter(whole), SAMPLES))
         batches = [collate(samples[at : at + size]) for at in range(0, len(samples), size)]
@@ -172,13 +180,14 @@ class ElasticTrainer(Trainer):
             )
 
     def _inputs(self, batch: Mapping[str, Any]) -> Batch:
-        return {name: value for name, value in batch.items() if name not in self.label_names}
+        return {name: value for name, value in batch.items() if name not in (*self.label_names, "labels")}
 
     def train(self, *args: Any, **options: Any) -> Any:
         """The Trainer's `train`; afterwards the super-network is calibrated on its new weights.
 
         However it ends, adapters become part of the weights. Another call trains new ones, by an optimizer of its own.
         """
+        self._last_sorted: int | None = None
         if self._add():
             self.optimizer = self.lr_scheduler = None
         ended = self._ended(args[0] if args else options.get("resume_from_checkpoint"))
@@ -256,7 +265,7 @@ class ElasticTrainer(Trainer):
 
     def _sorted(self, step: int) -> bool:
         """Whether this step has sorted already, for an earlier one of the batches that it accumulates."""
-        done, self._last_sorted = getattr(self, "_last_sorted", None) == step, step
+        done, self._last_sorted = self._last_sorted == step, step
         return done
 
     def _inner_optimizer(self) -> Any:
@@ -309,7 +318,10 @@ class ElasticTrainer(Trainer):
         return float(total[0] / total[1])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """With what a resumed training must have in common."""
+        """With what a resumed training must have in common, and adapters as part of the weights."""
+        model: Any = self.supernet.model
+        if state_dict is None and adapted(model):
+            state_dict = with_adapters(model).state_dict()
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -318,10 +330,11 @@ class ElasticTrainer(Trainer):
                 save_file({name: each.detach().cpu().contiguous() for name, each in added.items()}, folder / ADDED)
 
     def _added(self) -> dict[str, Tensor]:
-        """Parameters that the model's own class does not know: adapters and learned ranges."""
+        """Parameters that the model's own class does not know: adapters and learned ranges; and weights with adapters,
+        which are saved together."""
         layers = adapted(self.supernet.model).items()
         found: dict[str, Tensor] = {
-            f"{path}.{name}": layer.get_parameter(name) for path, layer in layers for name in NAMES
+            f"{path}.{name}": layer.get_parameter(name) for path, layer in layers for name in ("weight", *NAMES)
         }
         if self.recipe.learned_ranges and self.supernet.learned is not None:
             found |= self.supernet.learned.tensors()
@@ -329,12 +342,11 @@ class ElasticTrainer(Trainer):
 
     def _record(self) -> dict[str, Any]:
         """What a resumed training must have in common."""
-        trained = [name for name, each in self.supernet.model.named_parameters() if each.requires_grad]
         return {
             "space": self.supernet.space.to_dict(),
             "leaving": self.supernet._leaving,
             "added": sorted(self._added()),
-            "trained": trained,
+            "trained": self._began_with,
         }
 
     def _load_best_model(self) -> None:
@@ -356,12 +368,12 @@ class ElasticTrainer(Trainer):
             # The Trainer reads names as they are in memory; `save_pretrained` writes those of the checkpoints.
             saved = type(own_model).from_pretrained(resume_from_checkpoint, dtype=own_model.dtype)
             own_model.load_state_dict(saved.state_dict(), strict=not self._added())
-            if added := self._added():
-                kept = load_file(path.with_name(ADDED))
-                for name, parameter in added.items():
-                    parameter.data.copy_(kept[name])
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, own_model)
+        if added := self._added():
+            kept = load_file(path.with_name(ADDED))
+            for name, parameter in added.items():
+                parameter.data.copy_(kept[name])
         self.supernet.weights_changed()
 
 
