@@ -223,7 +223,8 @@ def _divergence(histogram: Histogram, low: Tensor, high: Tensor, format: Format)
     if format.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    inside = (centres >= low) & (centres <= high)
+    half = histogram.reach / _BINS  # a bin is inside where it overlaps, or the largest value would not be in its own
+    inside = (centres + half > low) & (centres - half <= high)
     if not inside.any():
         return math.inf
     kept, filled = counts * inside, (counts > 0) & inside

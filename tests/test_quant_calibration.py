@@ -242,16 +242,41 @@ def test_least_squared_error_is_no_more_than_that_of_the_whole_range(name, seed,
     assert errors["mse"] <= errors["minmax"] * 1.02  # over a histogram
 
 
-@pytest.mark.parametrize("method", ["percentile", "entropy"])
-@pytest.mark.parametrize("name", ["symmetric", "asymmetric", "fp8"])
-def test_one_outlier_in_many_does_not_set_the_range(name, method):
+def with_an_outlier() -> Tensor:
     x = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
     x[0] = 300.0
-    form = STATIC[name]
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "percentile") for name in ("symmetric", "asymmetric", "fp8")),
+        *((name, "entropy") for name in ("symmetric", "asymmetric")),
+    ],
+)
+def test_one_outlier_in_many_does_not_set_the_range(name, method):
+    x, form = with_an_outlier(), STATIC[name]
     whole, clipped = observed(form, x)["input_scale"], observed(form, x, method=method)["input_scale"]
     assert clipped < 0.2 * whole
     held = clipped.float() * (form.kind.max if form.symmetric else 255)
     assert held > 2 * x[1:].std()
+
+
+def test_of_floating_point_the_range_of_least_divergence_holds_an_outlier_which_costs_the_others_nothing():
+    x, form = with_an_outlier(), STATIC["fp8"]
+    whole, clipped = observed(form, x, method="entropy"), observed(form, x, method="percentile")
+    assert torch.equal(whole["input_scale"], observed(form, x)["input_scale"])
+    others = [fake_quantize_activation(x, form, each["input_scale"])[1:] - x[1:] for each in (whole, clipped)]
+    assert others[0].square().mean() < 1.02 * others[1].square().mean()
+
+
+@pytest.mark.parametrize("name", ["symmetric", "asymmetric", "fp8"])
+@pytest.mark.parametrize("levels", [(0.0, 1.0), (-1.0, 1.0), (0.0, 1 / 3, 2 / 3, 1.0), (3.0,)], ids=str)
+def test_few_levels_keep_their_largest_in_the_range_of_least_divergence(name, levels):
+    x, form = torch.tensor(levels * 500), STATIC[name]
+    whole, found = observed(form, x), observed(form, x, method="entropy")
+    assert whole.keys() == found.keys() and all(torch.equal(whole[key], found[key]) for key in whole)
 
 
 def test_the_moving_average_follows_the_batches():
