@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from jointopt.batch_norm import on_device
 from jointopt.learned_ranges import INPUTS, NAME, LearnedRanges, settle
 from quant.errors import JointoptError
+from quant.formats import own_definition
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -32,6 +33,7 @@ def fingerprint(supernet: Supernet) -> str:
         supernet.activation_calibration,
     ]
     choices += supernet.transforms
+    choices += _own_schemes(supernet)
     digest = hashlib.sha256(json.dumps(choices, sort_keys=True, default=str).encode())
     tensors = dict(supernet.model.state_dict())
     for (path, name), constants in supernet._statistics.items():
@@ -46,6 +48,12 @@ def fingerprint(supernet: Supernet) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _own_schemes(supernet: Supernet) -> list[dict[str, Any]]:
+    """What the user's own schemes are: the space has but their names, under which others may be put tomorrow."""
+    defined = {each.name: own_definition(each) for each in supernet._schemes.values()}
+    return [each for _, each in sorted(defined.items()) if each is not None]
 
 
 def save(supernet: Supernet, path: str | Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -249,3 +250,28 @@ def scheme(name: str) -> Scheme:
         f"scheme {name!r}: unknown{did_you_mean(name, SCHEMES)}; allowed: {', '.join(SCHEMES)}, and what is put into "
         "quant.formats.SCHEMES"
     )
+
+
+_SHIPPED_ELEMENTS, _SHIPPED_SCHEMES = dict(ELEMENTS), dict(SCHEMES)
+
+
+def own_definition(wanted: Scheme) -> dict[str, Any] | None:
+    """All that a scheme is, its elements included; None where it is one of jointopt's as it ships, which its name says.
+
+    Args:
+        wanted: a scheme of any group size.
+    """
+    formats = [each for each in (wanted.weights, wanted.activations) if each is not None]
+    elements = {each.element: each.kind for each in formats}
+    if _is_shipped(wanted) and all(_SHIPPED_ELEMENTS.get(name) == kind for name, kind in elements.items()):
+        return None
+    return {**asdict(wanted), "elements": {name: asdict(kind) for name, kind in elements.items()}}
+
+
+def _is_shipped(wanted: Scheme) -> bool:
+    if wanted == _SHIPPED_SCHEMES.get(wanted.name):
+        return True
+    open_one = _SHIPPED_SCHEMES.get(wanted.name.rpartition("_G")[0])
+    if open_one is None or open_one.weights is None or wanted.weights is None or wanted.weights.group_size is None:
+        return False
+    return open_one._with_group(wanted.weights.group_size) == wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from jointopt import JointoptError, SearchSpace, Supernet, search
 from jointopt.batch_norm import SAMPLES
 from jointopt.evaluation import evaluate
 from quant.calibration import METHODS, choose_clip
-from quant.formats import SCHEMES
+from quant.formats import ELEMENTS, SCHEMES, Element, Format, Scheme, own_definition
 from quant.reference import quantize
 from tests.zoo import batches, logits, make
 
@@ -259,6 +260,24 @@ def test_super_networks_with_other_sub_networks_have_another_fingerprint():
     assert same[0].fingerprint() != same[1].fingerprint()
     clipped = supernet_of("bert", supernet={"weight_calibration": "mse"})
     assert supernet_of("bert").fingerprint() != clipped.fingerprint()
+
+
+def test_an_own_scheme_of_another_definition_is_another_fingerprint(monkeypatch):
+    found = set()
+    for low, granularity in ((-32, "channel"), (-16, "channel"), (-16, "tensor")):
+        monkeypatch.setitem(ELEMENTS, "int6", Element("int6", 8, low, 31, dtype=torch.int8))
+        monkeypatch.setitem(SCHEMES, "MINE", Scheme("MINE", Format("int6", granularity)))
+        found.add(supernet_of("bert", schemes=["none", "MINE"]).fingerprint())
+    assert len(found) == 3
+
+
+def test_of_shipped_schemes_the_name_says_it_all(monkeypatch):
+    for name, each in SCHEMES.items():
+        assert own_definition(each) is None and own_definition(each.fitted([256])) is None
+        assert own_definition(replace(each, name="MINE")) is not None, name
+    assert own_definition(replace(SCHEMES["W8A8"], activations=None)) is not None
+    monkeypatch.setitem(ELEMENTS, "int8", Element("int8", 8, -127, 127, dtype=torch.int8))
+    assert own_definition(SCHEMES["W8A8"]) is not None and own_definition(SCHEMES["W4A16"]) is None
 
 
 def test_scores_are_forgotten_when_calibration_changes_what_they_were_measured_on():
