@@ -6,6 +6,7 @@ scheme is a layer's weight format and activation format together, named as compr
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -47,6 +48,11 @@ class Element:
     @property
     def is_float(self) -> bool:
         return self.mantissa is not None or self.values is not None
+
+    @property
+    def exponent_max(self) -> int:
+        """The exponent of the largest number."""
+        return math.frexp(self.max)[1] - 1
 
 
 # Dettmers et al., arXiv 2305.14314, appendix E: quantiles of the normal distribution.

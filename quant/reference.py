@@ -286,7 +286,7 @@ def stored_scale(
     kind = format.kind
     largest = torch.maximum(-low, high)
     if format.scale == "e8m0":
-        return e8m0_exponent(largest), None
+        return e8m0_exponent(largest, kind), None
     if global_scale is not None:
         scale = (global_scale * (largest / ((kind.max - kind.min) / 2))).clamp(max=448).to(torch.float8_e4m3fn)
         return torch.where(scale.float() == 0, 0.125, scale.float()).to(torch.float8_e4m3fn), None
@@ -302,15 +302,15 @@ def _never_zero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(scale.dtype)
 
 
-def e8m0_exponent(largest: Tensor) -> Tensor:
-    """MX's shared exponent + 127, uint8: the power of two that brings the largest magnitude into e2m1's range.
+def e8m0_exponent(largest: Tensor, kind: Element) -> Tensor:
+    """MX's shared exponent + 127, uint8: the power of two that brings the largest magnitude into the element's range.
 
-    As compressed-tensors has it, magnitudes that would round beyond 6 take the next exponent (mantissas from 1.75),
-    then floor(log2) - 2 (OCP Microscaling Formats 1.0, section 6.3).
+    floor(log2) less the element's own largest exponent (OCP Microscaling Formats 1.0, section 6.3), where mantissas
+    from 1.75, which of e2m1 would round beyond 6, take the next exponent. compressed-tensors does so for every element.
     """
     bits = largest.float().contiguous().view(torch.int32)
     power = (bits + (1 << 21)) & 0x7F800000
-    return ((power >> 23) - 2).clamp(0, 254).to(torch.uint8)
+    return ((power >> 23) - kind.exponent_max).clamp(0, 254).to(torch.uint8)
 
 
 def fake_quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Tensor:
@@ -435,7 +435,7 @@ def _dynamic_scale(x: Tensor, format: Format, global_scale: Tensor | None) -> tu
     if format.symmetric:
         largest = x.abs().amax(dims, keepdim=True)
         if format.scale == "e8m0":
-            scale = torch.exp2(e8m0_exponent(largest).float() - 127).to(x.dtype)
+            scale = torch.exp2(e8m0_exponent(largest, kind).float() - 127).to(x.dtype)
             return torch.where(scale == 0, 1, scale), None  # float16 has no 2^-127, the scale of zeros
         scale = largest / ((kind.max - kind.min) / 2)
         if global_scale is not None:

@@ -25,6 +25,8 @@ BLOCKS = [
     Format("fp4_e2m1", "group", 16, scale="e4m3", dynamic=True),
     Format("fp4_e2m1", "group", 32, scale="e8m0", dynamic=True),
     Format("fp8_e4m3", "group", 32, scale="e8m0", dynamic=True),
+    Format("int8", "group", 32, scale="e8m0", dynamic=True),
+    Format("int4", "group", 16, scale="e4m3", dynamic=True),
     Format("fp8_e5m2", "group", 16, scale="e4m3", dynamic=True),
 ]
 DYNAMIC = [

@@ -145,13 +145,17 @@ def test_every_e8m0_scale_is_what_ml_dtypes_says():
     assert torch.equal(scale, torch.from_numpy(patterns).view(torch.float8_e8m0fnu).float())
 
 
-def test_the_mx_exponent_of_every_magnitude_at_and_around_its_thresholds():
-    """floor(log2) - 2, from a mantissa of 1.75 on one more, where e2m1 would round beyond 6 to 8."""
+@pytest.mark.parametrize(
+    ("element", "largest"), [("fp4_e2m1", 2), ("fp8_e4m3", 8), ("fp8_e5m2", 15), ("int8", 6), ("int4", 2)]
+)
+def test_the_mx_exponent_of_every_magnitude_at_and_around_its_thresholds(element, largest):
+    """floor(log2) less the element's own, from a mantissa of 1.75 on one more, where e2m1 would round 6 to 8."""
+    kind = ELEMENTS[element]
     powers = torch.exp2(torch.arange(-120, 127, dtype=torch.float64))
     starts = torch.cat([powers, powers * 1.75])
     points = neighbours(starts.float())
     mantissa, exponent = np.frexp(exact.as_float64(points))
-    expected = np.clip(exponent - 1 - 2 + (2 * mantissa >= 1.75) + 127, 0, 254)
-    assert np.array_equal(e8m0_exponent(points).numpy(), expected)
-    assert e8m0_exponent(torch.tensor([0.0, 1e-45, 2.0**-126])).tolist() == [0, 0, 0]
-    assert e8m0_exponent(torch.tensor([torch.finfo(torch.float32).max])).tolist() == [253]
+    expected = np.clip(exponent - 1 - largest + (2 * mantissa >= 1.75) + 127, 0, 254)
+    assert np.array_equal(e8m0_exponent(points, kind).numpy(), expected)
+    assert e8m0_exponent(torch.tensor([0.0, 1e-45, 2.0**-126]), kind).tolist() == [0, 0, 0]
+    assert e8m0_exponent(torch.tensor([torch.finfo(torch.float32).max]), kind).tolist() == [255 - largest]

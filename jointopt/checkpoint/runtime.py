@@ -5,6 +5,8 @@ quantized layers where they belong, and leaves out what the search left out. Qua
 and are unpacked when a layer first runs.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -239,7 +241,8 @@ def dynamic_scale(x, form, global_scale, low, high):
     largest = x.abs().amax(dims, keepdim=True)
     if form["scale"] == "e8m0":
         power = (largest.float().contiguous().view(torch.int32) + (1 << 21)) & 0x7F800000
-        scale = torch.exp2(((power >> 23) - 2).clamp(0, 254).float() - 127).to(x.dtype)
+        exponent_max = math.frexp(high)[1] - 1
+        scale = torch.exp2(((power >> 23) - exponent_max).clamp(0, 254).float() - 127).to(x.dtype)
         return torch.where(scale == 0, 1, scale), None
     scale = largest / ((high - low) / 2)
     if global_scale is not None:

@@ -24,6 +24,7 @@ struct Job {
     int32_t steps_in_type;          // whether each operation on elements is rounded to `type`
     int32_t quotient_type;          // type that a scale is rounded to when the largest magnitude has been divided
     int32_t mantissa, exponent_min; // of the element, where it is floating point
+    int32_t exponent_max;           // of the element's largest number
     float low, high, half;          // ends of the element's range, and half its width
     float never_zero;               // scale in place of 0
     float reach;                    // where ranges end at the latest
@@ -151,7 +152,7 @@ template <int KIND> void find_steps(const Job& job, Steps& at, int64_t count, fl
     if (job.scale == E8M0) {
         for (int64_t i = 0; i < count; i++) {
             float largest = at.stored[i] != at.stored[i] ? NAN : at.stored[i];
-            int32_t power = int32_t(((bits(largest) + (1u << 21)) & INFINITE) >> 23) - 2;
+            int32_t power = int32_t(((bits(largest) + (1u << 21)) & INFINITE) >> 23) - job.exponent_max;
             power = power < 0 ? 0 : power > 254 ? 254 : power;
             at.stored[i] = float(power);
             at.used[i] = number(power == 0 ? 0x00400000u : uint32_t(power) << 23);
@@ -180,7 +181,7 @@ ALWAYS_INLINE void convert(const Job& job, const T* __restrict x, T* __restrict 
                            int64_t size, Step step) {
     const float low = job.low, high = job.high, scale = step.used, point = step.zero_point, zero = job.zero;
     const int mantissa = job.mantissa, exponent_min = job.exponent_min;
-    const int sign_bit = high == 6.0f ? 3 : 7;
+    const int sign_bit = mantissa == 1 ? 3 : 7;
     auto held = [=](T number) {
         float v = load(number) / scale;
         if (STEPS) v = rounded<T>(v);

@@ -43,7 +43,7 @@ class _Job(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("groups", "size")),
         *((name, ctypes.c_int32) for name in ("kind", "scale", "type", "steps_in_type", "quotient_type")),
-        *((name, ctypes.c_int32) for name in ("mantissa", "exponent_min")),
+        *((name, ctypes.c_int32) for name in ("mantissa", "exponent_min", "exponent_max")),
         *((name, ctypes.c_float) for name in ("low", "high", "half", "never_zero", "reach", "zero")),
         ("threads", ctypes.c_int32),
     ]

@@ -88,7 +88,8 @@ def _code(x, MANTISSA: tl.constexpr, EXPONENT_MIN: tl.constexpr, SIGN_BIT: tl.co
 def _step(
     low, high, whole,
     KIND: tl.constexpr, SCALE: tl.constexpr, STEPS_TYPE: tl.constexpr, QUOTIENT_TYPE: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, NEVER_ZERO: tl.constexpr, WEIGHT: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, EXPONENT_MAX: tl.constexpr,
+    NEVER_ZERO: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """(the scale as it is stored, as it divides, the zero point) of ranges."""
     largest = tl.where(high > -low, high, -low)
@@ -102,7 +103,7 @@ def _step(
         scale = tl.where(scale == 0, NEVER_ZERO, scale)
         return scale, scale, point
     if SCALE == _E8M0:
-        power = (((_bits(largest) + (1 << 21)) & _INFINITE) >> 23) - 2
+        power = (((_bits(largest) + (1 << 21)) & _INFINITE) >> 23) - EXPONENT_MAX
         power = tl.minimum(tl.maximum(power, 0), 254)
         scale = _in_type(_number(tl.where(power == 0, 0x00400000, power << 23)), STEPS_TYPE)
         return power.to(tl.float32), tl.where(scale == 0, 1.0, scale), low * 0
@@ -122,7 +123,8 @@ def _convert(
     KIND: tl.constexpr, SCALE: tl.constexpr, TYPE: tl.constexpr,
     STEPS_TYPE: tl.constexpr, QUOTIENT_TYPE: tl.constexpr,
     MANTISSA: tl.constexpr, EXPONENT_MIN: tl.constexpr, SIGN_BIT: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, NEVER_ZERO: tl.constexpr, WEIGHT: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, EXPONENT_MAX: tl.constexpr,
+    NEVER_ZERO: tl.constexpr, WEIGHT: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS groups, WIDTH of their elements: all of them, or ranges are given. Places that are None are not filled."""
@@ -156,7 +158,7 @@ def _convert(
         if SCALE == _E4M3:
             factor = factor + tl.load(whole)
         stored, used, point = _step(
-            low, high, factor, KIND, SCALE, STEPS_TYPE, QUOTIENT_TYPE, LOW, HIGH, NEVER_ZERO, WEIGHT
+            low, high, factor, KIND, SCALE, STEPS_TYPE, QUOTIENT_TYPE, LOW, HIGH, EXPONENT_MAX, NEVER_ZERO, WEIGHT
         )
         if WEIGHT:
             first = here & (tl.program_id(1) == 0)
@@ -216,8 +218,8 @@ def convert(job: Job, x: Tensor, groups: int, places: Mapping[str, Tensor | None
             low, high, places.get("global_scale"), groups, size, x.numel(),
             KIND=job.kind, SCALE=job.scale, TYPE=job.type, STEPS_TYPE=job.type if job.steps_in_type else 0,
             QUOTIENT_TYPE=job.quotient_type, MANTISSA=job.mantissa, EXPONENT_MIN=job.exponent_min,
-            SIGN_BIT=job.sign_bit, LOW=job.low, HIGH=job.high, NEVER_ZERO=job.never_zero, WEIGHT=job.weight,
-            ROWS=rows_here, WIDTH=width,
+            SIGN_BIT=job.sign_bit, LOW=job.low, HIGH=job.high, EXPONENT_MAX=job.exponent_max,
+            NEVER_ZERO=job.never_zero, WEIGHT=job.weight, ROWS=rows_here, WIDTH=width,
             enable_fp_fusion=False,  # no product and sum in one rounding
         )  # fmt: skip
     # With a global scale the largest was looked at before.

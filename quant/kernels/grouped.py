@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import JointoptError
-from quant.formats import Format
+from quant.formats import Element, Format
 from quant.reference import WEIGHT_REACH, Clip, QuantizedTensor, global_scale_of, within_float16
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +36,7 @@ class Job:
         steps_in_type: whether each operation on elements is rounded to `type`, or stays in float32.
         quotient_type: index of the type that a scale is rounded to, once the largest magnitude has been divided.
         mantissa, exponent_min: of the element, where it is floating point.
+        exponent_max: of the element's largest number.
         low, high: ends of the element's range.
         never_zero: scale in place of 0.
         reach: where ranges end at the latest.
@@ -49,6 +50,7 @@ class Job:
     quotient_type: int
     mantissa: int
     exponent_min: int
+    exponent_max: int
     low: float
     high: float
     never_zero: float
@@ -63,7 +65,7 @@ class Job:
     @property
     def sign_bit(self) -> int:
         """Of a floating point code."""
-        return 3 if self.high == 6 else 7
+        return 3 if self.mantissa == 1 else 7
 
 
 class Backend(Protocol):
@@ -85,14 +87,18 @@ class Backend(Protocol):
 
 def takes(x: Tensor, format: Format) -> bool:
     """Whether the kernels hold this tensor in this format; what they do not, plain torch does."""
-    blocks = format.scale in ("e8m0", "e4m3") and format.granularity == "group" and format.kind.is_float
+    blocks = format.scale in ("e8m0", "e4m3") and format.granularity == "group"
     return x.dtype in TYPES and format.kind.values is None and (format.scale == "bfloat16" or blocks)
 
 
-@cache
 def job_of(format: Format, dtype: torch.dtype, weight: bool) -> Job:
     """Weights are computed in float32 whatever they come in, activations in their own type."""
-    kind = format.kind
+    return _job_of(format, format.kind, dtype, weight)
+
+
+@cache
+def _job_of(format: Format, kind: Element, dtype: torch.dtype, weight: bool) -> Job:
+    """The element apart, since another may be put under its name."""
     stored = torch.bfloat16 if weight and format.scale == "bfloat16" else torch.float32 if weight else dtype
     given = not weight and not format.dynamic
     return Job(
@@ -103,6 +109,7 @@ def job_of(format: Format, dtype: torch.dtype, weight: bool) -> Job:
         quotient_type=TYPES.index(stored),
         mantissa=kind.mantissa or 0,
         exponent_min=kind.exponent_min,
+        exponent_max=kind.exponent_max,
         low=float(kind.min),
         high=float(kind.max),
         never_zero=torch.finfo(stored).eps,
