@@ -10,11 +10,14 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from quant.errors import JointoptError, did_you_mean
+
+_FLOATS = {torch.float8_e4m3fn: (3, -6, 448.0), torch.float8_e5m2: (2, -14, 57344.0)}
+"""Mantissa bits, exponent of the smallest normal number, and largest number."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,14 @@ class Element:
 
     Attributes:
         bits: width in storage: 4, or that of `dtype`. An integer of fewer is stored as one of int8.
-        max, min: the ends of its range; conversions saturate there.
+        max, min: the ends of its range, zero inside; conversions saturate there.
         mantissa, exponent_min: for floating point, mantissa bits and the exponent of the smallest normal number.
-        dtype: torch's own type, where it has one.
-        values: of a codebook, what each code stands for; rounding is to the nearest, at halfway points to the lower.
+        dtype: torch's own type, where it has one: int8, float8_e4m3fn or float8_e5m2.
+        values: of a codebook, which has 4 bits, what each code stands for; rounding is to the nearest, at halfway
+            points to the lower.
+
+    Raises:
+        JointoptError: what no code could be stored as, or computed with.
     """
 
     name: str
@@ -39,15 +46,54 @@ class Element:
     values: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.bits != 4 and (self.dtype is None or self.bits != 8 * self.dtype.itemsize):
-            raise JointoptError(
-                f"element {self.name!r}: {self.bits} bits, dtype {self.dtype}; allowed: 4 bits, or those of a dtype "
-                "(an integer from -32 to 31 has 8 bits and dtype torch.int8)"
+        if self.bits != (4 if self.dtype is None else 8 * self.dtype.itemsize):
+            self._refuse(
+                f"{self.bits} bits, dtype {self.dtype}",
+                "4 bits, or those of a dtype (an integer from -32 to 31 has 8 bits and dtype torch.int8)",
             )
+        if self.dtype not in (None, torch.int8, *_FLOATS):
+            self._refuse(f"dtype {self.dtype}", f"{', '.join(map(str, (torch.int8, *_FLOATS)))}, or 4 bits without one")
+        if not -math.inf < self.min < 0 < self.max < math.inf:
+            self._refuse(f"min {self.min}, max {self.max}", "finite numbers below and above 0")
+        if self.values is not None:
+            self._check_values(self.values)
+        elif self.dtype in _FLOATS:
+            self._check_float(*_FLOATS[self.dtype])
+        elif self.dtype is not None or self.mantissa is None:
+            self._check_integer()
+
+    def _refuse(self, found: str, allowed: str) -> NoReturn:
+        raise JointoptError(f"element {self.name!r}: found {found}; allowed: {allowed}")
+
+    def _check_values(self, values: tuple[float, ...]) -> None:
+        if self.dtype is not None:
+            self._refuse(f"values and dtype {self.dtype}", "values of 4 bits, without a dtype")
+        if not 2 <= len(values) <= 16:
+            self._refuse(f"{len(values)} values", "2 to 16, as many as 4 bits tell apart")
+        if not all(self.min <= value <= self.max for value in values):
+            self._refuse(f"values {values}", f"those from min {self.min} to max {self.max}")
+
+    def _check_float(self, mantissa: int, exponent_min: int, most: float) -> None:
+        if (self.mantissa, self.exponent_min) != (mantissa, exponent_min) or not -self.min == self.max <= most:
+            self._refuse(
+                f"{self.dtype}, mantissa {self.mantissa}, exponent_min {self.exponent_min}, {self.min} to {self.max}",
+                f"of this dtype mantissa {mantissa}, exponent_min {exponent_min}, a range up to -{most:g} to {most:g}",
+            )
+
+    def _check_integer(self) -> None:
+        if self.mantissa is not None:
+            self._refuse(f"mantissa {self.mantissa} with dtype {self.dtype}", "an integer, without one")
+        most = 1 << (self.bits - 1)
+        if not (-most <= self.min and self.max < most and all(float(end).is_integer() for end in (self.min, self.max))):
+            self._refuse(f"{self.min} to {self.max}", f"whole numbers, of {self.bits} bits -{most} to {most - 1}")
 
     @property
     def is_float(self) -> bool:
         return self.mantissa is not None or self.values is not None
+
+    @property
+    def is_e2m1(self) -> bool:
+        return (self.bits, self.min, self.max, self.mantissa, self.exponent_min) == (4, -6, 6, 1, 0)
 
     @property
     def exponent_max(self) -> int:
@@ -80,6 +126,16 @@ ELEMENTS = {
 GRANULARITIES = ("tensor", "channel", "token", "group")
 SCALES = {"bfloat16": 16, "e4m3": 8, "e8m0": 8, "absmax": 32}
 GROUP_SIZES = (128, 64, 32)
+COMPRESSED = {
+    "int-quantized": (("int8",), "bfloat16"),
+    "pack-quantized": (("int4", "int8"), "bfloat16"),
+    "float-quantized": (("fp8_e4m3",), "bfloat16"),
+    "nvfp4-pack-quantized": (("fp4_e2m1",), "e4m3"),
+    "mxfp4-pack-quantized": (("fp4_e2m1",), "e8m0"),
+}
+"""Formats of compressed-tensors -> elements and scale of weights that each stores."""
+COMPUTED = ("int8", "int4", "fp8_e4m3", "fp4_e2m1")
+"""Elements that compressed-tensors rounds inputs to."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +152,11 @@ class Format:
             float32 scale for the whole tensor) or "absmax" (bitsandbytes: the largest magnitude itself, float32; of
             an activation's int8, with outlier columns left as they are). Computed scales are rounded to this before
             anything is rounded by them, so that what is scored is what is stored.
-        dynamic: for activations, whether scales come from each input rather than from calibration. NVFP4's
-            activations have dynamic group scales and a calibrated global one.
+        dynamic: for activations, whether scales come from each input rather than from calibration, which finds one
+            for the whole tensor. NVFP4's activations have dynamic group scales and a calibrated global one.
+
+    Raises:
+        JointoptError: an unknown name, or what is not computed together.
     """
 
     element: str
@@ -117,8 +176,17 @@ class Format:
                 raise JointoptError(
                     f"format {key}: found {found!r}{did_you_mean(found, allowed)}; allowed: {', '.join(allowed)}"
                 )
-        if not self.symmetric and self.kind.is_float:
+        kind = self.kind
+        if kind.mantissa is not None and kind.bits == 4 and not kind.is_e2m1:
+            raise JointoptError(f"format element: found {self.element!r}; allowed of 4-bit floating point: E2M1 alone")
+        if not self.symmetric and kind.is_float:
             raise JointoptError(f"format: {self.element} with a zero point; allowed: asymmetric int8, int4")
+        if not self.symmetric and self.scale != "bfloat16":
+            raise JointoptError(f"format scale: found {self.scale!r} with a zero point; allowed: bfloat16")
+        if kind.values is not None and self.scale in ("e8m0", "e4m3"):
+            raise JointoptError(
+                f"format scale: found {self.scale!r} of the codebook {self.element}; allowed: bfloat16, absmax"
+            )
         if self.group_size is not None and self.granularity != "group":
             raise JointoptError(f"format: a group size with granularity {self.granularity!r}; allowed: 'group'")
 
@@ -138,6 +206,15 @@ class Format:
         return columns // self.group_size
 
 
+_LLM_INT8 = Format("int8", "token", dynamic=True, scale="absmax")
+BITSANDBYTES = {
+    "llm_int8": (Format("int8", "channel", scale="absmax"), _LLM_INT8),
+    "nf4": (Format("nf4", "group", scale="absmax"), None),
+    "fp4": (Format("fp4_bnb", "group", scale="absmax"), None),
+}
+"""Formats of bitsandbytes -> those of weights, of any group size, and of activations."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A layer's weight format and the format of its input; None is left as it is.
@@ -145,6 +222,9 @@ class Scheme:
     Attributes:
         compressed: the format by which compressed-tensors stores it, None where it has none.
         bitsandbytes: bitsandbytes' name of it. A whole-model format: beside it a model has unquantized layers only.
+
+    Raises:
+        JointoptError: formats that no layer computes with, or that the named library does not store.
     """
 
     name: str
@@ -152,6 +232,55 @@ class Scheme:
     activations: Format | None = None
     compressed: str | None = None
     bitsandbytes: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            if self.activations is not None:
+                self._refuse("activations", "None without weights", "a format beside that of weights")
+            return
+        if self.weights.granularity == "token":
+            self._refuse("weights", "granularity 'token'", "tensor, channel, group")
+        if self.activations is not None:
+            self._check_activations(self.activations, self.weights)
+        if self.compressed is not None:
+            self._check_compressed(self.compressed)
+        if self.bitsandbytes is not None:
+            self._check_bitsandbytes(self.bitsandbytes)
+
+    def _refuse(self, key: str, found: str, allowed: str) -> NoReturn:
+        raise JointoptError(f"scheme {self.name}: {key}: found {found}; allowed: {allowed}")
+
+    def _check_activations(self, form: Format, weights: Format) -> None:
+        if not form.dynamic and (form.granularity, form.scale) != ("tensor", "bfloat16"):
+            self._refuse(
+                "activations",
+                f"static ones of granularity {form.granularity!r}, scale {form.scale!r}",
+                "dynamic=True; or static ones of granularity 'tensor', scale 'bfloat16'",
+            )
+        if form.scale == "absmax" and (form != _LLM_INT8 or self.bitsandbytes != "llm_int8"):
+            self._refuse("activations", "scale 'absmax'", "those of bitsandbytes 'llm_int8', dynamic int8 a token")
+        open_ones = [each for each in (form, weights) if each.granularity == "group" and each.group_size is None]
+        if form.granularity == "group" and open_ones:
+            self._refuse("activations", "groups of an open size", "a group_size for each format of groups")
+
+    def _check_compressed(self, name: str) -> None:
+        assert self.weights is not None
+        if name not in COMPRESSED:
+            self._refuse("compressed", f"{name!r}{did_you_mean(name, COMPRESSED)}", ", ".join(COMPRESSED))
+        elements, scale = COMPRESSED[name]
+        if self.weights.element not in elements or self.weights.scale != scale:
+            found = f"weights of {self.weights.element}, scale {self.weights.scale!r}"
+            self._refuse("compressed", found, f"in {name}: {' or '.join(elements)}, scale {scale!r}")
+        if self.activations is not None and self.activations.element not in COMPUTED:
+            self._refuse("compressed", f"activations of {self.activations.element}", f"there: {', '.join(COMPUTED)}")
+
+    def _check_bitsandbytes(self, name: str) -> None:
+        assert self.weights is not None
+        if name not in BITSANDBYTES:
+            self._refuse("bitsandbytes", f"{name!r}{did_you_mean(name, BITSANDBYTES)}", ", ".join(BITSANDBYTES))
+        weights, activations = BITSANDBYTES[name]
+        if (replace(self.weights, group_size=None), self.activations) != (weights, activations):
+            self._refuse("bitsandbytes", "formats of another kind", f"in {name}: {weights}, {activations}")
 
     @property
     def bits(self) -> float:
@@ -228,7 +357,7 @@ SCHEMES = {
         Scheme(
             "BNB_INT8",
             Format("int8", "channel", scale="absmax"),
-            Format("int8", "token", dynamic=True, scale="absmax"),
+            _LLM_INT8,
             bitsandbytes="llm_int8",
         ),
         Scheme("BNB_NF4", Format("nf4", "group", 64, scale="absmax"), bitsandbytes="nf4"),

@@ -56,9 +56,9 @@ def _round_in_place(values: Tensor, kind: Element) -> Tensor:
         return values.copy_(code_values(_codebook_codes(values, kind), kind))
     if not kind.is_float:
         return values.round_()
-    if kind.dtype is None:
+    if kind.is_e2m1:
         return _round_to_fp4(values)
-    if values.dtype == torch.float64:
+    if kind.dtype is None or values.dtype == torch.float64:
         return round_to_steps(values, kind)
     return values.copy_(values.to(kind.dtype))
 
@@ -73,7 +73,7 @@ def _codebook_codes(points: Tensor, kind: Element) -> Tensor:
 
 
 def round_to_steps(clamped: Tensor, kind: Element) -> Tensor:
-    """For float64, which torch's casts round to float32 first: twice rounded, ties go wrong."""
+    """For what torch has no cast to, and for float64, which its casts round to float32 first: twice, ties go wrong."""
     assert kind.mantissa is not None
     exponent = (torch.frexp(clamped).exponent - 1).clamp(min=kind.exponent_min)
     step = torch.ldexp(torch.ones_like(clamped), exponent - kind.mantissa)

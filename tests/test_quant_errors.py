@@ -147,6 +147,81 @@ def test_an_element_that_no_file_would_hold_is_refused(bits, dtype):
     assert "an integer from -32 to 31 has 8 bits" in refusal(Element, "int6", bits, -32, 31, None, 0, dtype)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bits": 16, "dtype": torch.int16}, "dtype torch.int16; allowed: torch.int8, torch.float8_e4m3fn"),
+        ({"dtype": torch.uint8, "min": 0, "max": 255}, "dtype torch.uint8; allowed: torch.int8"),
+        ({"dtype": torch.float8_e4m3fnuz, "mantissa": 3}, "dtype torch.float8_e4m3fnuz; allowed: torch.int8"),
+        ({"bits": 4, "dtype": torch.int8}, "4 bits, dtype torch.int8; allowed: 4 bits, or those of a dtype"),
+        ({"min": 0}, "min 0, max 7; allowed: finite numbers below and above 0"),
+        ({"max": float("inf")}, "max inf; allowed: finite numbers"),
+        ({"max": 8}, "-8 to 8; allowed: whole numbers, of 4 bits -8 to 7"),
+        ({"max": 2.5}, "-8 to 2.5; allowed: whole numbers"),
+        ({"dtype": torch.int8, "max": 200}, "-8 to 200; allowed: whole numbers, of 8 bits -128 to 127"),
+        ({"dtype": torch.int8, "mantissa": 3}, "mantissa 3 with dtype torch.int8; allowed: an integer"),
+        ({"dtype": torch.float8_e4m3fn}, "torch.float8_e4m3fn, mantissa None"),
+        (
+            {"dtype": torch.float8_e4m3fn, "mantissa": 4, "exponent_min": -2, "min": -7},
+            "of this dtype mantissa 3",
+        ),
+        ({"dtype": torch.float8_e5m2, "mantissa": 2, "exponent_min": -14, "min": -1e5, "max": 1e5}, "-57344 to 57344"),
+        ({"values": (-1.0, 1.0), "dtype": torch.int8}, "values and dtype torch.int8; allowed: values of 4 bits"),
+        ({"values": tuple(each / 8 for each in range(-8, 9))}, "17 values; allowed: 2 to 16"),
+        ({"values": (-1.0, 9.0)}, "allowed: those from min -8 to max 7"),
+    ],
+    ids=str,
+)
+def test_an_element_that_no_kernel_computes_is_refused(options, said):
+    options = {"bits": 8 if "dtype" in options else 4, "min": -8, "max": 7, **options}
+    message = refusal(lambda: Element("mine", **options))
+    assert message.startswith("element 'mine': found ") and said in message
+
+
+def test_scales_that_a_format_is_not_computed_with(monkeypatch):
+    for scale in ("e8m0", "e4m3"):
+        message = refusal(Format, "nf4", "group", 32, True, scale)
+        assert f"scale: found {scale!r} of the codebook nf4; allowed: bfloat16, absmax" in message
+    for scale in ("e8m0", "e4m3", "absmax"):
+        assert f"{scale!r} with a zero point; allowed: bfloat16" in refusal(Format, "int8", "group", 32, False, scale)
+    monkeypatch.setitem(ELEMENTS, "e3m0", Element("e3m0", 4, -16, 16, 0, -2))
+    assert "found 'e3m0'; allowed of 4-bit floating point: E2M1 alone" in refusal(Format, "e3m0", "channel")
+
+
+def dynamic(element: str, granularity: str = "token", group: int | None = None, scale: str = "bfloat16") -> Format:
+    return Format(element, granularity, group, scale=scale, dynamic=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weights": None, "activations": dynamic("int8")}, "activations: found None without weights"),
+        ({"weights": Format("int8", "token")}, "weights: found granularity 'token'; allowed: tensor, channel, group"),
+        ({"activations": Format("int8", "token")}, "static ones of granularity 'token'"),
+        (
+            {"activations": Format("int8", "tensor", scale="e8m0")},
+            "scale 'e8m0'; allowed: dynamic=True; or",
+        ),
+        ({"activations": Format("fp4_e2m1", "group", 16, scale="e4m3")}, "static ones of granularity 'group'"),
+        ({"activations": dynamic("fp4_e2m1", scale="absmax")}, "scale 'absmax'; allowed: those of bitsandbytes"),
+        ({"activations": dynamic("int8", scale="absmax")}, "scale 'absmax'; allowed: those of bitsandbytes"),
+        ({"activations": dynamic("int8", "group")}, "groups of an open size; allowed: a group_size"),
+        ({"compressed": "int-quantised"}, "did you mean 'int-quantized'?; allowed: int-quantized, pack-quantized"),
+        ({"compressed": "float-quantized"}, "weights of int8, scale 'bfloat16'; allowed: in float-quantized: fp8_e4m3"),
+        (
+            {"compressed": "int-quantized", "activations": dynamic("fp8_e5m2")},
+            "activations of fp8_e5m2; allowed",
+        ),
+        ({"bitsandbytes": "nf3"}, "did you mean 'nf4'?; allowed: llm_int8, nf4, fp4"),
+        ({"bitsandbytes": "nf4"}, "allowed: in nf4: Format(element='nf4'"),
+    ],
+    ids=str,
+)
+def test_a_scheme_that_no_layer_computes_with_or_no_file_holds(options, said):
+    message = refusal(lambda: Scheme("MINE", **{"weights": INT8, **options}))
+    assert message.startswith("scheme MINE: ") and said in message
+
+
 def test_a_format_of_one_s_own_is_offered_under_its_name(monkeypatch):
     monkeypatch.setitem(ELEMENTS, "int6", Element("int6", 8, -32, 31, dtype=torch.int8))
     monkeypatch.setitem(SCHEMES, "W6A16", Scheme("W6A16", Format("int6", "channel"), None))
