@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import JointoptError
-from quant.formats import Format, Scheme
+from quant.formats import SCALES, Format, Scheme
 from quant.kernels import pack
 from quant.reference import QuantizedTensor
 
@@ -36,9 +36,10 @@ def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """4-bit patterns [rows, n], n even, as uint8 [rows, n / 2], the first of each pair in the low half."""
+    """4-bit patterns [rows, n] as uint8 [rows, ceil(n / 2)], the first of each pair in the low half."""
     if (packed := pack(codes, 4, 0, torch.uint8)) is not None:
         return packed
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
@@ -49,8 +50,9 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 def layout(scheme: Scheme) -> str:
     """How the scheme's weight is stored: "words" (int32), "nibbles" (two in a uint8) or "bytes" (one element each)."""
     assert scheme.weights is not None
-    if scheme.weights.element == "fp4_e2m1":
-        return "nibbles"
+    kind = scheme.weights.kind
+    if kind.bits == 4:
+        return "nibbles" if kind.is_float else "words"
     return "words" if scheme.compressed == "pack-quantized" else "bytes"
 
 
@@ -75,17 +77,14 @@ def packed_tensors(
     if how == "words":
         tensors["weight_packed"] = pack_int32(quantized.codes, bits)
         tensors["weight_shape"] = torch.tensor(quantized.shape, dtype=torch.int64)
-        if quantized.zero_point is not None:
-            tensors["weight_zero_point"] = pack_int32(quantized.zero_point.T, bits).T
+        if (points := quantized.zero_point) is not None:
+            tensors["weight_zero_point"] = pack_int32(points.T, bits).T if points.dim() == 2 else points
     elif how == "nibbles":
         tensors["weight_packed"] = pack_nibbles(quantized.codes)
     else:
         kind = quantized.format.kind
-        codes = (
-            quantized.codes
-            if kind.dtype == torch.int8
-            else quantized.codes.contiguous().view(kind.dtype or torch.uint8)
-        )
+        assert kind.dtype is not None
+        codes = quantized.codes if kind.dtype == torch.int8 else quantized.codes.contiguous().view(kind.dtype)
         tensors["weight"] = codes.reshape(quantized.shape)
         if quantized.zero_point is not None:
             tensors["weight_zero_point"] = quantized.zero_point
@@ -150,10 +149,10 @@ def unpacked_tensors(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple
     zero_point = None
     if how == "words":
         codes = unpack_int32(tensors["weight_packed"], format.bits, columns)
-        if "weight_zero_point" in tensors:
-            zero_point = unpack_int32(tensors["weight_zero_point"].T, format.bits, shape[0]).T
+        if (points := tensors.get("weight_zero_point")) is not None:
+            zero_point = unpack_int32(points.T, format.bits, shape[0]).T if points.dim() == 2 else points
     elif how == "nibbles":
-        codes = unpack_nibbles(tensors["weight_packed"])
+        codes = unpack_nibbles(tensors["weight_packed"])[:, :columns]
     else:
         codes = tensors["weight"].reshape(shape[0], columns)
         codes = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
@@ -179,13 +178,14 @@ def storage_bytes(scheme: Scheme, shape: tuple[int, ...], itemsize: int, embeddi
         return _bytes_for_bitsandbytes(scheme, shape, itemsize)
     how = layout(scheme)
     scales = {"tensor": 1, "channel": rows}.get(format.granularity) or rows * format.groups_in(columns)
-    total = scales * (2 if format.scale == "bfloat16" else 1)
+    total = scales * SCALES[format.scale] // 8
     if how == "words":
         total += 4 * rows * ceil(columns * format.bits / 32) + 8 * len(shape)
         if not format.symmetric:
-            total += 4 * ceil(rows * format.bits / 32) * (scales // rows)
+            one = format.granularity == "tensor"
+            total += 1 if one else 4 * ceil(rows * format.bits / 32) * (scales // rows)
     elif how == "nibbles":
-        total += rows * columns // 2
+        total += rows * ceil(columns / 2)
     else:
         total += rows * columns + (0 if format.symmetric else scales)
     if format.scale == "e4m3":

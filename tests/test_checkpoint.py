@@ -21,6 +21,8 @@ from jointopt import JointoptError, SearchSpace, Supernet
 from jointopt.checkpoint.reload import load_model
 from jointopt.checkpoint.writer import stored_bytes
 from jointopt.evaluation import logits_of
+from quant.formats import ELEMENTS, Element, Format, Scheme
+from quant.formats import SCHEMES as FORMATS
 from tests.zoo import SCHEMES, batches, logits, make
 
 
@@ -43,6 +45,37 @@ def uniform(supernet: Supernet, **choices) -> object:
 
 def quality(model: nn.Module) -> float:
     return float(logits(model, batches("llama_tied", seed=3)[0]).square().mean())
+
+
+def dynamic(element: str, granularity: str = "token", group: int | None = None, **options) -> Format:
+    return Format(element, granularity, group, dynamic=True, **options)
+
+
+OWN = {  # made when their elements are there
+    "INT4": lambda: (Format("int4", "channel"), dynamic("int6")),
+    "ASYM": lambda: (Format("int4", "channel", symmetric=False), Format("int6", "tensor", symmetric=False)),
+    "MXINT8": lambda: (Format("int8", "group", 32, scale="e8m0"), dynamic("int8", "group", 32, scale="e8m0")),
+    "CODES": lambda: (Format("nf4", "channel", scale="absmax"), dynamic("levels")),
+    "LEVELS": lambda: (Format("levels", "group", 32), dynamic("int8", "tensor")),
+    "ABSMAX": lambda: (Format("fp8_e4m3", "channel", scale="absmax"), dynamic("narrow")),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_format_of_one_s_own_is_the_same_when_reloaded(name, tmp_path, monkeypatch):
+    """Elements that the folder's file has no list of: their range and steps are in its config."""
+    for element in (
+        Element("int6", 8, -32, 31, dtype=torch.int8),
+        Element("narrow", 8, -240, 240, 3, -6, torch.float8_e4m3fn),
+        Element("levels", 4, -1, 2, values=(2.0, -1.0, 0.0, 0.5, -0.5)),
+    ):
+        monkeypatch.setitem(ELEMENTS, element.name, element)
+    monkeypatch.setitem(FORMATS, "MINE", Scheme("MINE", *OWN[name]()))
+    supernet = supernet_of("vit", schemes=["none", "MINE"], preset="fixed")
+    genome = uniform(supernet, block="MINE")
+    folder = jointopt.export(supernet, genome, tmp_path / "out")
+    assert jointopt.verify(folder).differences == ()
+    assert stored_bytes(folder) == supernet.costs(genome)["size"]
 
 
 STOCK = """

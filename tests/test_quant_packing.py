@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jointopt.checkpoint.structure import _arguments
-from quant import SCHEMES, JointoptError, Scheme, quantize, scheme
+from quant import SCHEMES, Format, JointoptError, Scheme, quantize, scheme
 from quant.calibration import ActivationObserver
 from quant.packing import (
     pack_int32,
@@ -72,6 +72,30 @@ def test_the_bytes_counted_from_the_shape_are_those_of_the_tensors(name, shape):
 def test_a_static_asymmetric_input_has_a_zero_point_of_a_byte():
     wanted = SCHEMES["W8A8_STATIC_ASYM"]
     assert statistics_bytes(wanted) == sum(tensor.nbytes for tensor in statistics(wanted).values()) == 3
+
+
+OWN = {
+    "INT4 a channel": Format("int4", "channel"),
+    "INT4 a channel, zero points": Format("int4", "channel", symmetric=False),
+    "INT4, a zero point": Format("int4", "tensor", symmetric=False),
+    "NF4 a channel": Format("nf4", "channel"),
+    "NF4, its largest": Format("nf4", "tensor", scale="absmax"),
+    "E2M1 a channel": Format("fp4_e2m1", "channel"),
+    "E4M3, largest of channels": Format("fp8_e4m3", "channel", scale="absmax"),
+    "INT8, powers of two": Format("int8", "channel", scale="e8m0"),
+}
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 3, 3, 3), (300, 64)], ids=str)
+@pytest.mark.parametrize("name", OWN)
+def test_a_scheme_of_one_s_own_has_the_bytes_that_are_counted_and_comes_back(name, shape):
+    wanted = Scheme("MINE", OWN[name])
+    quantized = quantize(random_weight(shape), wanted.weights)
+    tensors = packed_tensors(quantized, wanted)
+    assert storage_bytes(wanted, shape, itemsize=4) == sum(tensor.nbytes for tensor in tensors.values())
+    assert torch.equal(unpacked_tensors(tensors, wanted, shape).dequantize(), quantized.dequantize())
+    codes = tensors.get("weight_packed", tensors.get("weight"))
+    assert wanted.weights.bits == 8 or codes.nbytes < 0.6 * prod(shape) + 4 * shape[0]
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

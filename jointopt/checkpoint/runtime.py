@@ -184,18 +184,20 @@ def unpack(layer):
     if form["layout"] == "words":
         values = words(layer.weight_packed, form["bits"])[:, :columns]
     elif form["layout"] == "nibbles":
-        table = torch.tensor([*FP4, *(-value for value in FP4)], device=layer.weight_packed.device)
+        held = form["grid"] if isinstance(form["grid"], list) else [*FP4, *(-value for value in FP4)]
+        table = torch.tensor(held, dtype=torch.float32, device=layer.weight_packed.device)
         halves = torch.stack((layer.weight_packed & 0xF, layer.weight_packed >> 4), -1)
-        values = table[halves.flatten(1).long()]
+        values = table[halves.flatten(1)[:, :columns].long()]
     else:
         values = layer.weight_codes.reshape(rows, columns).float()
     scale = layer.weight_scale
     scale = torch.exp2(scale.float() - 127) if form["scale"] == "e8m0" else scale.float()
+    scale = scale / form["range"][1] if form["scale"] == "absmax" else scale
     if hasattr(layer, "weight_global_scale"):
         scale = scale / layer.weight_global_scale
     grouped = values.unflatten(1, (scale.shape[-1], -1)) if scale.dim() == 2 else values[:, None]
     if hasattr(layer, "weight_zero_point"):
-        packed = form["layout"] == "words"
+        packed = form["layout"] == "words" and layer.weight_zero_point.dim() == 2
         zero_point = words(layer.weight_zero_point.T, form["bits"])[:, :rows].T if packed else layer.weight_zero_point
         grouped = grouped - zero_point[..., None]
     return (grouped * (scale[..., None] if scale.dim() == 2 else scale)).reshape(layer.shape)
@@ -218,21 +220,22 @@ def hold(x, form, scale=None, zero_point=None, global_scale=None):
 
 
 def held_groups(x, form, scale, zero_point, global_scale):
-    low, high = RANGES[form["element"]]
+    low, high = form["range"]
     if form["dynamic"]:
         scale, zero_point = dynamic_scale(x, form, global_scale, low, high)
     scale = scale.to(x.dtype) if global_scale is None else scale / global_scale
     scaled = x / scale
     if zero_point is not None:
         scaled = scaled + zero_point.to(x.dtype)
-    rounded = nearest(scaled.clamp(low, high), form["element"]).to(scale.dtype)
+    rounded = nearest(scaled.clamp(low, high), form["grid"]).to(scale.dtype)
     if zero_point is not None:
         rounded = rounded - zero_point.to(scale.dtype)
     return rounded * scale
 
 
 def dynamic_scale(x, form, global_scale, low, high):
-    dims = (1, 2, 3) if form["granularity"] == "token" and x.dim() == 4 else (-1,)
+    dims = [1, 2, 3] if form["granularity"] == "token" and x.dim() == 4 else [-1]
+    dims = list(range(x.dim())) if form["granularity"] == "tensor" else dims
     if not form["symmetric"]:
         least, most = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
         scale = (most - least) / (high - low)
@@ -251,11 +254,14 @@ def dynamic_scale(x, form, global_scale, low, high):
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(scale.dtype), None
 
 
-def nearest(x, element):
-    """The nearest value the element type can hold, ties to even."""
-    if element in FLOATS:
-        return x.to(FLOATS[element]).to(x.dtype)
-    if element != "fp4_e2m1":
+def nearest(x, grid):
+    """The nearest value of an element type, ties to even; or of a list, ties to the lower."""
+    if isinstance(grid, list):
+        values = torch.tensor(sorted(grid), dtype=torch.float32, device=x.device)
+        return values[torch.bucketize(x.float().contiguous(), (values[:-1] + values[1:]) / 2)].to(x.dtype)
+    if grid in FLOATS:
+        return x.to(FLOATS[grid]).to(x.dtype)
+    if grid != "fp4_e2m1":
         return x.round()
     size = x.abs()
     steps = torch.where(size < 2, (size * 2).round() / 2, torch.where(size < 4, size.round(), (size / 2).round() * 2))

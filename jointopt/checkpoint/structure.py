@@ -10,7 +10,7 @@ from torch import nn
 
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
-from quant.formats import Format, Scheme
+from quant.formats import Element, Format, Scheme
 from quant.packing import layout, packed_tensors
 from quant.reference import LLM_INT8_OUTLIER
 
@@ -285,7 +285,15 @@ def _described(format: Format | None) -> dict[str, Any] | None:
     if format is None:
         return None
     names = ("element", "granularity", "group_size", "symmetric", "scale", "dynamic", "bits")
-    return {name: getattr(format, name) for name in names}
+    kind = format.kind
+    return {**{name: getattr(format, name) for name in names}, "range": [kind.min, kind.max], "grid": _grid(kind)}
+
+
+def _grid(kind: Element) -> str | list[float]:
+    """What `runtime.nearest` rounds to, which has no list of elements: one of these steps that it knows, or values."""
+    if kind.values is not None:
+        return list(kind.values)
+    return {None: "int8", 3: "fp8_e4m3", 2: "fp8_e5m2", 1: "fp4_e2m1"}[kind.mantissa]
 
 
 def compressed_config(model: nn.Module) -> dict[str, Any]:
