@@ -30,7 +30,7 @@ class Prepared:
         objectives: name -> direction.
         inputs: batches to calibrate with.
         train: samples to train or finish with, None where the config does neither.
-        contents: "evaluate", "calibrate" -> digest of its batches.
+        contents: "evaluate", "calibrate", "test" -> digest of its batches.
         unseen: model -> metrics on data that the search does not see, None where the config names none.
     """
 
@@ -42,6 +42,11 @@ class Prepared:
     train: Samples | None
     contents: dict[str, str]
     unseen: Quality | None = None
+
+    @property
+    def searched(self) -> dict[str, str]:
+        """The contents that a study's evaluations depend on: what it does not see may be another later."""
+        return {entry: found for entry, found in self.contents.items() if entry != "test"}
 
 
 def stay_offline(config: Config) -> None:
@@ -105,9 +110,8 @@ def prepare(config: Config) -> Prepared:
     contents["calibrate"] = digest(inputs)
     trains = config.train is not None or (config.finish is not None and config.finish.steps is not None)
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
-    seen = dict(contents)
     unseen = scored_on("test") if config.data.test is not None else None
-    return Prepared(loaded, task, quality, objectives, inputs, train, seen, unseen)
+    return Prepared(loaded, task, quality, objectives, inputs, train, contents, unseen)
 
 
 def _check_target(config: Config, loaded: LoadedModel) -> None:

@@ -191,7 +191,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
         storage=output / STUDY,
         constraints=config.constraints,
         config={k: v for k, v in config.record().items() if k not in ("search", "objectives", "constraints")}
-        | {"contents": prepared.contents},
+        | {"contents": prepared.searched},
         progress=True,
         **config.search.model_dump(),
     )
@@ -199,8 +199,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
         wanted = config.choose.model_dump(exclude_none=True)
         genome, finished = study.best(**wanted), None
         if prepared.unseen is not None:
-            source = config.data.model_dump(mode="json", exclude_none=True).get("test")
-            rescore_front(supernet, study, prepared.unseen, source)
+            rescore_front(supernet, study, prepared.unseen, prepared.contents["test"])
         console.print(front_table(study, genome))
         if config.finish is not None:
             genome, finished = finish_top(

@@ -16,9 +16,11 @@ from PIL import Image
 from saved import LABELS, save_bert, save_llama, save_timm, save_tokenizer, save_vit, write_images, write_reviews
 from transformers import BertConfig, BertModel
 
-from jointopt import JointoptError
+from jointopt import JointoptError, Study
+from jointopt.cli import main
 from jointopt.evaluation import logits_of
 from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
+from jointopt.rescoring import rescored
 from jointopt.rows import DataSource, class_indices, looks_like_hub_id, read_columns, some
 from jointopt.tasks import TASKS
 
@@ -351,3 +353,36 @@ def test_a_function_is_imported_from_the_current_directory_too(tmp_path, monkeyp
             import_function(f"{name}.score")
     with pytest.raises(JointoptError, match="No module named 'no_such_package'"):
         import_function("no_such_package.score")
+
+
+def run_on_images(folder: Path, monkeypatch, more: str = "", words: tuple[str, ...] = ()) -> Study:
+    """The study of `jointopt run` in a folder with a model and images, which are made where they are not there."""
+    for name in ("seen", "test", "taught"):
+        if not (folder / name).exists():
+            write_images(folder / name)
+    if not (folder / "vit").exists():
+        save_vit(folder / "vit")
+    text = (
+        "{model: vit, task: image-classification, device: cpu, dtype: float32, output: out, objectives: [loss, size], "
+        "space: {depth: [1, 2], schemes: [none, W4A16]}, search: {evaluations: 4}, choose: {size_mb: 1}, "
+        "data: {train: taught, calibrate: seen, evaluate: seen, test: test, batch_size: 12}"
+    )
+    (folder / "config.yaml").write_text(f"{text}{more}}}")
+    monkeypatch.chdir(folder)
+    assert main(["run", "config.yaml", *words]) == 0
+    return Study.open("out/study.db")
+
+
+def blacken(folder: Path) -> None:
+    for path in folder.rglob("*.png"):
+        Image.new("L", (8, 8)).save(path)
+
+
+def test_other_unseen_images_under_the_same_name_are_scored_anew(tmp_path, monkeypatch, capsys):
+    before = rescored(run_on_images(tmp_path, monkeypatch))
+    blacken(tmp_path / "test")
+    capsys.readouterr()
+    after = rescored(run_on_images(tmp_path, monkeypatch))
+    assert set(after) == set(before)
+    assert all(after[genome]["metrics"] != before[genome]["metrics"] for genome in before)
+    assert f"{after[None]['metrics']['loss']:,.5g} ±" in capsys.readouterr().out

@@ -158,6 +158,18 @@ def test_the_front_is_scored_again_and_once(searched):
     rescore_front(supernet, study, lambda model: pytest.fail("scored twice"))
 
 
+def test_scores_on_other_unseen_data_are_forgotten_and_those_on_the_same_kept(searched):
+    supernet, study = searched
+    rescore_front(supernet, study, quality_function(labelled(2), every, ("loss",)), "two")
+    before = rescored(study)
+    rescore_front(supernet, study, quality_function(labelled(3), every, ("loss",)), "two")
+    assert rescored(study) == before
+    rescore_front(supernet, study, quality_function(labelled(3), every, ("loss",)), "three")
+    after = rescored(study)
+    assert set(after) == set(before)
+    assert all(after[genome]["metrics"] != before[genome]["metrics"] for genome in before)
+
+
 def test_both_scores_are_shown(searched, tmp_path):
     supernet, study = searched
     rescore_front(supernet, study, quality_function(labelled(2), every, ("loss",)))
