@@ -5,7 +5,7 @@ Tables are data frames as `Study.evaluations` gives them, one row an evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,13 @@ from jointopt.objectives import COSTS, Constraint, Objective, minimized, non_dom
 from quant.errors import JointoptError
 
 
-def quality_of(objectives: Sequence[Objective]) -> Objective:
-    """The first objective that is measured, or else the first."""
-    return next((o for o in objectives if o.name not in COSTS), objectives[0])
+def quality_of(objectives: Sequence[Objective], computed: Collection[str] = ()) -> Objective:
+    """The first objective that is measured, or else the first.
+
+    Args:
+        computed: names of objectives that are not, beside those of `COSTS`.
+    """
+    return next((o for o in objectives if o.name not in COSTS and o.name not in computed), objectives[0])
 
 
 def costs_of(frame: pd.DataFrame, objectives: Sequence[Objective]) -> np.ndarray:
@@ -69,7 +73,8 @@ def with_finished(
 def best_of(
     frame: pd.DataFrame,
     objectives: Sequence[Objective],
-    original: float | None,
+    quality: Objective,
+    original: float | None = None,
     size_mb: float | None = None,
     drop: float | None = None,
     knee: bool = False,
@@ -78,9 +83,9 @@ def best_of(
 
     Args:
         frame: evaluations that did not fail, one or more.
+        quality: which of the objectives it is.
         original: the original model's quality.
     """
-    quality = quality_of(objectives)
     cost = frame[quality.name].to_numpy(dtype=float) * quality.sign
     if knee:
         return _knee(frame, objectives)

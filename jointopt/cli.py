@@ -276,7 +276,8 @@ def _export(options: argparse.Namespace) -> int:
     study = Study.open(output / STUDY)
     try:
         config = load_config(output / CONFIG, {"output": str(output)})
-        genome = picked(study, pick, finishing_of(config).name if config.finish else None)
+        if not study.finished():  # else its choice may depend on a finishing, which the data must be read for
+            picked(study, pick, None)
         folder = Path(options.to) if options.to else output / EXPORT
         if folder.exists() and not options.overwrite:
             raise JointoptError(f"export: {str(folder)!r} exists; choose another with --to, or give --overwrite")
@@ -285,8 +286,10 @@ def _export(options: argparse.Namespace) -> int:
 
         check_place(folder, options.overwrite)
         prepared = prepare(config)
+        genome = picked(study, pick, finishing_of(config, prepared).name if config.finish else None)
         supernet = make_supernet(config, prepared)
-        if supernet.fingerprint() != study.config.get("supernet"):
+        contents = study.config.get("contents", prepared.searched)  # which studies of earlier versions lack
+        if supernet.fingerprint() != study.config.get("supernet") or prepared.searched != contents:
             raise JointoptError(f"export: the model or its data are no longer what {str(output / STUDY)!r} searched")
         finished = finished_genome(config, supernet, study, genome, prepared)
         if folder == output / EXPORT:

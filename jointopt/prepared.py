@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from .evaluation import Batch, Quality
     from .models import LoadedModel
     from .tasks.task import Samples, Task
+
+DIGESTED = 1024
+"""Samples of training data by whose contents it is told from other data."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,12 @@ class Prepared:
     def searched(self) -> dict[str, str]:
         """The contents that a study's evaluations depend on: what it does not see may be another later."""
         return {entry: found for entry, found in self.contents.items() if entry != "test"}
+
+    @cached_property
+    def trained_on(self) -> str:
+        """The training data's count and the digest of its first samples, of a config that trains or finishes."""
+        assert self.train is not None
+        return f"{self.train.count} {digest(islice(self.train.epoch(0, 32, 0), DIGESTED // 32))}"
 
 
 def stay_offline(config: Config) -> None:

@@ -332,7 +332,7 @@ class Study:
     @property
     def quality(self) -> Objective:
         """The first objective that is measured, or else the first."""
-        return quality_of(self.objectives)
+        return quality_of(self.objectives, self.fact("computed", ()))
 
     def finished(self) -> list[dict[str, Any]]:
         """What finishing made of genomes: "genome", "rounding", "metrics" (costs among them), "seconds"."""
@@ -382,7 +382,7 @@ class Study:
         if finished is not None:
             frame = with_finished(frame, self.finished(), finished, self.quality)
         original = self.baselines.get("original", {}).get(self.quality.name)
-        return best_of(within(frame, self.constraints), self.objectives, original, size_mb, drop, knee)
+        return best_of(within(frame, self.constraints), self.objectives, self.quality, original, size_mb, drop, knee)
 
 
 def _connect(path: Path | None, new: bool) -> sqlite3.Connection:

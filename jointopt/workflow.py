@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
     from .training.loop import Batches
 
 NEAREST = "nearest"
-
-DIGESTED = 1024
-"""Samples of training data by whose contents a trained super-network's are told from others."""
 
 
 def make_supernet(config: Config, prepared: Prepared, console: Console | None = None) -> Supernet:
@@ -81,12 +77,10 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
 
 
 def _trained_from(prepared: Prepared) -> dict[str, str]:
-    """Key of the config -> digest of what it names: all that training depends on, of its samples the first ones."""
-    assert prepared.train is not None
-    samples = islice(prepared.train.epoch(0, 32, 0), DIGESTED // 32)
+    """Key of the config -> digest of what it names: all that training depends on."""
     return {
         "model": digest([prepared.loaded.model.state_dict()]),
-        "data.train": f"{prepared.train.count} {digest(samples)}",
+        "data.train": prepared.trained_on,
         "data.calibrate": prepared.contents["calibrate"],
     }
 
@@ -208,7 +202,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
                 _finishing_batches(config, prepared),
                 prepared.quality,
                 wanted,
-                finishing_of(config),
+                finishing_of(config, prepared),
                 config.finish.top,
                 lambda line: console.print(line, highlight=False),
             )
@@ -250,20 +244,20 @@ def finished_genome(
 
     if config.finish is None:
         return None
-    how, batches = finishing_of(config), _finishing_batches(config, prepared)
+    how, batches = finishing_of(config, prepared), _finishing_batches(config, prepared)
     kept = finish_recorded(supernet, study, genome, batches, prepared.quality, how)
     return better_finished(supernet, study, genome, batches, how, kept)
 
 
-def finishing_of(config: Config) -> Finishing:
-    """What the config's `finish:` says, which is there."""
+def finishing_of(config: Config, prepared: Prepared) -> Finishing:
+    """What the config's `finish:` says, which is there; of other training data under the same name it is another."""
     from .finishing import Finishing
 
     assert config.finish is not None
     wanted = config.finish
     rounding, seed, data = wanted.rounding or "gptq", config.search.seed, ""
     if wanted.steps is not None:
-        data = f"{config.source('train')} {wanted.batch_size}"
+        data = f"{config.source('train')} {wanted.batch_size} {prepared.trained_on}"
     return Finishing(rounding, wanted.steps, wanted.learning_rate, seed, wanted.learned_ranges, data)
 
 

@@ -378,6 +378,7 @@ def blacken(folder: Path) -> None:
         Image.new("L", (8, 8)).save(path)
 
 
+@pytest.mark.slow
 def test_other_unseen_images_under_the_same_name_are_scored_anew(tmp_path, monkeypatch, capsys):
     before = rescored(run_on_images(tmp_path, monkeypatch))
     blacken(tmp_path / "test")
@@ -386,3 +387,25 @@ def test_other_unseen_images_under_the_same_name_are_scored_anew(tmp_path, monke
     assert set(after) == set(before)
     assert all(after[genome]["metrics"] != before[genome]["metrics"] for genome in before)
     assert f"{after[None]['metrics']['loss']:,.5g} ±" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_was_finished_on_other_images_under_the_same_name_is_finished_and_scored_anew(tmp_path, monkeypatch):
+    finish = ", finish: {steps: 3, top: 4, batch_size: 4, learning_rate: 0.001}"
+    before = run_on_images(tmp_path, monkeypatch, finish).finished()
+    number = str(int(Study.open("out/study.db").evaluations()["number"].iloc[-1]))
+    blacken(tmp_path / "taught")
+    assert main(["export", "out", "--pick", number, "--to", "again"]) == 0
+    after = Study.open("out/study.db").finished()
+    assert len(after) == len(before) + 1 and after[-1]["rounding"] not in {each["rounding"] for each in before}
+    record = json.loads(Path("again/jointopt.json").read_text())
+    assert record["rounding"] in (after[-1]["rounding"], "nearest")
+    assert main(["verify", "again", "--config", "out/config.yaml"]) == 0
+
+
+@pytest.mark.slow
+def test_an_export_of_what_was_searched_on_other_images_under_the_same_name_is_refused(tmp_path, monkeypatch, capsys):
+    run_on_images(tmp_path, monkeypatch)
+    blacken(tmp_path / "seen")
+    assert main(["export", "out", "--pick", "knee", "--to", "again"]) == 2
+    assert "export: the model or its data are no longer what" in capsys.readouterr().err

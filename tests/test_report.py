@@ -180,10 +180,11 @@ def test_hypervolume_never_falls():
 
 def test_each_cost_is_drawn_against_the_quality():
     named = [Objective(n, d) for n, d in (("loss", "min"), ("macs", "min"), ("size", "min"))]
-    assert [(x.name, y.name) for x, y in axes(named)] == [("size", "loss"), ("macs", "loss")]
+    assert [(x.name, y.name) for x, y in axes(named, named[0])] == [("size", "loss"), ("macs", "loss")]
     own = [Objective("a", "min"), Objective("b", "max")]
-    assert [(x.name, y.name) for x, y in axes(own)] == [("b", "a")]
-    assert axes(own[:1]) == []
+    assert [(x.name, y.name) for x, y in axes(own, own[0])] == [("b", "a")]
+    assert axes(own[:1], own[0]) == []
+    assert [(x.name, y.name) for x, y in axes(own, own[1])] == [("a", "b")]
 
 
 def test_one_objective_alone_has_a_page_too(tmp_path):

@@ -76,6 +76,16 @@ def test_a_cost_of_one_s_own_is_computed_limited_and_never_measured(supernet, tm
     assert "unquantized" in jointopt.write_report(study, tmp_path / "report.html").read_text()
 
 
+def test_a_cost_of_one_s_own_is_no_quality_wherever_it_is_listed(supernet, tmp_path):
+    first = Objective("first", "min", compute=lambda genomes: genomes.sum(1).astype(float))
+    jointopt.search(supernet, agreement, [first, "quality", "size"], evaluations=4, storage=tmp_path / "s.db").close()
+    study = Study.open(tmp_path / "s.db")
+    frame = study.evaluations()
+    assert study.quality.name == "quality"
+    assert tuple(study.best()) == frame.loc[frame["quality"].idxmax(), "genome"]
+    study.best(drop=100.0)
+
+
 def test_a_cost_of_one_s_own_that_is_no_number_is_named(supernet):
     wanted = ["quality", Objective("mine", "min", compute=lambda genomes: np.full(len(genomes), np.nan))]
     with pytest.raises(JointoptError, match="objective 'mine': compute gave a value that is not finite"):

@@ -183,7 +183,7 @@ def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
 def _front_section(study: Study, picked: tuple[int, ...] | None) -> str:
     if not len(study):
         return "<h2>The front</h2><p>No evaluation yet.</p>"
-    pairs = axes(study.objectives)
+    pairs = axes(study.objectives, study.quality)
     plots = "".join(_plot(front_figure(study, x, y, picked), f"front{i}") for i, (x, y) in enumerate(pairs))
     return (
         "<h2>The front</h2><p>Each point is a sub-network that was really measured. Hover over one to see its genome, "

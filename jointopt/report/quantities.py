@@ -57,12 +57,9 @@ def counted(genomes: int) -> str:
     return f"{genomes:,}" if genomes < 10**7 else f"{Decimal(genomes):.1e}"
 
 
-def axes(objectives: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
-    """The pairs to draw the front in, (across, up): each cost against the first measured objective, size first; where
-    that gives none, the first two."""
-    measured = [o for o in objectives if o.name not in COSTS]
-    costs = sorted((o for o in objectives if o.name in COSTS), key=lambda o: o.name != "size")
-    pairs = [(cost, measured[0]) for cost in costs] if measured else []
-    if not pairs and len(objectives) > 1:
-        pairs = [(objectives[1], objectives[0])]
-    return pairs
+def axes(objectives: Sequence[Objective], quality: Objective) -> list[tuple[Objective, Objective]]:
+    """The pairs to draw the front in, (across, up): each cost against the quality, size first; where there is none, the
+    first other objective."""
+    others = [o for o in objectives if o.name != quality.name]
+    costs = sorted((o for o in others if o.name in COSTS), key=lambda o: o.name != "size")
+    return [(across, quality) for across in (costs or others[:1])]
