@@ -5,23 +5,14 @@ Tables are data frames as `Study.evaluations` gives them, one row an evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from jointopt.objectives import COSTS, Constraint, Objective, minimized, non_dominated
+from jointopt.objectives import Constraint, Objective, minimized, non_dominated
 from quant.errors import JointoptError
-
-
-def quality_of(objectives: Sequence[Objective], computed: Collection[str] = ()) -> Objective:
-    """The first objective that is measured, or else the first.
-
-    Args:
-        computed: names of objectives that are not, beside those of `COSTS`.
-    """
-    return next((o for o in objectives if o.name not in COSTS and o.name not in computed), objectives[0])
 
 
 def costs_of(frame: pd.DataFrame, objectives: Sequence[Objective]) -> np.ndarray:
@@ -74,7 +65,7 @@ def best_of(
     frame: pd.DataFrame,
     objectives: Sequence[Objective],
     quality: Objective,
-    original: float | None = None,
+    original: float | None,
     size_mb: float | None = None,
     drop: float | None = None,
     knee: bool = False,
@@ -83,7 +74,6 @@ def best_of(
 
     Args:
         frame: evaluations that did not fail, one or more.
-        quality: which of the objectives it is.
         original: the original model's quality.
     """
     cost = frame[quality.name].to_numpy(dtype=float) * quality.sign

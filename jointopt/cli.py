@@ -276,7 +276,7 @@ def _export(options: argparse.Namespace) -> int:
     study = Study.open(output / STUDY)
     try:
         config = load_config(output / CONFIG, {"output": str(output)})
-        if not study.finished():  # else its choice may depend on a finishing, which the data must be read for
+        if not study.finished():  # else it may depend on a finishing, and which that is on the data
             picked(study, pick, None)
         folder = Path(options.to) if options.to else output / EXPORT
         if folder.exists() and not options.overwrite:

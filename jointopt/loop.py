@@ -136,9 +136,6 @@ def search(
             with workplaces.threads_of_torch(threads):
                 study.note("baselines", {"original": {**original, **_original(supernet, quality)}})
         _check_metrics(wanted, study.baselines["original"])
-        own = [each for each in wanted if each.compute is not None and each.name not in COSTS]
-        if own:
-            study.note("computed", [each.name for each in own])
         if study.fact("shapes") is None:
             study.note("shapes", supernet.shapes())
         if (state := study.fact("state")) is not None:
@@ -148,6 +145,7 @@ def search(
         evaluator = _evaluator(supernet, quality, workers, ray, threads)
         try:
             with heeding_ctrl_c() as check_interrupt, Watch(study, budget, progress) as watch:
+                own = [each for each in wanted if each.compute is not None and each.name not in COSTS]
                 run = _Run(study, asking, evaluator, budget, watch, batch, own, check_interrupt)
                 watch.ended(run.stream() if asynchronous else run.batches())
         finally:

@@ -21,8 +21,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import pandas as pd
 
-from jointopt.choice import best_of, costs_of, front_of, quality_of, with_finished, within
-from jointopt.objectives import Constraint, Objective, constraint, hypervolume, minimized
+from jointopt.choice import best_of, costs_of, front_of, with_finished, within
+from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized
 from quant.errors import JointoptError, check_kind
 from search_spaces.space import SearchSpace
 
@@ -118,7 +118,8 @@ class Study:
                     _compare(path, {key: json.loads(stored.get(key, "null")) for key in wanted}, wanted)
                 else:
                     with connection:
-                        facts = {**wanted, "software": _software()}
+                        computed = [o.name for o in objectives if o.compute is not None]
+                        facts = {**wanted, "computed": computed, "software": _software()}
                         rows = [(key, json.dumps(value)) for key, value in facts.items()]
                         connection.executemany("INSERT INTO facts VALUES (?, ?)", rows)
             return cls(connection, path, lock)
@@ -330,9 +331,18 @@ class Study:
         return np.array([hypervolume(costs[: n + 1], turned) for n in range(len(costs))])
 
     @property
+    def measured(self) -> tuple[Objective, ...]:
+        """The objectives that the quality function gives: those that are no costs, nor computed by a function."""
+        computed = self.fact("computed")
+        if computed is None:  # in a study of an earlier version, what was not measured of the original
+            found = self.baselines.get("original")
+            computed = [] if found is None else [o.name for o in self.objectives if o.name not in found]
+        return tuple(o for o in self.objectives if o.name not in COSTS and o.name not in computed)
+
+    @property
     def quality(self) -> Objective:
         """The first objective that is measured, or else the first."""
-        return quality_of(self.objectives, self.fact("computed", ()))
+        return (self.measured or self.objectives)[0]
 
     def finished(self) -> list[dict[str, Any]]:
         """What finishing made of genomes: "genome", "rounding", "metrics" (costs among them), "seconds"."""

@@ -318,13 +318,12 @@ def verify_export(folder: Path, prepared: Prepared | None) -> Verification:
 
 def verdict(verification: Verification, study: Study, folder: Path) -> str:
     """The last line of a run: what was verified, and what the original has instead."""
-    from .objectives import COSTS
     from .report.quantities import written
 
     original = study.baselines.get("original", {})
-    name = next((o.name for o in study.objectives if o.name not in COSTS), None)
+    name = study.quality.name
     told = [f"{verification.size / 1e6:.4g} MB (original {written('size', original.get('size', math.nan))})"]
-    if name is not None and name in verification.metrics:
+    if name in verification.metrics:
         value, before = verification.metrics[name], original.get(name, math.nan)
         told.insert(0, f"{name} {value:.4g} (original {before:.4g})")
     if verification.ok:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import jointopt
-from jointopt import JointoptError, SearchSpace, Supernet
-from jointopt.finishing import finish_top
+from jointopt import JointoptError, Objective, SearchSpace, Supernet
+from jointopt.finishing import Finishing, finish_top
 from jointopt.lockstep import in_step, starting
 from tests.zoo import MODELS, RELATIVES, batches, logits, make
 
@@ -245,6 +245,18 @@ def test_the_top_of_the_front_is_finished_once_and_the_better_is_chosen():
     again, made = finish_top(supernet, study, seen, quality, wanted, top=3)
     assert len(scored) == len(records) and np.array_equal(again, genome) and made.metrics == finished.metrics
     assert all(torch.equal(a, b) for a, b in zip(made.model.parameters(), finished.model.parameters(), strict=True))
+
+
+def test_a_cost_of_one_s_own_does_not_decide_which_is_better():
+    supernet = supernet_of("bert", ["W4A16", "W8A16"], preset="fixed")
+    mine = Objective("mine", "min", compute=lambda genomes: -genomes.sum(1) + 0.0)
+    study = jointopt.search(supernet, lambda model: {"far": distance(model)}, [mine, {"far": "min"}, "size"], 6, seed=0)
+    genome, finished = finish_top(supernet, study, batches("bert"), lambda model: {"far": 0.0}, {"knee": True}, top=1)
+    assert finished is not None and finished.metrics["far"] == 0 < study.results(genome[None])[0]["far"]
+    _, finished = finish_top(
+        supernet, study, batches("bert"), lambda model: {"far": 1e9}, {}, Finishing("descent"), top=1
+    )
+    assert finished is None
 
 
 def test_a_finished_one_that_is_worse_is_not_exported():

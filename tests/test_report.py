@@ -18,7 +18,7 @@ from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, write_r
 from jointopt.report.figures import front_figure, hypervolume_figure, layers_figure, predictions_figure
 from jointopt.report.quantities import axes, counted, written
 from jointopt.report.template import SCRIPT
-from jointopt.report.terminal import ROWS, extremes_table, front_table, space_table
+from jointopt.report.terminal import ROWS, extremes_table, finished_table, front_table, space_table
 
 OBJECTIVES = [Objective("accuracy", "max"), Objective("size", "min")]
 SPACE = SearchSpace(
@@ -180,11 +180,12 @@ def test_hypervolume_never_falls():
 
 def test_each_cost_is_drawn_against_the_quality():
     named = [Objective(n, d) for n, d in (("loss", "min"), ("macs", "min"), ("size", "min"))]
-    assert [(x.name, y.name) for x, y in axes(named, named[0])] == [("size", "loss"), ("macs", "loss")]
+    assert [(x.name, y.name) for x, y in axes(named, named[:1])] == [("size", "loss"), ("macs", "loss")]
     own = [Objective("a", "min"), Objective("b", "max")]
-    assert [(x.name, y.name) for x, y in axes(own, own[0])] == [("b", "a")]
-    assert axes(own[:1], own[0]) == []
-    assert [(x.name, y.name) for x, y in axes(own, own[1])] == [("a", "b")]
+    assert [(x.name, y.name) for x, y in axes(own, own)] == [("b", "a")]
+    assert axes(own[:1], own[:1]) == []
+    mine = [Objective("mine", "min"), *own]
+    assert [(x.name, y.name) for x, y in axes(mine, own)] == [("mine", "a")]
 
 
 def test_one_objective_alone_has_a_page_too(tmp_path):
@@ -192,6 +193,19 @@ def test_one_objective_alone_has_a_page_too(tmp_path):
     study.add_generation(SPACE.sample(1, seed=0), np.full((1, 1), np.nan), {})
     study.add_evaluation(0, SPACE.sample(1, seed=0)[0], {"accuracy": 0.5}, None, 0.1)
     assert "in numbers" in page(study, tmp_path)
+
+
+def test_a_cost_of_ones_own_is_neither_finished_nor_scored_on_unseen_data(tmp_path):
+    mine = Objective("mine", "min", compute=lambda genomes: genomes.sum(1) + 0.0)
+    study = Study.create(None, SPACE, [mine, *OBJECTIVES], {})
+    genome = SPACE.sample(1, seed=0)
+    study.add_generation(genome, np.full((1, 3), np.nan), {})
+    study.add_evaluation(0, genome[0], {"mine": 3.0, "accuracy": 0.5, "size": 1e6}, None, 0.1)
+    study.add_finished(genome[0], "gptq", {"accuracy": 0.625, "size": 1e6}, 1.0)
+    study.note("unseen", [{"genome": genome[0].tolist(), "metrics": {"accuracy": 0.25}, "errors": {}}])
+    shown = printed(front_table(study)) + printed(finished_table(study))
+    for text in (shown, own_text(page(study, tmp_path))):
+        assert "accuracy, unseen data" in text and "mine, unseen data" not in text and "0.625" in text
 
 
 def test_a_page_that_cannot_be_written_is_named(tmp_path):

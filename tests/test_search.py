@@ -76,14 +76,25 @@ def test_a_cost_of_one_s_own_is_computed_limited_and_never_measured(supernet, tm
     assert "unquantized" in jointopt.write_report(study, tmp_path / "report.html").read_text()
 
 
-def test_a_cost_of_one_s_own_is_no_quality_wherever_it_is_listed(supernet, tmp_path):
-    first = Objective("first", "min", compute=lambda genomes: genomes.sum(1).astype(float))
-    jointopt.search(supernet, agreement, [first, "quality", "size"], evaluations=4, storage=tmp_path / "s.db").close()
-    study = Study.open(tmp_path / "s.db")
-    frame = study.evaluations()
-    assert study.quality.name == "quality"
-    assert tuple(study.best()) == frame.loc[frame["quality"].idxmax(), "genome"]
-    study.best(drop=100.0)
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_cost_of_one_s_own_named_first_is_not_taken_for_the_quality(supernet, tmp_path, earlier):
+    few = Objective("few", "min", compute=lambda genomes: -genomes.sum(1) + 0.0)
+    path = tmp_path / "study.db"
+    jointopt.search(supernet, agreement, [few, "quality", "size"], evaluations=12, storage=path).close()
+    if earlier:  # a study of a version that did not record which are computed
+        with contextlib.closing(sqlite3.connect(path)) as file, file:
+            assert file.execute("DELETE FROM facts WHERE key = 'computed'").rowcount == 1
+    study = Study.open(path)
+    assert study.quality.name == "quality" and [each.name for each in study.measured] == ["quality"]
+    best, smallest = study.results(np.stack([study.best(size_mb=1000), study.best(drop=1000)]))
+    assert best["quality"] == study.evaluations()["quality"].max()
+    assert smallest["size"] == study.evaluations()["size"].min()
+
+
+def test_without_a_measured_objective_the_first_stands_for_the_quality(supernet):
+    few = Objective("few", "min", compute=lambda genomes: genomes.sum(1) + 0.0)
+    study = jointopt.search(supernet, agreement, [few, "size"], evaluations=3)
+    assert study.quality.name == "few" and not study.measured
 
 
 def test_a_cost_of_one_s_own_that_is_no_number_is_named(supernet):

@@ -80,7 +80,7 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
     measures = (first, *(name for name in times[:3] if name != first), "peak_memory")
     front = front_of(rows, wanted).sort_values(first)
     kept = within(rows, [each for each in study.constraints if each.name not in ON_HARDWARE])
-    chosen = tuple(best_of(kept, wanted, study.quality, knee=True).tolist())
+    chosen = tuple(best_of(kept, wanted, study.quality, None, knee=True).tolist())
     original = {name: v for name, v in study.baselines.get("original", {}).items() if name not in ON_HARDWARE}
     there = supernet.original_costs(model)
     if there["peak_memory"] <= model.capacity:

@@ -179,9 +179,9 @@ def predictions_figure(study: Study) -> go.Figure | None:
     was predicted."""
     frame = study.evaluations()
     shown = []
-    for objective in study.objectives:
+    for objective in study.measured:
         column = f"predicted_{objective.name}"
-        if objective.name in COSTS or column not in frame or objective.name not in frame:
+        if column not in frame or objective.name not in frame:
             continue
         both = frame[[column, objective.name, "number"]].dropna()
         if len(both) > 2 and not np.allclose(both[column], both[objective.name], rtol=1e-12, atol=0):

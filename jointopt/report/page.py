@@ -13,7 +13,6 @@ import numpy as np
 import plotly.io
 from plotly.offline import get_plotlyjs
 
-from jointopt.objectives import COSTS
 from jointopt.rescoring import rescored
 from jointopt.study import Study
 from quant.errors import JointoptError
@@ -183,7 +182,7 @@ def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
 def _front_section(study: Study, picked: tuple[int, ...] | None) -> str:
     if not len(study):
         return "<h2>The front</h2><p>No evaluation yet.</p>"
-    pairs = axes(study.objectives, study.quality)
+    pairs = axes(study.objectives, study.measured)
     plots = "".join(_plot(front_figure(study, x, y, picked), f"front{i}") for i, (x, y) in enumerate(pairs))
     return (
         "<h2>The front</h2><p>Each point is a sub-network that was really measured. Hover over one to see its genome, "
@@ -229,7 +228,7 @@ def _front_table(study: Study, picked: tuple[int, ...] | None) -> str:
         return ""
     names = [objective.name for objective in study.objectives]
     unseen = rescored(study)
-    again = [name for name in names if name not in COSTS] if unseen else []
+    again = [objective.name for objective in study.measured] if unseen else []
     titles = ("evaluation", *map(label, names), *(f"{label(name)}, unseen data" for name in again))
     head = "".join(f"<th>{escape(text)}</th>" for text in titles)
     lines = []
@@ -251,7 +250,7 @@ def _finished(study: Study, frame: Any) -> str:
     """What was rounded anew after the search, before and after."""
     if not study.finished():
         return ""
-    names = [objective.name for objective in study.objectives if objective.name not in COSTS]
+    names = [objective.name for objective in study.measured]
     head = "".join(f"<th>{escape(text)}</th>" for text in ("evaluation", "rounding", *(label(name) for name in names)))
     evaluated = {row["genome"]: row for row in frame.to_dict("records")}
     lines = []

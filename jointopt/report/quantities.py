@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from jointopt.objectives import COSTS, Objective
+from jointopt.objectives import Objective
 
 UNITS: dict[str, tuple[float, str]] = {
     "size": (1e6, "size (MB)"),
@@ -57,9 +57,11 @@ def counted(genomes: int) -> str:
     return f"{genomes:,}" if genomes < 10**7 else f"{Decimal(genomes):.1e}"
 
 
-def axes(objectives: Sequence[Objective], quality: Objective) -> list[tuple[Objective, Objective]]:
-    """The pairs to draw the front in, (across, up): each cost against the quality, size first; where there is none, the
-    first other objective."""
-    others = [o for o in objectives if o.name != quality.name]
-    costs = sorted((o for o in others if o.name in COSTS), key=lambda o: o.name != "size")
-    return [(across, quality) for across in (costs or others[:1])]
+def axes(objectives: Sequence[Objective], measured: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
+    """The pairs to draw the front in, (across, up): each cost against the first measured objective, size first; where
+    that gives none, the first two."""
+    costs = sorted((o for o in objectives if o not in measured), key=lambda o: o.name != "size")
+    pairs = [(cost, measured[0]) for cost in costs] if measured else []
+    if not pairs and len(objectives) > 1:
+        pairs = [(objectives[1], objectives[0])]
+    return pairs

@@ -8,12 +8,13 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from jointopt.objectives import COSTS
 from jointopt.rescoring import rescored
 from jointopt.study import Study
 from search_spaces.space import SearchSpace
 
 from .devices import OnDevice
-from .quantities import COSTS, label, on_unseen, scale
+from .quantities import label, on_unseen, scale
 
 ROWS = 30
 """Points of a front that are listed at most; a longer one is thinned out evenly."""
@@ -40,7 +41,7 @@ def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) 
     for name in names:
         table.add_column(Text(label(name)), justify="right")
     unseen = rescored(study)
-    again = [name for name in names if name not in COSTS] if unseen else []
+    again = [objective.name for objective in study.measured] if unseen else []
     for name in again:
         table.add_column(Text(f"{label(name)}, unseen data"), justify="right")
     for row in rows:
@@ -76,7 +77,7 @@ def device_table(on: OnDevice) -> Table:
 
 def finished_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) -> Table:
     """Sub-networks that were finished: what they measured before and after. Sizes stay what they were."""
-    names = [objective.name for objective in study.objectives if objective.name not in COSTS]
+    names = [objective.name for objective in study.measured]
     picked = None if chosen is None else tuple(map(int, chosen))
     numbers = {row["genome"]: row for row in study.evaluations().to_dict("records")}
     table = Table(title="finished")
