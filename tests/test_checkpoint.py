@@ -301,6 +301,24 @@ def test_the_card_tells_how_to_load_and_what_it_is(tmp_path):
     )
 
 
+def test_what_timm_builds_again_is_given_images_as_the_original_is(tmp_path):
+    from timm.data import resolve_data_config, resolve_model_data_config
+
+    model = make("timm_vit")
+    model.pretrained_cfg = dict(input_size=(3, 16, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), crop_pct=0.9)
+    supernet = supernet_of("timm_vit", model, schemes=["none", "W8A8"])
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
+    wanted = resolve_model_data_config(model)
+    assert wanted["mean"] == (0.4, 0.5, 0.6)
+    assert resolve_model_data_config(load_model(str(folder))) == wanted
+    assert "resolve_model_data_config(model)" in (folder / "README.md").read_text()
+    onnx = jointopt.export(supernet, supernet.space.smallest, tmp_path / "onnx", target="onnxruntime")
+    beside = json.loads((onnx / "config.json").read_text())["pretrained_cfg"]
+    found = resolve_data_config(pretrained_cfg=beside)
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()} == wanted
+    assert "resolve_data_config" in (onnx / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["bert", "timm_vit"])
 def test_a_folder_with_its_own_file_is_put_into_another_dtype_trained_around_and_loaded_again(name, tmp_path):
     supernet = supernet_of(name, schemes=["none", "FP8A16", "W4A16_ASYM"])

@@ -38,6 +38,12 @@ def timm_recipe(model: nn.Module) -> dict[str, Any]:
     return {"class": name, "module": type(model).__module__, "arguments": _RECIPES[name](model)}
 
 
+def preprocessing(model: nn.Module) -> dict[str, Any]:
+    """timm's `pretrained_cfg` of a model, which says how its images are prepared, as far as JSON holds it."""
+    given = getattr(model, "pretrained_cfg", None) or {}
+    return {k: v for k, v in given.items() if isinstance(v, str | int | float | bool | list | tuple | None)}
+
+
 _ACTIVATIONS = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 """timm's names of what a vision transformer may have in place of GELU."""
 

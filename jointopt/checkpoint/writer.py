@@ -26,7 +26,7 @@ from jointopt.batch_norm import on_device, sample_count
 from jointopt.checkpoint import card, gguf_writer, vllm
 from jointopt.checkpoint.block_sizes import is_uniform, settle_sizes
 from jointopt.checkpoint.loadable import auto_class
-from jointopt.checkpoint.onnx.writer import MODEL, SNIPPET, onnx_bytes, write_onnx
+from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes, snippet, write_onnx
 from jointopt.checkpoint.structure import (
     bitsandbytes_config,
     by_bitsandbytes,
@@ -37,7 +37,7 @@ from jointopt.checkpoint.structure import (
     rebuild_spec,
     tensors_of,
 )
-from jointopt.checkpoint.timm_recipe import by_library, from_recipe, timm_recipe
+from jointopt.checkpoint.timm_recipe import by_library, from_recipe, preprocessing, timm_recipe
 from jointopt.evaluation import check_supernet
 from jointopt.finishing import Finished
 from jointopt.study import Study, locked
@@ -113,7 +113,7 @@ def export(
             whole.mkdir()
             if target == "onnxruntime":
                 record |= write_onnx(whole, model, _example(supernet))
-                _write_beside(whole, record, processor, SNIPPET.format(folder=folder.name))
+                _write_beside(whole, record, processor, snippet(folder.name, model))
             elif target == "gguf":
                 record |= gguf_writer.write_gguf(whole, model, processor)
                 _write_beside(whole, record, processor, gguf_writer.SNIPPET.format(folder=folder.name))
@@ -363,15 +363,11 @@ def _write_timm(place: Path, model: nn.Module) -> str:
     spec = rebuild_spec(model, from_recipe(recipe), pack=True)
     dtype = str(next(model.parameters()).dtype)[6:]
     config = {"architecture": recipe["class"], "timm": recipe, "dtype": dtype, "jointopt": spec}
-    config["pretrained_cfg"] = _json_safe(getattr(model, "pretrained_cfg", None) or {})
+    config["pretrained_cfg"] = preprocessing(model)
     (place / "config.json").write_text(json.dumps(config, indent=1))
     runtime = (Path(__file__).parent / "runtime.py").read_text()
     (place / MODELING).write_text(runtime + _TIMM_LOAD)
     return card.timm_snippet(place.name)
-
-
-def _json_safe(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if isinstance(v, str | int | float | bool | list | tuple | None)}
 
 
 _TIMM_LOAD = '''
@@ -394,6 +390,9 @@ def load(folder):
     model = getattr(library, config["timm"]["class"])(**arguments).to(getattr(torch, config["dtype"]))
     rebuild(model, config["jointopt"])
     model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
+    # How its images are prepared, where timm looks for it, in the tuples that it has there.
+    prepared = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items()}
+    model.pretrained_cfg = model.default_cfg = prepared
     return model.eval()
 '''
 

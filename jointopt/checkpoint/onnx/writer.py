@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from jointopt.batch_norm import on_device
 from jointopt.checkpoint.structure import check_formats
-from jointopt.checkpoint.timm_recipe import by_library, timm_recipe
+from jointopt.checkpoint.timm_recipe import by_library, by_timm, preprocessing, timm_recipe
 from quant.errors import JointoptError
 
 MODEL = "model.onnx"
@@ -54,7 +54,9 @@ def write_onnx(place: Path, model: Any, example: Mapping[str, Any], opset: int =
         config.architectures = [type(model).__name__]
         config.save_pretrained(place)
     else:
-        described = {"class": type(model).__name__} if own else {"timm": timm_recipe(model)}
+        described: dict[str, Any] = {"class": type(model).__name__}
+        if not own:
+            described = {"timm": timm_recipe(model), "pretrained_cfg": preprocessing(model)}
         (place / "config.json").write_text(json.dumps(described, indent=1))
     return {"target": "onnxruntime", "opset": opset, "stored": onnx_bytes(place / MODEL)}
 
@@ -87,11 +89,29 @@ def onnx_bytes(path: Path) -> int:
     return total
 
 
-SNIPPET = """Needs ONNX Runtime alone.
+def snippet(folder: str, model: Any) -> str:
+    """How to load the folder, and how timm would prepare the images of a model of its own."""
+    images = _IMAGES.format(folder=folder) if by_timm(model) and preprocessing(model) else ""
+    return _SNIPPET.format(folder=folder) + images
+
+
+_SNIPPET = """Needs ONNX Runtime alone.
 
 ```python
 import onnxruntime
 
 session = onnxruntime.InferenceSession("{folder}/model.onnx")
 print({{each.name: each.shape for each in session.get_inputs()}})
+```"""
+_IMAGES = """
+
+Mean, standard deviation and size of its images are in config.json, where timm makes the transform from:
+
+```python
+import json
+
+from timm.data import create_transform, resolve_data_config
+
+prepared = json.load(open("{folder}/config.json"))["pretrained_cfg"]
+transform = create_transform(**resolve_data_config(pretrained_cfg=prepared), is_training=False)
 ```"""
