@@ -80,6 +80,11 @@ class LoadedModel:
     source: ModelSource
     untrained: tuple[str, ...] = ()
 
+    @property
+    def saved_processor(self) -> Any:
+        """What an export has beside the model: not timm's transform, whose settings the model has itself."""
+        return None if self.source.timm else self.processor
+
 
 def find_source(name: str) -> ModelSource:
     """What a config's `model` names. Raises JointoptError for a path that does not exist or holds no model."""

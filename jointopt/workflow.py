@@ -300,7 +300,7 @@ def export_genome(
         finished or genome,
         folder,
         study=study,
-        processor=prepared.loaded.processor,
+        processor=prepared.loaded.saved_processor,
         base_model=source.name if not source.local else Path(source.location).name,
         overwrite=overwrite,
         target=target,

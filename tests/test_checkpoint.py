@@ -179,6 +179,23 @@ def test_a_path_in_place_of_a_study_and_no_folder_are_refused(tmp_path):
         jointopt.export(supernet, supernet.space.smallest, None)
 
 
+def test_a_study_of_other_weights_is_refused_and_its_own_super_network_is_not(tmp_path):
+    supernet = supernet_of("llama_tied", schemes=["none", "W8A8"])
+    other = supernet_of("llama_tied", make("llama_tied", seed=1), schemes=["none", "W8A8"])
+    study = jointopt.search(supernet, quality, ["quality", "size"], evaluations=2)
+    with pytest.raises(JointoptError, match="no longer what the study searched"):
+        jointopt.export(other, other.space.smallest, tmp_path / "small", study=study)
+    assert not list(tmp_path.iterdir())
+    assert jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", study=study).is_dir()
+
+
+def test_a_processor_that_cannot_be_saved_is_refused_before_anything_is_made(tmp_path):
+    supernet = supernet_of("timm_vit", schemes=["none", "W8A8"])
+    with pytest.raises(JointoptError, match="processor: found function, which has no save_pretrained; allowed: a tok"):
+        jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", processor=lambda image: image)
+    assert not list(tmp_path.iterdir())
+
+
 class Processor:
     """A tokenizer of the user's, which does something while it is saved."""
 
@@ -305,7 +322,8 @@ def test_what_timm_builds_again_is_given_images_as_the_original_is(tmp_path):
     from timm.data import resolve_data_config, resolve_model_data_config
 
     model = make("timm_vit")
-    model.pretrained_cfg = dict(input_size=(3, 16, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), crop_pct=0.9)
+    means = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    model.pretrained_cfg = {"input_size": (3, 16, 16), "crop_pct": 0.9, **means}
     supernet = supernet_of("timm_vit", model, schemes=["none", "W8A8"])
     folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
     wanted = resolve_model_data_config(model)

@@ -79,7 +79,7 @@ def transformers_snippet(auto: str, folder: str, modeling_file: bool) -> str:
 
 def timm_snippet(folder: str) -> str:
     return (
-        "Needs timm and safetensors. The transform prepares images by the model's mean, standard deviation and size.\n\n"
+        "Needs timm and safetensors. The transform prepares images by the model's own mean, deviation, size.\n\n"
         "```python\nimport sys\n\nfrom timm.data import create_transform, resolve_model_data_config\n\n"
         f'sys.path.insert(0, "{folder}")\nfrom modeling_jointopt import load\n\nmodel = load("{folder}")\n'
         "transform = create_transform(**resolve_model_data_config(model), is_training=False)\n```"

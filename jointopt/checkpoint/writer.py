@@ -74,7 +74,7 @@ def export(
         genome: a genome of its space, or what `finish` made of one, with the metrics that it measured.
         folder: to be made; its parent must exist.
         study: where the genome was scored (default: what this super-network's searches found); recorded for `verify`.
-        processor: tokenizer, image processor, or None; saved along.
+        processor: tokenizer, image processor, or None; saved along by its save_pretrained.
         base_model: name of the original, for the model card.
         overwrite: whether an export that is there is replaced, whole. Nothing else is.
         target: "transformers" (and timm); or "onnxruntime": model.onnx, with the same codes and scales, in operators
@@ -85,13 +85,18 @@ def export(
 
     Raises:
         JointoptError: the folder exists, it cannot be written, the model is of no class that can be loaded, or has a
-            number format that the target does not compute; weights were trained since the calibration that it needs.
+            number format that the target does not compute; weights were trained since the calibration that it needs;
+            the study searched another super-network; the processor has no save_pretrained.
     """
     targets.target(target)
     check_supernet("export", supernet)
     check_kind("export: folder", folder, (str, Path), "a path")
-    if not isinstance(study, Study | None):
-        raise JointoptError(f"export: found study {study!r}; allowed: a study, such as Study.open(path)")
+    _check_study(study, supernet)
+    if processor is not None and not hasattr(processor, "save_pretrained"):
+        raise JointoptError(
+            f"export: processor: found {type(processor).__name__}, which has no save_pretrained; allowed: a tokenizer "
+            "or an image processor of transformers, or None (a timm model's folder says how its images are prepared)"
+        )
     folder = Path(folder)
     check_place(folder, overwrite)
     if not folder.parent.is_dir():
@@ -128,6 +133,18 @@ def export(
         reason = getattr(error, "strerror", None) or error
         raise JointoptError(f"export: {str(folder)!r} cannot be written: {reason}") from None
     return folder
+
+
+def _check_study(study: Any, supernet: Supernet) -> None:
+    """Raises JointoptError for what is no study, and for one that scored another super-network's genomes."""
+    if not isinstance(study, Study | None):
+        raise JointoptError(f"export: found study {study!r}; allowed: a study, such as Study.open(path)")
+    searched = None if study is None else study.config.get("supernet")
+    if searched and searched != supernet.fingerprint():
+        raise JointoptError(
+            "export: the super-network, or what it was calibrated on, is no longer what the study searched, so that "
+            "its scores are of others; allowed: the very one (weights, space, calibration), or no study"
+        )
 
 
 def _clear_killed(folder: Path) -> None:
@@ -295,7 +312,7 @@ def _write(place: Path, model: nn.Module, record: dict[str, Any], processor: Any
 
 def _write_beside(place: Path, record: dict[str, Any], processor: Any, loading: str) -> None:
     """What any folder has beside the model: the processor, the record, the card."""
-    if processor is not None and hasattr(processor, "save_pretrained"):
+    if processor is not None:
         try:
             processor.save_pretrained(place)
         except Exception as error:  # tokenizers tells of a full disk by this very class
