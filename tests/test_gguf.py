@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet, load_config
@@ -64,6 +64,18 @@ def test_an_export_weighs_what_was_reported_and_verifies(tmp_path):
     assert verification.metrics["quality"] == pytest.approx(quality(supernet.extract(genome)), rel=1e-4)
 
 
+def test_beside_the_file_are_the_sizes_that_it_has_and_how_it_generates(tmp_path):
+    model = make("llama_tied")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"], depth=[2], mlp=[0.5, 1.0]))
+    supernet.calibrate(batches("llama_tied"))
+    genome = supernet.space.smallest
+    folder = jointopt.export(supernet, genome, tmp_path / "out", target="gguf")
+    found = AutoConfig.from_pretrained(folder)
+    assert found.intermediate_size == supernet.extract(genome).model.layers[0].mlp.up_proj.out_features
+    assert found.intermediate_size < model.config.intermediate_size
+    assert (folder / "generation_config.json").is_file()
+
+
 def test_a_bfloat16_model_is_verified_though_it_reloads_in_float32(tmp_path):
     model = make("llama_tied").to(torch.bfloat16)
     supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"], depth=[1, 2]))
@@ -80,6 +92,7 @@ def test_a_tokenizer_goes_into_the_file(tmp_path):
     tokenizer = Tokenizer(models.BPE(letters, [("a", "b"), ("c", "d")]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     processor = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    processor.chat_template = "{{ messages[0]['content'] }}<end>"
     supernet = supernet_of("llama_tied")
     folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf", processor=processor)
     fields = gguf.GGUFReader(folder / "model.gguf").fields
@@ -91,6 +104,7 @@ def test_a_tokenizer_goes_into_the_file(tmp_path):
     assert int(fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == 0
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert not fields["tokenizer.ggml.add_bos_token"].contents()
+    assert fields["tokenizer.chat_template"].contents() == processor.chat_template
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(JointoptError, match="WordLevel tokenizer; allowed: byte-level BPE"):
         jointopt.export(

@@ -204,6 +204,16 @@ def test_an_export_verifies_in_a_process_of_its_own(name, place):
     assert "onnxruntime" in (exported(name, place) / "README.md").read_text()
 
 
+def test_beside_the_file_are_the_sizes_of_every_layer_and_how_it_generates(place):
+    folder, supernet = exported("llama_tied", place), supernet_of("llama_tied")
+    model = supernet.extract(mixed(supernet))
+    config = json.loads((folder / "config.json").read_text())
+    for at, layer in enumerate(model.model.layers):
+        own = config.get("per_layer_config", {}).get(str(at), {})
+        assert own.get("intermediate_size", config["intermediate_size"]) == layer.mlp.up_proj.out_features
+    assert (folder / "generation_config.json").is_file()
+
+
 def test_a_changed_model_does_not_verify(place, tmp_path):
     import shutil
 

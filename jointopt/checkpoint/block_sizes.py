@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -28,6 +29,17 @@ def settle_sizes(model: nn.Module, config: Any) -> None:
     if layered:
         config.allow_global_per_layer_attribute_access = True
         config.per_layer_config = layered
+
+
+def save_configs(model: Any, place: Path) -> None:
+    """config.json with the model's own sizes, for what reads them beside a file of another library, and how it
+    generates, where it does."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    settle_sizes(model, config)
+    config.save_pretrained(place)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(place)
 
 
 def block_sizes(model: nn.Module, config: Any) -> list[dict[str, int]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointopt.checkpoint.block_sizes import block_sizes, is_uniform
+from jointopt.checkpoint.block_sizes import block_sizes, is_uniform, save_configs
 from jointopt.checkpoint.structure import check_formats, check_language_model, quantized_layers
 from quant.errors import JointoptError
 from quant.reference import QuantizedTensor
@@ -81,9 +81,7 @@ def write_gguf(place: Path, model: Any, processor: Any) -> dict[str, Any]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(place)
+    save_configs(model, place)
     return {"target": "gguf", "stored": stored}
 
 
@@ -173,6 +171,9 @@ def _add_tokenizer(writer: Any, processor: Any, rows: int) -> None:
         number = getattr(processor, f"{name}_token_id", None)
         if number is not None:
             getattr(writer, f"add_{name}_token_id")(number)
+    if chat := getattr(processor, "chat_template", None):
+        several = isinstance(chat, dict)
+        writer.add_chat_template([{"name": k, "template": v} for k, v in chat.items()] if several else chat)
     ends = processor("a")["input_ids"]
     writer.add_add_bos_token(ends[0] == processor.bos_token_id)
     writer.add_add_eos_token(ends[-1] == processor.eos_token_id)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from jointopt.batch_norm import on_device
+from jointopt.checkpoint.block_sizes import save_configs
 from jointopt.checkpoint.structure import check_formats
 from jointopt.checkpoint.timm_recipe import by_library, by_timm, preprocessing, timm_recipe
 from quant.errors import JointoptError
@@ -50,9 +51,7 @@ def write_onnx(place: Path, model: Any, example: Mapping[str, Any], opset: int =
     program = onnx_program(model, opset, example if own else None)
     program.save(str(place / MODEL))
     if isinstance(model, PreTrainedModel):
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(place)
+        save_configs(model, place)
     else:
         described: dict[str, Any] = {"class": type(model).__name__}
         if not own:
