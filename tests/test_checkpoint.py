@@ -17,7 +17,7 @@ from torch import nn
 from transformers import BertForMaskedLM, RobertaForMaskedLM
 
 import jointopt
-from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
 from jointopt.checkpoint.reload import load_model
 from jointopt.checkpoint.writer import stored_bytes
 from jointopt.evaluation import logits_of
@@ -316,6 +316,19 @@ def test_the_card_tells_how_to_load_and_what_it_is(tmp_path):
     assert (
         "from modeling_jointopt import load" in card and "head.precision" in card and "base_model: timm/resnet" in card
     )
+
+
+def test_the_card_gives_times_their_unit_and_where_they_come_from(tmp_path):
+    model = make("llama_tied")
+    latency = Roofline(load_device("h100"), batch=2, context=64)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]), latency=latency)
+    supernet.calibrate(batches("llama_tied"))
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
+    card, record = (folder / "README.md").read_text(), json.loads((folder / "jointopt.json").read_text())
+    assert f"Times are by the {latency.source}, batch 2, context 64." in card
+    assert f"| latency (ms) | {record['costs']['latency'] * 1e3:.6g} |" in card
+    assert "| size (MB) |" in card and "| peak memory (MB) |" in card
+    assert record["latency"] == latency.described()
 
 
 def test_what_timm_builds_again_is_given_images_as_the_original_is(tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+from jointopt.report.quantities import label, scale, time_source
 
 ROUNDINGS = {
     "nearest": "the nearest value",
@@ -22,10 +25,8 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
     if base and "/" in base and not base.startswith((".", "/")):
         front.append(f"base_model: {base}")
     front.append("---")
-    rows = [("size (MB, 10^6 bytes)", costs["size"] / 1e6, original.get("size", 0) / 1e6)]
-    rows += [(name, value, original.get(name)) for name, value in costs.items() if name != "size"]
-    rows += [(name, value, original.get(name)) for name, value in record["metrics"].items()]
-    table = [f"| {name} | {_number(value)} | {_number(before)} |" for name, value, before in rows]
+    values = {"size": costs["size"], **costs, **record["metrics"]}
+    table = [f"| {label(k)} | {_number(k, value)} | {_number(k, original.get(k))} |" for k, value in values.items()]
     schemes = Counter(layer["scheme"] for layer in record["layers"])
     choices = [f"| {name} | {choice} |" for name, choice in record["choices"].items()]
     return "\n".join(
@@ -41,7 +42,7 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
             *table,
             "",
             *_weighed(record),
-            "MACs are those of one sample.",
+            *([time_source(record["latency"])] if record.get("latency") else []),
             "",
             "Layers by number format: " + ", ".join(f"{count} {name}" for name, count in schemes.most_common()) + ".",
             _weights_made(record["rounding"]),
@@ -60,9 +61,11 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
     )
 
 
-def _number(value: Any) -> str:
-    if value is None:
+def _number(name: str, value: Any) -> str:
+    """A quantity in the unit of its label; nothing where nothing is known."""
+    if value is None or not math.isfinite(value):
         return ""
+    value = value / scale(name)
     return f"{value:,.0f}" if value == int(value) else f"{value:,.6g}"
 
 
@@ -100,7 +103,7 @@ def _weights_made(how: str) -> str:
 
 def _weighed(record: Mapping[str, Any]) -> list[str]:
     if "stored" not in record:
-        return ["Sizes are the bytes of all tensors in the safetensors file, scales included."]
+        return ["Sizes are the bytes of all tensors in the safetensors file, scales included; MB are 10^6 bytes."]
     return [
         "Sizes are the bytes of all tensors as safetensors would hold them, scales included; those of the model's file "
         f"have {record['stored']:,} bytes."

@@ -198,6 +198,7 @@ def _record(
         "genome": genome.tolist(),
         "choices": _plain(supernet.space.decode(genome)),
         "costs": costs,
+        **({"latency": supernet.latency.described()} if supernet.latency else {}),
         "metrics": {k: v for k, v in (metrics or {}).items() if k not in costs},
         "original": study.baselines.get("original", {}) if study is not None else supernet.original_costs(),
         "layers": supernet.layout(genome),

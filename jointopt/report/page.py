@@ -19,7 +19,7 @@ from quant.errors import JointoptError
 
 from .devices import OnDevice, device_figure
 from .figures import Layers, front_figure, hypervolume_figure, layers_figure, predictions_figure
-from .quantities import axes, counted, label, on_unseen, scale, written
+from .quantities import axes, counted, label, on_unseen, scale, time_source, written
 from .spent import spent_figure
 from .template import PAGE, SCRIPT, STYLE
 
@@ -196,8 +196,7 @@ def _time_source(study: Study) -> str:
     given = study.config.get("latency")
     if not given:
         return " Times were not asked for; MACs stand for them."
-    context = f", context {given['context']}" if given.get("context") else ""
-    return f" Times are by the {escape(given['source'])}, batch {given['batch']}{context}."
+    return f" {escape(time_source(given))}"
 
 
 def _device_section(study: Study, on: OnDevice, at: int) -> str:

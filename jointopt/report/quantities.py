@@ -44,6 +44,12 @@ def written(name: str, value: float) -> str:
     return f"{shown} MB" if name == "size" else shown
 
 
+def time_source(given: Mapping[str, Any]) -> str:
+    """By what times, energies and memory were told, of a model of latency as it describes itself."""
+    context = f", context {given['context']}" if given.get("context") else ""
+    return f"Times are by the {given['source']}, batch {given['batch']}{context}."
+
+
 def on_unseen(record: Mapping[str, Any] | None, name: str) -> str:
     """A metric on data that the search did not see, with its standard error where it has one: "0.912 ± 0.008"."""
     if record is None or name not in record["metrics"]:
