@@ -292,10 +292,10 @@ def _export(options: argparse.Namespace) -> int:
         if supernet.fingerprint() != study.config.get("supernet") or prepared.searched != contents:
             raise JointoptError(f"export: the model or its data are no longer what {str(output / STUDY)!r} searched")
         finished = finished_genome(config, supernet, study, genome, prepared)
-        if folder == output / EXPORT:
-            note_choice(study, supernet, genome, pick, finished)
         target = options.target or config.target
         export_genome(supernet, study, genome, finished, folder, prepared, options.overwrite, target)
+        if folder == output / EXPORT:  # only now: what was refused is no choice
+            note_choice(study, supernet, genome, pick, finished)
     finally:
         study.close()
     check = f"python -m jointopt verify {quote(str(folder))}" + _config_option(folder, output)

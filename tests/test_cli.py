@@ -368,6 +368,14 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(words, said, finished, capsy
     assert said in refused(capsys, finished.parents[1], monkeypatch, *words)
 
 
+def test_an_export_that_is_refused_leaves_the_choice_as_it_was(finished, capsys, monkeypatch):
+    study = Study.open(finished / "study.db")
+    before = study.fact("choice"), study.fact("verified")
+    words = ("export", "runs/vit", "--pick", "1", "--target", "gguf", "--overwrite")
+    assert "target gguf: found a vit" in refused(capsys, finished.parents[1], monkeypatch, *words)
+    assert (study.fact("choice"), study.fact("verified")) == before
+
+
 def test_init_writes_a_config_that_can_be_run(place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     assert main(["init", "vit", "-o", "started.yaml"]) == 0
