@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
 import jointopt
 from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
@@ -330,6 +330,34 @@ def test_a_declared_model_of_transformers_is_exported_and_verified(tmp_path: Pat
     result = jointopt.verify(jointopt.export(supernet, genome, tmp_path / "small"), quality)
     assert result.ok, result.differences
     assert result.metrics["quality"] == pytest.approx(expected, rel=1e-4)
+
+
+def declare_opt(model: nn.Module) -> Family:
+    blocks, widths, layers = [], [], []
+    for index, block in enumerate(model.model.decoder.layers):
+        name, path = f"block{index}", f"model.decoder.layers.{index}"
+        blocks.append(Block(name, path))
+        parts = (Part(f"{path}.fc1"),), (Part(f"{path}.fc2"),)
+        widths.append(Width(f"{name}.mlp", "mlp", block.fc1.out_features, *parts, block=name))
+        layers += [Layer(f"{name}.{each}", f"{path}.{each}", f"{name}.{each}", name) for each in ("fc1", "fc2")]
+    return Family("opt", tuple(blocks), tuple(widths), tuple(layers))
+
+
+def opt_supernet(**options) -> Supernet:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = OPTForCausalLM(OPTConfig(vocab_size=96, max_position_embeddings=64, word_embed_proj_dim=64, **sizes)).eval()
+    supernet = Supernet(model, SearchSpace.for_model(model, family=declare_opt, **options), family=declare_opt)
+    supernet.calibrate([{"input_ids": torch.randint(3, 96, (4, 12))}])
+    return supernet
+
+
+def test_unequal_blocks_export_though_the_config_calls_their_width_by_another_name(tmp_path: Path):
+    supernet = opt_supernet(schemes=["none", "W4A16"], mlp=[64, 128])
+    choices = {"block0.mlp": 64, "block1.mlp": 128}
+    genome = supernet.space.encode({**supernet.space.decode(supernet.space.largest), **choices})
+    result = jointopt.verify(jointopt.export(supernet, genome, tmp_path / "small"))
+    assert result.ok, result.differences
 
 
 class GridBlock(nn.Module):

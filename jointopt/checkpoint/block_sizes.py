@@ -43,7 +43,7 @@ def save_configs(model: Any, place: Path) -> None:
 
 
 def block_sizes(model: nn.Module, config: Any) -> list[dict[str, int]]:
-    """For each block of a transformer, the config entries that describe its widths.
+    """For each block of a transformer, the config entries that describe its widths: of those that its config has.
 
     BERT's heads are not among them: its config derives the head size from their number.
     """
@@ -69,9 +69,9 @@ def _sizes_of(block: nn.Module, config: Any) -> dict[str, int]:
             sizes["num_attention_heads"] = module.out_features // head_dim
             if getattr(config, "head_dim", None) != head_dim:
                 config.head_dim = head_dim
-        if name.endswith("k_proj") and head_dim and hasattr(config, "num_key_value_heads"):
+        if name.endswith("k_proj") and head_dim:
             sizes["num_key_value_heads"] = module.out_features // head_dim
-    return sizes
+    return {key: value for key, value in sizes.items() if hasattr(config, key)}
 
 
 def is_uniform(model: Any) -> bool:
