@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 import jointopt
 from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
 from jointopt.checkpoint.onnx.session import OnnxModel
+from jointopt.checkpoint.reload import load_model
 from jointopt.checkpoint.structure import tensors_of
 from tests.readme import code
 
@@ -358,6 +359,17 @@ def test_unequal_blocks_export_though_the_config_calls_their_width_by_another_na
     genome = supernet.space.encode({**supernet.space.decode(supernet.space.largest), **choices})
     result = jointopt.verify(jointopt.export(supernet, genome, tmp_path / "small"))
     assert result.ok, result.differences
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
+def test_layers_that_are_given_rows_alone_scale_each_row_after_the_reload_too(scheme, tmp_path: Path):
+    supernet = opt_supernet(schemes=["none", scheme], preset="fixed")
+    genome = supernet.space.encode(dict.fromkeys(supernet.space.names, scheme))
+    batch = {"input_ids": torch.randint(3, 96, (4, 12))}
+    with torch.no_grad():
+        expected = supernet.extract(genome)(**batch).logits
+        found = load_model(str(jointopt.export(supernet, genome, tmp_path / "small")))(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 class GridBlock(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ def by_compressed_tensors(model: nn.Module) -> bool:
     """Whether compressed-tensors can store and reload every quantized layer exactly as it computes here: of models of
     transformers, which calls it.
 
-    It takes Linear layers that are not tied. Its fp4 weights unpack to bfloat16, so a float32 model cannot have them;
-    packed zero points of weights do not load in transformers 5.23 (they meet a parameter of unpacked shape).
+    It takes Linear layers that are not tied; it cannot scale each row of an input of rows alone (`flat_inputs_noted`).
+    Its fp4 weights unpack to bfloat16, so a float32 model cannot have them; packed zero points of weights do not load
+    in transformers 5.23 (they meet a parameter of unpacked shape).
     """
     if not hasattr(model, "config"):
         return False
@@ -50,9 +52,31 @@ def by_compressed_tensors(model: nn.Module) -> bool:
             return False
         if not scheme.weights.symmetric:
             return False
+        if "flat_input" in module.__dict__ and scheme.activations is not None and scheme.activations.dynamic:
+            return False
         if scheme.weights.element == "fp4_e2m1" and module.weight.dtype != torch.bfloat16:
             return False
     return True
+
+
+@contextmanager
+def flat_inputs_noted(model: nn.Module) -> Iterator[None]:
+    """Notes at each quantized layer whether the model, run meanwhile, gives it rows alone: [rows, inputs].
+
+    compressed-tensors has one scale for all rows of such an input where each is to have its own.
+    """
+
+    def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        value = next(iter((*given, *named.values())), None)
+        if isinstance(value, torch.Tensor) and value.dim() < 3:
+            module.__dict__["flat_input"] = True
+
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in quantized_layers(model).values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_language_model(model: Any, target: str, kinds: Sequence[str]) -> None:

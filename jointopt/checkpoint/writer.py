@@ -32,6 +32,7 @@ from jointopt.checkpoint.structure import (
     by_bitsandbytes,
     by_compressed_tensors,
     compressed_config,
+    flat_inputs_noted,
     on_meta,
     quantized_layers,
     rebuild_spec,
@@ -104,7 +105,8 @@ def export(
     finished = genome if isinstance(genome, Finished) else None
     genome = supernet.space.canonical(genome if finished is None else finished.genome)
     model = (supernet.extract(genome) if finished is None else finished.model).eval()
-    record = _record(supernet, genome, model, study, base_model)
+    with flat_inputs_noted(model):
+        record = _record(supernet, genome, model, study, base_model)
     if finished is not None:
         metrics = {k: v for k, v in (finished.metrics or {}).items() if k not in record["costs"]}
         record |= {"metrics": metrics, "rounding": finished.rounding}
