@@ -52,7 +52,8 @@ def by_compressed_tensors(model: nn.Module) -> bool:
             return False
         if not scheme.weights.symmetric:
             return False
-        if "flat_input" in module.__dict__ and scheme.activations is not None and scheme.activations.dynamic:
+        by_row = scheme.activations is not None and scheme.activations.granularity == "token"
+        if by_row and "flat_input" in module.__dict__:
             return False
         if scheme.weights.element == "fp4_e2m1" and module.weight.dtype != torch.bfloat16:
             return False
