@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering
 
 import jointopt
 from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
@@ -262,6 +263,16 @@ def test_what_onnx_runtime_cannot_run_is_refused_before_anything_is_written(tmp_
     monkeypatch.setattr(writer, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(JointoptError, match=r"found no onnxscript; pip install 'jointopt\[onnx\]'"):
         writer.check_installed()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_logits_is_refused_by_what_it_returns(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = BertForQuestionAnswering(BertConfig(**sizes, vocab_size=50))
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"]))
+    supernet.calibrate([{"input_ids": torch.arange(16).view(2, 8)}])
+    with pytest.raises(JointoptError, match="the model returns start_logits, end_logits; allowed: logits"):
+        jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="onnxruntime")
     assert not list(tmp_path.iterdir())
 
 

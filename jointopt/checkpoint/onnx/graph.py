@@ -72,10 +72,14 @@ class DecoderGraph(nn.Module):
 
 
 def first_output(output: Any) -> Tensor:
-    """The logits, or what a model without a head gives in their place."""
+    """The logits, or what a model without a head gives in their place. Raises JointoptError where there is neither."""
     if isinstance(output, Tensor):
         return output
-    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+    for name in ("logits", "last_hidden_state"):
+        if hasattr(output, name):
+            return getattr(output, name)
+    found = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
+    raise JointoptError(f"target onnxruntime: the model returns {found}; allowed: logits, or last_hidden_state")
 
 
 RETURNS, ARGUMENTS, FIXED = "returns", "arguments", "fixed"
@@ -169,6 +173,10 @@ def traced(graph: nn.Module, arguments: tuple, inputs: dict[str, Any] | None = N
             program = torch.onnx.export(
                 graph, arguments, kwargs=inputs, dynamo=True, optimize=False, verbose=False, **options
             )
+        except RuntimeError as error:
+            if (refused := _refusal(error)) is not None:
+                raise refused from None
+            raise
         finally:
             logging.disable(before)
     assert program is not None
@@ -179,6 +187,13 @@ def traced(graph: nn.Module, arguments: tuple, inputs: dict[str, Any] | None = N
         for value in node.outputs:
             value.metadata_props.clear()
     return program
+
+
+def _refusal(error: BaseException | None) -> JointoptError | None:
+    """Our own error among those that led to another."""
+    while error is not None and not isinstance(error, JointoptError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def with_twins(model: nn.Module) -> nn.Module:
