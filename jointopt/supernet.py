@@ -194,10 +194,7 @@ class Supernet:
                 are chosen from the weights as they are, times what `learn_ranges` learns); else unquantized.
                 Unrepaired and with its cache as it was.
         """
-        follow(self)
-        notice(self)
-        if self.trained and not self.calibrated:
-            self._bank.clear()  # an optimizer may have made a step since
+        self._catch_up()
         return self.view_to_train(self.plan(genome), precision)
 
     def view_to_train(self, plan: Plan, precision: bool) -> nn.Module:
@@ -227,16 +224,20 @@ class Supernet:
 
     def view(self, plan: Plan) -> nn.Module:
         """What a plan describes, as a view, in eval mode."""
-        if self.trained and not self.calibrated:
-            self._bank.clear()  # an optimizer may have made a step since
         return self.renormalized(self.built(plan), plan)
 
     def built(self, plan: Plan) -> nn.Module:
         """`view` with BatchNorm statistics that are slices of the whole model's."""
-        follow(self)
-        notice(self)
+        self._catch_up()
         self.check_calibrated(plan)
         return build(self.model, self.family, plan, self._banked, self._constants, self._repaired)
+
+    def _catch_up(self) -> None:
+        """With what someone may have done to the model since the last view."""
+        follow(self)
+        notice(self)
+        if self.trained and not self.calibrated:
+            self._bank.clear()  # an optimizer may have made a step since, even where nothing tells of it
 
     def check_calibrated(self, plan: Plan) -> None:
         """Raises JointoptError where a sub-network needs what calibration measured, and weights were trained since."""

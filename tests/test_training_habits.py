@@ -12,6 +12,7 @@ from transformers import TrainerCallback, ViTForImageClassification
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
+from jointopt.training.lora import adapted
 from tests.test_trainer import arguments, data, trainer, weights
 from tests.test_training import calibrated, gradients, labelled, still
 from tests.zoo import batches, logits, make
@@ -149,6 +150,7 @@ def test_an_optimizer_that_would_not_train_the_adapters_is_refused(tmp_path):
                 optimizers=(optimizer, None),
                 **options,
             )
+        assert not adapted(supernet.model) and supernet.learned is None
 
 
 class Unfreeze(TrainerCallback):

@@ -77,13 +77,18 @@ def problem_of(model: Any) -> str | None:
     return problem if problem in ("multi_label_classification", "regression") else None
 
 
+def are_probabilities(labels: Tensor) -> bool:
+    """Whether each sample's labels [samples, classes, ...] add up to 1."""
+    total = labels.detach().sum(1)
+    return torch.allclose(total, torch.ones_like(total), atol=1e-2)
+
+
 def check_one_class(logits: Tensor, labels: Any) -> None:
     """Raises JointoptError for labels of several classes at once, or measured values: logits are then no distribution,
     and soft labels blind to what they have in common."""
     if not isinstance(labels, Tensor) or logits.dim() != 2 or labels.shape != logits.shape:
         return
-    total = labels.detach().float().sum(1)
-    if not labels.is_floating_point() or not torch.allclose(total, torch.ones_like(total), atol=1e-2):
+    if not labels.is_floating_point() or not are_probabilities(labels):
         raise JointoptError(
             f"distillation: found labels {str(labels.dtype)[6:]} {list(labels.shape)} that are no probabilities, so "
             "that logits are no distribution; allowed: Recipe(distillation=None)"

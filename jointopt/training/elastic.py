@@ -28,6 +28,7 @@ from jointopt.training.distillation import (
     Distillation,
     Seen,
     Target,
+    are_probabilities,
     check_one_class,
     loss_of,
     problem_of,
@@ -63,7 +64,7 @@ def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
             "classes, whole numbers, or a probability of each; for what is no classification Recipe(loss=...), a "
             "function of logits and batch"
         )
-    if real and not torch.allclose(total := labels.detach().sum(1), torch.ones_like(total), atol=1e-2):
+    if real and not are_probabilities(labels):
         raise JointoptError(
             f"train: labels are {str(given.dtype)[6:]} {list(given.shape)} of which a sample's do not add up to 1; "
             "allowed: classes, or a probability of each; for several classes at once or measured values "

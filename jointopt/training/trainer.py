@@ -140,15 +140,15 @@ class ElasticTrainer(Trainer):
         """Adapters and learned ranges among the parameters, where they are not; whether some were missing."""
         adapters = self._lora is not None and not adapted(self.supernet.model)
         ranges = self.recipe.learned_ranges and RANGES not in self.supernet.model._parameters
-        if adapters:
-            attach(self.supernet, self._lora)
-        if ranges:
-            learn(self.supernet)
         if self._optimizer_given and (adapters or ranges):
             raise JointoptError(
                 f"optimizers: found one made before {'adapters' if adapters else 'learned ranges'}, which it would not "
                 "train; allowed: optimizer_cls_and_kwargs" + ("" if adapters else ", or supernet.learn_ranges() before")
             )
+        if adapters:
+            attach(self.supernet, self._lora)
+        if ranges:
+            learn(self.supernet)
         self._began_with = [name for name, each in self.supernet.model.named_parameters() if each.requires_grad]
         return adapters or ranges
 
