@@ -3,6 +3,7 @@
     python scripts/assets.py assets digits minilm movies smollm2 text
     python scripts/bench/training.py --assets assets --cases digits_vit digits_resnet --json training.json
     python scripts/bench/training.py --assets assets --cases minilm smollm2
+    python scripts/bench/training.py --assets assets --cases digits_vit digits_resnet --seeds 10
 
 Arms: "plain" fine-tunes the whole model and cuts it afterwards; "repaired" is the same with least-squares repair;
 "sandwich" trains sub-networks on the task; "distilled" has them learn from the largest; "precision" has them compute in
@@ -14,6 +15,9 @@ knowing nothing (of a language model: of twice the perplexity).
 
 Also: three points of the front of "distilled" trained alone from the same start for the same steps, and what a
 super-network step takes over the forward and backward passes that it consists of.
+
+With --seeds every arm but the repaired is trained that often, in other orders of the data and with other sub-networks
+sampled, and what is told are the means of the losses and accuracies.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +73,7 @@ class Case:
     worst: float
 
 
-def case(name: str, arguments: argparse.Namespace) -> Case:
+def case(name: str, arguments: argparse.Namespace, seed: int = 0) -> Case:
     network = networks.networks(arguments.assets)[name]
     folder = arguments.assets / network.model
     if network.model == "resnet-digits":
@@ -95,7 +99,7 @@ def case(name: str, arguments: argparse.Namespace) -> Case:
         loaded.model,
         SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space),
         inputs,
-        lambda epoch: samples.epoch(epoch, network.batch_size, 0),
+        lambda epoch: samples.epoch(epoch, network.batch_size, seed),
         quality,
         arguments.steps or STEPS[name],
         worst,
@@ -210,6 +214,25 @@ def rows_of(made: Case, arguments: argparse.Namespace, tell: Callable[[str, str,
         tell("alone", f"loss of {size:.3g} MB, super-network's over its own", own - alone(made, genome), 0.0, "lower")
 
 
+def rows_of_seeds(name: str, arguments: argparse.Namespace, tell: Callable) -> None:
+    """Means over the seeds, and how far the largest is from plain fine-tuning's."""
+    plain = None
+    for arm, recipe in ARMS.items():
+        found = []
+        for seed in range(arguments.seeds):
+            made = case(name, arguments, seed)
+            found.append(losses(made, trained(made, replace(recipe, seed=seed))))
+        for measure in found[0]:
+            mean = statistics.fmean(each[measure] for each in found)
+            largest = measure == "accuracy, largest"
+            aim = plain - 0.005 if plain is not None and largest else None
+            tell(
+                arm, f"{measure}, mean of {len(found)}", mean, aim, "lower" if measure.startswith("loss") else "higher"
+            )
+            if arm == "plain" and largest:
+                plain = mean
+
+
 def finished(made: Case, supernet: Supernet, study: jointopt.Study, tell: Callable, learned_ranges: bool) -> None:
     """Some points of the front, each trained alone: the hypervolume with what was better."""
     arm = "finished, learned" if learned_ranges else "finished"
@@ -238,22 +261,24 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--steps", type=int, help=f"of every arm (default: {STEPS})")
     parser.add_argument("--evaluations", type=int, default=40, help="of each search")
+    parser.add_argument("--seeds", type=int, help="only losses and accuracies of every arm, means of so many trainings")
     parser.add_argument("--overhead", action="store_true", help="only the price of a step; on a quiet machine")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     console, rows = Console(), []
     for name in arguments.cases:
-        made = case(name, arguments)
 
         def tell(arm: str, measure: str, value: float, aim: float | None, better: str, name: str = name) -> None:
             console.print(f"{name}, {arm}: {measure} {value:.4g}", highlight=False)
             rows.append({"case": f"{name}, {arm}", "measure": measure, "value": value, "aim": aim, "better": better})
 
         if arguments.overhead:
-            tell("distilled", "step over its passes", overhead(made), 1.05, "lower")
+            tell("distilled", "step over its passes", overhead(case(name, arguments)), 1.05, "lower")
+        elif arguments.seeds:
+            rows_of_seeds(name, arguments, tell)
         else:
-            rows_of(made, arguments, tell)
+            rows_of(case(name, arguments), arguments, tell)
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1))
     table = Table("case", "measure", "value", "aim")
