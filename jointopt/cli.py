@@ -23,10 +23,10 @@ from quant.errors import JointoptError, check_count
 if TYPE_CHECKING:
     import numpy as np
 
-    from .config import Config
-    from .report.devices import OnDevice
-    from .study import Study
-    from .supernet import Supernet
+    from jointopt.config import Config
+    from jointopt.report.devices import OnDevice
+    from jointopt.study import Study
+    from jointopt.supernet import Supernet
 
 PICKS = "knee, size_mb=20, drop=0.01, or the number of an evaluation"
 
@@ -139,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from .config import load_config
-    from .workflow import run
+    from jointopt.config import load_config
+    from jointopt.workflow import run
 
     given = {
         "search.evaluations": options.evaluations,
@@ -153,7 +153,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from .starter import starter_config
+    from jointopt.starter import starter_config
 
     text = starter_config(options.model)
     if options.out == "-":
@@ -172,13 +172,13 @@ def _init(options: argparse.Namespace) -> int:
 def _space(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from .config import load_config
-    from .prepared import stay_offline
+    from jointopt.config import load_config
+    from jointopt.prepared import stay_offline
 
     config = load_config(options.config)
     stay_offline(config)
-    from .report.quantities import counted
-    from .report.terminal import extremes_table, space_table
+    from jointopt.report.quantities import counted
+    from jointopt.report.terminal import extremes_table, space_table
 
     supernet = _without_weights(config)
     space = supernet.space
@@ -193,10 +193,10 @@ def _space(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from .report.page import write_report
-    from .report.terminal import device_table, front_table
-    from .run_folder import REPORT, STUDY
-    from .study import Study
+    from jointopt.report.page import write_report
+    from jointopt.report.terminal import device_table, front_table
+    from jointopt.run_folder import REPORT, STUDY
+    from jointopt.study import Study
 
     given = Path(options.study)
     file = given / STUDY if given.is_dir() else given
@@ -219,12 +219,12 @@ def _report(options: argparse.Namespace) -> int:
 
 def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list[OnDevice]:
     """The study's sub-networks on each device that was asked for; no quality is measured again."""
-    from .config import load_config
-    from .cost.device import load_device
-    from .cost.roofline import Roofline
-    from .prepared import stay_offline
-    from .report.devices import on_device
-    from .run_folder import CONFIG
+    from jointopt.config import load_config
+    from jointopt.cost.device import load_device
+    from jointopt.cost.roofline import Roofline
+    from jointopt.prepared import stay_offline
+    from jointopt.report.devices import on_device
+    from jointopt.run_folder import CONFIG
 
     if not (output / CONFIG).is_file():
         raise JointoptError(
@@ -248,9 +248,9 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
 
 def _without_weights(config: Config) -> Supernet:
     """The config's super-network on the meta device: for its space and its costs."""
-    from .cost.configured import latency_of
-    from .models import empty_model, find_source, model_task
-    from .supernet import Supernet
+    from jointopt.cost.configured import latency_of
+    from jointopt.models import empty_model, find_source, model_task
+    from jointopt.supernet import Supernet
 
     source = find_source(config.model)
     model = empty_model(source, config.task or model_task(source), config.dtype)
@@ -259,17 +259,11 @@ def _without_weights(config: Config) -> Supernet:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from .config import load_config
-    from .prepared import prepare, stay_offline
-    from .run_folder import CONFIG, EXPORT, STUDY
-    from .study import Study
-    from .workflow import (
-        export_genome,
-        finished_genome,
-        finishing_of,
-        make_supernet,
-        note_choice,
-    )
+    from jointopt.config import load_config
+    from jointopt.prepared import prepare, stay_offline
+    from jointopt.run_folder import CONFIG, EXPORT, STUDY
+    from jointopt.study import Study
+    from jointopt.workflow import export_genome, finished_genome, finishing_of, make_supernet, note_choice
 
     pick = parse_pick(options.pick)
     output = Path(options.output)
@@ -282,7 +276,7 @@ def _export(options: argparse.Namespace) -> int:
         if folder.exists() and not options.overwrite:
             raise JointoptError(f"export: {str(folder)!r} exists; choose another with --to, or give --overwrite")
         stay_offline(config)
-        from .checkpoint.writer import check_place  # not before the hub is forbidden
+        from jointopt.checkpoint.writer import check_place  # not before the hub is forbidden
 
         check_place(folder, options.overwrite)
         prepared = prepare(config)
@@ -343,10 +337,10 @@ def picked(study: Study, pick: dict[str, Any], rounding: str | None) -> np.ndarr
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .config import load_config
-    from .prepared import prepare, stay_offline
-    from .run_folder import CONFIG, EXPORT, STUDY
-    from .workflow import verify_export
+    from jointopt.config import load_config
+    from jointopt.prepared import prepare, stay_offline
+    from jointopt.run_folder import CONFIG, EXPORT, STUDY
+    from jointopt.workflow import verify_export
 
     folder = Path(options.folder)
     if not folder.is_dir():

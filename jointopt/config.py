@@ -16,13 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from jointopt.objectives import ON_HARDWARE
-from quant.errors import JointoptError, did_you_mean
-from search_spaces.defaults import ARCHITECTURE, space_for_model
-from search_spaces.space import SearchSpace
-
-from .config_complaints import described, one_line
-from .config_sections import (
+from jointopt.config_complaints import described, one_line
+from jointopt.config_sections import (
     TASKS,
     Choose,
     Data,
@@ -37,10 +32,14 @@ from .config_sections import (
     choice,
     limits,
 )
-from .rows import DataSource
-from .targets import TARGETS, UNEVEN, Target, check_schemes, closed_key, narrowed, of_kind
-from .transforms import TRANSFORMS
-from .yaml_lines import lines_of
+from jointopt.objectives import ON_HARDWARE
+from jointopt.rows import DataSource
+from jointopt.targets import TARGETS, UNEVEN, Target, check_schemes, closed_key, narrowed, of_kind
+from jointopt.transforms import TRANSFORMS
+from jointopt.yaml_lines import lines_of
+from quant.errors import JointoptError, did_you_mean
+from search_spaces.defaults import ARCHITECTURE, space_for_model
+from search_spaces.space import SearchSpace
 
 
 class Config(Section):

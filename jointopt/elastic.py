@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from jointopt.subnetwork import Plan, staying_caches, staying_layers
 from quant.cache import CACHE_FORMATS
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
 from search_spaces.family import Family
 from search_spaces.precision import check_whole_model, fitted_scheme, gene_names, possible_columns
 from search_spaces.space import Gene, SearchSpace
-
-from .subnetwork import Plan, staying_caches, staying_layers
 
 
 def precision_genes(family: Family, space: SearchSpace) -> dict[str, str]:

@@ -23,18 +23,17 @@ import pandas as pd
 import torch
 from torch import nn
 
+from jointopt.choice import front_of, within
+from jointopt.evaluation import Quality, check_supernet, measured
+from jointopt.objectives import COSTS
+from jointopt.rounding import ROUNDINGS, rounded_anew
+from jointopt.training.alone import train_alone
+from jointopt.training.loop import Batches
 from quant.errors import JointoptError, check_above_0, check_count, check_whole, did_you_mean
 
-from .choice import front_of, within
-from .evaluation import Quality, check_supernet, measured
-from .objectives import COSTS
-from .rounding import ROUNDINGS, rounded_anew
-from .training.alone import train_alone
-from .training.loop import Batches
-
 if TYPE_CHECKING:
-    from .study import Study
-    from .supernet import Supernet
+    from jointopt.study import Study
+    from jointopt.supernet import Supernet
 
 
 @dataclass(frozen=True)

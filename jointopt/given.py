@@ -7,11 +7,10 @@ import warnings
 
 from torch import Tensor, nn
 
+from jointopt.checkpoint.loadable import check_loadable
+from jointopt.checkpoint.timm_recipe import by_library
+from jointopt.cost.shapes import kind_of
 from quant.errors import JointoptError
-
-from .checkpoint.loadable import check_loadable
-from .checkpoint.timm_recipe import by_library
-from .cost.shapes import kind_of
 
 LIBRARIES = ("torch", "transformers", "timm", "accelerate", "peft")
 """Whose hooks only watch, or come again with the model."""

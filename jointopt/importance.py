@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jointopt.checkpoint.held_cache import cache_name
 from quant.cache import KeyObserver
 from quant.errors import JointoptError
 from search_spaces.family import Family, Width, structural_clone, without_autocast
-
-from .checkpoint.held_cache import cache_name
 
 Listener = tuple[str, Callable[[Tensor], None]]
 

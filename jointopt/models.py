@@ -19,10 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from jointopt.rows import looks_like_hub_id
+from jointopt.tasks import TASKS
 from quant.errors import JointoptError, did_you_mean
-
-from .rows import looks_like_hub_id
-from .tasks import TASKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from jointopt.config import Config
+from jointopt.cost.configured import latency_of
+from jointopt.rows import is_hub_id
 from quant.errors import JointoptError
 
-from .config import Config
-from .cost.configured import latency_of
-from .rows import is_hub_id
-
 if TYPE_CHECKING:
-    from .evaluation import Batch, Quality
-    from .models import LoadedModel
-    from .tasks.task import Samples, Task
+    from jointopt.evaluation import Batch, Quality
+    from jointopt.models import LoadedModel
+    from jointopt.tasks.task import Samples, Task
 
 DIGESTED = 1024
 """Samples of training data by whose contents it is told from other data."""
@@ -62,7 +61,7 @@ class Prepared:
 
 def stay_offline(config: Config) -> None:
     """Forbids the hub's libraries to look anything up, unless the config names a hub id. Before they are imported."""
-    from .models import find_source
+    from jointopt.models import find_source
 
     local = find_source(config.model).local
     given = [
@@ -79,16 +78,16 @@ def prepare(config: Config) -> Prepared:
     Raises:
         JointoptError: whatever does not fit, named by its key.
     """
-    from .models import import_function, load_model
-    from .tasks import TASKS
+    from jointopt.models import import_function, load_model
+    from jointopt.tasks import TASKS
 
     latency_of(config)
     if config.target == "onnxruntime":
-        from .checkpoint.onnx.writer import check_installed
+        from jointopt.checkpoint.onnx.writer import check_installed
 
         check_installed()
     if config.target == "gguf":
-        from .checkpoint import gguf_writer
+        from jointopt.checkpoint import gguf_writer
 
         gguf_writer.check_installed()
     function = import_function(config.quality) if config.quality else None
@@ -128,7 +127,7 @@ def prepare(config: Config) -> Prepared:
 def _check_target(config: Config, loaded: LoadedModel) -> None:
     """What its export for the target would refuse of the model as a whole."""
     if config.target == "gguf":
-        from .checkpoint import gguf_writer
+        from jointopt.checkpoint import gguf_writer
 
         gguf_writer.check(loaded.model)
         gguf_writer.check_tokenizer(loaded.processor)
@@ -150,7 +149,7 @@ def digest(batches: Iterable[Batch]) -> str:
 
 
 def _objectives(config: Config, task: Task) -> dict[str, str]:
-    from .objectives import COSTS, DIRECTIONS
+    from jointopt.objectives import COSTS, DIRECTIONS
 
     if config.objectives is None:
         first = "quality" if config.quality else task.metrics[0]

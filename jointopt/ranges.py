@@ -7,15 +7,14 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from jointopt.importance import Listener
+from jointopt.subnetwork import ActivationStatistics
 from quant.cache import CACHE_FORMATS, CacheFormat, KeyObserver
 from quant.calibration import ActivationObserver
 from quant.errors import JointoptError
 from quant.formats import Scheme
 from search_spaces.family import Family, Width
 from search_spaces.space import SearchSpace
-
-from .importance import Listener
-from .subnetwork import ActivationStatistics
 
 
 class Ranges:

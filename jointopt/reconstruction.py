@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jointopt.lockstep import Arrived, Call
 from quant.rounding.learned import positions
-
-from .lockstep import Arrived, Call
 
 STEPS = 200
 RATE = 0.015

@@ -13,13 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from jointopt.importance import Listener, channel_order
 from quant.errors import JointoptError
 from quant.rounding.moments import Halves, InputMoments, joined
 from quant.rounding.recovery import tried
 from search_spaces.family import Family, Part, Width
 from search_spaces.space import SearchSpace
-
-from .importance import Listener, channel_order
 
 DAMPINGS = (0.01, 0.1)
 """Of the mean diagonal of the kept inputs' second moments, as in GPTQ: the pull back to the unrepaired weight."""

@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from jointopt.batch_norm import on_device
+from jointopt.evaluation import check_batch
+from jointopt.lockstep import Arrived, in_step, starting
+from jointopt.reconstruction import reconstruct
+from jointopt.shared_moments import SharedMoments
+from jointopt.subnetwork import Plan, detach, quantize_layer, renamed, within
+from jointopt.weight_bank import BankedWeight
 from quant.errors import JointoptError
 from quant.formats import Format, Scheme
 from quant.reference import Clip, QuantizedTensor
@@ -22,16 +29,8 @@ from quant.rounding.gptq import gptq
 from quant.rounding.moments import NEVER_REACHED, Halves, joined
 from quant.rounding.recovery import recovered
 
-from .batch_norm import on_device
-from .evaluation import check_batch
-from .lockstep import Arrived, in_step, starting
-from .reconstruction import reconstruct
-from .shared_moments import SharedMoments
-from .subnetwork import Plan, detach, quantize_layer, renamed, within
-from .weight_bank import BankedWeight
-
 if TYPE_CHECKING:
-    from .supernet import Supernet
+    from jointopt.supernet import Supernet
 
 Method = Callable[[Tensor, Tensor, Format, Clip | None], QuantizedTensor]
 ROUNDINGS: dict[str, Method] = {"gptq": gptq, "descent": descent, "learned": gptq}

@@ -13,10 +13,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from jointopt.config import Config, load_config
+from jointopt.cost.configured import LATENCY
 from quant.errors import JointoptError
-
-from .config import Config, load_config
-from .cost.configured import LATENCY
 
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
 WEIGHTS, TRAINED, CHECKPOINT = "supernet.safetensors", "supernet.json", "training.safetensors"
@@ -68,7 +67,7 @@ def taken(config: Config) -> Iterator[None]:
     Raises:
         JointoptError: another run is in it, what `check_output` refuses, it cannot be written.
     """
-    from .study import locked  # heavy, and not before the hub is forbidden
+    from jointopt.study import locked  # heavy, and not before the hub is forbidden
 
     output = Path(config.output)
     try:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jointopt.lockstep import Arrived
 from quant.formats import Scheme
 from quant.layers import held_input
 from quant.rounding.moments import Halves, InputMoments
-
-from .lockstep import Arrived
 
 OUTLYING = 10.0
 """Times the median of the squared lengths of a layer's inputs: the most that one may have and count whole."""

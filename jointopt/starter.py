@@ -40,18 +40,17 @@ def starter_config(name: str) -> str:
     Raises:
         JointoptError: no such model, a model of an unknown family, or of an unknown task.
     """
-    from .models import empty_model, find_source, model_task
-    from .report.quantities import counted
+    from jointopt.models import empty_model, find_source, model_task
+    from jointopt.report.quantities import counted
 
     if Path(name).exists():
         os.environ["HF_HUB_OFFLINE"] = "1"
     source = find_source(name)
     task = model_task(source)
     model = empty_model(source, task)
+    from jointopt.transforms import possible
     from search_spaces.defaults import DEFAULT_SCHEMES, default_architecture, presets, space_for_model
     from search_spaces.families import declare
-
-    from .transforms import possible
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

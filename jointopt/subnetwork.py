@@ -13,6 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jointopt.batch_norm import keep_statistics
+from jointopt.checkpoint.held_cache import hold_cache
+from jointopt.learned_ranges import NAME, LearnedRanges
+from jointopt.repair import Repaired
+from jointopt.training.lora import absorb
+from jointopt.weight_bank import BankedWeight
 from quant.cache import CacheFormat, input_group
 from quant.errors import JointoptError
 from quant.formats import Scheme
@@ -20,13 +26,6 @@ from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 from quant.learned_ranges import learn_range
 from quant.reference import straight_through
 from search_spaces.family import Block, Branch, Cache, Family, Layer, structural_clones, without_autocast
-
-from .batch_norm import keep_statistics
-from .checkpoint.held_cache import hold_cache
-from .learned_ranges import NAME, LearnedRanges
-from .repair import Repaired
-from .training.lora import absorb
-from .weight_bank import BankedWeight
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,

@@ -20,6 +20,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jointopt.batch_norm import (
+    Statistics,
+    has_batch_norm,
+    move,
+    reestimate,
+    running_statistics,
+    shift_by_whole_products,
+)
+from jointopt.cost.operators import LatencyModel
+from jointopt.cost.shapes import ShapeCosts, measure_positions
+from jointopt.elastic import check_space, fitted_schemes, plan_of, precision_genes
+from jointopt.given import own_copy, warn_of_what_is_lost
+from jointopt.learned_ranges import NAME, LearnedRanges, learn
+from jointopt.repair import Repaired
+from jointopt.subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
+from jointopt.supernet_calibration import calibrate, sort_again
+from jointopt.supernet_state import fingerprint, follow, for_workers, load, notice, save, stamp
+from jointopt.training.lora import effective
+from jointopt.transforms import checked, rotated
+from jointopt.weight_bank import BankedWeight, WeightBank
 from quant.calibration import check_activation_method, check_weight_method, choose_clip
 from quant.errors import JointoptError, check_kind
 from quant.formats import Scheme, scheme
@@ -30,27 +50,6 @@ from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
 from search_spaces.family import Family, Layer, structural_clone
 from search_spaces.space import Gene, SearchSpace
-
-from .batch_norm import (
-    Statistics,
-    has_batch_norm,
-    move,
-    reestimate,
-    running_statistics,
-    shift_by_whole_products,
-)
-from .cost.operators import LatencyModel
-from .cost.shapes import ShapeCosts, measure_positions
-from .elastic import check_space, fitted_schemes, plan_of, precision_genes
-from .given import own_copy, warn_of_what_is_lost
-from .learned_ranges import NAME, LearnedRanges, learn
-from .repair import Repaired
-from .subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
-from .supernet_calibration import calibrate, sort_again
-from .supernet_state import fingerprint, follow, for_workers, load, notice, save, stamp
-from .training.lora import effective
-from .transforms import checked, rotated
-from .weight_bank import BankedWeight, WeightBank
 
 
 class Supernet:

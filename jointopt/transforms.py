@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jointopt.importance import CalibrationPass
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Format, Scheme
 from quant.rotations import mean_keeping_rotation, rotation
 from quant.smoothing import awq_scale, smooth_scale
 from search_spaces.family import Family, Link
-
-from .importance import CalibrationPass
 
 TRANSFORMS = ("rotate", "rotate_heads", "smooth", "awq")
 TOKENS = 256

@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jointopt.config import Config
+from jointopt.cost.configured import THIS, check_timed, latency_of, look_up, measured_beside
+from jointopt.prepared import Prepared, digest, prepare, stay_offline
+from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
 from quant.errors import JointoptError
 from search_spaces.families import declare
-
-from .config import Config
-from .cost.configured import THIS, check_timed, latency_of, look_up, measured_beside
-from .prepared import Prepared, digest, prepare, stay_offline
-from .run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .checkpoint.verification import Verification
-    from .finishing import Finished, Finishing
-    from .study import Study
-    from .supernet import Supernet
-    from .training.loop import Batches
+    from jointopt.checkpoint.verification import Verification
+    from jointopt.finishing import Finished, Finishing
+    from jointopt.study import Study
+    from jointopt.supernet import Supernet
+    from jointopt.training.loop import Batches
 
 NEAREST = "nearest"
 
@@ -36,8 +35,8 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     Args:
         console: where progress is shown; None trains nothing, and what was not trained is refused.
     """
-    from .checkpoint.loadable import check_loadable
-    from .supernet import Supernet
+    from jointopt.checkpoint.loadable import check_loadable
+    from jointopt.supernet import Supernet
 
     model = prepared.loaded.model
     space = config.search_space(model)
@@ -87,8 +86,8 @@ def _trained_from(prepared: Prepared) -> dict[str, str]:
 
 def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> None:
     """What the search would refuse, before training and timing."""
-    from .loop import check_wishes
-    from .objectives import ON_HARDWARE
+    from jointopt.loop import check_wishes
+    from jointopt.objectives import ON_HARDWARE
 
     check_timed(config, supernet)
     timed_later = ON_HARDWARE if supernet.latency is None else ()
@@ -102,8 +101,8 @@ def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> Non
 
 
 def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
-    from .training.configured import lora_of, recipe_of
-    from .training.loop import train_supernet
+    from jointopt.training.configured import lora_of, recipe_of
+    from jointopt.training.loop import train_supernet
 
     assert config.train is not None and prepared.train is not None
     samples, size, seed = prepared.train, config.train.batch_size, config.search.seed
@@ -164,12 +163,12 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
 
 
 def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) -> Verification:
-    from .finishing import finish_top
-    from .loop import search
-    from .report.page import write_report
-    from .report.quantities import counted
-    from .report.terminal import finished_table, front_table
-    from .rescoring import rescore_front
+    from jointopt.finishing import finish_top
+    from jointopt.loop import search
+    from jointopt.report.page import write_report
+    from jointopt.report.quantities import counted
+    from jointopt.report.terminal import finished_table, front_table
+    from jointopt.rescoring import rescore_front
 
     output = Path(config.output)
     supernet = make_supernet(config, prepared, console)
@@ -240,7 +239,7 @@ def finished_genome(
     config: Config, supernet: Supernet, study: Study, genome: np.ndarray, prepared: Prepared
 ) -> Finished | None:
     """What the config's finishing makes of a genome; None where it has none, or it is no better."""
-    from .finishing import better_finished, finish_recorded
+    from jointopt.finishing import better_finished, finish_recorded
 
     if config.finish is None:
         return None
@@ -251,7 +250,7 @@ def finished_genome(
 
 def finishing_of(config: Config, prepared: Prepared) -> Finishing:
     """What the config's `finish:` says, which is there; of other training data under the same name it is another."""
-    from .finishing import Finishing
+    from jointopt.finishing import Finishing
 
     assert config.finish is not None
     wanted = config.finish
@@ -285,7 +284,7 @@ def export_genome(
     Raises:
         JointoptError: the folder holds something else and `overwrite` is not set.
     """
-    from .checkpoint.writer import RECORD, export
+    from jointopt.checkpoint.writer import RECORD, export
 
     if folder.exists() and not overwrite:
         record = _read_json(folder / RECORD)
@@ -309,7 +308,7 @@ def export_genome(
 
 def verify_export(folder: Path, prepared: Prepared | None) -> Verification:
     """`jointopt.verify`: reloaded in a process without jointopt on the search's device, scored as there, weighed."""
-    from .checkpoint.verification import verify
+    from jointopt.checkpoint.verification import verify
 
     if prepared is None:
         return verify(folder)
@@ -318,7 +317,7 @@ def verify_export(folder: Path, prepared: Prepared | None) -> Verification:
 
 def verdict(verification: Verification, study: Study, folder: Path) -> str:
     """The last line of a run: what was verified, and what the original has instead."""
-    from .report.quantities import written
+    from jointopt.report.quantities import written
 
     original = study.baselines.get("original", {})
     name = study.quality.name

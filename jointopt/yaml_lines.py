@@ -6,9 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from jointopt.config_complaints import dotted
 from quant.errors import JointoptError
-
-from .config_complaints import dotted
 
 
 def lines_of(node: yaml.Node, path: str | Path, at: tuple = ()) -> dict[tuple, int]:

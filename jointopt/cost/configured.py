@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jointopt.cost.backend import Backend
 from quant.errors import JointoptError
-
-from .backend import Backend
 
 if TYPE_CHECKING:
     from jointopt.config import Config
+    from jointopt.cost.roofline import Roofline
     from jointopt.evaluation import Batch
     from jointopt.study import Study
     from jointopt.supernet import Supernet
-
-    from .roofline import Roofline
 
 THIS = "this"
 """Hardware: this machine, by the times of its operators in what the target runs in."""
@@ -32,8 +30,8 @@ def latency_of(config: Config) -> Roofline | None:
     Raises:
         JointoptError: an unknown device, a file that lacks a figure, a context for a model that reads no tokens.
     """
-    from .device import load_device
-    from .roofline import Roofline
+    from jointopt.cost.device import load_device
+    from jointopt.cost.roofline import Roofline
 
     if config.hardware is None or config.hardware.device == THIS:
         return None
@@ -54,7 +52,7 @@ def check_timed(config: Config, supernet: Supernet) -> None:
 
 def look_up(config: Config, inputs: Sequence[Batch], supernet: Supernet) -> None:
     """Has this machine's own times answer, where the config's hardware is this machine."""
-    from .here import lookup_here
+    from jointopt.cost.here import lookup_here
 
     wanted = config.hardware
     if wanted is not None and wanted.device == THIS:
@@ -81,8 +79,8 @@ def measured_beside(
     folder: Path,
 ) -> str:
     """What the export takes on this machine, end to end, beside what the search reckoned with: a line."""
-    from .here import batch_of
-    from .timing import time_export
+    from jointopt.cost.here import batch_of
+    from jointopt.cost.timing import time_export
 
     assert config.hardware is not None
     backend = Backend.of(supernet, _backend(config), config.hardware.threads)

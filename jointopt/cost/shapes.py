@@ -14,17 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jointopt.cost.operators import LatencyModel, Operator
+from jointopt.cost.tables import Axis, Table, Tables
+from jointopt.learned_ranges import NAME as RANGES
+from jointopt.training.lora import NAMES as ADAPTERS
 from quant.cache import cache_format
 from quant.errors import JointoptError
 from quant.formats import Scheme
 from quant.packing import statistics_bytes, storage_bytes
 from search_spaces.family import Cache, Family, Layer, Width, structural_clone
 from search_spaces.space import SearchSpace
-
-from ..learned_ranges import NAME as RANGES
-from ..training.lora import NAMES as ADAPTERS
-from .operators import LatencyModel, Operator
-from .tables import Axis, Table, Tables
 
 _TRAINED_BESIDE = (RANGES, *ADAPTERS)
 """Parameters of training alone, which no checkpoint stores."""

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from jointopt.subnetwork import within
 from search_spaces.family import Family
 from search_spaces.space import SearchSpace
-
-from ..subnetwork import within
 
 
 @dataclass(frozen=True)

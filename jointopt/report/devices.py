@@ -13,11 +13,10 @@ import plotly.graph_objects as go
 
 from jointopt.choice import best_of, front_of, within
 from jointopt.objectives import ON_HARDWARE, Objective
+from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, style
+from jointopt.report.quantities import label, scale, written
 from jointopt.study import Study
 from quant.errors import JointoptError
-
-from .figures import BLUE, GRAY, GREEN, ORANGE, style
-from .quantities import label, scale, written
 
 if TYPE_CHECKING:
     from jointopt.cost.operators import LatencyModel

@@ -14,10 +14,9 @@ from plotly.subplots import make_subplots
 from scipy.stats import spearmanr
 
 from jointopt.objectives import COSTS, Objective
+from jointopt.report.quantities import label, scale, written
 from jointopt.study import Study
 from search_spaces.space import SearchSpace
-
-from .quantities import label, scale, written
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, GRAY, INK = "#0072b2", "#d55e00", "#009e73", "#b4bac2", "#24292f"

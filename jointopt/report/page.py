@@ -13,15 +13,14 @@ import numpy as np
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+from jointopt.report.devices import OnDevice, device_figure
+from jointopt.report.figures import Layers, front_figure, hypervolume_figure, layers_figure, predictions_figure
+from jointopt.report.quantities import axes, counted, label, on_unseen, scale, time_source, written
+from jointopt.report.spent import spent_figure
+from jointopt.report.template import PAGE, SCRIPT, STYLE
 from jointopt.rescoring import rescored
 from jointopt.study import Study
 from quant.errors import JointoptError
-
-from .devices import OnDevice, device_figure
-from .figures import Layers, front_figure, hypervolume_figure, layers_figure, predictions_figure
-from .quantities import axes, counted, label, on_unseen, scale, time_source, written
-from .spent import spent_figure
-from .template import PAGE, SCRIPT, STYLE
 
 
 def write_report(

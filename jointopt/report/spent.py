@@ -8,8 +8,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .figures import FORMATS, style
-from .quantities import label, scale
+from jointopt.report.figures import FORMATS, style
+from jointopt.report.quantities import label, scale
 
 Spent = Sequence[Mapping[str, Any]]
 """`Supernet.breakdown`."""

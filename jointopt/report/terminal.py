@@ -9,12 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jointopt.objectives import COSTS
+from jointopt.report.devices import OnDevice
+from jointopt.report.quantities import label, on_unseen, scale
 from jointopt.rescoring import rescored
 from jointopt.study import Study
 from search_spaces.space import SearchSpace
-
-from .devices import OnDevice
-from .quantities import label, on_unseen, scale
 
 ROWS = 30
 """Points of a front that are listed at most; a longer one is thinned out evenly."""
