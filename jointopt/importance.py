@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from jointopt.checkpoint.held_cache import cache_name
 from quant.cache import KeyObserver
 from quant.errors import JointoptError
-from search_spaces.family import Family, Width, structural_clone, without_autocast
+from search_spaces.clones import structural_clone, without_autocast
+from search_spaces.family import Family, Width
 
 Listener = tuple[str, Callable[[Tensor], None]]
 

@@ -27,7 +27,8 @@ from jointopt.importance import hidden_input
 from jointopt.objectives import COSTS, DIRECTIONS, Objective
 from jointopt.subnetwork import Plan
 from quant.errors import JointoptError
-from search_spaces.family import Branch, structural_clone
+from search_spaces.clones import structural_clone
+from search_spaces.family import Branch
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet

@@ -25,7 +25,8 @@ from quant.formats import Scheme
 from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 from quant.learned_ranges import learn_range
 from quant.reference import straight_through
-from search_spaces.family import Block, Branch, Cache, Family, Layer, structural_clones, without_autocast
+from search_spaces.clones import structural_clones, without_autocast
+from search_spaces.family import Block, Branch, Cache, Family, Layer
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,

@@ -46,9 +46,10 @@ from quant.formats import Scheme, scheme
 from quant.kernels import quantize_and_hold
 from quant.learned_ranges import widened
 from quant.reference import Clip
+from search_spaces.clones import structural_clone
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
-from search_spaces.family import Family, Layer, structural_clone
+from search_spaces.family import Family, Layer
 from search_spaces.space import Gene, SearchSpace
 
 

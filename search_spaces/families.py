@@ -8,7 +8,8 @@ from torch import nn
 
 from quant.errors import JointoptError
 from search_spaces import bert, llama, resnet, vit
-from search_spaces.family import Family, check, structural_clone
+from search_spaces.clones import structural_clone
+from search_spaces.family import Family, check
 
 WRAPPERS = ("PeftModel", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 

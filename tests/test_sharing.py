@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import evaluate
 from jointopt.sharing import HiddenStates, SharedEvaluator, block_signatures, can_share, evaluation_order, parts_of
-from search_spaces.family import structural_clone
+from search_spaces.clones import structural_clone
 from tests.zoo import batches, logits, make
 
 SEQUENTIAL = ("vit", "timm_vit", "deit", "bert", "roberta", "llama_tied", "llama_untied", "mistral", "qwen2", "qwen3")

@@ -22,7 +22,8 @@ from quant.cache import cache_format
 from quant.errors import JointoptError
 from quant.formats import Scheme
 from quant.packing import statistics_bytes, storage_bytes
-from search_spaces.family import Cache, Family, Layer, Width, structural_clone
+from search_spaces.clones import structural_clone
+from search_spaces.family import Cache, Family, Layer, Width
 from search_spaces.space import SearchSpace
 
 _TRAINED_BESIDE = (RANGES, *ADAPTERS)

@@ -28,7 +28,7 @@ from quant.errors import JointoptError
 from quant.formats import Scheme
 from quant.kernels import quantize_and_hold
 from quant.learned_ranges import ends, factors, has_learnable_inputs, input_range, is_learnable, widened
-from search_spaces.family import structural_clone
+from search_spaces.clones import structural_clone
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError, did_you_mean
-from search_spaces.family import structural_clone, structural_clones
+from search_spaces.clones import structural_clone, structural_clones
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet

@@ -16,7 +16,7 @@ from jointopt.batch_norm import sample_count
 from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
 from quant.errors import JointoptError
-from search_spaces.family import structural_clone
+from search_spaces.clones import structural_clone
 
 FREE_SIZE = (64, 96)
 """Of the image that a model of any size is traced with; the two sides differ, so that they are told apart."""
