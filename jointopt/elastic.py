@@ -12,7 +12,7 @@ from jointopt.subnetwork import Plan, staying_caches, staying_layers
 from quant.cache import CACHE_FORMATS
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
-from search_spaces.family import Family
+from search_spaces.family import Family, branch_keep
 from search_spaces.precision import check_whole_model, fitted_scheme, gene_names, possible_columns
 from search_spaces.space import Gene, SearchSpace
 
@@ -45,8 +45,8 @@ def check_space(model: nn.Module, family: Family, space: SearchSpace) -> None:
     """Raises JointoptError for a gene that nothing in the model answers to, or a choice that the model lacks."""
     widths = {width.gene: width for width in family.widths}
     depths = family.stages()
-    keeps = {f"{b.name}.keep" for b in family.blocks if b.removable}
-    keeps |= {f"{b.name}.{branch.kind}.keep" for b in family.blocks for branch in b.branches}
+    keeps = {b.keep for b in family.blocks if b.removable}
+    keeps |= {branch_keep(b.name, branch.kind) for b in family.blocks for branch in b.branches}
     precisions = {name for layer in family.layers for name in gene_names(layer)}
     caches = {cache.name for cache in family.caches}
     known = {*widths, *depths, *keeps, *precisions, *caches}
@@ -95,13 +95,13 @@ def plan_of(
     blocks = []
     for stage, members in family.stages().items():
         gone = leaving[stage][: len(members) - chosen.get(stage, len(members))]
-        blocks += [b for b in members if b.name not in gone and chosen.get(f"{b.name}.keep", True)]
+        blocks += [b for b in members if b.name not in gone and chosen.get(b.keep, True)]
     blocks.sort(key=family.blocks.index)
     dropped = tuple(
         branch
         for block in blocks
         for branch in block.branches
-        if not chosen.get(f"{block.name}.{branch.kind}.keep", True)
+        if not chosen.get(branch_keep(block.name, branch.kind), True)
     )
     widths = {width.gene: width for width in family.widths}
     units = {gene: chosen[gene] // width.unit for gene, width in widths.items() if gene in chosen}

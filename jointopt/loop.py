@@ -23,6 +23,7 @@ from jointopt.stopping import Budget, Watch, heeding_ctrl_c
 from jointopt.study import Study
 from jointopt.supernet_state import notice
 from quant.errors import JointoptError, check_count, did_you_mean
+from search_spaces.precision import is_cache
 from search_spaces.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _peak_memory(supernet: Supernet) -> tuple[float, float]:
     """The least and the most of any sub-network: of both ends, with caches of each kind, as inputs that are cached can
     take more than keys and values."""
     space = supernet.space
-    caches = np.array([gene.name.endswith(".cache") for gene in space.genes])
+    caches = np.array([is_cache(gene.name) for gene in space.genes])
     kinds = range(int(space.sizes[caches].max(initial=1)))
     ends = [
         np.where(caches, np.minimum(kind, space.sizes - 1), end)

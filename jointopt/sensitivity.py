@@ -28,7 +28,7 @@ from jointopt.objectives import COSTS, DIRECTIONS, Objective
 from jointopt.subnetwork import Plan
 from quant.errors import JointoptError
 from search_spaces.clones import structural_clone
-from search_spaces.family import Branch
+from search_spaces.family import Branch, branch_keep
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -149,10 +149,10 @@ def _changes(supernet: Supernet) -> dict[tuple[str, int], list[Change]]:
             genome = space.largest
             genome[at] = choice
             plan = supernet.plan(genome)
-            gone = [b for b in family.blocks if b not in plan.blocks and gene.name in (b.stage, f"{b.name}.keep")]
+            gone = [b for b in family.blocks if b not in plan.blocks and gene.name in (b.stage, b.keep)]
             each: list[Change] = [("block", block.path, None) for block in gone]
             for block in plan.blocks:
-                left = [b for b in plan.dropped if b in block.branches and f"{block.name}.{b.kind}.keep" == gene.name]
+                left = [b for b in plan.dropped if b in block.branches and branch_keep(block.name, b.kind) == gene.name]
                 each += [("branch", path, None) for branch in left for path in _ends(branch)]
             for width in family.widths:
                 if width.gene == gene.name and gene.name in plan.units:

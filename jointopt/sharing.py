@@ -33,7 +33,7 @@ from jointopt.elastic import precision_genes
 from jointopt.evaluation import Evaluation, Quality, evaluate
 from jointopt.subnetwork import Plan, renamed
 from quant.errors import JointoptError
-from search_spaces.family import Family
+from search_spaces.family import Family, branch_keep
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -74,7 +74,7 @@ def parts_of(supernet: Supernet) -> list[list[int]]:
     family, precision = supernet.family, precision_genes(supernet.family, supernet.space)
     hangs: dict[str | None, set[str | None]] = {None: set()}
     for block in family.blocks:
-        hangs[block.name] = {f"{block.name}.keep", *(f"{block.name}.{branch.kind}.keep" for branch in block.branches)}
+        hangs[block.name] = {block.keep, *(branch_keep(block.name, branch.kind) for branch in block.branches)}
     for width in family.widths:
         hangs[width.block].add(width.gene)
     for held in family.caches:

@@ -50,6 +50,7 @@ from search_spaces.clones import structural_clone
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
 from search_spaces.family import Family, Layer
+from search_spaces.precision import gene_names
 from search_spaces.space import Gene, SearchSpace
 
 
@@ -361,7 +362,7 @@ class Supernet:
 
     def _original_tables(self, latency: LatencyModel | None) -> ShapeCosts:
         model, family = self._declared(self._given)
-        only = SearchSpace([Gene(f"{family.layers[0].name}.precision", ("none",))])
+        only = SearchSpace([Gene(gene_names(family.layers[0])[0], ("none",))])
         positions = self._costs.positions
         return ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), self._leaving, latency)
 

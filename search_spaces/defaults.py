@@ -15,7 +15,7 @@ from quant.cache import by_bytes, cache_format, input_group
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import scheme
 from search_spaces.families import Declare, declare
-from search_spaces.family import Block, Family, Layer, Width, extent
+from search_spaces.family import Block, Family, Layer, Width, branch_keep, extent
 from search_spaces.precision import (
     PRECISION_PER,
     check_whole_model,
@@ -23,6 +23,8 @@ from search_spaces.precision import (
     fitted_scheme,
     full_columns,
     gene_names,
+    is_cache,
+    is_precision,
     possible_columns,
 )
 from search_spaces.space import Gene, SearchSpace
@@ -107,9 +109,9 @@ def with_extremes(space: SearchSpace) -> SearchSpace:
 
 def _by_size(gene: Gene) -> list[int]:
     """Choice indices from the smallest to the largest."""
-    if gene.name.endswith(".precision"):
+    if is_precision(gene.name):
         return _by_bits(gene)
-    return by_bytes(gene.choices) if gene.name.endswith(".cache") else list(range(len(gene.choices)))
+    return by_bytes(gene.choices) if is_cache(gene.name) else list(range(len(gene.choices)))
 
 
 def _by_bits(gene: Gene) -> list[int]:
@@ -187,10 +189,10 @@ def _keep_genes(family: Family, chosen: Mapping[str, Any]) -> list[Gene]:
     genes = []
     for block in family.blocks:
         if chosen.get("keep") and block.removable:
-            genes.append(Gene(f"{block.name}.keep", (False, True)))
+            genes.append(Gene(block.keep, (False, True)))
         for branch in block.branches:
             if chosen.get(f"{branch.kind}_keep"):
-                genes.append(Gene(f"{block.name}.{branch.kind}.keep", (False, True)))
+                genes.append(Gene(branch_keep(block.name, branch.kind), (False, True)))
     for key in ("keep", "attention_keep", "mlp_keep"):
         if chosen.get(key) and not any(g.name.endswith(key.replace("_", ".")) for g in genes):
             raise JointoptError(f"space.{key}: the {family.name} family has no block that can leave this way")
@@ -355,21 +357,21 @@ def requirements(
     found: dict[str, dict[str, tuple]] = {}
     for block in family.blocks:
         for branch in block.branches:
-            found[f"{block.name}.{branch.kind}.keep"] = present[block.name]
-        depth = {k: v for k, v in present[block.name].items() if k != f"{block.name}.keep"}
-        found[f"{block.name}.keep"] = depth
+            found[branch_keep(block.name, branch.kind)] = present[block.name]
+        depth = {k: v for k, v in present[block.name].items() if k != block.keep}
+        found[block.keep] = depth
     for width in family.widths:
         if width.block:
             branch_kind = "attention" if width.attention else width.kind
-            found[width.gene] = {**present[width.block], **_kept(f"{width.block}.{branch_kind}.keep", choices)}
+            found[width.gene] = {**present[width.block], **_kept(branch_keep(width.block, branch_kind), choices)}
     for layer in family.layers:
         if layer.block is None:
             continue
-        own = {**present[layer.block], **_kept(f"{layer.block}.{layer.branch}.keep", choices)}
+        own = {**present[layer.block], **_kept(branch_keep(layer.block, layer.branch), choices)}
         for gene in gene_names(layer):
             found[gene] = own if found.get(gene, own) == own else present[layer.block]
     for cache in family.caches:
-        found[cache.name] = {**present[cache.block], **_kept(f"{cache.block}.attention.keep", choices)}
+        found[cache.name] = {**present[cache.block], **_kept(branch_keep(cache.block, "attention"), choices)}
     return {gene: requires for gene, requires in found.items() if gene in choices}
 
 
@@ -380,7 +382,7 @@ def _kept(gene: str, choices: Mapping[str, tuple]) -> dict[str, tuple]:
 def _presence(
     block: Block, family: Family, choices: Mapping[str, tuple], order: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple]:
-    requires = _kept(f"{block.name}.keep", choices)
+    requires = _kept(block.keep, choices)
     if block.stage in choices and block.removable:
         leaving = order[block.stage]
         total = len(family.stages()[block.stage])

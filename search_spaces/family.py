@@ -84,6 +84,11 @@ class Block:
     removable: bool = True
     branches: tuple[Branch, ...] = ()
 
+    @property
+    def keep(self) -> str:
+        """Name of the gene that says whether it stays, where it has one of its own."""
+        return f"{self.name}.keep"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -170,6 +175,21 @@ class Stream:
     readers: tuple[Link, ...]
     constants: tuple[str, ...] = ()
     untie: Callable[[nn.Module], None] | None = None
+
+
+def branch_keep(block: str, branch: str | None) -> str:
+    """Name of the gene that says whether a block's branch stays."""
+    return f"{block}.{branch}.keep"
+
+
+def is_depth(gene: str) -> bool:
+    """Whether a gene of this name counts blocks."""
+    return gene.endswith("depth")
+
+
+def is_keep(gene: str) -> bool:
+    """Whether a gene of this name says of one block, or of a branch of it, that it stays."""
+    return gene.endswith(".keep")
 
 
 def unchanged(model: nn.Module, kept: Sequence[Block]) -> None:

@@ -21,6 +21,16 @@ def gene_names(layer: Layer) -> tuple[str, str, str]:
     return f"{layer.name}.precision", f"{layer.projection}.precision", f"{group}.precision"
 
 
+def is_precision(gene: str) -> bool:
+    """Whether a gene of this name chooses the scheme of layers."""
+    return gene.endswith(".precision")
+
+
+def is_cache(gene: str) -> bool:
+    """Whether a gene of this name chooses the format of a cache."""
+    return gene.endswith(".cache")
+
+
 def columns_per_input(module: nn.Module) -> int:
     """Weight columns that one input channel takes: 1, or the kernel's area."""
     return module.kernel_size[0] * module.kernel_size[1] if isinstance(module, nn.Conv2d) else 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jointopt.subnetwork import within
 from quant.errors import JointoptError
+from search_spaces.family import branch_keep
 
 if TYPE_CHECKING:
     from jointopt.cost.shapes import ShapeCosts
@@ -81,7 +82,7 @@ def _stays(path: str, tables: ShapeCosts, known: Mapping[str, Tensor]) -> Tensor
     for block in tables.family.blocks:
         if not within(path, block.path):
             continue
-        found = found * kept(f"{block.name}.keep")
+        found = found * kept(block.keep)
         if block.removable and block.stage in known:
             total = len(tables.family.stages()[block.stage])
             left = tables.leaving[block.stage].index(block.name)
@@ -89,5 +90,5 @@ def _stays(path: str, tables: ShapeCosts, known: Mapping[str, Tensor]) -> Tensor
             found = found * (stay @ known[block.stage])
         for branch in block.branches:
             if any(within(path, each) for each in branch.replacements):
-                found = found * kept(f"{block.name}.{branch.kind}.keep")
+                found = found * kept(branch_keep(block.name, branch.kind))
     return found

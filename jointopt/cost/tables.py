@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jointopt.subnetwork import within
-from search_spaces.family import Family
+from search_spaces.family import Family, branch_keep
 from search_spaces.space import SearchSpace
 
 
@@ -96,7 +96,7 @@ class Tables:
         gone: dict[str, np.ndarray] = {}
         stages = self.family.stages()
         for block in self.family.blocks:
-            dropped = self._left_out(f"{block.name}.keep", genomes)
+            dropped = self._left_out(block.keep, genomes)
             if block.removable and block.stage in self._index:
                 counts = np.asarray(self.space.genes[self._index[block.stage]].choices)
                 leaves = self.leaving[block.stage].index(block.name)
@@ -104,7 +104,7 @@ class Tables:
                 dropped = dropped | (leaves < total - counts[genomes[:, self._index[block.stage]]])
             gone[block.path] = dropped
             for branch in block.branches:
-                left = self._left_out(f"{block.name}.{branch.kind}.keep", genomes)
+                left = self._left_out(branch_keep(block.name, branch.kind), genomes)
                 gone.update(dict.fromkeys(branch.replacements, left))
         return {path: mask for path, mask in gone.items() if mask.any()}
 

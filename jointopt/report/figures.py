@@ -16,6 +16,8 @@ from scipy.stats import spearmanr
 from jointopt.objectives import COSTS, Objective
 from jointopt.report.quantities import label, scale, written
 from jointopt.study import Study
+from search_spaces.family import is_depth
+from search_spaces.precision import is_precision
 from search_spaces.space import SearchSpace
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -103,8 +105,8 @@ def _summary(space: SearchSpace, genome: Sequence[int]) -> list[str]:
     """A genome in a few words: its depth, and how many genes chose each number format."""
     matters = space.active(np.array(genome))
     chosen = [(name, choice) for (name, choice), on in zip(space.decode(genome).items(), matters, strict=True) if on]
-    depths = [f"{name} {choice}" for name, choice in chosen if name.endswith("depth")]
-    formats = Counter(str(choice) for name, choice in chosen if name.endswith(".precision"))
+    depths = [f"{name} {choice}" for name, choice in chosen if is_depth(name)]
+    formats = Counter(str(choice) for name, choice in chosen if is_precision(name))
     return [
         escape(text) for text in (", ".join(depths), ", ".join(f"{n} {name}" for name, n in formats.items())) if text
     ]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from quant.errors import check_number, check_whole
+from search_spaces.family import is_depth, is_keep
+from search_spaces.precision import is_cache, is_precision
 from search_spaces.space import SearchSpace
 
 
@@ -37,6 +39,6 @@ class Progressive:
         return list(space.canonical(np.where(elastic, genomes, space.largest)))
 
     def _begins(self, gene: str) -> float:
-        if gene.endswith((".precision", ".cache")):
+        if is_precision(gene) or is_cache(gene):
             return self.precision_from
-        return 0.0 if gene.endswith(("depth", ".keep")) else self.width_from
+        return 0.0 if is_depth(gene) or is_keep(gene) else self.width_from
