@@ -94,7 +94,7 @@ def plan_of(
     """
     blocks = []
     for stage, members in family.stages().items():
-        gone = leaving[stage][: len(members) - chosen.get(stage, len(members))]
+        gone = family.gone_at(stage, chosen.get(stage, len(members)), leaving)
         blocks += [b for b in members if b.name not in gone and chosen.get(b.keep, True)]
     blocks.sort(key=family.blocks.index)
     dropped = tuple(

@@ -384,9 +384,7 @@ def _presence(
 ) -> dict[str, tuple]:
     requires = _kept(block.keep, choices)
     if block.stage in choices and block.removable:
-        leaving = order[block.stage]
-        total = len(family.stages()[block.stage])
-        counts = tuple(c for c in choices[block.stage] if leaving.index(block.name) >= total - c)
+        counts = tuple(c for c in choices[block.stage] if block.name not in family.gone_at(block.stage, c, order))
         if len(counts) < len(choices[block.stage]):
             requires = {block.stage: counts, **requires}
     return requires

@@ -230,6 +230,11 @@ class Family:
         names = dict.fromkeys(block.stage for block in self.blocks)
         return {name: tuple(block for block in self.blocks if block.stage == name) for name in names}
 
+    def gone_at(self, stage: str, depth: int, leaving: Mapping[str, Sequence[str]]) -> Sequence[str]:
+        """Names of the stage's blocks that are not there where `depth` of them are: the first of `leaving[stage]`."""
+        total = sum(block.stage == stage for block in self.blocks)
+        return leaving[stage][: max(0, total - depth)]
+
 
 class SkipBranch(nn.Module):
     """Stands in for a residual branch: adds nothing, whatever it is called with."""

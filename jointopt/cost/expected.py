@@ -84,9 +84,8 @@ def _stays(path: str, tables: ShapeCosts, known: Mapping[str, Tensor]) -> Tensor
             continue
         found = found * kept(block.keep)
         if block.removable and block.stage in known:
-            total = len(tables.family.stages()[block.stage])
-            left = tables.leaving[block.stage].index(block.name)
-            stay = torch.tensor([float(left >= total - count) for count in choices[block.stage]], dtype=torch.float64)
+            gone_at = [tables.family.gone_at(block.stage, count, tables.leaving) for count in choices[block.stage]]
+            stay = torch.tensor([float(block.name not in gone) for gone in gone_at], dtype=torch.float64)
             found = found * (stay @ known[block.stage])
         for branch in block.branches:
             if any(within(path, each) for each in branch.replacements):

@@ -94,14 +94,12 @@ class Tables:
     def _gone(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """Path of a block or branch -> for each genome, whether it is left out; where no genome leaves it, nothing."""
         gone: dict[str, np.ndarray] = {}
-        stages = self.family.stages()
         for block in self.family.blocks:
             dropped = self._left_out(block.keep, genomes)
             if block.removable and block.stage in self._index:
-                counts = np.asarray(self.space.genes[self._index[block.stage]].choices)
-                leaves = self.leaving[block.stage].index(block.name)
-                total = len(stages[block.stage])
-                dropped = dropped | (leaves < total - counts[genomes[:, self._index[block.stage]]])
+                depth = self._index[block.stage]
+                gone_at = [self.family.gone_at(block.stage, c, self.leaving) for c in self.space.genes[depth].choices]
+                dropped = dropped | np.array([block.name in each for each in gone_at])[genomes[:, depth]]
             gone[block.path] = dropped
             for branch in block.branches:
                 left = self._left_out(branch_keep(block.name, branch.kind), genomes)
