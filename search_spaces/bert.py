@@ -16,10 +16,10 @@ from search_spaces.family import (
     SkipPostNormAttention,
     SkipPostNormOutput,
     Width,
+    configure_blocks,
     example_text,
     has_module,
 )
-from search_spaces.llama import configure
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
 
@@ -104,7 +104,7 @@ def declare(model: Model) -> Family:
         tuple(blocks),
         tuple(widths),
         tuple(layers),
-        configure,
+        configure_blocks,
         example_text,
         sequential=True,
         links=tuple(links),

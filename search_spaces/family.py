@@ -6,6 +6,7 @@ cut, drop and quantize any model that someone has described with the nouns of th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -368,3 +369,30 @@ def example_text(model: Model) -> dict[str, Tensor]:
     length = min(128, getattr(model.config, "max_position_embeddings", 128) - 2)
     device = next(model.parameters()).device
     return {"input_ids": torch.ones(1, length, dtype=torch.long, device=device)}
+
+
+def example_timm(model: Model) -> dict[str, Tensor]:
+    """One black image of the model's own input size, 224 x 224 where it does not tell."""
+    patches = getattr(model, "patch_embed", None)
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    configured = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))
+    size = tuple(patches.img_size) if patches is not None else tuple(configured)[1:]
+    return {"x": torch.zeros(1, first.in_channels, *size, device=first.weight.device)}
+
+
+def configure_blocks(model: Model, kept: Sequence[Block]) -> None:
+    """A config of its own for the sub-network, with the kept blocks counted and the rest of it unchanged."""
+    config = own_config(model)
+    indices = [int(block.path.rpartition(".")[2]) for block in kept]
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in indices]
+    config.num_hidden_layers = len(indices)
+
+
+def own_config(model: Model) -> Any:
+    """A copy of the model's config, which its modules have from then on."""
+    whole, config = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if module.__dict__.get("config") is whole:
+            module.__dict__["config"] = config
+    return config

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -21,6 +18,7 @@ from search_spaces.family import (
     SkipBranch,
     Stream,
     Width,
+    configure_blocks,
     example_text,
     has_module,
 )
@@ -114,7 +112,7 @@ def declare(model: Model) -> Family:
         tuple(blocks),
         tuple(widths),
         tuple(layers),
-        configure,
+        configure_blocks,
         example_text,
         tuple(caches),
         sequential=True,
@@ -132,15 +130,3 @@ def _untie(model: Model) -> None:
 def _embedding(model: Model, root: str) -> Layer:
     tied = ("lm_head",) if has_module(model, "lm_head") and model.config.tie_word_embeddings else ()
     return Layer("embedding", f"{root}embed_tokens", "embedding", tied=tied)
-
-
-def configure(model: Model, kept: Sequence[Block]) -> None:
-    """A config of its own for the sub-network, with the kept blocks counted and the rest of it unchanged."""
-    whole, config = model.config, copy.deepcopy(model.config)
-    indices = [int(block.path.rpartition(".")[2]) for block in kept]
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in indices]
-    config.num_hidden_layers = len(indices)
-    for module in model.modules():
-        if module.__dict__.get("config") is whole:
-            module.__dict__["config"] = config

@@ -6,7 +6,6 @@ every block's first convolution, the next stage and the classifier consume it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError
-from search_spaces.family import Block, Family, Layer, Link, Model, Part, Width, has_module, unchanged
-from search_spaces.vit import example_timm
+from search_spaces.family import (
+    Block,
+    Family,
+    Layer,
+    Link,
+    Model,
+    Part,
+    Width,
+    example_timm,
+    has_module,
+    own_config,
+    unchanged,
+)
 
 MODEL_TYPES = ("resnet",)
 
@@ -53,11 +63,8 @@ def _hf_block(model: Model, path: str) -> _Names:
 
 def _configure(model: Model, kept: Sequence[Block]) -> None:
     """A config of its own for the sub-network, with its depths."""
-    whole, config = model.config, copy.deepcopy(model.config)
+    config = own_config(model)
     config.depths = [sum(b.stage == f"stage{i + 1}.depth" for b in kept) for i in range(len(config.depths))]
-    for module in model.modules():
-        if module.__dict__.get("config") is whole:
-            module.__dict__["config"] = config
 
 
 def _example_image(model: Model) -> dict[str, Tensor]:

@@ -22,9 +22,10 @@ from search_spaces.family import (
     SkipBranch,
     Stream,
     Width,
+    configure_blocks,
+    example_timm,
     has_module,
 )
-from search_spaces.llama import configure
 
 MODEL_TYPES = ("vit", "deit")
 
@@ -74,7 +75,7 @@ def declare(model: Model) -> Family:
         tuple(blocks),
         tuple(widths),
         tuple(layers),
-        configure,
+        configure_blocks,
         _example_image,
         sequential=True,
         links=tuple(links),
@@ -224,12 +225,3 @@ def _timm_stream(model: Model, writers: list[str], readers: list[Link]) -> Strea
     if len(last) != 1 or not plain or not isinstance(model.head, nn.Linear) or model.global_pool == "map":
         return None
     return _stream(model, writers, (*readers, Link(last[0], ("head",))), ("cls_token", "reg_token", "pos_embed"))
-
-
-def example_timm(model: Model) -> dict[str, Tensor]:
-    """One black image of the model's own input size, 224 x 224 where it does not tell."""
-    patches = getattr(model, "patch_embed", None)
-    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    configured = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))
-    size = tuple(patches.img_size) if patches is not None else tuple(configured)[1:]
-    return {"x": torch.zeros(1, first.in_channels, *size, device=first.weight.device)}
