@@ -7,7 +7,7 @@ every block's first convolution, the next stage and the classifier consume it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def _family(
         joined = stem if number == 1 and stage[0].shortcut is None else None
         outer = _stage_width(model, f"stage{number}.width", stage, following, joined, head if has_head else None)
         if following is None:
-            outer = Width(**{**outer.__dict__, "attributes": attributes})
+            outer = replace(outer, attributes=attributes)
         widths.append(outer)
         for index, names in enumerate(stage):
             block = f"stage{number}.block{index}"

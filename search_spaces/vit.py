@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -171,24 +170,8 @@ def declare_timm(model: Model) -> Family:
             )
         if isinstance(attention.qkv, nn.Linear):
             attention.qkv = split_qkv(attention.qkv)
-        leaves = partial(Branch, "attention"), partial(Branch, "mlp")
-        blocks.append(
-            Block(
-                name,
-                path,
-                branches=tuple(
-                    branch(
-                        {
-                            f"{path}.norm{number}": nn.Identity,
-                            f"{path}.{part}": SkipBranch,
-                            f"{path}.ls{number}": nn.Identity,
-                            f"{path}.drop_path{number}": nn.Identity,
-                        }
-                    )
-                    for branch, number, part in zip(leaves, (1, 2), ("attn", "mlp"), strict=True)
-                ),
-            )
-        )
+        leaving = (_timm_branch("attention", path, "attn", 1), _timm_branch("mlp", path, "mlp", 2))
+        blocks.append(Block(name, path, branches=leaving))
         inputs = tuple(f"{path}.attn.qkv.{member}" for member in "qkv")
         attributes = ((f"{path}.attn", "num_heads", 1), (f"{path}.attn", "attn_dim", attention.head_dim))
         out, up, down = f"{path}.attn.proj", f"{path}.mlp.fc1", f"{path}.mlp.fc2"
@@ -211,6 +194,11 @@ def declare_timm(model: Model) -> Family:
         links=tuple(links),
         stream=_timm_stream(model, writers, readers),
     )
+
+
+def _timm_branch(kind: str, block: str, part: str, number: int) -> Branch:
+    names = (f"norm{number}", part, f"ls{number}", f"drop_path{number}")
+    return Branch(kind, {f"{block}.{name}": SkipBranch if name == part else nn.Identity for name in names})
 
 
 def _is_identity(*modules: nn.Module) -> bool:

@@ -102,6 +102,7 @@ class Feasible:
         if len(self._exact) == 1:
             (each, compute, _), *_ = self._exact
             raise JointoptError(f"constraint {each}: no genome meets it; the best has {compute(closest)[0]:g}")
+        # Made for what it raises: where no genome meets one of them even by itself, that one alone is told.
         for each, compute, _ in self._exact:
             Feasible(self.space, (), (Constraint(each.name, each.limit, each.relation, compute),))
         reached = ", ".join(f"{each.name} {compute(closest)[0]:g}" for each, compute, _ in self._exact)
