@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from quant.errors import JointoptError
+from search_spaces.encoder import block_layers, heads_width, mlp_width
 from search_spaces.family import (
     Block,
     Branch,
@@ -12,7 +13,6 @@ from search_spaces.family import (
     Layer,
     Link,
     Model,
-    Part,
     SkipPostNormAttention,
     SkipPostNormOutput,
     Width,
@@ -49,8 +49,6 @@ def declare(model: Model) -> Family:
     links: list[Link] = []
     for index in range(len(model.get_submodule(f"{root}encoder.layer"))):
         name, path = f"block{index}", f"{root}encoder.layer.{index}"
-        attention = model.get_submodule(f"{path}.attention.self")
-        head_dim = attention.attention_head_size
         blocks.append(
             Block(
                 name,
@@ -61,41 +59,18 @@ def declare(model: Model) -> Family:
                 ),
             )
         )
-        inputs = [f"{path}.attention.self.{member}" for member in ("query", "key", "value")]
+        attention = f"{path}.attention.self"
+        module = model.get_submodule(attention)
+        inputs = tuple(f"{attention}.{member}" for member in ("query", "key", "value"))
         out = f"{path}.attention.output.dense"
-        widths.append(
-            Width(
-                f"{name}.heads",
-                "heads",
-                attention.num_attention_heads,
-                producers=tuple(Part(member, head_dim) for member in inputs),
-                consumers=(Part(out, head_dim),),
-                attributes=(
-                    (f"{path}.attention.self", "num_attention_heads", 1),
-                    (f"{path}.attention.self", "all_head_size", head_dim),
-                ),
-                block=name,
-                attention=True,
-            )
-        )
+        up, down = f"{path}.intermediate.dense", f"{path}.output.dense"
+        heads, head_dim = module.num_attention_heads, module.attention_head_size
+        attributes = ((attention, "num_attention_heads", 1), (attention, "all_head_size", head_dim))
+        widths.append(heads_width(name, heads, head_dim, inputs, out, attributes))
+        widths.append(mlp_width(model, name, up, down))
+        layers.extend(block_layers(name, inputs, out, up, down))
         # The normalizations of a post-norm encoder feed the residual as well, so that their channels are no link.
         links.append(Link(inputs[2], (out,), head_dim))
-        up, down = f"{path}.intermediate.dense", f"{path}.output.dense"
-        widths.append(
-            Width(
-                f"{name}.mlp",
-                "mlp",
-                model.get_submodule(up).out_features,
-                producers=(Part(up),),
-                consumers=(Part(down),),
-                block=name,
-            )
-        )
-        for short, member in zip("qkv", inputs, strict=True):
-            layers.append(Layer(f"{name}.{short}", member, f"{name}.qkv", name, "attention"))
-        layers.append(Layer(f"{name}.out", out, f"{name}.out", name, "attention"))
-        layers.append(Layer(f"{name}.up", up, f"{name}.up", name, "mlp"))
-        layers.append(Layer(f"{name}.down", down, f"{name}.down", name, "mlp"))
     if has_module(model, f"{root}pooler.dense"):
         layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
     layers.extend(_heads(model))

@@ -38,8 +38,8 @@ def declare(model: Model) -> Family:
         # `model.to(bfloat16)` rounds the frequencies too; no checkpoint stores them, a reload has them in float32.
         replacement = type(rotary)(config).to(rotary.inv_freq.device)
         model.get_submodule(root.rstrip("."))._modules["rotary_emb"] = replacement
-    groups, head_dim = config.num_key_value_heads, model.get_submodule(f"{root}layers.0.self_attn").head_dim
-    heads_per_group = config.num_attention_heads // groups
+    head_dim = model.get_submodule(f"{root}layers.0.self_attn").head_dim
+    heads_per_group = config.num_attention_heads // config.num_key_value_heads
     blocks, widths, layers, caches = [], [], [_embedding(model, root)], []
     links, readers, writers = [], [], [layers[0].path]
     for index in range(len(model.get_submodule(f"{root}layers"))):
@@ -55,47 +55,15 @@ def declare(model: Model) -> Family:
                 ),
             )
         )
-        query_rows = head_dim * heads_per_group
-        widths.append(
-            Width(
-                f"{name}.heads",
-                "heads",
-                config.num_attention_heads,
-                unit=heads_per_group,
-                producers=(
-                    Part(f"{attention}.q_proj", query_rows),
-                    Part(f"{attention}.k_proj", head_dim),
-                    Part(f"{attention}.v_proj", head_dim),
-                ),
-                consumers=(Part(f"{attention}.o_proj", query_rows),),
-                block=name,
-                attention=True,
-            )
-        )
-        widths.append(
-            Width(
-                f"{name}.mlp",
-                "mlp",
-                model.get_submodule(f"{mlp}.down_proj").in_features,
-                producers=(Part(f"{mlp}.gate_proj"), Part(f"{mlp}.up_proj")),
-                consumers=(Part(f"{mlp}.down_proj"),),
-                attributes=((mlp, "intermediate_size", 1),),
-                block=name,
-            )
-        )
+        widths.append(_heads(name, attention, config.num_attention_heads, head_dim, heads_per_group))
+        widths.append(_mlp(name, mlp, model.get_submodule(f"{mlp}.down_proj").in_features))
+        layers.extend(_block_layers(name, attention, mlp))
         caches.append(Cache(f"{name}.cache", attention, f"{name}.heads", name))
         readers.append(Link(f"{path}.input_layernorm", tuple(f"{attention}.{m}_proj" for m in "qkv")))
         readers.append(Link(f"{path}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")))
         links.append(Link(f"{attention}.v_proj", (f"{attention}.o_proj",), head_dim, heads_per_group))
         links.append(Link(f"{mlp}.up_proj", (f"{mlp}.down_proj",)))
         writers += [f"{attention}.o_proj", f"{mlp}.down_proj"]
-        for projection, members in {"qkv": "qkv", "out": "o"}.items():
-            for member in members:
-                layers.append(
-                    Layer(f"{name}.{member}", f"{attention}.{member}_proj", f"{name}.{projection}", name, "attention")
-                )
-        for member, projection in {"gate": "gate_up", "up": "gate_up", "down": "down"}.items():
-            layers.append(Layer(f"{name}.{member}", f"{mlp}.{member}_proj", f"{name}.{projection}", name, "mlp"))
     if has_module(model, "lm_head") and not config.tie_word_embeddings:
         layers.append(Layer("head", "lm_head", "head"))
     for head in ("score", "classifier"):
@@ -119,6 +87,50 @@ def declare(model: Model) -> Family:
         links=tuple(links),
         stream=stream,
     )
+
+
+def _heads(block: str, attention: str, heads: int, head_dim: int, heads_per_group: int) -> Width:
+    query_rows = head_dim * heads_per_group
+    return Width(
+        f"{block}.heads",
+        "heads",
+        heads,
+        unit=heads_per_group,
+        producers=(
+            Part(f"{attention}.q_proj", query_rows),
+            Part(f"{attention}.k_proj", head_dim),
+            Part(f"{attention}.v_proj", head_dim),
+        ),
+        consumers=(Part(f"{attention}.o_proj", query_rows),),
+        block=block,
+        attention=True,
+    )
+
+
+def _mlp(block: str, mlp: str, size: int) -> Width:
+    return Width(
+        f"{block}.mlp",
+        "mlp",
+        size,
+        producers=(Part(f"{mlp}.gate_proj"), Part(f"{mlp}.up_proj")),
+        consumers=(Part(f"{mlp}.down_proj"),),
+        attributes=((mlp, "intermediate_size", 1),),
+        block=block,
+    )
+
+
+def _block_layers(block: str, attention: str, mlp: str) -> list[Layer]:
+    groups = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "out"}
+    layers = [
+        Layer(f"{block}.{member}", f"{attention}.{member}_proj", f"{block}.{group}", block, "attention")
+        for member, group in groups.items()
+    ]
+    groups = {"gate": "gate_up", "up": "gate_up", "down": "down"}
+    layers += [
+        Layer(f"{block}.{member}", f"{mlp}.{member}_proj", f"{block}.{group}", block, "mlp")
+        for member, group in groups.items()
+    ]
+    return layers
 
 
 def _untie(model: Model) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError
+from search_spaces.encoder import block_layers, heads_width, mlp_width
 from search_spaces.family import (
     Block,
     Branch,
@@ -16,11 +17,9 @@ from search_spaces.family import (
     Layer,
     Link,
     Model,
-    Part,
     SkipAttention,
     SkipBranch,
     Stream,
-    Width,
     configure_blocks,
     example_timm,
     has_module,
@@ -50,12 +49,14 @@ def declare(model: Model) -> Family:
             )
         )
         inputs = tuple(f"{attention}.{member}_proj" for member in "qkv")
-        widths.append(_heads(name, module.num_attention_heads, module.head_dim, inputs, f"{attention}.o_proj"))
-        widths.append(_mlp(model, name, f"{mlp}.fc1", f"{mlp}.fc2"))
-        layers.extend(_block_layers(name, inputs, f"{attention}.o_proj", f"{mlp}.fc1", f"{mlp}.fc2"))
-        readers += [Link(f"{path}.layernorm_before", inputs), Link(f"{path}.layernorm_after", (f"{mlp}.fc1",))]
-        links.append(Link(inputs[2], (f"{attention}.o_proj",), module.head_dim))
-        writers += [f"{attention}.o_proj", f"{mlp}.fc2"]
+        out, up, down = f"{attention}.o_proj", f"{mlp}.fc1", f"{mlp}.fc2"
+        attributes = ((attention, "num_attention_heads", 1),)
+        widths.append(heads_width(name, module.num_attention_heads, module.head_dim, inputs, out, attributes))
+        widths.append(mlp_width(model, name, up, down))
+        layers.extend(block_layers(name, inputs, out, up, down))
+        readers += [Link(f"{path}.layernorm_before", inputs), Link(f"{path}.layernorm_after", (up,))]
+        links.append(Link(inputs[2], (out,), module.head_dim))
+        writers += [out, down]
     if has_module(model, f"{root}pooler.dense"):
         layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
     for path in ("classifier", "cls_classifier", "distillation_classifier"):
@@ -85,35 +86,6 @@ def declare(model: Model) -> Family:
 def _stream(model: Model, writers: Iterable[str], readers: tuple[Link, ...], constants: Iterable[str]) -> Stream:
     there = dict(model.named_parameters())
     return Stream(tuple(writers), readers, tuple(path for path in constants if path in there))
-
-
-def _heads(block: str, heads: int, head_dim: int, inputs: tuple[str, ...], out: str, attributes: tuple = ()) -> Width:
-    return Width(
-        f"{block}.heads",
-        "heads",
-        heads,
-        producers=tuple(Part(member, head_dim) for member in inputs),
-        consumers=(Part(out, head_dim),),
-        attributes=attributes or ((out.rpartition(".")[0], "num_attention_heads", 1),),
-        block=block,
-        attention=True,
-    )
-
-
-def _mlp(model: Model, block: str, up: str, down: str) -> Width:
-    size = model.get_submodule(up).out_features
-    return Width(f"{block}.mlp", "mlp", size, producers=(Part(up),), consumers=(Part(down),), block=block)
-
-
-def _block_layers(block: str, inputs: tuple[str, ...], out: str, up: str, down: str) -> list[Layer]:
-    layers = [
-        Layer(f"{block}.{short}", member, f"{block}.qkv", block, "attention")
-        for short, member in zip("qkv", inputs, strict=True)
-    ]
-    layers.append(Layer(f"{block}.out", out, f"{block}.out", block, "attention"))
-    layers.append(Layer(f"{block}.up", up, f"{block}.up", block, "mlp"))
-    layers.append(Layer(f"{block}.down", down, f"{block}.down", block, "mlp"))
-    return layers
 
 
 def _example_image(model: Model) -> dict[str, Tensor]:
@@ -175,9 +147,9 @@ def declare_timm(model: Model) -> Family:
         inputs = tuple(f"{path}.attn.qkv.{member}" for member in "qkv")
         attributes = ((f"{path}.attn", "num_heads", 1), (f"{path}.attn", "attn_dim", attention.head_dim))
         out, up, down = f"{path}.attn.proj", f"{path}.mlp.fc1", f"{path}.mlp.fc2"
-        widths.append(_heads(name, attention.num_heads, attention.head_dim, inputs, out, attributes))
-        widths.append(_mlp(model, name, up, down))
-        layers.extend(_block_layers(name, inputs, out, up, down))
+        widths.append(heads_width(name, attention.num_heads, attention.head_dim, inputs, out, attributes))
+        widths.append(mlp_width(model, name, up, down))
+        layers.extend(block_layers(name, inputs, out, up, down))
         readers += [Link(f"{path}.norm1", inputs), Link(f"{path}.norm2", (up,))]
         links.append(Link(inputs[2], (out,), attention.head_dim))
         writers += [out, down]
