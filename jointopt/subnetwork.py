@@ -22,17 +22,12 @@ from jointopt.weight_bank import BankedWeight
 from quant.cache import CacheFormat, input_group
 from quant.errors import JointoptError
 from quant.formats import Scheme
-from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+from quant.layers import as_quantized
 from quant.learned_ranges import learn_range
 from quant.reference import straight_through
 from search_spaces.clones import structural_clones, without_autocast
 from search_spaces.family import Block, Branch, Cache, Family, Layer
 
-_QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: QuantizedLinear,
-    nn.Conv2d: QuantizedConv2d,
-    nn.Embedding: QuantizedEmbedding,
-}
 _SIZES = {
     "rows": ("out_features", "out_channels", "num_features", "embedding_dim"),
     "columns": ("in_features", "in_channels"),
@@ -236,7 +231,6 @@ def quantize_layer(
 ) -> None:
     """The banked values in place of the weight, and the layer that quantizes its input in place of the stock one. With
     `training` the bias keeps its link to the whole one."""
-    kind = next(kind for kind in _QUANTIZED if isinstance(module, kind))
     values = banked.values[:rows]
     if columns is not None:
         values = values[:, :columns]
@@ -248,11 +242,8 @@ def quantize_layer(
     elif bias is not None and rows is not None:  # a whole one may be another module's too
         module._parameters["bias"] = nn.Parameter(bias.detach()[:rows], requires_grad=bias.requires_grad)
     _set_sizes(module, rows, columns)
-    module.__class__ = _QUANTIZED[kind]
-    constants = {"input_scale": None, "input_zero_point": None, "input_global_scale": None, **statistics}
     area = values[0, 0].numel() if values.dim() > 2 else 1
-    quantized = banked.quantized.sliced(values.shape[0], values.shape[1] * area)
-    module.__dict__.update(scheme=scheme, quantized=quantized, **constants)
+    as_quantized(module, scheme, banked.quantized.sliced(values.shape[0], values.shape[1] * area), statistics)
 
 
 def pass_gradients(module: nn.Module, whole: Tensor, factor: Tensor | None = None) -> None:

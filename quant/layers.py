@@ -1,11 +1,12 @@
 """Layers that compute as their quantized selves would: stock layers whose weight already holds the format's values.
 
-The attributes are set by whoever makes one of a stock layer: `scheme`; `quantized`, the codes that the weight stands
-for; the constants of a static activation format, `input_scale`, `input_zero_point`, `input_global_scale`; and, while
-the range of its inputs is trained, `input_factor`, by which that is multiplied in these constants.
+`as_quantized` makes one of a stock layer. While the range of its inputs is trained, whoever trains it also sets
+`input_factor`, by which that is multiplied in its constants.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -95,3 +96,24 @@ class QuantizedConv2d(_Quantized, nn.Conv2d):
 
 class QuantizedEmbedding(_Quantized, nn.Embedding):
     """An embedding whose table holds the format's values; its input is indices, so nothing else is quantized."""
+
+
+_QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Embedding: QuantizedEmbedding,
+}
+
+
+def as_quantized(
+    layer: nn.Module, scheme: Scheme, quantized: QuantizedTensor, constants: Mapping[str, Tensor | None]
+) -> None:
+    """Has a stock layer, in place, quantize its input; its weight is not touched.
+
+    Args:
+        quantized: the codes that its weight stands for.
+        constants: of a static activation format: `input_scale`, `input_zero_point`, `input_global_scale`.
+    """
+    layer.__class__ = _QUANTIZED[next(kind for kind in _QUANTIZED if isinstance(layer, kind))]
+    none = {"input_scale": None, "input_zero_point": None, "input_global_scale": None}
+    layer.__dict__.update(scheme=scheme, quantized=quantized, **{**none, **constants})

@@ -20,14 +20,13 @@ from jointopt.batch_norm import on_device
 from jointopt.cost.backend import TORCH, Backend
 from jointopt.cost.operators import Operator
 from quant.kernels import quantize
-from quant.layers import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+from quant.layers import as_quantized
 
 LEAST, EACH = 1.0, 0.1
 """Seconds for which operators are timed in turns at least, altogether and for each of them: so that those of some
 microseconds are timed often, and all outlast what else the machine does for a while."""
 WORDS = 1000
 """Rows of the table that an embedding is timed with: those that are looked up count."""
-_QUANTIZED = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d, nn.Embedding: QuantizedEmbedding}
 
 
 class Attention(nn.Module):
@@ -72,13 +71,10 @@ def _quantized(module: Any, operator: Operator) -> nn.Module:
     scheme = operator.scheme
     if scheme is None or scheme.weights is None:
         return module
-    kind = type(module)
     codes = quantize(module.weight.detach(), scheme.weights)
-    module.__class__ = _QUANTIZED[kind]
     static = torch.tensor([0.05]) if scheme.activations is not None and not scheme.activations.dynamic else None
     centre = None if scheme.activations is None or scheme.activations.symmetric else torch.tensor([-128]).char()
-    constants = {"input_scale": static, "input_zero_point": centre, "input_global_scale": None}
-    module.__dict__.update(scheme=scheme, quantized=codes, **constants)
+    as_quantized(module, scheme, codes, {"input_scale": static, "input_zero_point": centre})
     return module
 
 
