@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jointopt.batch_norm import keep_statistics
 from jointopt.checkpoint.held_cache import hold_cache
+from jointopt.checkpoint.runtime import COLUMN_COUNTS, ROW_COUNTS
 from jointopt.learned_ranges import NAME, LearnedRanges
 from jointopt.repair import Repaired
 from jointopt.training.lora import absorb
@@ -27,11 +28,6 @@ from quant.learned_ranges import learn_range
 from quant.reference import straight_through
 from search_spaces.clones import structural_clones, without_autocast
 from search_spaces.family import Block, Branch, Cache, Family, Layer
-
-_SIZES = {
-    "rows": ("out_features", "out_channels", "num_features", "embedding_dim"),
-    "columns": ("in_features", "in_channels"),
-}
 
 
 @dataclass(frozen=True)
@@ -212,8 +208,8 @@ def _cut(module: nn.Module, rows: int | None, columns: int | None, training: boo
 
 
 def _set_sizes(module: nn.Module, rows: int | None, columns: int | None) -> None:
-    for size, side in ((rows, "rows"), (columns, "columns")):
-        for name in _SIZES[side]:
+    for size, names in ((rows, ROW_COUNTS), (columns, COLUMN_COUNTS)):
+        for name in names:
             if size is not None and name in module.__dict__:
                 module.__dict__[name] = size
     if rows is not None and "normalized_shape" in module.__dict__:

@@ -19,6 +19,8 @@ RANGES = {
     "fp4_e2m1": (-6, 6),
 }
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+ROW_COUNTS = ("out_features", "out_channels", "num_features", "embedding_dim")
+COLUMN_COUNTS = ("in_features", "in_channels")
 
 
 def rebuild(model, spec):
@@ -54,10 +56,10 @@ def resize(module, shapes):
     rows, columns = module.weight.shape[0], module.weight.shape[1] if module.weight.dim() > 1 else None
     if isinstance(module, nn.Embedding):
         rows, columns = columns, None
-    for name in ("out_features", "out_channels", "num_features", "embedding_dim"):
+    for name in ROW_COUNTS:
         if hasattr(module, name):
             setattr(module, name, rows)
-    for name in ("in_features", "in_channels"):
+    for name in COLUMN_COUNTS:
         if hasattr(module, name) and columns is not None:
             setattr(module, name, columns)
     if hasattr(module, "normalized_shape"):

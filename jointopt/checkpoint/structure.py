@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from jointopt.checkpoint.runtime import COLUMN_COUNTS, ROW_COUNTS, STAND_INS, SplitQKV
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
 from quant.formats import Element, Format, Scheme
 from quant.packing import layout, packed_tensors
 from quant.reference import LLM_INT8_OUTLIER
 
-_SET_BY_SIZE = (
-    *("out_features", "out_channels", "num_features", "embedding_dim", "in_features", "in_channels"),
-    "normalized_shape",
-)
+_SET_BY_SIZE = (*ROW_COUNTS, *COLUMN_COUNTS, "normalized_shape")
 _WITHOUT_EFFECT = ("training", "gradient_checkpointing", "grad_checkpointing", "p", "drop_prob")
 """Settings that no evaluated output depends on: those of training."""
-STAND_INS = ("Identity", "SkipBranch", "SkipAttention", "SkipPostNormAttention", "SkipPostNormOutput", "SplitQKV")
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -229,8 +226,6 @@ def _made(module: nn.Module, replaced: nn.Module | None) -> nn.Module:
     """The stand-in as `runtime.rebuild` makes it, before it is resized."""
     if type(module).__name__ != "SplitQKV" or replaced is None:
         return nn.Module()
-    from jointopt.checkpoint.runtime import SplitQKV
-
     return SplitQKV(replaced)
 
 
