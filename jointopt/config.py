@@ -29,7 +29,7 @@ from jointopt.config_sections import (
     Space,
     TaskName,
     Train,
-    choice,
+    choose_entry,
     limits,
 )
 from jointopt.objectives import ON_HARDWARE
@@ -68,7 +68,7 @@ class Config(Section):
     objectives: Annotated[list[NameOrEntry], Field(min_length=1)] | None = None
     search: Search = Search()
     constraints: Annotated[dict[str, str], BeforeValidator(limits)] | None = None
-    choose: Annotated[Choose, BeforeValidator(choice)] = Choose(knee=True)
+    choose: Annotated[Choose, BeforeValidator(choose_entry)] = Choose(knee=True)
     finish: Finish | None = None
     target: Literal["transformers", "onnxruntime", "gguf", "vllm"] = "transformers"
     hardware: Hardware | None = None

@@ -264,7 +264,7 @@ class Search(Section):
         return self
 
 
-def choice(value: Any) -> Any:
+def choose_entry(value: Any) -> Any:
     return {value: True} if value == "knee" else value
 
 

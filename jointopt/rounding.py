@@ -24,8 +24,8 @@ from jointopt.weight_bank import BankedWeight
 from quant.errors import JointoptError
 from quant.formats import Format, Scheme
 from quant.reference import Clip, QuantizedTensor
-from quant.rounding.descent import descent
-from quant.rounding.gptq import gptq
+from quant.rounding.compensated import gptq
+from quant.rounding.coordinate_descent import descent
 from quant.rounding.moments import NEVER_REACHED, Halves, joined
 from quant.rounding.recovery import recovered
 

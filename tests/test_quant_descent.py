@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from quant import SCHEMES, JointoptError, quantize, scheme
-from quant.rounding.descent import descent
-from quant.rounding.gptq import DAMPING, gptq
+from quant.rounding.compensated import DAMPING, gptq
+from quant.rounding.coordinate_descent import descent
 from tests.test_quant_gptq import correlated, loss, moments_of
 
 WEIGHTED = [name for name, each in SCHEMES.items() if each.weights is not None]

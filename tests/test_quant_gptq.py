@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quant import SCHEMES, JointoptError, quantize, scheme
 from quant.packing import packed_tensors, unpacked_tensors
-from quant.rounding.gptq import gptq, inverse_factor
+from quant.rounding.compensated import gptq, inverse_factor
 from quant.rounding.moments import InputMoments, input_columns
 
 WEIGHTED = [name for name, each in SCHEMES.items() if each.weights is not None]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quant import SCHEMES, quantize, scheme
-from quant.rounding.gptq import gptq
+from quant.rounding.compensated import gptq
 from quant.rounding.learned import positions
 
 WEIGHTED = [name for name, each in SCHEMES.items() if each.weights is not None]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from jointopt.lockstep import Arrived, Call
 from jointopt.shared_moments import SharedMoments
 from quant import scheme
-from quant.rounding.gptq import gptq
+from quant.rounding.compensated import gptq
 from quant.rounding.moments import Halves, InputMoments, joined
 
 SCHEME = scheme("W4A16_G64")

@@ -14,7 +14,7 @@ def settle_sizes(model: nn.Module, config: Any) -> None:
 
     Per-layer sizes go under the standard key `per_layer_config`, beside which the global ones stay as they were.
     """
-    sizes = block_sizes(model, config)
+    sizes = sizes_of_blocks(model, config)
     keys = {key for each in sizes for key in each}
     uniform = {key: {each.get(key) for each in sizes} for key in keys}
     for key, values in uniform.items():
@@ -42,7 +42,7 @@ def save_configs(model: Any, place: Path) -> None:
         model.generation_config.save_pretrained(place)
 
 
-def block_sizes(model: nn.Module, config: Any) -> list[dict[str, int]]:
+def sizes_of_blocks(model: nn.Module, config: Any) -> list[dict[str, int]]:
     """For each block of a transformer, the config entries that describe its widths: of those that its config has.
 
     BERT's heads are not among them: its config derives the head size from their number.
@@ -76,5 +76,5 @@ def _sizes_of(block: nn.Module, config: Any) -> dict[str, int]:
 
 def is_uniform(model: Any) -> bool:
     """Whether all blocks of a language model are of one size, and whole."""
-    sizes = block_sizes(model, copy.deepcopy(model.config))
+    sizes = sizes_of_blocks(model, copy.deepcopy(model.config))
     return all(each == sizes[0] for each in sizes) and len(sizes[0]) == 3

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointopt.checkpoint.block_sizes import block_sizes, is_uniform, save_configs
+from jointopt.checkpoint.block_sizes import is_uniform, save_configs, sizes_of_blocks
 from jointopt.checkpoint.structure import check_formats, check_language_model, quantized_layers
 from quant.errors import JointoptError
 from quant.reference import QuantizedTensor
@@ -106,7 +106,7 @@ def check(model: Any) -> None:
 
 def _add_sizes(writer: Any, model: Any) -> None:
     config = model.config
-    sizes = block_sizes(model, copy.deepcopy(config))[0]
+    sizes = sizes_of_blocks(model, copy.deepcopy(config))[0]
     head_dim = model.get_submodule("model.layers.0.self_attn").head_dim
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_block_count(len(model.get_submodule("model.layers")))

@@ -9,7 +9,7 @@ from torch import nn
 
 from jointopt.checkpoint.block_sizes import settle_sizes
 from jointopt.checkpoint.structure import on_meta, rebuild_spec
-from jointopt.checkpoint.timm_recipe import from_recipe, timm_recipe
+from jointopt.checkpoint.timm_recipe import from_recipe, recipe_of
 from quant.errors import JointoptError
 
 AUTO_CLASSES = (
@@ -30,7 +30,7 @@ def check_loadable(model: Any) -> None:
         model: whole and unquantized, as a super-network holds it.
     """
     if not hasattr(model, "config"):
-        rebuild_spec(model, from_recipe(timm_recipe(model)), pack=False)
+        rebuild_spec(model, from_recipe(recipe_of(model)), pack=False)
         return
     config = copy.deepcopy(model.config)
     auto_class(type(model), config)

@@ -23,7 +23,7 @@ def by_library(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel) or by_timm(model)
 
 
-def timm_recipe(model: nn.Module) -> dict[str, Any]:
+def recipe_of(model: nn.Module) -> dict[str, Any]:
     """Class and arguments by which timm builds a model of this layout, its dropped blocks not counted.
 
     Raises:

@@ -38,7 +38,7 @@ from jointopt.checkpoint.structure import (
     rebuild_spec,
     tensors_of,
 )
-from jointopt.checkpoint.timm_recipe import by_library, from_recipe, preprocessing, timm_recipe
+from jointopt.checkpoint.timm_recipe import by_library, from_recipe, preprocessing, recipe_of
 from jointopt.evaluation import check_supernet
 from jointopt.finishing import Finished
 from jointopt.study import Study, locked
@@ -379,7 +379,7 @@ class {name}({stock.__name__}):
 
 
 def _write_timm(place: Path, model: nn.Module) -> str:
-    recipe = timm_recipe(model)
+    recipe = recipe_of(model)
     spec = rebuild_spec(model, from_recipe(recipe), pack=True)
     dtype = str(next(model.parameters()).dtype)[6:]
     config = {"architecture": recipe["class"], "timm": recipe, "dtype": dtype, "jointopt": spec}

@@ -36,7 +36,7 @@ from jointopt.training.distillation import (
     target,
     teacher_logits,
 )
-from jointopt.training.sampling import Sampling, sampling, step_seed
+from jointopt.training.sampling import Sampling, step_seed, strategy_of
 from quant.errors import JointoptError, check_count, check_number, check_whole
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sampling", sampling(self.sampling))
+        object.__setattr__(self, "sampling", strategy_of(self.sampling))
         if not isinstance(self.distillation, Distillation | None):
             raise JointoptError(f"distillation: found {self.distillation!r}; allowed: a Distillation, or None")
         if self.precision_from is not None:

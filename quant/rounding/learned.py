@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quant.formats import Element
 from quant.reference import QuantizedTensor, code_values, round_to_format, straight_through, value_codes
-from quant.rounding.gptq import spread_grid
+from quant.rounding.compensated import spread_grid
 
 _INSIDE = 0.98
 """How far towards the borders with its neighbours a position may begin, as a share of the way: at the border itself a

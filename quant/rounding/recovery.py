@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant.rounding.gptq import DAMPING
+from quant.rounding.compensated import DAMPING
 from quant.rounding.moments import InputMoments
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from jointopt.batch_norm import on_device
 from jointopt.checkpoint.block_sizes import save_configs
 from jointopt.checkpoint.structure import check_formats
-from jointopt.checkpoint.timm_recipe import by_library, by_timm, preprocessing, timm_recipe
+from jointopt.checkpoint.timm_recipe import by_library, by_timm, preprocessing, recipe_of
 from quant.errors import JointoptError
 
 MODEL = "model.onnx"
@@ -55,7 +55,7 @@ def write_onnx(place: Path, model: Any, example: Mapping[str, Any], opset: int =
     else:
         described: dict[str, Any] = {"class": type(model).__name__}
         if not own:
-            described = {"timm": timm_recipe(model), "pretrained_cfg": preprocessing(model)}
+            described = {"timm": recipe_of(model), "pretrained_cfg": preprocessing(model)}
         (place / "config.json").write_text(json.dumps(described, indent=1))
     return {"target": "onnxruntime", "opset": opset, "stored": onnx_bytes(place / MODEL)}
 

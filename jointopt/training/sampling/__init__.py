@@ -10,7 +10,7 @@ import numpy as np
 
 from jointopt.training.sampling.attentive import Attentive
 from jointopt.training.sampling.progressive import Progressive
-from jointopt.training.sampling.sampling import Sampling
+from jointopt.training.sampling.protocol import Sampling
 from jointopt.training.sampling.sandwich import Sandwich
 from jointopt.training.sampling.uniform import Uniform
 from quant.errors import JointoptError, did_you_mean
@@ -22,10 +22,10 @@ STRATEGIES: dict[str, type] = {
     "progressive": Progressive,
 }
 
-__all__ = ["STRATEGIES", "Attentive", "Progressive", "Sampling", "Sandwich", "Uniform", "sampling"]
+__all__ = ["STRATEGIES", "Attentive", "Progressive", "Sampling", "Sandwich", "Uniform", "strategy_of"]
 
 
-def sampling(wanted: str | Sampling) -> Sampling:
+def strategy_of(wanted: str | Sampling) -> Sampling:
     """The strategy of that name with its defaults, or the one given. Raises JointoptError for an unknown name, and for
     what is no strategy."""
     if not isinstance(wanted, str):

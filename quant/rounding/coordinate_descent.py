@@ -10,7 +10,7 @@ from torch import Tensor
 from quant.errors import JointoptError
 from quant.formats import Format
 from quant.reference import Clip, QuantizedTensor, code_values, round_to_format, value_codes
-from quant.rounding.gptq import DAMPING, gptq, spread_grid
+from quant.rounding.compensated import DAMPING, gptq, spread_grid
 
 SWEEPS = 4
 _COLUMNS = 128
