@@ -116,21 +116,9 @@ def search(
     shared = {"parts": parts_of(supernet)} if strategy == "guided" else {}
     options = {**shared, **(strategy_options or {}), **prior, **constrained}
     asking = strategies.create(strategy, space, wanted, seed=seed, **options)
-    record = {
-        "seed": seed,
-        "strategy": strategy,
-        "strategy_options": dict(strategy_options or {}),
-        "batch": batch,
-        "supernet": supernet.fingerprint(),
-        **({"latency": supernet.latency.described()} if supernet.latency else {}),
-        **({"warm_start": True} if warm_start else {}),
-        **({"asynchronous": True} if asynchronous else {}),
-        **({"constraints": {each.name: f"{each.relation} {each.limit:.15g}" for each in limits}} if limits else {}),
-    }
-    if taken := set(config or {}) & {*record, "constraints", "latency", "warm_start", "asynchronous"}:
-        raise JointoptError(f"config: found {min(taken)!r}, which every study records itself; allowed: another key")
-    record |= config or {}
-    study = Study.create(storage, space, wanted, record)
+    settings = {"seed": seed, "strategy": strategy, "strategy_options": dict(strategy_options or {}), "batch": batch}
+    switches = {"warm_start": warm_start, "asynchronous": asynchronous}
+    study = Study.create(storage, space, wanted, _recorded(supernet, settings, switches, limits, config or {}))
     try:
         threads = _threads(study, threads, workers is not None or ray is not None)
         if not study.baselines:
@@ -157,6 +145,26 @@ def search(
         raise
     study.unlock()
     return study
+
+
+def _recorded(
+    supernet: Supernet,
+    settings: Mapping[str, Any],
+    switches: Mapping[str, bool],
+    limits: Sequence[Constraint],
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a study compares when it is gone on with; what is off or absent is left out."""
+    record = {
+        **settings,
+        "supernet": supernet.fingerprint(),
+        **({"latency": supernet.latency.described()} if supernet.latency else {}),
+        **{name: True for name, on in switches.items() if on},
+        **({"constraints": {each.name: f"{each.relation} {each.limit:.15g}" for each in limits}} if limits else {}),
+    }
+    if taken := set(config) & {*record, *switches, "constraints", "latency"}:
+        raise JointoptError(f"config: found {min(taken)!r}, which every study records itself; allowed: another key")
+    return {**record, **config}
 
 
 def check_wishes(

@@ -82,14 +82,7 @@ def prepare(config: Config) -> Prepared:
     from jointopt.tasks import TASKS
 
     latency_of(config)
-    if config.target == "onnxruntime":
-        from jointopt.checkpoint.onnx.writer import check_installed
-
-        check_installed()
-    if config.target == "gguf":
-        from jointopt.checkpoint import gguf_writer
-
-        gguf_writer.check_installed()
+    _check_installed(config)
     function = import_function(config.quality) if config.quality else None
     loaded = load_model(config.model, config.task, config.device, config.dtype)
     _check_target(config, loaded)
@@ -122,6 +115,18 @@ def prepare(config: Config) -> Prepared:
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
     unseen = scored_on("test") if config.data.test is not None else None
     return Prepared(loaded, task, quality, objectives, inputs, train, contents, unseen)
+
+
+def _check_installed(config: Config) -> None:
+    """What its export for the target will need."""
+    if config.target == "onnxruntime":
+        from jointopt.checkpoint.onnx import writer
+
+        writer.check_installed()
+    if config.target == "gguf":
+        from jointopt.checkpoint import gguf_writer
+
+        gguf_writer.check_installed()
 
 
 def _check_target(config: Config, loaded: LoadedModel) -> None:

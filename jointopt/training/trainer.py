@@ -86,23 +86,7 @@ class ElasticTrainer(Trainer):
     ):
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         check_kind("args", args, TrainingArguments, "TrainingArguments, or None")
-        if args.fp16:
-            raise JointoptError(
-                "args: fp16, in which gradients of small sub-networks vanish; allowed: bf16, or neither"
-            )
-        if args.bf16_full_eval or args.fp16_full_eval:
-            raise JointoptError(
-                "args: bf16_full_eval or fp16_full_eval, which leave the super-network in 16 bits; allowed: bf16, with "
-                "which evaluation computes so too"
-            )
-        if args.fsdp or args.deepspeed:
-            raise JointoptError("args: fsdp or deepspeed, which keep parts of the weights; allowed: data parallelism")
-        if args.torch_compile:
-            raise JointoptError("args: torch_compile, which compiles blocks anew for each width; allowed: False")
-        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise JointoptError("args: gradient_checkpointing_kwargs use_reentrant True; allowed: False")
-        if options.get("compute_loss_func") is not None:
-            raise JointoptError("compute_loss_func: is not called here; allowed: recipe=Recipe(loss=...)")
+        _check_args(args, options)
         self.supernet = _supernet(model, space, supernet, family)
         self.recipe = _smoothed(checked(recipe) or Recipe(seed=args.seed), args.label_smoothing_factor)
         self.sort_every = sort_every
@@ -386,6 +370,25 @@ def _smoothed(recipe: Recipe, smoothing: float) -> Recipe:
             f"args: label_smoothing_factor {smoothing} beside a recipe's own loss; allowed: 0 (the loss may smooth)"
         )
     return replace(recipe, loss=partial(task_loss, smoothing=smoothing))
+
+
+def _check_args(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    """Raises JointoptError for what the Trainer does elsewhere and would do wrong, or not at all, here."""
+    if args.fp16:
+        raise JointoptError("args: fp16, in which gradients of small sub-networks vanish; allowed: bf16, or neither")
+    if args.bf16_full_eval or args.fp16_full_eval:
+        raise JointoptError(
+            "args: bf16_full_eval or fp16_full_eval, which leave the super-network in 16 bits; allowed: bf16, with "
+            "which evaluation computes so too"
+        )
+    if args.fsdp or args.deepspeed:
+        raise JointoptError("args: fsdp or deepspeed, which keep parts of the weights; allowed: data parallelism")
+    if args.torch_compile:
+        raise JointoptError("args: torch_compile, which compiles blocks anew for each width; allowed: False")
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise JointoptError("args: gradient_checkpointing_kwargs use_reentrant True; allowed: False")
+    if options.get("compute_loss_func") is not None:
+        raise JointoptError("compute_loss_func: is not called here; allowed: recipe=Recipe(loss=...)")
 
 
 def _supernet(
