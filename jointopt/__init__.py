@@ -1,7 +1,7 @@
 """jointopt: search a pretrained model's architecture and its layers' number formats together.
 
-Everything a user may touch is named in `__all__`. Names are imported when first used, so that a search over a
-space without any model needs neither torch nor transformers at start-up.
+Everything a user may touch is named in `__all__`. Names are imported when first used, so that spaces, strategies,
+studies and the command's help come without the seconds that torch takes to load.
 """
 
 from importlib import import_module
@@ -15,13 +15,22 @@ _HOME = {
     "Family": "search_spaces.family",
     "Block": "search_spaces.family",
     "Branch": "search_spaces.family",
+    "SkipAttention": "search_spaces.family",
     "SkipBranch": "search_spaces.family",
+    "SkipPostNormAttention": "search_spaces.family",
+    "SkipPostNormOutput": "search_spaces.family",
     "Width": "search_spaces.family",
     "Part": "search_spaces.family",
     "Layer": "search_spaces.family",
     "Link": "search_spaces.family",
     "Stream": "search_spaces.family",
     "Cache": "search_spaces.family",
+    "ELEMENTS": "quant.formats",
+    "SCHEMES": "quant.formats",
+    "Element": "quant.formats",
+    "Format": "quant.formats",
+    "Scheme": "quant.formats",
+    "Constraint": "jointopt.objectives",
     "Objective": "jointopt.objectives",
     "Study": "jointopt.study",
     "Supernet": "jointopt.supernet",
@@ -44,51 +53,18 @@ _HOME = {
     "Recipe": "jointopt.training.elastic",
     "Distillation": "jointopt.training.distillation",
     "ElasticTrainer": "jointopt.training.trainer",
-    "strategies": "",
 }
 
-__all__ = [
-    "Block",
-    "Branch",
-    "Cache",
-    "Distillation",
-    "ElasticTrainer",
-    "Family",
-    "Finished",
-    "Gene",
-    "JointoptError",
-    "Layer",
-    "Link",
-    "Lookup",
-    "Objective",
-    "Part",
-    "Recipe",
-    "Roofline",
-    "SearchSpace",
-    "SkipBranch",
-    "Stream",
-    "Study",
-    "Supernet",
-    "Width",
-    "elastic_loss",
-    "expected_cost",
-    "export",
-    "finish",
-    "fit_roofline",
-    "load_config",
-    "load_device",
-    "rescore_front",
-    "search",
-    "strategies",
-    "train_supernet",
-    "verify",
-    "write_report",
-]
+__all__ = ["strategies", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'jointopt' has no attribute {name!r}; public: {', '.join(__all__)}")
     if name == "strategies":
         return import_module("jointopt.strategies")
+    if name not in _HOME:
+        raise AttributeError(f"module 'jointopt' has no attribute {name!r}; public: {', '.join(__all__)}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from inspect import isclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from jointopt import SearchSpace, load_config
 from jointopt.cli import _parser
 from jointopt.models import empty_model, find_source
 from quant.formats import SCHEMES
+from search_spaces import family
 from search_spaces.families import _TIMM, _TRANSFORMERS
 from tests.readme import ROOT, Block, blocks, table
 from tests.zoo import batches, logits, make
@@ -139,6 +141,11 @@ def test_the_table_of_known_models_is_that_of_the_code():
     transformers, timm = (" ".join(row[at] for row in table("known models")) for at in (1, 2))
     assert set(re.findall(r"`([^`]+)`", transformers)) == set(_TRANSFORMERS)
     assert set(re.findall(r"`([^`]+)`", timm)) == set(_TIMM)
+
+
+def test_a_declaration_needs_no_import_from_within():
+    nouns = {name for name, found in vars(family).items() if isclass(found) and found.__module__ == family.__name__}
+    assert nouns <= {*jointopt.__all__}
 
 
 def test_every_public_name_has_a_docstring():

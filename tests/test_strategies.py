@@ -256,7 +256,7 @@ def test_asking_for_no_number_of_genomes_is_refused(n):
     ("objectives", "options", "said"),
     [
         (["loss"], {}, "objectives: found 'loss'; allowed: jointopt.Objective"),
-        (TWO, {"constraints": {"size": "<= 3"}}, "constraints: found 'size'; allowed: jointopt.objectives.Constraint"),
+        (TWO, {"constraints": {"size": "<= 3"}}, "constraints: found 'size'; allowed: jointopt.Constraint"),
         (TWO, {"prior": 3}, "prior: found 3; allowed: measured objective -> an array for each gene"),
     ],
 )

@@ -64,7 +64,7 @@ def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed:
         raise JointoptError(f"objectives: found {wrong!r}; allowed: jointopt.Objective(name, direction)")
     wrong = next((each for each in options.get("constraints", ()) if not isinstance(each, Constraint)), None)
     if wrong is not None:
-        raise JointoptError(f"constraints: found {wrong!r}; allowed: jointopt.objectives.Constraint")
+        raise JointoptError(f"constraints: found {wrong!r}; allowed: jointopt.Constraint")
     return kind(space, objectives, seed, **options)
 
 
