@@ -1,24 +1,32 @@
-"""Numbers: what a format is, how to round into it, how to choose its scales, how to store it."""
+"""Numbers: what a format is, how to round into it, how to choose its scales, how to store it.
 
-from quant.cache import CACHE_FORMATS, CacheFormat
-from quant.errors import JointoptError
-from quant.formats import ELEMENTS, SCHEMES, Element, Format, Scheme, scheme
-from quant.kernels import fake_quantize, fake_quantize_activation, quantize
-from quant.reference import QuantizedTensor, round_to_format
+Names are imported when first used: torch takes seconds, and who wants `quant.errors` alone does without it.
+"""
 
-__all__ = [
-    "CACHE_FORMATS",
-    "ELEMENTS",
-    "SCHEMES",
-    "CacheFormat",
-    "Element",
-    "Format",
-    "JointoptError",
-    "QuantizedTensor",
-    "Scheme",
-    "fake_quantize",
-    "fake_quantize_activation",
-    "quantize",
-    "round_to_format",
-    "scheme",
-]
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "CACHE_FORMATS": "quant.cache",
+    "ELEMENTS": "quant.formats",
+    "SCHEMES": "quant.formats",
+    "CacheFormat": "quant.cache",
+    "Element": "quant.formats",
+    "Format": "quant.formats",
+    "JointoptError": "quant.errors",
+    "QuantizedTensor": "quant.reference",
+    "Scheme": "quant.formats",
+    "fake_quantize": "quant.kernels",
+    "fake_quantize_activation": "quant.kernels",
+    "quantize": "quant.kernels",
+    "round_to_format": "quant.reference",
+    "scheme": "quant.formats",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'quant' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

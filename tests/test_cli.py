@@ -35,6 +35,12 @@ def command(*arguments: object, cwd: Path, **options) -> subprocess.CompletedPro
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, **options)
 
 
+@pytest.mark.parametrize("use", ["SearchSpace", "strategies", "Study", "cli._parser().format_help()"])
+def test_what_needs_no_model_loads_no_torch(use):
+    code = f"import sys, jointopt.cli; jointopt.{use}; sys.exit('torch' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100).returncode
+
+
 def write_config(folder: Path, **changes: object) -> Path:
     content: dict = {
         "model": "vit",
