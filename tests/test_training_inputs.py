@@ -185,6 +185,23 @@ def test_what_a_sampling_of_one_s_own_gives_in_place_of_genomes_is_named(given):
         jointopt.elastic_loss(calibrated("vit"), labelled("vit")[0], 0, Recipe(Odd(given)))
 
 
+class Growing:
+    """A sampling strategy of one's own that changes as training goes on."""
+
+    counts_steps = True
+
+    def genomes(self, space, progress, seed):
+        return [space.smallest if progress < 0.5 else space.largest]
+
+
+def test_a_sampling_of_one_s_own_that_counts_steps_is_not_left_at_the_first():
+    supernet, batch = calibrated("vit"), labelled("vit")[0]
+    with pytest.raises(JointoptError, match="steps: found none; this recipe counts by their number"):
+        jointopt.elastic_loss(supernet, batch, 0, Recipe(Growing()))
+    assert jointopt.elastic_loss(supernet, batch, 0, Recipe(Growing()), steps=2) > 0
+    assert jointopt.elastic_loss(supernet, batch, 0, Recipe(Odd([supernet.space.smallest]))) > 0
+
+
 def test_formats_without_ranges_are_refused_before_the_step_that_needs_them(tmp_path):
     trained = calibrated("vit", schemes=["W8A8_STATIC"])
     jointopt.train_supernet(trained, labelled("vit"), 1)

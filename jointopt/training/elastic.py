@@ -205,7 +205,7 @@ def _progress(step: int, steps: int | None, recipe: Recipe) -> float:
     check_whole("step", step)
     check_count("steps", steps)
     if steps is None:
-        if recipe.precision_from not in (None, 0, 0.0) or hasattr(recipe.sampling, "width_from"):
+        if recipe.precision_from not in (None, 0, 0.0) or getattr(recipe.sampling, "counts_steps", False):
             raise JointoptError("steps: found none; this recipe counts by their number; allowed: how many there are")
         return 0.0
     if step >= steps:

@@ -7,6 +7,7 @@ these have learned. Here there are no kernels, and number formats come last.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Progressive:
         width_from, precision_from: shares of the steps after which widths, and number formats, are sampled too.
     """
 
+    counts_steps: ClassVar[bool] = True
     count: int = 2
     width_from: float = 0.33
     precision_from: float = 0.67
