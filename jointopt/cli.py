@@ -282,8 +282,8 @@ def _export(options: argparse.Namespace) -> int:
         prepared = prepare(config)
         genome = picked(study, pick, finishing_of(config, prepared).name if config.finish else None)
         supernet = make_supernet(config, prepared)
-        contents = study.config.get("contents", prepared.searched)  # which studies of earlier versions lack
-        if supernet.fingerprint() != study.config.get("supernet") or prepared.searched != contents:
+        searched = (study.config.get("supernet"), study.config.get("contents"))
+        if searched != (supernet.fingerprint(), prepared.searched):
             raise JointoptError(f"export: the model or its data are no longer what {str(output / STUDY)!r} searched")
         finished = finished_genome(config, supernet, study, genome, prepared)
         target = options.target or config.target

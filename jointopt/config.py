@@ -184,11 +184,6 @@ class Config(Section):
     def record(self) -> dict[str, Any]:
         """What determines a study's values, as JSON can hold it: what must not change when it is resumed."""
         content = self.model_dump(exclude_none=True, exclude={"choose", "finish", "output", "device"})
-        for key, default in (("repair", False), ("target", "transformers")):
-            if content[key] == default:
-                content.pop(key)
-        if self.train is not None and not self.train.learned_ranges:
-            content["train"].pop("learned_ranges")
         for key in ("evaluations", "minutes", "patience", "workers", "ray", "threads"):
             content["search"].pop(key, None)
         content["data"].pop("test", None)

@@ -131,15 +131,19 @@ class Study:
 
     @classmethod
     def open(cls, path: str | Path) -> Study:
-        """A finished or a running study, to be read. Raises JointoptError where there is none."""
+        """A finished or a running study, to be read. Raises JointoptError for none, or another version's."""
         check_kind("study", path, (str, Path), "a path")
         path = Path(path)
         if not path.is_file():
             raise JointoptError(f"study: {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
         connection = _connect(path, new=False)
         with _explained(path):
-            if not connection.execute("SELECT count(*) FROM facts").fetchone()[0]:
+            facts = dict(connection.execute("SELECT key, value FROM facts").fetchall())
+            if not facts:
                 raise JointoptError(f"study: {str(path)!r} is empty")
+            found = json.loads(facts.get("version", "null"))
+            if found != VERSION:
+                raise JointoptError(f"study {str(path)!r}: found version {found}; allowed: {VERSION}")
         return cls(connection, path)
 
     def close(self) -> None:
@@ -334,9 +338,6 @@ class Study:
     def measured(self) -> tuple[Objective, ...]:
         """The objectives that the quality function gives: those that are no costs, nor computed by a function."""
         computed = self.fact("computed")
-        if computed is None:  # in a study of an earlier version, what was not measured of the original
-            found = self.baselines.get("original")
-            computed = [] if found is None else [o.name for o in self.objectives if o.name not in found]
         return tuple(o for o in self.objectives if o.name not in COSTS and o.name not in computed)
 
     @property

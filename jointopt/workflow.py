@@ -289,7 +289,7 @@ def export_genome(
     if folder.exists() and not overwrite:
         record = _read_json(folder / RECORD)
         rounding = finished.rounding if finished else NEAREST
-        there = record and [record.get("genome"), record.get("rounding", NEAREST), record.get("target", "transformers")]
+        there = record and [record.get("genome"), record.get("rounding"), record.get("target", "transformers")]
         if there == [genome.tolist(), rounding, target]:
             return
         raise JointoptError(f"export: {str(folder)!r} exists and holds another model; --overwrite replaces it")

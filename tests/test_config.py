@@ -148,13 +148,6 @@ def test_overrides_take_the_place_of_the_files_values(tmp_path):
     assert (config.search.evaluations, config.output) == (7, "elsewhere")
 
 
-def test_a_run_without_learned_ranges_is_that_of_an_older_version(tmp_path):
-    path = written(tmp_path, EXAMPLE)
-    assert "learned_ranges" not in load_config(path, {"train": {"steps": 5}}).record()["train"]
-    learned = load_config(path, {"train": {"steps": 5, "precision_from": 0.5, "learned_ranges": True}})
-    assert learned.record()["train"]["learned_ranges"] is True
-
-
 def test_the_record_leaves_out_what_may_change_between_runs(tmp_path):
     path = written(tmp_path, EXAMPLE)
     one = load_config(path)

@@ -76,15 +76,9 @@ def test_a_cost_of_one_s_own_is_computed_limited_and_never_measured(supernet, tm
     assert "unquantized" in jointopt.write_report(study, tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("earlier", [False, True])
-def test_a_cost_of_one_s_own_named_first_is_not_taken_for_the_quality(supernet, tmp_path, earlier):
+def test_a_cost_of_one_s_own_named_first_is_not_taken_for_the_quality(supernet):
     few = Objective("few", "min", compute=lambda genomes: -genomes.sum(1) + 0.0)
-    path = tmp_path / "study.db"
-    jointopt.search(supernet, agreement, [few, "quality", "size"], evaluations=12, storage=path).close()
-    if earlier:  # a study of a version that did not record which are computed
-        with contextlib.closing(sqlite3.connect(path)) as file, file:
-            assert file.execute("DELETE FROM facts WHERE key = 'computed'").rowcount == 1
-    study = Study.open(path)
+    study = jointopt.search(supernet, agreement, [few, "quality", "size"], evaluations=12)
     assert study.quality.name == "quality" and [each.name for each in study.measured] == ["quality"]
     best, smallest = study.results(np.stack([study.best(size_mb=1000), study.best(drop=1000)]))
     assert best["quality"] == study.evaluations()["quality"].max()
@@ -321,6 +315,17 @@ def test_another_program_s_database_and_an_empty_one_are_left_as_they_are(supern
     with pytest.raises(JointoptError, match="found tables none"):
         Study.open(tmp_path / "empty.db")
     assert len(jointopt.search(supernet, agreement, evaluations=3, storage=tmp_path / "empty.db")) == 3
+
+
+def test_a_study_of_another_version_is_refused(supernet, tmp_path):
+    path = tmp_path / "study.db"
+    jointopt.search(supernet, agreement, evaluations=3, storage=path).close()
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
+        file.execute("UPDATE facts SET value = '1' WHERE key = 'version'")
+    with pytest.raises(JointoptError, match="study.db': found version 1; allowed: 2"):
+        Study.open(path)
+    with pytest.raises(JointoptError, match="version was 1, is 2"):
+        jointopt.search(supernet, agreement, evaluations=3, storage=path)
 
 
 def test_the_knee_looks_at_every_objective():
