@@ -15,6 +15,7 @@ from typing import Any
 
 from jointopt.config import Config, load_config
 from jointopt.cost.configured import LATENCY
+from jointopt.differences import differing
 from quant.errors import JointoptError
 
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
@@ -35,13 +36,10 @@ def check_output(config: Config) -> None:
         )
     if any((output / name).is_file() for name in (STUDY, TRAINED, CHECKPOINT, LATENCY)):
         searched = (output / STUDY).is_file()
-        before, now = (_flat(_kept_to(each, searched)) for each in (load_config(output / CONFIG), config))
-        different = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
-        if different:
-            told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in different[:6])
-            more = f" and {len(different) - 6} more" if len(different) > 6 else ""
+        told = differing(*(_kept_to(each, searched) for each in (load_config(output / CONFIG), config)))
+        if told:
             raise JointoptError(
-                f"output: {config.output!r} was made with another config: {told}{more}; "
+                f"output: {config.output!r} was made with another config: {told}; "
                 "allowed: that config, or another output"
             )
 
@@ -52,12 +50,6 @@ def _kept_to(config: Config, searched: bool) -> dict[str, Any]:
     if searched:
         return content
     return {**config.training_record(), **{key: content.get(key) for key in ("hardware", "target")}}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, each in value.items() for k, v in _flat(each, f"{prefix}.{key}".lstrip(".")).items()}
-    return {prefix: value}
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from jointopt.choice import best_of, costs_of, front_of, with_finished, within
+from jointopt.differences import differing
 from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized
 from quant.errors import JointoptError, check_kind
 from search_spaces.space import SearchSpace
@@ -432,25 +433,11 @@ def locked(path: Path, what: str) -> sqlite3.Connection:
 
 
 def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    before, now = _flat(stored), _flat(wanted)
-    different = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
-    if different:
-        told = [f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in different[:6]]
-        more = f" and {len(different) - 6} more" if len(different) > 6 else ""
-        raise JointoptError(
-            f"study {str(path)!r} has another config: {'; '.join(told)}{more}; allowed: that one, or another storage"
-        )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and prefix != "space":
-        return {k: v for key, each in value.items() for k, v in _flat(each, f"{prefix}.{key}".lstrip(".")).items()}
-    return {prefix.removeprefix("config."): value}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:57] + "..."
+    facts = differing({**stored, "config": None}, {**wanted, "config": None})
+    config = differing(stored["config"] or {}, wanted["config"])
+    if facts or config:
+        told = "; ".join(filter(None, (facts, config)))
+        raise JointoptError(f"study {str(path)!r} has another config: {told}; allowed: that one, or another storage")
 
 
 def _software() -> dict[str, str]:
