@@ -16,6 +16,7 @@ from typing import Any
 from jointopt.config import Config, load_config
 from jointopt.cost.configured import LATENCY
 from jointopt.differences import differing
+from jointopt.files import write_whole
 from quant.errors import JointoptError
 
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
@@ -68,15 +69,7 @@ def taken(config: Config) -> Iterator[None]:
         raise JointoptError(f"output: {str(output)!r} cannot be written: {error.strerror}") from None
     with closing(locked(output / LOCK, f"output {str(output)!r}")):
         check_output(config)
-        _write_config(output, config)
+        write_whole(output / CONFIG, config.to_yaml(), "output")
         for left in output.glob(f".{EXPORT}-*"):  # what an export was written in that was killed
             shutil.rmtree(left, ignore_errors=True)
         yield
-
-
-def _write_config(output: Path, config: Config) -> None:
-    try:
-        (output / f".{CONFIG}").write_text(config.to_yaml(), encoding="utf-8")
-        (output / f".{CONFIG}").replace(output / CONFIG)
-    except OSError as error:
-        raise JointoptError(f"output: {str(output)!r} cannot be written: {error.strerror}") from None

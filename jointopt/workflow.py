@@ -12,6 +12,7 @@ import numpy as np
 
 from jointopt.config import Config
 from jointopt.cost.configured import THIS, check_timed, latency_of, look_up, measured_beside
+from jointopt.files import write_whole
 from jointopt.prepared import Prepared, digest, prepare, stay_offline
 from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
 from quant.errors import JointoptError
@@ -127,14 +128,13 @@ def _keep(output: Path, supernet: Supernet, wanted: Mapping[str, Any]) -> None:
     try:
         supernet.save(beside)
         beside.replace(output / WEIGHTS)
-        (output / f".{TRAINED}").write_text(json.dumps(wanted, indent=1))
-        (output / f".{TRAINED}").replace(output / TRAINED)
     except JointoptError as error:
         raise JointoptError(f"output: {error}") from None
     except OSError as error:
-        raise JointoptError(f"output: {str(output / TRAINED)!r} cannot be written: {error.strerror}") from None
+        raise JointoptError(f"output: {str(output / WEIGHTS)!r} cannot be written: {error.strerror}") from None
     finally:
         beside.unlink(missing_ok=True)
+    write_whole(output / TRAINED, json.dumps(wanted, indent=1), "output")
 
 
 def _read_json(path: Path) -> Any:

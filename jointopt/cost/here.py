@@ -13,6 +13,7 @@ from jointopt.batch_norm import first_samples, sample_count
 from jointopt.cost.backend import ONNXRUNTIME, TORCH
 from jointopt.cost.lookup import Lookup
 from jointopt.cost.timing import time_exports
+from jointopt.files import write_whole
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -47,10 +48,8 @@ def lookup_here(
         folders = (_exported(supernet, genome, Path(place) / str(at), backend) for at, genome in enumerate(genomes))
         seconds = time_exports(folders, batch_of(inputs, batch), lookup.backend)
     fitted = lookup.fit(supernet, genomes, seconds)
-    beside = kept.with_name(f".{kept.name}")
     record = {"machine": lookup.backend.machine, **{name: getattr(fitted, name) for name in FITTED}}
-    beside.write_text(json.dumps(record, indent=1))
-    beside.replace(kept)
+    write_whole(kept, json.dumps(record, indent=1), "hardware")
     return fitted
 
 

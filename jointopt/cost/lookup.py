@@ -23,6 +23,7 @@ from scipy.optimize import nnls
 
 from jointopt.cost.backend import ONNXRUNTIME, TORCH, Backend, host
 from jointopt.cost.operators import Answer, Operator, times_to_fit
+from jointopt.files import write_whole
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
@@ -301,8 +302,6 @@ def _write(path: Path, machine: str, known: Mapping[Key, float]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = json.loads(path.read_text())["machines"] if path.is_file() else {}
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps({"machines": {**before, machine: dict(known)}}, indent=1))
-        beside.replace(path)
     except OSError as error:
         raise JointoptError(f"lookup: {str(path)!r} cannot be written: {error.strerror}") from None
+    write_whole(path, json.dumps({"machines": {**before, machine: dict(known)}}, indent=1), "lookup")

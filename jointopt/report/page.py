@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+from jointopt.files import write_whole
 from jointopt.report.devices import OnDevice, device_figure
 from jointopt.report.figures import Layers, front_figure, hypervolume_figure, layers_figure, predictions_figure
 from jointopt.report.quantities import axes, counted, label, on_unseen, scale, time_source, written
@@ -72,19 +72,8 @@ def write_report(
     finally:
         if opened is not study:
             opened.close()
-    return _replaced(Path(path), html)
-
-
-def _replaced(path: Path, text: str) -> Path:
-    """Written beside, then renamed into place: a reader never sees half of a page."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise JointoptError(f"report: {str(path)!r} cannot be written: {error.strerror}") from None
-    return path
+    write_whole(Path(path), html, "report")
+    return Path(path)
 
 
 def _page(
