@@ -52,7 +52,7 @@ class Config(Section):
         transforms: changes of the weights that keep the model's function and make it easier to quantize.
         quality: "package.function", model -> float (or a dict of metrics), instead of the task's own metrics.
         constraints: limits on costs and measured objectives, "<= number" or ">= number" by name; size_mb is in 10^6.
-        target: the library that the export is for; "onnxruntime" narrows the number formats to those that it computes.
+        target: the library that the export is for; all but "transformers" narrow number formats to those they compute.
         hardware: what the exported sub-network shall run on; `device` is what this run computes on.
         output: the folder of everything that the run writes.
     """

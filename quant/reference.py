@@ -32,7 +32,7 @@ def round_to_format(tensor: Tensor, element: str) -> Tensor:
 
     Args:
         tensor: floating point, any shape.
-        element: int8, int4, fp8_e4m3, fp8_e5m2, fp4_e2m1.
+        element: a name of `quant.ELEMENTS`.
 
     Raises:
         JointoptError: another element, or a tensor that is not floating point.

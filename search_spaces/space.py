@@ -1,4 +1,4 @@
-"""Genes, genomes and the search space that they span. Nothing here knows what a model is.
+"""Genes, genomes and the search space that they span.
 
 space = SearchSpace([Gene("depth", (2, 3, 4)), Gene("block4.kernel", (3, 5, 7), requires={"depth": (4,)})])
 genomes = space.sample(10, seed=0)     # int64 [10, 2]: one choice index a gene

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: str) -> Tensor:
     """The expected value of an additive cost where each gene is drawn by itself.
 
-    Exact for spaces of widths and formats: each module's cost depends on four genes at most, so that its expectation
+    Exact for spaces of widths and formats: each module's cost depends on five genes at most, so that its expectation
     is a sum over their choices. Where blocks can leave, each module counts with the probability that its block stays.
 
     Args:

@@ -23,7 +23,7 @@ class Areas:
     """What candidates would add to fronts of one or two objectives, one front for each draw.
 
     Args:
-        fronts: told rows [draws, n, objectives].
+        told: rows [draws, n, objectives].
         candidates: [draws, n, objectives].
         reference: the corner that is measured from.
     """

@@ -93,7 +93,7 @@ class OnnxLayer(nn.Module):
 
 
 def stored(quantized: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes [rows, bytes], scales and zero points as the file has them; see `storage.onnx_bytes`."""
+    """Codes [rows, bytes], scales and zero points as the file has them; see `checkpoint.onnx.writer.onnx_bytes`."""
     kind = quantized.format.kind
     zero_point = None
     if quantized.format.bits == 4:
