@@ -18,6 +18,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from jointopt.names import MODELS
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--overwrite", action="store_true", help="replace an export of another genome")
 
     init = command("init", _init, "write a commented config for a model")
-    init.add_argument("model", metavar="MODEL", help="a local folder, a hub id, or timm/NAME")
+    init.add_argument("model", metavar="MODEL", help=MODELS)
     init.add_argument(
         "-o", "--out", metavar="FILE", help="the config's file, - for stdout (default: the model's name with .yaml)"
     )

@@ -46,7 +46,7 @@ class Config(Section):
     """A whole run; the README shows one by example.
 
     Attributes:
-        model: a local folder, a hub id, timm/NAME, or a folder with a GGUF file.
+        model: a local folder, a GGUF file or a folder with one, a hub id, or timm/NAME.
         task: how data becomes batches and quality; with `quality` it is read off the model where not given.
         repair: whether layers whose inputs are narrowed are fitted to what they computed before, by least squares.
         transforms: changes of the weights that keep the model's function and make it easier to quantize.

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from jointopt.names import MODELS
+
 
 def one_line(
     error: ValidationError, schema: type[BaseModel], content: Any, lines: Mapping[tuple, int], path: str
@@ -67,7 +69,7 @@ def _bound(error: Any) -> str | None:
 
 
 _WORDS = {
-    "model": "a local folder, a hub id, or timm/NAME",
+    "model": MODELS,
     "output": "a folder",
     "device": "auto, cpu, cuda, mps",
     "objectives": "a list of names",

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from jointopt.names import MODELS
 from jointopt.rows import looks_like_hub_id
 from jointopt.tasks import TASKS
 from quant.errors import JointoptError, did_you_mean
@@ -93,12 +94,12 @@ def find_source(name: str) -> ModelSource:
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name, "gguf", str(path.parent), path.name)
     if path.exists():
-        raise JointoptError(f"model: {name!r} is a file; allowed: a folder, a GGUF file, a hub id, or timm/NAME")
+        raise JointoptError(f"model: {name!r} is a file; allowed: {MODELS}")
     if name.startswith("timm/"):
         return ModelSource(name, "timm", _timm_name(name.removeprefix("timm/")))
     if looks_like_hub_id(name):
         return ModelSource(name, "hub", name)
-    raise JointoptError(f"model: no folder {name!r}, and it is no hub id; allowed: a folder, a hub id, or timm/NAME")
+    raise JointoptError(f"model: no folder {name!r}, and it is no hub id; allowed: {MODELS}")
 
 
 def _folder(name: str, path: Path) -> ModelSource:
