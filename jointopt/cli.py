@@ -18,7 +18,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from jointopt.names import MODELS
+from jointopt.names import MODELS, TARGETS
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", metavar="FOLDER", help="the folder to be made (default: OUTPUT/export)")
     export.add_argument(
         "--target",
-        choices=("transformers", "onnxruntime", "gguf", "vllm"),
+        choices=TARGETS,
         help="the library that it is for (default: the config's)",
     )
     export.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")

@@ -18,7 +18,6 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from jointopt.config_complaints import described, one_line
 from jointopt.config_sections import (
-    TASKS,
     Choose,
     Data,
     Finish,
@@ -27,11 +26,11 @@ from jointopt.config_sections import (
     Search,
     Section,
     Space,
-    TaskName,
     Train,
     choose_entry,
     limits,
 )
+from jointopt.names import TASKS, TargetName, TaskName
 from jointopt.objectives import ON_HARDWARE
 from jointopt.rows import DataSource
 from jointopt.targets import TARGETS, UNEVEN, Target, check_schemes, closed_key, narrowed, of_kind
@@ -70,7 +69,7 @@ class Config(Section):
     constraints: Annotated[dict[str, str], BeforeValidator(limits)] | None = None
     choose: Annotated[Choose, BeforeValidator(choose_entry)] = Choose(knee=True)
     finish: Finish | None = None
-    target: Literal["transformers", "onnxruntime", "gguf", "vllm"] = "transformers"
+    target: TargetName = "transformers"
     hardware: Hardware | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

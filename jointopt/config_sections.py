@@ -12,9 +12,6 @@ from jointopt.objectives import DIRECTIONS, EVALUATIONS, constraint, is_column
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES
 
-TASKS = ("text-classification", "image-classification", "causal-lm")
-TaskName = Literal["text-classification", "image-classification", "causal-lm"]
-
 Positive = Annotated[int, Field(gt=0)]
 Choices = list[int | float]
 

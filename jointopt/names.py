@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 MODELS = "a local folder, a GGUF file, a hub id, or timm/NAME"
+TaskName = Literal["text-classification", "image-classification", "causal-lm"]
+TargetName = Literal["transformers", "onnxruntime", "gguf", "vllm"]
+TASKS: tuple[str, ...] = get_args(TaskName)
+TARGETS: tuple[str, ...] = get_args(TargetName)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jointopt.names import MODELS
+from jointopt.names import MODELS, TASKS
 from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
 
@@ -65,7 +65,7 @@ def starter_config(name: str) -> str:
         f"# A search over {name}: family {family.name}, {len(space)} genes, {counted(space.count())} genomes.",
         "# Paths are relative to the directory that the command is started in.",
         f"model: {_quoted(name)}  # {MODELS}",
-        f"task: {task}  # text-classification, image-classification, causal-lm; or quality: my_package.my_function",
+        f"task: {task}  # {', '.join(TASKS)}; or quality: my_package.my_function",
         "",
         f"# {kinds}; or a hub id with its split",
         "data:",

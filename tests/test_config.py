@@ -7,8 +7,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointopt import JointoptError
+from jointopt import JointoptError, names
 from jointopt.config import Config, load_config
+from jointopt.targets import TARGETS
+from jointopt.tasks import TASKS
 
 EXAMPLE = """
 model: ./my-finetuned-bert
@@ -146,6 +148,10 @@ def test_a_missing_file_is_named(tmp_path):
 def test_overrides_take_the_place_of_the_files_values(tmp_path):
     config = load_config(written(tmp_path, MINIMAL), {"search.evaluations": 7, "output": "elsewhere"})
     assert (config.search.evaluations, config.output) == (7, "elsewhere")
+
+
+def test_a_config_names_the_tasks_and_targets_that_there_are():
+    assert tuple(TASKS) == names.TASKS and tuple(TARGETS) == names.TARGETS
 
 
 def test_the_record_leaves_out_what_may_change_between_runs(tmp_path):
