@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from jointopt.names import MODELS
+from quant.errors import did_you_mean
 
 
 def one_line(
@@ -43,9 +43,7 @@ def _complaint(error: Any, schema: type[BaseModel], at: tuple) -> str:
     kind, found = error["type"], described(error["input"])
     if kind == "extra_forbidden":
         valid = _keys_at(schema, at[:-1])
-        near = difflib.get_close_matches(str(at[-1]), valid, 1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key{hint}; allowed: {', '.join(valid)}"
+        return f"unknown key{did_you_mean(at[-1], valid)}; allowed: {', '.join(valid)}"
     if kind == "missing":
         return "found nothing; allowed: " + _expected(schema, at)
     if kind == "value_error":

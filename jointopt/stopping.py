@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from jointopt.objectives import EVALUATIONS, hypervolume, minimized
 from jointopt.study import Study
-from quant.errors import JointoptError, check_count
+from quant.errors import check_above_0, check_count
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Budget:
     def __post_init__(self) -> None:
         check_count("evaluations", self.evaluations)
         check_count("patience", self.patience)
-        if self.minutes is not None and not (_is_number(self.minutes) and 0 < self.minutes < math.inf):
-            raise JointoptError(f"minutes: found {self.minutes!r}; allowed: a number above 0")
+        if self.minutes is not None:
+            check_above_0("minutes", self.minutes)
         if self.evaluations is None and self.minutes is None and self.patience is None:
             object.__setattr__(self, "evaluations", EVALUATIONS)
 
@@ -80,10 +79,6 @@ def heeding_ctrl_c() -> Iterator[Callable[[], None]]:
         yield check
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _without_gain(study: Study) -> int:

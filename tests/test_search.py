@@ -286,8 +286,8 @@ def test_errors_name_what_was_found(supernet, tmp_path):
         ({"objectives": ["quality", "quality"]}, "one twice"),
         ({"strategy": "gided"}, "did you mean 'guided'"),
         ({"strategy_options": {"pop": 3}}, "unknown option 'pop'"),
-        ({"strategy": "evolutionary", "strategy_options": {"population": 1}}, "population found 1; allowed: .* from 2"),
-        ({"strategy_options": {"initial": 2.5}}, "initial found 2.5"),
+        ({"strategy": "evolutionary", "strategy_options": {"population": 1}}, "population: found 1; allowed: .* from 2"),
+        ({"strategy_options": {"initial": 2.5}}, "initial: found 2.5"),
         ({"evaluations": 0}, "found 0"),
         ({"storage": tmp_path / "no" / "study.db"}, "does not exist"),
     ):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 from jointopt.objectives import Constraint, Objective
@@ -17,7 +16,7 @@ from jointopt.strategies.evolutionary_search import EvolutionarySearch
 from jointopt.strategies.guided_search import GuidedSearch
 from jointopt.strategies.random_search import RandomSearch
 from jointopt.strategies.strategy import Strategy
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, check_whole, did_you_mean
 from search_spaces.space import SearchSpace
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -46,17 +45,13 @@ def create(name: str, space: SearchSpace, objectives: Sequence[Objective], seed:
             "is put into jointopt.strategies.STRATEGIES"
         )
     kind = STRATEGIES[name]
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-        raise JointoptError(f"seed: found {seed!r}; allowed: a whole number from 0")
+    check_whole("seed", seed)
     allowed = [key for key in inspect.signature(kind).parameters if key not in ("space", "objectives", "seed")]
     for key in options:
         if key not in allowed:
             raise JointoptError(f"strategy {name!r}: unknown option {key!r}; allowed: {', '.join(allowed) or 'none'}")
-        whole = isinstance(options[key], int) and not isinstance(options[key], bool)
-        if key in LEAST and not (whole and options[key] >= LEAST[key]):
-            raise JointoptError(
-                f"strategy {name!r}: {key} found {options[key]!r}; allowed: whole numbers from {LEAST[key]}"
-            )
+        if key in LEAST:
+            check_whole(f"strategy {name!r}: {key}", options[key], LEAST[key])
     if not objectives:
         raise JointoptError("objectives: found none; allowed: one or more")
     wrong = next((each for each in objectives if not isinstance(each, Objective)), None)

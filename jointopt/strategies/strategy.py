@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from jointopt.objectives import Constraint, Objective, minimized
 from jointopt.strategies.feasible import Feasible
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_whole
 from search_spaces.space import SearchSpace
 
 
@@ -51,8 +50,7 @@ class Strategy:
         Fewer than n, down to none, only where the space has no more that keep to the exact constraints; of more than
         a million genomes, where none of those differs in one gene from any known one that does.
         """
-        if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
-            raise JointoptError(f"ask: found {n!r}; allowed: a whole number from 1")
+        check_whole("ask", n, 1)
         self.predicted = np.full((n, len(self.objectives)), np.nan)
         found = self._unseen(self._propose(n), n)
         if len(found) < n:
