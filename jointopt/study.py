@@ -111,7 +111,7 @@ class Study:
                 "version": VERSION,
                 "space": space.to_dict(),
                 "objectives": [[o.name, o.direction] for o in objectives],
-                "config": json.loads(json.dumps(config)),
+                "config": json.loads(json.dumps(config, default=_plain)),
             }
             with _explained(path):
                 stored = dict(connection.execute("SELECT key, value FROM facts").fetchall())
@@ -438,6 +438,12 @@ def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, 
     if facts or config:
         told = "; ".join(filter(None, (facts, config)))
         raise JointoptError(f"study {str(path)!r} has another config: {told}; allowed: that one, or another storage")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise JointoptError(f"config: found {value!r}; allowed: what JSON can hold")
 
 
 def _software() -> dict[str, str]:

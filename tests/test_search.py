@@ -286,7 +286,7 @@ def test_errors_name_what_was_found(supernet, tmp_path):
         ({"objectives": ["quality", "quality"]}, "one twice"),
         ({"strategy": "gided"}, "did you mean 'guided'"),
         ({"strategy_options": {"pop": 3}}, "unknown option 'pop'"),
-        ({"strategy": "evolutionary", "strategy_options": {"population": 1}}, "population: found 1; allowed: .* from 2"),
+        ({"strategy": "evolutionary", "strategy_options": {"population": 1}}, "population: found 1; .* from 2"),
         ({"strategy_options": {"initial": 2.5}}, "initial: found 2.5"),
         ({"evaluations": 0}, "found 0"),
         ({"storage": tmp_path / "no" / "study.db"}, "does not exist"),
@@ -315,6 +315,14 @@ def test_another_program_s_database_and_an_empty_one_are_left_as_they_are(supern
     with pytest.raises(JointoptError, match="found tables none"):
         Study.open(tmp_path / "empty.db")
     assert len(jointopt.search(supernet, agreement, evaluations=3, storage=tmp_path / "empty.db")) == 3
+
+
+def test_numbers_of_numpy_are_numbers(supernet):
+    options = {"strategy": "evolutionary", "strategy_options": {"population": np.int64(4)}}
+    study = jointopt.search(supernet, agreement, evaluations=np.int64(5), seed=np.int64(3), **options)
+    assert len(study) == 5 and study.config["strategy_options"] == {"population": 4} and study.config["seed"] == 3
+    with pytest.raises(JointoptError, match="config: found PosixPath.*allowed: what JSON can hold"):
+        jointopt.search(supernet, agreement, evaluations=5, config={"data": Path("a.csv")})
 
 
 def test_a_study_of_another_version_is_refused(supernet, tmp_path):
