@@ -69,14 +69,13 @@ class Seen:
 
 
 def estimated_losses(
-    supernet: Supernet, batches: Iterable[Mapping[str, Any]], *, samples: int = SAMPLES, seed: int = 0
+    supernet: Supernet, batches: Iterable[Mapping[str, Any]], *, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """The estimated loss of each choice of each gene against the whole, unquantized model.
 
     Args:
         supernet: calibrated. It is left as it is.
-        batches: dicts of what the model's forward takes, as for `Supernet.calibrate`.
-        samples: the first so many of them are looked at.
+        batches: dicts of what the model's forward takes, as for `Supernet.calibrate`; the first `SAMPLES` count.
         seed: of the random directions in which the answers are pushed.
 
     Returns:
@@ -91,7 +90,7 @@ def estimated_losses(
     changes = _changes(supernet)
     become = _becoming(supernet, {change for each in changes.values() for change in each})
     totals, labels = dict.fromkeys(changes, 0.0), 0
-    for batch in _first(supernet, batches, samples):
+    for batch in _first(supernet, batches):
         seen, count = _observed(supernet, batch, dict.fromkeys(path for _, path, _ in become), generator)
         labels += count
         with torch.no_grad():
@@ -129,8 +128,9 @@ def telling(objectives: Iterable[Objective]) -> list[Objective]:
     return told
 
 
-def _first(supernet: Supernet, batches: Iterable[Mapping[str, Any]], wanted: int) -> Iterator[dict[str, Any]]:
+def _first(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The first samples of the batches, without labels, on the model's device."""
+    wanted = SAMPLES
     for batch in batches:
         if wanted <= 0:
             return

@@ -325,10 +325,9 @@ class Study:
         span = np.where(worst > best, worst - best, np.where(worst == 0, 1.0, np.abs(worst)))
         return ((worst + 0.1 * span) * np.array([objective.sign for objective in self.objectives])).tolist()
 
-    def hypervolume_history(self, reference: Sequence[float] | None = None) -> np.ndarray:
-        """Hypervolume after each evaluation, [evaluations], from `reference` (default: `reference_point`)."""
-        reference = self.reference_point() if reference is None else reference
-        frame = self.evaluations()
+    def hypervolume_history(self) -> np.ndarray:
+        """Hypervolume after each evaluation, [evaluations], from `reference_point`."""
+        reference, frame = self.reference_point(), self.evaluations()
         if reference is None:
             return np.zeros(len(frame))
         costs = costs_of(frame, self.objectives)

@@ -15,7 +15,7 @@ from quant.cache import by_bytes, cache_format, input_group
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import scheme
 from search_spaces.families import Declare, declare
-from search_spaces.family import Block, Family, Layer, Width, branch_keep, extent
+from search_spaces.family import Block, Family, Layer, Width, branch_keep
 from search_spaces.precision import (
     PRECISION_PER,
     check_whole_model,
@@ -393,7 +393,6 @@ def _presence(
 __all__ = [
     "default_architecture",
     "default_order",
-    "extent",
     "presets",
     "requirements",
     "space_for_model",

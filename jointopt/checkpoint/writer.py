@@ -198,7 +198,7 @@ def _record(
         "family": supernet.family.name,
         "dtype": str(next(model.parameters()).dtype)[6:],
         "genome": genome.tolist(),
-        "choices": _plain(supernet.space.decode(genome)),
+        "choices": supernet.space.decode(genome),
         "costs": costs,
         **({"latency": supernet.latency.described()} if supernet.latency else {}),
         "metrics": {k: v for k, v in (metrics or {}).items() if k not in costs},
@@ -208,10 +208,6 @@ def _record(
         "probe": _probe(supernet, model),
         "software": {name: version(name) for name in ("torch", "transformers", "timm", "compressed-tensors")},
     }
-
-
-def _plain(choices: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: choice.item() if hasattr(choice, "item") else choice for name, choice in choices.items()}
 
 
 def _example(supernet: Supernet) -> dict[str, Any]:

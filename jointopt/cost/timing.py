@@ -195,10 +195,9 @@ def _sessions(
     import onnxruntime
 
     from jointopt.checkpoint.onnx.graph import traced, with_twins
-    from jointopt.checkpoint.onnx.writer import OPSETS
 
     graph: Any = with_twins(_Each(modules).eval())
-    program = traced(graph, ([list(each) for each in inputs],), opset_version=OPSETS[0])
+    program = traced(graph, ([list(each) for each in inputs],))
     whole = program.model_proto
     names = iter([each.name for each in whole.graph.input])
     extractor = onnx.utils.Extractor(whole)

@@ -30,7 +30,6 @@ def write_report(
     chosen: Sequence[int] | np.ndarray | None = None,
     layers: Layers | None = None,
     full_layers: Layers | None = None,
-    title: str | None = None,
     devices: Sequence[OnDevice] = (),
 ) -> Path:
     """Writes the report of a finished or a running study.
@@ -40,7 +39,6 @@ def write_report(
         path: the HTML file; one that is there is replaced.
         chosen: genome to be marked and drawn (default: the one that the study has recorded as its "choice", if any).
         layers, full_layers: `Supernet.layout` of the chosen and of the largest genome (default: as recorded).
-        title: heading (default: the model's name in the study's config).
         devices: the study's sub-networks on devices (`report.devices.on_device`), each with its front and its choice.
 
     Returns:
@@ -68,7 +66,7 @@ def write_report(
         same = chosen is not None and chosen == choice.get("genome")
         layers = layers or (choice.get("layers") if same else None)
         spent = (choice.get("spent"), choice.get("full_spent")) if same else (None, None)
-        html = _page(opened, chosen, layers, full_layers or choice.get("full_layers"), title, spent, devices)
+        html = _page(opened, chosen, layers, full_layers or choice.get("full_layers"), spent, devices)
     finally:
         if opened is not study:
             opened.close()
@@ -81,13 +79,12 @@ def _page(
     chosen: Sequence[int] | np.ndarray | None,
     layers: Layers | None,
     full: Layers | None,
-    title: str | None,
     spent: tuple[Layers | None, Layers | None],
     devices: Sequence[OnDevice],
 ) -> str:
     picked = None if chosen is None else tuple(map(int, chosen))
     config = study.config
-    heading = title or str(config.get("model", "Search"))
+    heading = str(config.get("model", "Search"))
     frame = study.evaluations()
     sections = [
         f"<h1>{escape(heading)}</h1>",

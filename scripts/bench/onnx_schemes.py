@@ -53,7 +53,7 @@ def loaded(name: str) -> float:
     module, inputs = module_of(layer(name, WIDE, 1), 1)
     with tempfile.TemporaryDirectory() as place:
         holder = torch.nn.Sequential(module)
-        program = traced(with_twins(holder), inputs, opset_version=21)
+        program = traced(with_twins(holder), inputs)
         path = f"{place}/model.onnx"
         program.save(path)
         del program, holder, module

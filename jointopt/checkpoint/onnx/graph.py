@@ -18,6 +18,8 @@ from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer
 from quant.errors import JointoptError
 from search_spaces.clones import structural_clone
 
+OPSET = 21
+"""The first with 4-bit and FP8 types throughout; ONNX Runtime 1.20 and later run it."""
 FREE_SIZE = (64, 96)
 """Of the image that a model of any size is traced with; the two sides differ, so that they are told apart."""
 TWINS = {nn.Embedding: OnnxEmbedding, nn.Linear: OnnxLinear, nn.Conv2d: OnnxConv2d}
@@ -87,7 +89,7 @@ RETURNS, ARGUMENTS, FIXED = "returns", "arguments", "fixed"
 names that its forward takes, in their order, and the values among them that are no tensors."""
 
 
-def onnx_program(model: nn.Module, opset: int, example: Mapping[str, Any] | None = None) -> Any:
+def onnx_program(model: nn.Module, example: Mapping[str, Any] | None = None) -> Any:
     """The model as a `torch.onnx.ONNXProgram`, its quantized layers as the operators of `layers`.
 
     Inputs are called as the model's own (`pixel_values`; `x` for timm), for models that generate text those of
@@ -100,19 +102,17 @@ def onnx_program(model: nn.Module, opset: int, example: Mapping[str, Any] | None
         JointoptError: a model of no library returns something else than tensors, or cannot be traced.
     """
     if example is not None:
-        return _own_program(model, opset, example)
+        return _own_program(model, example)
     graph, inputs, names = _graph(with_twins(model).eval())
     shapes = _dynamic_shapes(inputs)
     outputs = ["logits", *(name.replace("past_key_values", "present") for name in names if name.startswith("past"))]
-    program = traced(
-        graph, (), inputs, dynamic_shapes=shapes, input_names=names, output_names=outputs, opset_version=opset
-    )
+    program = traced(graph, (), inputs, dynamic_shapes=shapes, input_names=names, output_names=outputs)
     if names == ["x"]:
         program.model.metadata_props[RETURNS] = "tensor"
     return program
 
 
-def _own_program(model: nn.Module, opset: int, example: Mapping[str, Any]) -> Any:
+def _own_program(model: nn.Module, example: Mapping[str, Any]) -> Any:
     kind = type(model).__name__
     accepted = list(inspect.signature(model.forward).parameters)
     given = sorted(example, key=lambda name: accepted.index(name) if name in accepted else len(accepted))
@@ -136,9 +136,7 @@ def _own_program(model: nn.Module, opset: int, example: Mapping[str, Any]) -> An
     if both := sorted({*names} & {*tensors}):
         raise JointoptError(f"export: {both[0]} is an input and an output; allowed: names of their own")
     try:
-        program = traced(
-            graph, (), inputs, dynamic_shapes=shapes, input_names=tensors, output_names=names, opset_version=opset
-        )
+        program = traced(graph, (), inputs, dynamic_shapes=shapes, input_names=tensors, output_names=names)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         raise JointoptError(f"export: torch.onnx cannot trace {kind}: {_first_line(cause)}") from error
@@ -171,7 +169,14 @@ def traced(graph: nn.Module, arguments: tuple, inputs: dict[str, Any] | None = N
         logging.disable(logging.ERROR)  # whole graphs, where one cannot be traced
         try:
             program = torch.onnx.export(
-                graph, arguments, kwargs=inputs, dynamo=True, optimize=False, verbose=False, **options
+                graph,
+                arguments,
+                kwargs=inputs,
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                **options,
             )
         except RuntimeError as error:
             if (refused := _refusal(error)) is not None:

@@ -19,8 +19,6 @@ from jointopt.checkpoint.timm_recipe import by_library, by_timm, preprocessing, 
 from quant.errors import JointoptError
 
 MODEL = "model.onnx"
-OPSETS = (21, 22, 23)
-"""Opset 21 is the first with 4-bit and FP8 types throughout; ONNX Runtime 1.20 and later run it."""
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -31,24 +29,24 @@ def check_installed() -> None:
         raise JointoptError(f"target onnxruntime: found no {', '.join(missing)}; pip install 'jointopt[onnx]'")
 
 
-def write_onnx(place: Path, model: Any, example: Mapping[str, Any], opset: int = OPSETS[0]) -> dict[str, Any]:
+def write_onnx(place: Path, model: Any, example: Mapping[str, Any]) -> dict[str, Any]:
     """model.onnx and config.json in a folder. Returns what the record keeps: opset, bytes of all stored tensors.
 
     Args:
         example: a batch of its inputs, by which a model is traced that is neither of transformers nor of timm.
 
     Raises:
-        JointoptError: a number format without a form in ONNX, a bfloat16 model, a quantized cache, an opset that is too
-            old, a missing package, a model of no library that cannot be traced.
+        JointoptError: a number format without a form in ONNX, a bfloat16 model, a quantized cache, a missing
+            package, a model of no library that cannot be traced.
     """
-    check(model, opset)
-    from jointopt.checkpoint.onnx.graph import onnx_program
+    check(model)
+    from jointopt.checkpoint.onnx.graph import OPSET, onnx_program
 
     own = not by_library(model)
     if next(model.parameters()).device.type != "cpu":
         model = copy.deepcopy(model).cpu()
         example = on_device(example, torch.device("cpu"))
-    program = onnx_program(model, opset, example if own else None)
+    program = onnx_program(model, example if own else None)
     program.save(str(place / MODEL))
     if isinstance(model, PreTrainedModel):
         save_configs(model, place)
@@ -57,14 +55,12 @@ def write_onnx(place: Path, model: Any, example: Mapping[str, Any], opset: int =
         if not own:
             described = {"timm": recipe_of(model), "pretrained_cfg": preprocessing(model)}
         (place / "config.json").write_text(json.dumps(described, indent=1))
-    return {"target": "onnxruntime", "opset": opset, "stored": onnx_bytes(place / MODEL)}
+    return {"target": "onnxruntime", "opset": OPSET, "stored": onnx_bytes(place / MODEL)}
 
 
-def check(model: Any, opset: int = OPSETS[0]) -> None:
+def check(model: Any) -> None:
     """Raises JointoptError for what cannot be written: see `write_onnx`."""
     check_installed()
-    if opset not in OPSETS:
-        raise JointoptError(f"opset: found {opset}; allowed: {', '.join(map(str, OPSETS))}")
     check_formats(model, "onnxruntime")
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
