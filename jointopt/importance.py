@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jointopt.checkpoint.held_cache import cache_name
 from quant.cache import KeyObserver
-from quant.errors import JointoptError
+from quant.errors import JointoptError, in_one_line
 from search_spaces.clones import structural_clone, without_autocast
 from search_spaces.family import Family, Width
 
@@ -72,7 +72,7 @@ class CalibrationPass:
         except (JointoptError, torch.OutOfMemoryError):
             raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            told = " ".join(str(error).split())[:300]
+            told = in_one_line(error)
             taken = signature(self.model.forward).parameters.values()
             allowed = ", ".join(each.name for each in taken if each.kind != Parameter.VAR_KEYWORD)
             raise JointoptError(

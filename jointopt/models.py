@@ -22,7 +22,7 @@ from torch import nn
 from jointopt.names import MODELS
 from jointopt.rows import looks_like_hub_id
 from jointopt.tasks import TASKS
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, did_you_mean, first_line, in_one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -118,7 +118,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise JointoptError(f"model: {folder / 'config.json'} cannot be read: {_first_line(error)}") from None
+        raise JointoptError(f"model: {folder / 'config.json'} cannot be read: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise JointoptError(f"model: {folder / 'config.json'} holds no object")
     return found
@@ -277,7 +277,7 @@ def _processor(source: ModelSource, task: str) -> Any:
         return kind.from_pretrained(source.location, **source.options())
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise JointoptError(
-            f"model: {source.name!r} comes without a usable {needed} ({_first_line(error)}); "
+            f"model: {source.name!r} comes without a usable {needed} ({first_line(error)}); "
             "save the one it was trained with beside it"
         ) from None
 
@@ -310,11 +310,7 @@ def _explained(source: ModelSource) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         where = "" if source.local else " (no folder of this name is here, so it was looked for on the hub)"
-        raise JointoptError(f"model: {source.name!r} cannot be loaded{where}: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise JointoptError(f"model: {source.name!r} cannot be loaded{where}: {first_line(error)}") from None
 
 
 def import_function(name: str) -> Callable[[nn.Module], Any]:
@@ -331,7 +327,7 @@ def import_function(name: str) -> Callable[[nn.Module], Any]:
     except ModuleNotFoundError as error:
         raise JointoptError(f"quality: {name!r}: {error}; looked in the current directory too") from None
     except (Exception, SystemExit) as error:
-        told = " ".join(str(error).split())[:300]
+        told = in_one_line(error)
         raise JointoptError(f"quality: importing {module!r} raised {type(error).__name__}: {told}") from error
     if not callable(found):
         raise JointoptError(f"quality: the module {module!r} has no function {function!r}")

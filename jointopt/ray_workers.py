@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from jointopt.evaluation import Quality
 from jointopt.supernet import Supernet
 from jointopt.workers import Ended, read_payload, write_payload
-from quant.errors import JointoptError
+from quant.errors import JointoptError, first_line
 
 
 class Remote:
@@ -95,7 +95,7 @@ class Cluster:
                 _reach(address)
                 ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
             except (OSError, ValueError, RuntimeError, RayError) as error:
-                told = str(error).splitlines()[0]
+                told = first_line(error)
                 raise JointoptError(
                     f"ray: no cluster at {address!r}: {told}; allowed: an address, or auto after `ray start --head`"
                 ) from None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, first_line
 
 Columns = dict[str, list[Any]]
 
@@ -124,7 +124,7 @@ def _table(path: Path, key: str) -> Columns:
         whole = path.suffix == ".json" and text.lstrip().startswith("[")
         return _rows(json.loads(text) if whole else _objects(text))
     except (OSError, ValueError, csv.Error) as error:
-        raise JointoptError(f"{key}: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        raise JointoptError(f"{key}: {str(path)!r} cannot be read: {first_line(error)}") from None
 
 
 def _objects(text: str) -> list[Any]:

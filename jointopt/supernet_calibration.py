@@ -16,7 +16,7 @@ from jointopt.ranges import Ranges
 from jointopt.repair import Repairs
 from jointopt.supernet_state import stamp
 from jointopt.transforms import reread, scale_links
-from quant.errors import JointoptError
+from quant.errors import JointoptError, in_one_line
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -58,7 +58,7 @@ def _check_smallest(supernet: Supernet, batch: Mapping[str, Any]) -> None:
         with torch.no_grad():
             view(**batch)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        told = " ".join(str(error).split())[:300]
+        told = in_one_line(error)
         raise JointoptError(
             f"{supernet.family.name}: the smallest sub-network does not run: {told}; allowed: a declaration whose "
             "widths name all that carries them"

@@ -13,6 +13,16 @@ class JointoptError(ValueError):
     """Something the user gave cannot be used: one line that names it, what was found, and what is allowed."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """What another library's error says, cut off where it goes on for long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, for those whose others are of no use to a user."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
 def did_you_mean(found: Any, allowed: Iterable[str]) -> str:
     """ "; did you mean 'W8A8'?" for an error's line, whatever the case of the letters; empty where nothing is near."""
     lowered = {name.lower(): name for name in allowed}

@@ -42,7 +42,7 @@ from jointopt.checkpoint.timm_recipe import by_library, from_recipe, preprocessi
 from jointopt.evaluation import check_supernet
 from jointopt.finishing import Finished
 from jointopt.study import Study, locked
-from quant.errors import JointoptError, check_kind
+from quant.errors import JointoptError, check_kind, in_one_line
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -259,7 +259,7 @@ def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
         with torch.no_grad():
             output = model(**on_device(example, next(model.parameters()).device))
     except (RuntimeError, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())[:300]
+        told = in_one_line(error)
         raise JointoptError(f"export: {type(model).__name__} does not run on one calibration sample: {told}") from error
     return {"inputs": described, "outputs": probed(output).tolist()}
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from jointopt.batch_norm import on_device
 from jointopt.cost.backend import TORCH, Backend
 from jointopt.cost.operators import Operator
+from jointopt.workers import threads_of_torch
 from quant.kernels import quantize
 from quant.layers import as_quantized
 
@@ -152,13 +153,8 @@ def in_turns(calls: Sequence[Callable[[], Any]], rounds: int, least: float = 0.0
 @contextmanager
 def _as_deployed(backend: Backend) -> Iterator[None]:
     """No gradients, and as many threads as the backend has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(backend.threads)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_num_threads(before)
+    with threads_of_torch(backend.threads), torch.inference_mode():
+        yield
 
 
 def _torch_calls(

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.stats import spearmanr
 
-from jointopt.objectives import COSTS, Objective
+from jointopt.objectives import COSTS, Objective, is_column
 from jointopt.report.quantities import label, scale, written
 from jointopt.study import Study
 from search_spaces.family import is_depth
@@ -92,10 +92,9 @@ def _add_points(
 
 
 def _hover(space: SearchSpace, row: Mapping[str, Any], name: str) -> str:
-    hidden = ("number", "generation", "genome", "failed", "seconds")
     lines = [f"<b>evaluation {row['number']}</b>" if row["number"] >= 0 else f"<b>{escape(name)}</b>"]
     for key, value in row.items():
-        if key not in hidden and not str(key).startswith("predicted_") and isinstance(value, int | float):
+        if not is_column(str(key)) and isinstance(value, int | float):
             unit = "" if key == "size" else f" {label(str(key)).partition('(')[2].rstrip(')')}" if key in COSTS else ""
             lines.append(f"{escape(str(key))}: {written(str(key), value)}{unit}")
     return "<br>".join([*lines, *(_summary(space, row["genome"]) if "genome" in row else ())])

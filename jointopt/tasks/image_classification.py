@@ -15,7 +15,7 @@ from jointopt.rows import IMAGE, LABEL, DataSource, check_named, class_folders, 
 from jointopt.tasks.metrics import every
 from jointopt.tasks.task import Samples, Task, place_of
 from jointopt.tasks.text_classification import label_names
-from quant.errors import JointoptError
+from quant.errors import JointoptError, first_line
 
 KEPT_BYTES = 2 * 10**9
 """Processed images are kept in memory up to here; beyond, they are read again each time."""
@@ -63,7 +63,7 @@ def _inputs(processor: Any, image: Image.Image) -> Tensor:
     try:
         return processor(images=image, return_tensors="pt")["pixel_values"][0]
     except ValueError as error:
-        raise JointoptError(f"model: its image processor fails: {str(error).splitlines()[0]}") from None
+        raise JointoptError(f"model: its image processor fails: {first_line(error)}") from None
 
 
 def _check_size(model: nn.Module, pixels: Tensor, source: DataSource) -> None:

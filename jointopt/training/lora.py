@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, did_you_mean, in_one_line
 from search_spaces.clones import structural_clone, structural_clones
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
     try:
         wrapped = get_peft_model(structural_clone(supernet.model), config)
     except ValueError as error:
-        raise JointoptError(f"lora: {' '.join(str(error).split())[:300]}; allowed: {', '.join(names)}") from None
+        raise JointoptError(f"lora: {in_one_line(error)}; allowed: {', '.join(names)}") from None
     finally:  # PEFT freezes the clone's parameters, which are the model's
         _freeze(supernet.model, frozen)
     found: dict[str, Any] = {

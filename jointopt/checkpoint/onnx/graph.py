@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from jointopt.batch_norm import sample_count
 from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
-from quant.errors import JointoptError
+from quant.errors import JointoptError, first_line
 from search_spaces.clones import structural_clone
 
 OPSET = 21
@@ -131,7 +131,7 @@ def _own_program(model: nn.Module, example: Mapping[str, Any]) -> Any:
         with torch.no_grad():
             output = graph(**inputs)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise JointoptError(f"export: {kind} does not run on two samples: {_first_line(error)}") from error
+        raise JointoptError(f"export: {kind} does not run on two samples: {first_line(error)}") from error
     names = _output_names(output)
     if both := sorted({*names} & {*tensors}):
         raise JointoptError(f"export: {both[0]} is an input and an output; allowed: names of their own")
@@ -139,7 +139,7 @@ def _own_program(model: nn.Module, example: Mapping[str, Any]) -> Any:
         program = traced(graph, (), inputs, dynamic_shapes=shapes, input_names=tensors, output_names=names)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
-        raise JointoptError(f"export: torch.onnx cannot trace {kind}: {_first_line(cause)}") from error
+        raise JointoptError(f"export: torch.onnx cannot trace {kind}: {first_line(cause)}") from error
     if isinstance(output, Tensor):
         program.model.metadata_props[RETURNS] = "tensor"
     program.model.metadata_props[ARGUMENTS] = json.dumps(accepted)
@@ -155,10 +155,6 @@ def _output_names(output: Any) -> list[str]:
         found = {name: type(each).__name__ for name, each in named.items()}
         raise JointoptError(f"export: the model returns {found}; allowed: a tensor, or a tuple or dict of tensors")
     return list(named)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def traced(graph: nn.Module, arguments: tuple, inputs: dict[str, Any] | None = None, **options: Any) -> Any:
