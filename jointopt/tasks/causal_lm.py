@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from jointopt.rows import TEXT, DataSource, check_named, column, read_columns, read_text, texts
 from jointopt.tasks.metrics import next_tokens
-from jointopt.tasks.task import Samples, Task, place_of
-from jointopt.tasks.text_classification import text_length
+from jointopt.tasks.task import Samples, Task, place_of, text_length
 from quant.errors import JointoptError
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from jointopt.rows import IMAGE, LABEL, DataSource, check_named, class_folders, class_indices, column, read_columns
 from jointopt.tasks.metrics import every
-from jointopt.tasks.task import Samples, Task, place_of
-from jointopt.tasks.text_classification import label_names
+from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, place_of
 from quant.errors import JointoptError, first_line
 
 KEPT_BYTES = 2 * 10**9
@@ -99,5 +98,4 @@ def _of_bytes(image: Image.Image, told: str) -> Image.Image:
     return image
 
 
-METRICS = ("accuracy", "loss", "kl")
-TASK = Task("image-classification", "AutoModelForImageClassification", METRICS, 32, 128, samples, every)
+TASK = Task("image-classification", "AutoModelForImageClassification", CLASSIFICATION, 32, 128, samples, every)

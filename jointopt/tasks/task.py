@@ -1,4 +1,5 @@
-"""What a task is: how a source becomes samples, which of the model's logits count, and the names of its metrics."""
+"""What a task is: how a source becomes samples, which of the model's logits count, and the names of its metrics; and
+what several tasks read off a model."""
 
 from __future__ import annotations
 
@@ -13,6 +14,12 @@ from torch import Tensor, nn
 from jointopt.evaluation import Batch, Quality
 from jointopt.rows import DataSource
 from jointopt.tasks.metrics import Targets, quality_function
+from quant.errors import JointoptError
+
+CLASSIFICATION = ("accuracy", "loss", "kl")
+"""The metrics of tasks whose samples have one class each."""
+LENGTH = 512
+"""Tokens of a text, where neither the config nor the model says fewer."""
 
 
 @dataclass(frozen=True)
@@ -83,3 +90,25 @@ class Task:
 def place_of(model: nn.Module) -> torch.device:
     """The device that a model is on."""
     return next(model.parameters()).device
+
+
+def text_length(source: DataSource, model: nn.Module) -> int:
+    """Tokens in a text at most: what the config says, or as many as the model takes, 512 at most."""
+    most = getattr(model.config, "max_position_embeddings", None) or LENGTH
+    for name, module in model.named_modules():
+        # RoBERTa counts its positions from behind the padding's.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            most = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    if source.length is not None and source.length > most:
+        raise JointoptError(f"data.length: found {source.length}; the model takes {most} tokens at most")
+    return source.length or min(most, LENGTH)
+
+
+def label_names(model: Any) -> list[str]:
+    """The names of the model's classes in their order, or their numbers where it has none."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        named = {int(index): str(name) for index, name in config.id2label.items()}
+        return [named.get(index, str(index)) for index in range(config.num_labels)]
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    return list(map(str, names if len(names) == model.num_classes else range(model.num_classes)))

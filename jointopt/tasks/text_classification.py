@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from jointopt.rows import LABEL, TEXT, DataSource, check_named, class_indices, column, read_columns, texts
 from jointopt.tasks.metrics import every
-from jointopt.tasks.task import Samples, Task, place_of
+from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, place_of, text_length
 from quant.errors import JointoptError
-
-LENGTH = 512
 
 
 def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
@@ -42,27 +40,4 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     return Samples(len(labels), collate, order, place_of(model))
 
 
-def text_length(source: DataSource, model: nn.Module) -> int:
-    """Tokens in a text at most: what the config says, or as many as the model takes, 512 at most."""
-    most = getattr(model.config, "max_position_embeddings", None) or LENGTH
-    for name, module in model.named_modules():
-        # RoBERTa counts its positions from behind the padding's.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            most = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    if source.length is not None and source.length > most:
-        raise JointoptError(f"data.length: found {source.length}; the model takes {most} tokens at most")
-    return source.length or min(most, LENGTH)
-
-
-def label_names(model: Any) -> list[str]:
-    """The names of the model's classes in their order, or their numbers where it has none."""
-    config = getattr(model, "config", None)
-    if config is not None:
-        named = {int(index): str(name) for index, name in config.id2label.items()}
-        return [named.get(index, str(index)) for index in range(config.num_labels)]
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
-    return list(map(str, names if len(names) == model.num_classes else range(model.num_classes)))
-
-
-METRICS = ("accuracy", "loss", "kl")
-TASK = Task("text-classification", "AutoModelForSequenceClassification", METRICS, 32, 128, samples, every)
+TASK = Task("text-classification", "AutoModelForSequenceClassification", CLASSIFICATION, 32, 128, samples, every)
