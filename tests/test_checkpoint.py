@@ -23,14 +23,7 @@ from jointopt.checkpoint.writer import stored_bytes
 from jointopt.evaluation import logits_of
 from quant.formats import ELEMENTS, Element, Format, Scheme
 from quant.formats import SCHEMES as FORMATS
-from tests.zoo import SCHEMES, batches, logits, make
-
-
-def supernet_of(name: str, model: nn.Module | None = None, **options) -> Supernet:
-    model = model or make(name)
-    found = Supernet(model, SearchSpace.for_model(model, **options))
-    found.calibrate(batches(name))
-    return found
+from tests.zoo import SCHEMES, batches, logits, make, supernet_of
 
 
 def uniform(supernet: Supernet, **choices) -> object:
@@ -95,7 +88,9 @@ def test_a_uniform_sub_network_loads_as_the_stock_class_through_compressed_tenso
     schemes = ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "FP8", "W8A8_STATIC", "W4A8", "W4A4", "W8A16", "W8A8_ASYM"]
     if dtype == torch.bfloat16:
         schemes += ["NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16"]
-    supernet = supernet_of("llama_tied", make("llama_tied").to(dtype), schemes=schemes, depth=[2, 3], mlp=[128, 256])
+    supernet = supernet_of(
+        "llama_tied", model=make("llama_tied").to(dtype), schemes=schemes, depth=[2, 3], mlp=[128, 256]
+    )
     chosen = {g.name: schemes[1 + at % (len(schemes) - 1)] for at, g in enumerate(supernet.space.genes)}
     chosen = {name: scheme for name, scheme in chosen.items() if name.endswith(".precision") and "embed" not in name}
     genome = supernet.space.encode({"depth": 3, **{f"block{i}.mlp": 128 for i in range(3)}, **chosen})
@@ -181,7 +176,7 @@ def test_a_path_in_place_of_a_study_and_no_folder_are_refused(tmp_path):
 
 def test_a_study_of_other_weights_is_refused_and_its_own_super_network_is_not(tmp_path):
     supernet = supernet_of("llama_tied", schemes=["none", "W8A8"])
-    other = supernet_of("llama_tied", make("llama_tied", seed=1), schemes=["none", "W8A8"])
+    other = supernet_of("llama_tied", model=make("llama_tied", seed=1), schemes=["none", "W8A8"])
     study = jointopt.search(supernet, quality, ["quality", "size"], evaluations=2)
     with pytest.raises(JointoptError, match="no longer what the study searched"):
         jointopt.export(other, other.space.smallest, tmp_path / "small", study=study)
@@ -337,7 +332,7 @@ def test_what_timm_builds_again_is_given_images_as_the_original_is(tmp_path):
     model = make("timm_vit")
     means = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
     model.pretrained_cfg = {"input_size": (3, 16, 16), "crop_pct": 0.9, **means}
-    supernet = supernet_of("timm_vit", model, schemes=["none", "W8A8"])
+    supernet = supernet_of("timm_vit", model=model, schemes=["none", "W8A8"])
     folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
     wanted = resolve_model_data_config(model)
     assert wanted["mean"] == (0.4, 0.5, 0.6)

@@ -13,16 +13,9 @@ import jointopt
 from jointopt import JointoptError, Objective, SearchSpace, Supernet
 from jointopt.finishing import Finishing, finish_top
 from jointopt.lockstep import in_step, starting
-from tests.zoo import MODELS, RELATIVES, batches, logits, make
+from tests.zoo import MODELS, RELATIVES, batches, logits, make, supernet_of
 
 SCHEMES = ["W4A16", "NVFP4A16", "MXFP4A16", "W4A16_ASYM", "FP4A16", "W8A16_CHANNEL", "FP8A16"]
-
-
-def supernet_of(name: str, schemes=SCHEMES, **options) -> Supernet:
-    model = make(name)
-    found = Supernet(model, SearchSpace.for_model(model, schemes=schemes, **options))
-    found.calibrate(batches(name))
-    return found
 
 
 def quality(model: nn.Module) -> float:
@@ -31,7 +24,7 @@ def quality(model: nn.Module) -> float:
 
 @pytest.mark.parametrize("name", [name for name in (*MODELS, *RELATIVES) if "resnet" not in name])
 def test_a_finished_sub_network_is_nearer_to_its_unquantized_self_than_one_rounded_to_nearest(name):
-    supernet = supernet_of(name)
+    supernet = supernet_of(name, SCHEMES)
     plain, nearest, finished = [], [], []
     for genome in supernet.space.sample(2, seed=1):
         batch = batches(name, count=1, seed=1)[0]
@@ -92,7 +85,7 @@ def test_learned_rounding_exports_with_the_codes_that_it_learned(name, tmp_path)
 
 
 def test_finishing_leaves_the_super_network_as_it_was_and_gives_the_same_again():
-    supernet = supernet_of("llama_tied")
+    supernet = supernet_of("llama_tied", SCHEMES)
     genome, batch = supernet.space.sample(1, seed=0)[0], batches("llama_tied", seed=1)[0]
     before, seen = supernet.fingerprint(), logits(supernet.extract(genome), batch)
     first = jointopt.finish(supernet, genome, batches("llama_tied"))
@@ -137,7 +130,7 @@ def test_an_unquantized_sub_network_is_finished_as_it_is():
 
 
 def test_what_cannot_be_done_names_the_layer_or_what_is_allowed():
-    supernet = supernet_of("vit")
+    supernet = supernet_of("vit", SCHEMES)
     genome = supernet.space.largest
     with pytest.raises(JointoptError, match="'gptqq'; did you mean 'gptq'"):
         jointopt.finish(supernet, genome, batches("vit"), rounding="gptqq")

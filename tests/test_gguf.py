@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet, load_config
 from jointopt.checkpoint.gguf_writer import check
+from tests import zoo
 from tests.zoo import batches, logits, make
 
 gguf = pytest.importorskip("gguf")
@@ -19,10 +20,7 @@ SCHEMES = ["none", "W8A16_G32", "W4A16_G32"]
 
 
 def supernet_of(name: str, schemes=SCHEMES, **options) -> Supernet:
-    model = make(name)
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=schemes, **{"depth": [2, 3], **options}))
-    supernet.calibrate(batches(name))
-    return supernet
+    return zoo.supernet_of(name, schemes, **{"depth": [2, 3], **options})
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])

@@ -26,6 +26,7 @@ from jointopt.cost.operators import Answer, Operator
 from jointopt.report.devices import device_figure, on_device
 from jointopt.report.terminal import device_table
 from quant.formats import scheme
+from tests import zoo
 from tests.saved import save_vit
 from tests.zoo import MODELS, batches, make
 
@@ -33,11 +34,7 @@ FAST = Roofline(load_device("h100"))
 
 
 def supernet_of(name: str, latency=FAST, **options) -> Supernet:
-    model = make(name)
-    options = {"schemes": ["none", "W8A8", "W4A16", "FP8_DYNAMIC"], **options}
-    supernet = Supernet(model, SearchSpace.for_model(model, **options), latency=latency)
-    supernet.calibrate(batches(name))
-    return supernet
+    return zoo.supernet_of(name, latency=latency, **{"schemes": ["none", "W8A8", "W4A16", "FP8_DYNAMIC"], **options})
 
 
 @pytest.mark.parametrize("name", device_names())

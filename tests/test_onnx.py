@@ -17,6 +17,7 @@ from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Sup
 from jointopt.checkpoint.onnx import writer
 from jointopt.checkpoint.onnx.session import OnnxModel
 from jointopt.targets import TARGETS
+from tests import zoo
 from tests.zoo import batches, logits, make
 
 pytest.importorskip("onnxruntime")
@@ -28,10 +29,7 @@ SCHEMES = [
 
 @cache
 def supernet_of(name: str) -> Supernet:
-    model = make(name)
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=SCHEMES, precision_per="layer"))
-    supernet.calibrate(batches(name))
-    return supernet
+    return zoo.supernet_of(name, SCHEMES, precision_per="layer")
 
 
 def mixed(supernet: Supernet):

@@ -16,22 +16,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jointopt import SearchSpace, Supernet
+from jointopt import Supernet
 from jointopt.evaluation import evaluate
 from jointopt.sharing import HiddenStates, SharedEvaluator, block_signatures, can_share, evaluation_order, parts_of
 from search_spaces.clones import structural_clone
-from tests.zoo import batches, logits, make
+from tests import zoo
+from tests.zoo import batches, logits
 
 SEQUENTIAL = ("vit", "timm_vit", "deit", "bert", "roberta", "llama_tied", "llama_untied", "mistral", "qwen2", "qwen3")
 
 
 @cache
 def supernet_of(name: str) -> Supernet:
-    model = make(name)
     caches = {"caches": ["none", "INT8", "INT4"]} if name.startswith("llama") else {}
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16", "FP8"], **caches))
-    supernet.calibrate(batches(name))
-    return supernet
+    return zoo.supernet_of(name, ["none", "W8A8", "W4A16", "FP8"], **caches)
 
 
 def relatives(supernet: Supernet, count: int = 10, seed: int = 0) -> np.ndarray:

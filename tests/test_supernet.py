@@ -13,22 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
-from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make
+from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make, supernet_of
 
 ALL = [*MODELS, *RELATIVES]
 
 
-def supernet_of(name: str, **options) -> Supernet:
-    model = make(name)
-    options.setdefault("schemes", SCHEMES)
-    supernet = Supernet(model, SearchSpace.for_model(model, **options))
-    supernet.calibrate(batches(name))
-    return supernet
-
-
 @pytest.fixture(scope="module", params=ALL)
 def named(request) -> tuple[str, Supernet]:
-    return request.param, supernet_of(request.param)
+    return request.param, supernet_of(request.param, SCHEMES)
 
 
 def unquantized(supernet: Supernet, genome: np.ndarray) -> np.ndarray:
@@ -168,7 +160,7 @@ def test_the_original_is_untouched_by_calibration_views_and_training():
 
 
 def test_the_super_network_is_untouched_by_what_a_user_does_to_a_view():
-    supernet = supernet_of("bert")
+    supernet = supernet_of("bert", SCHEMES)
     before = supernet.fingerprint()
     with supernet.active(supernet.space.sample(1, seed=0)[0]) as view:
         view.train()
@@ -179,7 +171,7 @@ def test_the_super_network_is_untouched_by_what_a_user_does_to_a_view():
 
 
 def test_a_view_copies_no_weight():
-    supernet = supernet_of("llama_untied")
+    supernet = supernet_of("llama_untied", SCHEMES)
     storages = {tensor.untyped_storage().data_ptr() for tensor in supernet.model.parameters()}
     genome = unquantized(supernet, supernet.space.smallest)
     with supernet.active(genome) as view:
@@ -187,7 +179,7 @@ def test_a_view_copies_no_weight():
 
 
 def test_an_extracted_model_shares_no_storage_with_the_super_network():
-    supernet = supernet_of("llama_tied")
+    supernet = supernet_of("llama_tied", SCHEMES)
     storages = {tensor.untyped_storage().data_ptr() for tensor in supernet.model.parameters()}
     model = supernet.extract(supernet.space.sample(1, seed=0)[0])
     assert not any(tensor.untyped_storage().data_ptr() in storages for tensor in model.parameters())
@@ -277,7 +269,7 @@ def disagreement(supernet: Supernet, data: list) -> float:
 
 
 def test_a_saved_super_network_is_restored_with_its_order(tmp_path):
-    supernet = supernet_of("bert")
+    supernet = supernet_of("bert", SCHEMES)
     labelled = [{**batch, "labels": torch.zeros(6, dtype=torch.long)} for batch in batches("bert")]
     jointopt.train_supernet(supernet, labelled, 2, learning_rate=1e-2)
     supernet.calibrate(batches("bert"))

@@ -13,17 +13,14 @@ import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet, load_config
 from jointopt.checkpoint.vllm import _width
 from jointopt.targets import TARGETS
+from tests import zoo
 from tests.zoo import batches, logits, make
 
 PLAIN = ["embedding", "head"]
 
 
 def supernet_of(name: str, schemes=("none", "W8A8", "W4A16"), **options) -> Supernet:
-    model = make(name)
-    given = {"depth": [2, 3], "unquantized": PLAIN, **options}
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=schemes, **given))
-    supernet.calibrate(batches(name))
-    return supernet
+    return zoo.supernet_of(name, schemes, **{"depth": [2, 3], "unquantized": PLAIN, **options})
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "llama_untied", "qwen2", "qwen3"])

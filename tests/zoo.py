@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import timm
 import torch
@@ -27,6 +28,8 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+
+from jointopt import SearchSpace, Supernet
 
 SCHEMES = ("none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4", "MXFP4", "W8A16", "W4A16_ASYM")
 
@@ -131,6 +134,16 @@ def _padded(size: int, generator: torch.Generator) -> dict[str, Tensor]:
     for row in range(size):
         mask[row, 16 - row :] = 0
     return {"input_ids": torch.randint(3, 96, (size, 16), generator=generator), "attention_mask": mask}
+
+
+def supernet_of(
+    name: str, schemes: Iterable[str] | None = None, model: nn.Module | None = None, latency: Any = None, **space: Any
+) -> Supernet:
+    """A calibrated super-network of the model, which is made where none is given."""
+    model = model or make(name)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=schemes, **space), latency=latency)
+    supernet.calibrate(batches(name))
+    return supernet
 
 
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
