@@ -102,8 +102,9 @@ def test_batches_are_summed_whatever_way_they_are_cut():
     halves = [{"pixel_values": half} for half in whole[0]["pixel_values"].split(6)]
     one = jointopt.finish(supernet, supernet.space.largest, whole).model
     two = jointopt.finish(supernet, supernet.space.largest, halves).model
-    batch = batches("vit", seed=1)[0]
-    torch.testing.assert_close(logits(one, batch), logits(two, batch), atol=0.05, rtol=0.05)
+    # Sums are equal to the bit; of other numbers of rows a matrix product may differ in the last one.
+    for mine, theirs in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
 
 
 def test_padding_does_not_count():
@@ -176,8 +177,10 @@ def test_an_original_beside_is_seen_as_it_was():
     assert torch.equal(seen["second"].original_x, original.first(x))
 
 
-@pytest.mark.parametrize("where", ["change", "forward"])
-def test_an_error_in_the_middle_ends_every_pass(where):
+@pytest.mark.parametrize(
+    ("where", "error", "said"), [("change", JointoptError, "stop"), ("forward", RuntimeError, "shapes cannot be mult")]
+)
+def test_an_error_in_the_middle_ends_every_pass(where, error, said):
     model = TwoWays()
 
     def change(path, module, arrived):
@@ -188,7 +191,7 @@ def test_an_error_in_the_middle_ends_every_pass(where):
         starting({"x": torch.ones(1, 2), "turned": False}),
         starting({"x": torch.ones(1, 3 if where == "forward" else 2), "turned": 0}),
     ]
-    with pytest.raises((JointoptError, RuntimeError)):
+    with pytest.raises(error, match=said):
         in_step(model, passes, ["first", "second"], change)
     assert "forward" not in vars(model.second)
 
