@@ -7,6 +7,20 @@ with supernet.active(space.sample(1, seed=0)[0]) as small:
     small(**batch)
 """
 
+# What hangs on weights, order and calibration: who sets it, and what forgets it or sets it anew. Whatever writes to
+# parameters comes to `weights_changed`, if only by `notice`; `follow` finds that the model has another device or dtype.
+#
+# trained              weights_changed, load (as saved)     nothing but load
+# calibrated           calibrate                            weights_changed, load
+# space, _leaving      calibrate, unless trained            load, take_shapes
+# _statistics          calibrate                            load; after weights_changed check_calibrated refuses them
+# _repaired            calibrate                            weights_changed, load
+# samples, _positions  calibrate                            nothing; take_shapes sets positions anew
+# _scaled              calibrate, load (as saved)           weights_changed, so that calibrate scales again
+# learned              learn_ranges, load                   load; ranges of inputs: weights_changed but while they train
+# _bank, scores        view; search                         weights_changed, calibrate, load, follow
+# _costs               whoever asks                         calibrate, load, follow, take_shapes, use_latency
+
 from __future__ import annotations
 
 import copy
