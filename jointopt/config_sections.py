@@ -324,7 +324,7 @@ class Hardware(Section):
             this machine, whose operators are timed: in ONNX Runtime (target onnxruntime), or in torch on what the run
             computes on (target transformers, with number formats of weights alone).
         batch: samples that are computed together.
-        context: tokens of a sample (default: as many as a calibration sample has).
+        context: tokens of a sample (default: as many as calibration samples have on average).
         parallel: devices over which each layer is spread.
         threads: of the CPU, for "this".
     """

@@ -364,8 +364,9 @@ class Supernet:
         latency also `latency` in seconds and `energy` in joules of its batch, and `peak_memory` in bytes; of language
         models `decode_latency` and `decode_energy` of one more token of each sequence.
 
-        MACs are those of one sample of the first calibration batch (before calibration: of the family's example),
-        counted in linear layers, convolutions and attention products. BOPs are MACs x weight bits x activation bits.
+        MACs are those of one calibration sample, of average length where it is a text (before calibration: of the
+        family's example), counted in linear layers, convolutions and attention products. BOPs are MACs x weight bits x
+        activation bits.
         """
         return {name: values[0].item() for name, values in self.cost_columns(np.atleast_2d(genome)).items()}
 

@@ -16,6 +16,7 @@ from jointopt.ranges import Ranges
 from jointopt.repair import Repairs
 from jointopt.supernet_state import stamp
 from jointopt.transforms import reread, scale_links
+from jointopt.typical import lengths, of_average_length
 from quant.errors import JointoptError, in_one_line
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     listeners = ranges.listeners() + repairs.listeners()
     calibration = CalibrationPass(supernet.model, supernet.family, listeners, ranges.keys)
     kept: list[Mapping[str, Any]] = []
-    count = calibration.run(_checked(supernet, batches, kept))
+    tokens: list[int] = []
+    count = calibration.run(_measured(_checked(supernet, batches, kept), tokens))
     if not count:
         raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
-    supernet._positions = measure_positions(supernet.model, kept[0])
+    supernet._positions = measure_positions(supernet.model, of_average_length(kept[0], tokens, 1))
     supernet.samples = kept
     if not supernet.trained:
         _sort(supernet, calibration, ranges, repairs)
@@ -106,6 +108,13 @@ def _checked(supernet: Supernet, batches: Iterable[Any], kept: list[Mapping[str,
             kept.append(first_samples(moved, SAMPLES))
             wanted -= sample_count(moved)
         yield moved
+
+
+def _measured(batches: Iterable[Mapping[str, Any]], found: list[int]) -> Iterator[Mapping[str, Any]]:
+    """The batches; the lengths of their samples are put down."""
+    for batch in batches:
+        found += lengths(batch)
+        yield batch
 
 
 def _sort(supernet: Supernet, calibration: CalibrationPass, ranges: Ranges, repairs: Repairs) -> None:

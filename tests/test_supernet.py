@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.typical import lengths, of_average_length
 from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make, supernet_of
 
 ALL = [*MODELS, *RELATIVES]
@@ -112,7 +113,8 @@ def persistent_buffers(model: nn.Module) -> list[torch.Tensor]:
 
 def test_macs_are_half_the_counted_operations_of_a_forward_pass(named):
     name, supernet = named
-    batch = batches(name)[0]
+    tokens = [length for batch in batches(name) for length in lengths(batch)]
+    batch = of_average_length(batches(name)[0], tokens, 2)
     for genome in [supernet.space.largest, *supernet.space.sample(3, seed=2)]:
         model = supernet.extract(unquantized(supernet, genome))
         if hasattr(model, "set_attn_implementation"):
@@ -126,6 +128,23 @@ def test_macs_are_half_the_counted_operations_of_a_forward_pass(named):
         counted = counter.get_total_flops() / 2
         samples = len(next(iter(batch.values())))
         assert abs(counted - samples * supernet.costs(genome)["macs"]) <= samples * rotary
+
+
+def test_macs_of_texts_are_those_of_a_text_of_average_length_in_whichever_batches_they_come():
+    ids, mask = torch.full((4, 12), 7), torch.zeros(4, 12, dtype=torch.long)
+    for row, length in enumerate((2, 4, 6, 12)):
+        mask[row, :length] = 1
+    counted = []
+    for sizes in ([4], [1, 1, 1, 1], [2, 2]):
+        supernet = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=["none", "W8A8"], preset="fixed"))
+        parts = zip(ids.split(sizes), mask.split(sizes), strict=True)
+        supernet.calibrate(
+            [{"input_ids": each[:, : m.sum(1).max()], "attention_mask": m[:, : m.sum(1).max()]} for each, m in parts]
+        )
+        counted.append(supernet.original_costs()["macs"])
+    whole = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=["none", "W8A8"], preset="fixed"))
+    whole.calibrate([{"input_ids": ids[:1, :6], "attention_mask": torch.ones(1, 6, dtype=torch.long)}])
+    assert counted == [whole.original_costs()["macs"]] * 3
 
 
 def test_bops_are_macs_times_the_bits_of_weights_and_activations():

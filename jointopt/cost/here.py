@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jointopt.batch_norm import first_samples, sample_count
+from jointopt.batch_norm import sample_count
 from jointopt.cost.backend import ONNXRUNTIME, TORCH
 from jointopt.cost.lookup import Lookup
 from jointopt.cost.timing import time_exports
 from jointopt.files import write_whole
+from jointopt.typical import lengths, of_average_length
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def _exported(supernet: Supernet, genome: Any, folder: Path, backend: str) -> Pa
 
 
 def batch_of(inputs: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
-    """The first samples of the first batch. Raises JointoptError where it has fewer."""
+    """The first samples of the first batch, of average length. Raises JointoptError where it has fewer."""
     if sample_count(inputs[0]) < size:
         raise JointoptError(
             f"hardware.batch: found {size}; allowed: up to {sample_count(inputs[0])}, a batch of data.calibrate"
         )
-    return first_samples(inputs[0], size)
+    return of_average_length(inputs[0], [each for batch in inputs for each in lengths(batch)], size)

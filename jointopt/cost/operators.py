@@ -127,7 +127,7 @@ class LatencyModel(Protocol):
     Attributes:
         source: where its answers come from, as a report says it: "roofline of NVIDIA A100 80GB SXM".
         batch: samples that are computed together.
-        context: tokens of a sample, None for as many as a calibration sample has.
+        context: tokens of a sample, None for as many as calibration samples have on average.
         capacity: bytes of memory of all devices together.
     """
 

@@ -28,7 +28,7 @@ class Roofline:
     Attributes:
         device: see `load_device`.
         batch: samples that are computed together.
-        context: tokens of a sample, None for as many as a calibration sample has.
+        context: tokens of a sample, None for as many as calibration samples have on average.
         parallel: devices over which each layer is spread (tensor parallelism).
         error: mean absolute relative error where it was fitted, end to end; None where it was not.
     """
