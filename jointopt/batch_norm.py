@@ -41,6 +41,29 @@ def first_samples(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     return {k: v[:count].clone() if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
 
 
+def none_alone(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The batches, those of one sample joined to a neighbour of like shape: where maps are of one pixel, a sample by
+    itself has no variance."""
+    found: list[Mapping[str, Any]] = []
+    for batch in batches:
+        if found and sample_count(found[-1]) == 1 and _alike(found[-1], batch):
+            found[-1] = _joined(found[-1], batch)
+        else:
+            found.append(batch)
+    if len(found) > 1 and sample_count(found[-1]) == 1 and _alike(*found[-2:]):
+        found[-2:] = [_joined(*found[-2:])]
+    return found
+
+
+def _alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    shapes = [{k: v.shape[1:] for k, v in each.items() if isinstance(v, Tensor)} for each in (first, second)]
+    return shapes[0] == shapes[1]
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: torch.cat([v, second[k]]) if isinstance(v, Tensor) and v.dim() else v for k, v in first.items()}
+
+
 def keep_statistics(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
     """Gives every normalization running statistics of its own, so that a slice's do not enter the whole model's."""
     norms = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jointopt.batch_norm import SAMPLES, first_samples, on_device, sample_count
+from jointopt.batch_norm import SAMPLES, first_samples, none_alone, on_device, sample_count
 from jointopt.cost.shapes import measure_positions
 from jointopt.evaluation import check_batch
 from jointopt.importance import CalibrationPass, check_sortable, sort_widths
@@ -42,7 +42,9 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     if not count:
         raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
     supernet._positions = measure_positions(supernet.model, of_average_length(kept[0], tokens, 1))
-    supernet.samples = kept
+    supernet.samples = none_alone(kept) if supernet._has_batch_norm else kept
+    if supernet._has_batch_norm and sum(map(sample_count, kept)) == 1:
+        raise JointoptError("calibrate: found one sample; allowed: two or more, of which BatchNorm's statistics are")
     if not supernet.trained:
         _sort(supernet, calibration, ranges, repairs)
     supernet._statistics = ranges.constants()

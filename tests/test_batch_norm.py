@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from jointopt import SearchSpace, Supernet
+from jointopt import JointoptError, SearchSpace, Supernet
 from tests.zoo import batches, logits, make
 
 
@@ -21,6 +22,26 @@ def test_eight_bits_leave_the_original_as_it_is_however_few_the_samples():
     expected = logits(model, batch)
     with supernet.active(supernet.space.largest) as view:
         assert (logits(view, batch) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def of_sizes(pixels: torch.Tensor, *sizes: int) -> list[dict[str, torch.Tensor]]:
+    return [{"pixel_values": part} for part in pixels.split(list(sizes))]
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (1, 1, 1, 1), (1, 3), (1, 2, 1)])
+def test_a_sample_alone_in_its_batch_is_estimated_from_with_its_neighbours(sizes):
+    model = make("resnet")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"]))
+    supernet.calibrate(of_sizes(torch.randn(4, 3, 8, 8), *sizes))  # its last maps are of one pixel
+    with supernet.active(supernet.space.smallest) as view:
+        assert torch.isfinite(logits(view, of_sizes(torch.randn(2, 3, 8, 8), 2)[0])).all()
+
+
+def test_statistics_of_a_single_sample_are_refused():
+    model = make("resnet")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"]))
+    with pytest.raises(JointoptError, match="found one sample; allowed: two or more"):
+        supernet.calibrate(of_sizes(torch.randn(1, 3, 8, 8), 1))
 
 
 def test_statistics_follow_what_rounding_does_to_the_weights():
