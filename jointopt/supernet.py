@@ -24,6 +24,7 @@ with supernet.active(space.sample(1, seed=0)[0]) as small:
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -118,7 +119,7 @@ class Supernet:
         check_kind("repair", repair, bool, "True or False")
         if latency is not None and not hasattr(latency, "described"):
             raise JointoptError(f"latency: found {latency!r:.60}; allowed: a model of it, such as Roofline(...)")
-        self._given = model
+        self._given, self._given_stamp = model, stamp(model)
         self._declared = partial(declare, family=family)
         self.model, self.family = self._declared(own_copy(model))
         self.transforms = checked(transforms, self.family)
@@ -193,7 +194,16 @@ class Supernet:
 
     @contextmanager
     def original(self) -> Iterator[nn.Module]:
-        """The model as it was given, in eval mode, through a clone that shares its tensors."""
+        """The model that was given, in eval mode, through a clone that shares its tensors: it warns where these were
+        changed since, by which sub-networks would be compared with what they are not cut from."""
+        found = stamp(self._given)
+        if found[0] == self._given_stamp[0] and found != self._given_stamp:
+            warnings.warn(
+                "original: the model that was given to Supernet(...) has been trained or loaded anew since; "
+                "sub-networks are those of its earlier weights",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         yield structural_clone(self._given).eval()
 
     def extract(self, genome: Any) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -128,6 +129,19 @@ def test_macs_are_half_the_counted_operations_of_a_forward_pass(named):
         counted = counter.get_total_flops() / 2
         samples = len(next(iter(batch.values())))
         assert abs(counted - samples * supernet.costs(genome)["macs"]) <= samples * rotary
+
+
+def test_an_original_that_was_trained_after_it_was_given_is_said():
+    model = make("bert")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with supernet.original():
+            pass
+    with torch.no_grad():
+        model.classifier.weight.mul_(2)
+    with pytest.warns(RuntimeWarning, match="has been trained or loaded anew since"), supernet.original():
+        pass
 
 
 def test_macs_of_texts_are_those_of_a_text_of_average_length_in_whichever_batches_they_come():
