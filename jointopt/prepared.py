@@ -136,6 +136,10 @@ def _check_target(config: Config, loaded: LoadedModel) -> None:
 
         gguf_writer.check(loaded.model)
         gguf_writer.check_tokenizer(loaded.processor)
+    if config.target == "onnxruntime":
+        from jointopt.checkpoint.onnx import writer
+
+        writer.check_positions(loaded.model)
     dtype = next(loaded.model.parameters()).dtype
     if config.target == "onnxruntime" and str(dtype) != "torch.float32":
         raise JointoptError(f"dtype: the model is {dtype}; allowed for target onnxruntime: dtype: float32")

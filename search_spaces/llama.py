@@ -40,21 +40,18 @@ def declare(model: Model) -> Family:
         model.get_submodule(root.rstrip("."))._modules["rotary_emb"] = replacement
     head_dim = model.get_submodule(f"{root}layers.0.self_attn").head_dim
     heads_per_group = config.num_attention_heads // config.num_key_value_heads
+    # Where only some attentions slide, transformers reads the kind of a cache by the number of its attention, that of a
+    # mask by the number of its block: an attention that leaves would set them apart.
+    mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
     blocks, widths, layers, caches = [], [], [_embedding(model, root)], []
     links, readers, writers = [], [], [layers[0].path]
     for index in range(len(model.get_submodule(f"{root}layers"))):
         name, path = f"block{index}", f"{root}layers.{index}"
         attention, mlp = f"{path}.self_attn", f"{path}.mlp"
-        blocks.append(
-            Block(
-                name,
-                path,
-                branches=(
-                    Branch("attention", {f"{path}.input_layernorm": nn.Identity, attention: SkipAttention}),
-                    Branch("mlp", {f"{path}.post_attention_layernorm": nn.Identity, mlp: SkipBranch}),
-                ),
-            )
-        )
+        branches = [Branch("mlp", {f"{path}.post_attention_layernorm": nn.Identity, mlp: SkipBranch})]
+        if not mixed:
+            branches.insert(0, Branch("attention", {f"{path}.input_layernorm": nn.Identity, attention: SkipAttention}))
+        blocks.append(Block(name, path, branches=tuple(branches)))
         widths.append(_heads(name, attention, config.num_attention_heads, head_dim, heads_per_group))
         widths.append(_mlp(name, mlp, model.get_submodule(f"{mlp}.down_proj").in_features))
         layers.extend(_block_layers(name, attention, mlp))

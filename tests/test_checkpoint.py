@@ -369,3 +369,11 @@ def test_a_folder_with_its_own_file_is_put_into_another_dtype_trained_around_and
     loaded.load_state_dict(halved)
     with torch.no_grad():
         assert not torch.allclose(logits(loaded, batch), expected, atol=1e-3)
+
+
+def test_a_generation_config_that_transformers_does_not_write_is_named(tmp_path):
+    supernet = supernet_of("llama_tied", ["none", "W8A8"], preset="fixed")
+    supernet.model.generation_config.temperature = 0.6
+    with pytest.raises(JointoptError, match="export: model.generation_config: .*temperature.*; allowed: a valid one"):
+        jointopt.export(supernet, supernet.space.largest, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

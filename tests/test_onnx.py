@@ -245,6 +245,10 @@ def test_what_onnx_runtime_cannot_run_is_refused_before_anything_is_written(tmp_
         supernet.calibrate(batches("vit"))
         with pytest.raises(JointoptError, match=match):
             jointopt.export(supernet, supernet.space.smallest, tmp_path / "out", target="onnxruntime")
+    dynamic = zoo.supernet_of("llama_tied", ["none", "W8A8"], preset="fixed")
+    dynamic.model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(JointoptError, match="target onnxruntime: found rope_type dynamic; allowed: such as default"):
+        jointopt.export(dynamic, dynamic.space.largest, tmp_path / "out", target="onnxruntime")
     with pytest.raises(JointoptError, match="did you mean 'onnxruntime'"):
         jointopt.export(supernet, supernet.space.smallest, tmp_path / "out", target="onnxruntimes")
     half = Supernet(make("vit").bfloat16(), SearchSpace.for_model(make("vit").bfloat16(), schemes=["none", "W8A8"]))

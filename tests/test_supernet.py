@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
@@ -281,6 +282,35 @@ def test_generation_works_where_the_first_attention_is_gone():
     cached = model.generate(prompt, max_new_tokens=5, do_sample=False, use_cache=True, pad_token_id=0)
     plain = model.generate(prompt, max_new_tokens=5, do_sample=False, use_cache=False, pad_token_id=0)
     assert torch.equal(cached, plain)
+
+
+def partly_sliding() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = Qwen2Config(
+        **sizes,
+        num_hidden_layers=3,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def test_attentions_of_which_only_some_slide_stay_where_they_are():
+    model = partly_sliding()
+    with pytest.raises(JointoptError, match="space.attention_keep: .* has no block that can leave this way"):
+        SearchSpace.for_model(model, schemes=["none"], attention_keep=True)
+    space = SearchSpace.for_model(model, schemes=["none"], depth=[1, 2, 3], mlp_keep=True)
+    supernet = Supernet(model, space)
+    prompt = torch.arange(3, 19).view(1, -1)
+    supernet.calibrate([{"input_ids": prompt}])
+    for genome in space.sample(4, seed=0):
+        cut = supernet.extract(genome)
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        cached, plain = (cut.generate(prompt, use_cache=each, **options) for each in (True, False))
+        assert torch.equal(cached, plain)
 
 
 def test_training_moves_the_smallest_towards_the_largest():

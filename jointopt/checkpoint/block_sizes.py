@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from quant.errors import JointoptError, in_one_line
+
 
 def settle_sizes(model: nn.Module, config: Any) -> None:
     """Writes into the config what the stock class can build: uniform widths at once, others layer by layer.
@@ -38,8 +40,21 @@ def save_configs(model: Any, place: Path) -> None:
     config.architectures = [type(model).__name__]
     settle_sizes(model, config)
     config.save_pretrained(place)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(place)
+    save_generation_config(model, place)
+
+
+def save_generation_config(model: Any, place: Path) -> None:
+    """generation_config.json of a model that generates.
+
+    Raises:
+        JointoptError: it was changed into one that transformers does not write.
+    """
+    found = getattr(model, "generation_config", None)
+    try:
+        if found is not None:
+            found.save_pretrained(place)
+    except ValueError as error:
+        raise JointoptError(f"export: model.generation_config: {in_one_line(error)}; allowed: a valid one") from error
 
 
 def sizes_of_blocks(model: nn.Module, config: Any) -> list[dict[str, int]]:

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jointopt.checkpoint.block_sizes import is_uniform
+from jointopt.checkpoint.block_sizes import is_uniform, save_generation_config
 from jointopt.checkpoint.card import transformers_snippet
 from jointopt.checkpoint.structure import (
     by_compressed_tensors,
@@ -189,7 +189,6 @@ def write_uneven(place: Path, model: Any, modeling: str) -> str:
         "jointopt": spec,
     }
     (place / "config.json").write_text(json.dumps(content, indent=2))
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(place)
+    save_generation_config(model, place)
     (place / modeling).write_text((Path(__file__).parent / "runtime.py").read_text() + _CLASSES)
     return transformers_snippet("AutoModelForCausalLM", place.name, True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from jointopt import targets
 from jointopt.batch_norm import on_device, sample_count
 from jointopt.checkpoint import card, gguf_writer, vllm
-from jointopt.checkpoint.block_sizes import is_uniform, settle_sizes
+from jointopt.checkpoint.block_sizes import is_uniform, save_generation_config, settle_sizes
 from jointopt.checkpoint.loadable import auto_class
 from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes, snippet, write_onnx
 from jointopt.checkpoint.structure import (
@@ -344,8 +344,7 @@ def _write_transformers(place: Path, model: Any) -> str:
         text = _modeling_file(stock, name, spec.get("tied", {}), "caches" in spec)
         (place / MODELING).write_text(text)
     config.save_pretrained(place)
-    if hasattr(model, "generation_config") and model.generation_config is not None:
-        model.generation_config.save_pretrained(place)
+    save_generation_config(model, place)
     return card.transformers_snippet(auto, place.name, bool(spec))
 
 

@@ -106,7 +106,7 @@ def onnx_program(model: nn.Module, example: Mapping[str, Any] | None = None) -> 
     graph, inputs, names = _graph(with_twins(model).eval())
     shapes = _dynamic_shapes(inputs)
     outputs = ["logits", *(name.replace("past_key_values", "present") for name in names if name.startswith("past"))]
-    program = traced(graph, (), inputs, dynamic_shapes=shapes, input_names=names, output_names=outputs)
+    program = _traced_of(model, graph, inputs, dynamic_shapes=shapes, input_names=names, output_names=outputs)
     if names == ["x"]:
         program.model.metadata_props[RETURNS] = "tensor"
     return program
@@ -135,16 +135,21 @@ def _own_program(model: nn.Module, example: Mapping[str, Any]) -> Any:
     names = _output_names(output)
     if both := sorted({*names} & {*tensors}):
         raise JointoptError(f"export: {both[0]} is an input and an output; allowed: names of their own")
-    try:
-        program = traced(graph, (), inputs, dynamic_shapes=shapes, input_names=tensors, output_names=names)
-    except torch.onnx.OnnxExporterError as error:
-        cause = error.__cause__ or error
-        raise JointoptError(f"export: torch.onnx cannot trace {kind}: {first_line(cause)}") from error
+    program = _traced_of(model, graph, inputs, dynamic_shapes=shapes, input_names=tensors, output_names=names)
     if isinstance(output, Tensor):
         program.model.metadata_props[RETURNS] = "tensor"
     program.model.metadata_props[ARGUMENTS] = json.dumps(accepted)
     program.model.metadata_props[FIXED] = json.dumps(fixed)
     return program
+
+
+def _traced_of(model: nn.Module, graph: nn.Module, inputs: dict[str, Any], **options: Any) -> Any:
+    try:
+        return traced(graph, (), inputs, **options)
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        told = f"torch.onnx cannot trace {type(model).__name__}: {first_line(cause)}"
+        raise JointoptError(f"export: {told}") from error
 
 
 def _output_names(output: Any) -> list[str]:

@@ -29,6 +29,15 @@ def check_installed() -> None:
         raise JointoptError(f"target onnxruntime: found no {', '.join(missing)}; pip install 'jointopt[onnx]'")
 
 
+def check_positions(model: Any) -> None:
+    """Raises JointoptError where positions are encoded by the length of the input at hand, which is not traced."""
+    rope = (getattr(getattr(model, "config", None), "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise JointoptError(
+            f"target onnxruntime: found rope_type {rope}; allowed: such as default, llama3, yarn, linear"
+        )
+
+
 def write_onnx(place: Path, model: Any, example: Mapping[str, Any]) -> dict[str, Any]:
     """model.onnx and config.json in a folder. Returns what the record keeps: opset, bytes of all stored tensors.
 
@@ -61,6 +70,7 @@ def write_onnx(place: Path, model: Any, example: Mapping[str, Any]) -> dict[str,
 def check(model: Any) -> None:
     """Raises JointoptError for what cannot be written: see `write_onnx`."""
     check_installed()
+    check_positions(model)
     check_formats(model, "onnxruntime")
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
