@@ -6,9 +6,9 @@
 minilm: a super-network fine-tuned on movie snippets, searched for accuracy, latency by the look-up of this machine, and
 size, where no more than a point of the whole one's accuracy is lost; the fastest sub-network found there. Against INT8,
 as SimQ-NAS (arXiv 2312.13301) states its gains: the fastest and the smallest found that are no less accurate than the
-whole architecture with all layers in W8A8, beside that. vit_b and resnet50 (random weights, which take the same time) and smollm2: the original
-with all layers in one format, a language model's 512 tokens at once and one more token. All on one thread (--threads),
-in turns, medians; memory is what a fresh process has at most.
+whole architecture with all layers in W8A8, beside that. vit_b and resnet50 (random weights, which take the same time)
+and smollm2: the original with all layers in one format, a language model's 512 tokens at once and one more token. All
+on one thread (--threads), in turns, medians; memory is what a fresh process has at most.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, 
     for label, genome in genomes.items():
         with supernet.active(genome) as view:
             scores[label] = quality(view)["accuracy"]
-    near = frame[frame["accuracy"] >= scores["float32"] - 0.01].sort_values("latency")
+    near = frame[frame["accuracy"] >= least].sort_values("latency")
     like = frame[frame["accuracy"] >= scores["INT8"]]
     genomes["chosen"] = np.array(near["genome"].iloc[0])
     if len(like):
