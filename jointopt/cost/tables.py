@@ -94,12 +94,16 @@ class Tables:
     def _gone(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """Path of a block or branch -> for each genome, whether it is left out; where no genome leaves it, nothing."""
         gone: dict[str, np.ndarray] = {}
+        depths = {stage: self.space.genes[at].choices for stage, at in self._index.items() if stage in self.leaving}
+        gone_at = {
+            stage: [self.family.gone_at(stage, depth, self.leaving) for depth in choices]
+            for stage, choices in depths.items()
+        }
         for block in self.family.blocks:
             dropped = self._left_out(block.keep, genomes)
             if block.removable and block.stage in self._index:
-                depth = self._index[block.stage]
-                gone_at = [self.family.gone_at(block.stage, c, self.leaving) for c in self.space.genes[depth].choices]
-                dropped = dropped | np.array([block.name in each for each in gone_at])[genomes[:, depth]]
+                at_depth = np.array([block.name in each for each in gone_at[block.stage]])
+                dropped = dropped | at_depth[genomes[:, self._index[block.stage]]]
             gone[block.path] = dropped
             for branch in block.branches:
                 left = self._left_out(branch_keep(block.name, branch.kind), genomes)
