@@ -82,6 +82,22 @@ def test_a_bfloat16_model_is_verified_though_it_reloads_in_float32(tmp_path):
     assert found.ok, found.differences
 
 
+def test_scales_that_float16_holds_below_its_normal_numbers_are_the_same_in_the_file(tmp_path):
+    model = make("llama_tied")
+    with torch.no_grad():
+        for scale, name in ((2.0**-16, "gate_proj"), (2.0**-30, "up_proj")):
+            weight = model.model.layers[0].mlp.get_submodule(name).weight
+            weight.mul_(127 * scale / weight.view(weight.shape[0], -1, 32).abs().amax(-1).repeat_interleave(32, 1))
+    supernet = supernet_of("llama_tied", ["W8A16_G32"], model=model, preset="fixed")
+    with pytest.raises(JointoptError, match=r"up_proj: a scale of .*e-10 is none of float16"):
+        jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2.0**14)
+    supernet = supernet_of("llama_tied", ["W8A16_G32"], model=model, preset="fixed")
+    found = jointopt.verify(jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf"))
+    assert found.ok, found.differences
+
+
 def test_a_tokenizer_goes_into_the_file(tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

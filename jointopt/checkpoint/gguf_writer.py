@@ -1,7 +1,7 @@
 """Writes a sub-network of the LLaMA family as a GGUF file, whose blocks hold the search's own codes and scales.
 
 INT8 in groups of 32 is a Q8_0 block, INT4 in groups of 32 a Q4_0 block; their scales are float16, in which a bfloat16
-scale is the same number (of what is no smaller than 2^-14). The file is written by the `gguf` package, llama.cpp's own.
+scale is the same number (of what is no smaller than 2^-17). The file is written by the `gguf` package, llama.cpp's own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ PRE_TOKENIZERS = {
 }
 """How a tokenizer parts a text before its merges (of Digits whether each is alone, of ByteLevel whether it uses GPT-2's
 expression): llama.cpp's name for it, without which it would make other tokens of the same text."""
-LEAST_SCALE = 2.0**-14
-"""Of normal float16 numbers; smaller ones lose bits."""
 
 SNIPPET = """For llama.cpp: `llama-cli -m {folder}/model.gguf`. It also rounds a layer's inputs to
 blocks of INT8 while it runs, which is not scored here. transformers reads it into float32:
@@ -214,10 +212,10 @@ def _blocks(quantized: QuantizedTensor, path: str) -> tuple[np.ndarray, str]:
     """[rows, bytes]: of each group its scale, float16, then its codes."""
     rows, groups = quantized.scale.shape[0], quantized.scale.shape[-1]
     scale = quantized.scale.float().cpu().reshape(rows, groups, 1)
-    if (scale < LEAST_SCALE).any() or (scale > torch.finfo(torch.float16).max).any():
-        least = float(scale.min())
+    stored = scale.to(torch.float16)
+    if (lost := scale[stored.float() != scale]).numel():
         raise JointoptError(
-            f"target gguf: {path}: a scale of {least:.3g} is none of float16; allowed: none or fewer bits"
+            f"target gguf: {path}: a scale of {float(lost[0]):.3g} is none of float16; allowed: none or fewer bits"
         )
     codes = quantized.codes.cpu().reshape(rows, groups, GROUP)
     if quantized.format.bits == 4:
@@ -225,7 +223,7 @@ def _blocks(quantized: QuantizedTensor, path: str) -> tuple[np.ndarray, str]:
         body, kind = low | (high << 4), "Q4_0"
     else:
         body, kind = codes.to(torch.int8).view(torch.uint8), "Q8_0"
-    head = scale.to(torch.float16).view(torch.uint8).reshape(rows, groups, 2)
+    head = stored.view(torch.uint8).reshape(rows, groups, 2)
     return torch.cat((head, body), -1).reshape(rows, -1).contiguous().numpy(), kind
 
 
