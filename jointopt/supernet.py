@@ -204,7 +204,9 @@ class Supernet:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        yield structural_clone(self._given).eval()
+        half = next(self._given.parameters()).dtype != torch.float32
+        # Which mends what `model.to(bfloat16)` rounds though no checkpoint stores it.
+        yield (self._declared(self._given)[0] if half else structural_clone(self._given)).eval()
 
     def extract(self, genome: Any) -> nn.Module:
         """The sub-network as a model of its own, which shares no tensor with the super-network."""

@@ -145,6 +145,14 @@ def test_an_original_that_was_trained_after_it_was_given_is_said():
         pass
 
 
+def test_the_original_of_a_model_that_was_cast_turns_positions_as_sub_networks_do():
+    model = make("llama_tied").to(torch.bfloat16)
+    supernet = supernet_of("llama_tied", ["none", "W8A8"], model=model, preset="fixed")
+    with supernet.original() as original, supernet.active(supernet.space.largest) as view:
+        assert torch.equal(original.model.rotary_emb.inv_freq, view.model.rotary_emb.inv_freq)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+
+
 def test_macs_of_texts_are_those_of_a_text_of_average_length_in_whichever_batches_they_come():
     ids, mask = torch.full((4, 12), 7), torch.zeros(4, 12, dtype=torch.long)
     for row, length in enumerate((2, 4, 6, 12)):
