@@ -90,7 +90,7 @@ def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, 
     one = {key: value[:1] for key, value in inputs[0].items()}
     short = {key: max(0, TOKENS - value.shape[1]) for key, value in one.items()}
     one = {key: nn.functional.pad(value[:, :TOKENS], (0, short[key]), value=1) for key, value in one.items()}
-    lookup = Lookup.of(supernet, 1, threads=arguments.threads, path=arguments.work / "operators.json")
+    lookup = Lookup.of(supernet, 1, context=TOKENS, threads=arguments.threads, path=arguments.work / "operators.json")
     supernet.use_latency(lookup)
     quality = task.quality(batches(replace(network.evaluate, samples=None, length=32)))
     test = str(arguments.assets / "movies" / "test.csv")
