@@ -61,7 +61,8 @@ def search(
         quality: model -> a number, higher is better, which is the metric "quality"; or model -> a mapping of metrics.
         objectives: names of metrics ("quality", "accuracy", "loss", "kl", "perplexity"), of costs ("size", "macs",
             "bops", "parameters"; of a super-network with a model of latency "latency", "energy", "peak_memory"),
-            {name: direction} for a metric of one's own, or `Objective`s: with `compute` of a cost of one's own.
+            {name: direction} for a metric of one's own, or `Objective`s: with `compute` of a cost of one's own, by
+            another name than those.
         evaluations: how many genomes the study has in the end, those of earlier runs counted (default: 200, or
             without limit where `minutes` or `patience` is given).
         storage: the study's file; one that exists is gone on with. None keeps it in memory.
@@ -199,6 +200,13 @@ def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[st
     found = [named(objective) for objective in objectives]
     if len({objective.name for objective in found}) < len(found):
         raise JointoptError(f"objectives: found one twice in {', '.join(o.name for o in found)}")
+    for objective in found:
+        # Such a cost would be planned by its function, and recorded, limited and chosen by what the super-network says.
+        if objective.compute is not None and objective.name in COSTS:
+            raise JointoptError(
+                f"objective {objective.name!r}: found a function for a cost that jointopt computes itself; "
+                "allowed: another name"
+            )
 
     def column(name: str):
         if name in ON_HARDWARE and supernet.latency is None:

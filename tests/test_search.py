@@ -97,6 +97,14 @@ def test_a_cost_of_one_s_own_that_is_no_number_is_named(supernet):
         jointopt.search(supernet, agreement, wanted, evaluations=6)
 
 
+def test_a_cost_of_one_s_own_by_the_name_of_a_known_cost_is_refused(supernet):
+    for name in ("size", "latency"):
+        wanted = ["quality", Objective(name, "min", compute=lambda genomes: genomes.sum(1) + 1.0)]
+        said = f"objective '{name}': found a function for a cost that jointopt computes itself; allowed: another name"
+        with pytest.raises(JointoptError, match=said):
+            jointopt.search(supernet, agreement, wanted, evaluations=6)
+
+
 def test_metrics_by_other_names_than_the_objectives_are_shown_with_how_to_ask_for_them(supernet):
     with pytest.raises(JointoptError, match=r"the quality function returns f1; allowed: such as \{'f1': 'max'\}"):
         jointopt.search(supernet, lambda model: {"f1": 0.5}, evaluations=6)
