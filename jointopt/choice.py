@@ -21,11 +21,14 @@ def costs_of(frame: pd.DataFrame, objectives: Sequence[Objective]) -> np.ndarray
 
 
 def front_of(frame: pd.DataFrame, objectives: Sequence[Objective]) -> pd.DataFrame:
-    """The non-dominated rows, in the order of the last objective, best first."""
+    """The non-dominated rows, in the order of the last objective, best first; of rows equal in all objectives the
+    smallest, then the first."""
     if frame.empty:
         return frame
     costs = costs_of(frame, objectives)
-    kept = non_dominated(costs)
+    by_size = np.argsort(_size(frame), kind="stable")
+    kept = np.zeros(len(frame), dtype=bool)
+    kept[by_size] = non_dominated(costs[by_size])
     return frame[kept].iloc[np.lexsort(costs[kept].T)].reset_index(drop=True)
 
 
@@ -66,40 +69,58 @@ def best_of(
     objectives: Sequence[Objective],
     quality: Objective,
     original: float | None,
+    exact: Sequence[str] = (),
     size_mb: float | None = None,
     drop: float | None = None,
     knee: bool = False,
 ) -> np.ndarray:
-    """The genome that fits: see `Study.best`.
+    """The genome that fits: see `Study.best`. Of those that are as good in what is asked for, the one that is better in
+    the objectives, so that none that fits dominates it.
 
     Args:
         frame: evaluations that did not fail, one or more.
+        exact: names of the objectives that are not measured.
         original: the original model's quality.
     """
     cost = frame[quality.name].to_numpy(dtype=float) * quality.sign
     if knee:
         return _knee(frame, objectives)
+    ties = _by_objectives(frame, objectives)
     if size_mb is None and drop is None:
-        return _first(frame, cost, frame["size"].to_numpy(dtype=float) if "size" in frame else np.zeros(len(frame)))
-    if "size" not in frame:
-        raise JointoptError("best: the study has no size; search with 'size' among the objectives")
-    size = frame["size"].to_numpy(dtype=float)
+        return _first(frame, cost, *ties)
+    size = _size(frame)
     if size_mb is not None:
+        if "size" not in frame:
+            raise JointoptError("best: the study has no size; search with 'size' among the objectives")
         fits = size <= size_mb * 1e6
         if not fits.any():
             raise JointoptError(f"size_mb: found {size_mb}; the smallest evaluated has {size.min() / 1e6:.4g} MB")
-        return _first(frame[fits], cost[fits], size[fits])
+        return _first(frame, np.where(fits, cost, np.inf), *ties)
     if original is None:
         raise JointoptError(f"drop: the study has no {quality.name} of the original model")
     worse = cost - original * quality.sign
     fits = worse <= (drop or 0.0) + 1e-12
     if not fits.any():
         raise JointoptError(f"drop: found {drop}; the best {quality.name} evaluated is worse by {worse.min():.4g}")
-    return _first(frame[fits], size[fits], cost[fits])
+    named = [o for o in objectives if o.name in exact and o is not quality]
+    sought = next((o for o in named if o.name == "size"), named[0] if named else None)
+    least = size if sought is None else costs_of(frame, [sought])[:, 0]
+    return _first(frame, np.where(fits, least, np.inf), cost, *ties)
 
 
-def _first(frame: pd.DataFrame, least: np.ndarray, then: np.ndarray) -> np.ndarray:
-    at = np.lexsort((frame["number"].to_numpy(), then, least))[0]
+def _size(frame: pd.DataFrame) -> np.ndarray:
+    return frame["size"].to_numpy(dtype=float) if "size" in frame else np.zeros(len(frame))
+
+
+def _by_objectives(frame: pd.DataFrame, objectives: Sequence[Objective]) -> list[np.ndarray]:
+    """What decides between rows that are otherwise equal: size where it is an objective, the others, size where not."""
+    ordered = sorted(objectives, key=lambda objective: objective.name != "size")
+    return [*costs_of(frame, ordered).T, _size(frame)]
+
+
+def _first(frame: pd.DataFrame, *keys: np.ndarray) -> np.ndarray:
+    """The genome of the row with the least of the first key, of those the one with the least of the second, ..."""
+    at = np.lexsort((frame["number"].to_numpy(), *reversed(keys)))[0]
     return np.array(frame.iloc[at]["genome"], dtype=np.int64)
 
 

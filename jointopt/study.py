@@ -364,11 +364,12 @@ class Study:
         knee: bool = False,
         finished: str | None = None,
     ) -> np.ndarray:
-        """The genome of the front that fits, of those that keep to the study's constraints.
+        """The genome that fits, of those that keep to the study's constraints. None of these that fits dominates it.
 
         Args:
             size_mb: the best quality at or under this many 10^6 bytes.
-            drop: the smallest whose quality is at most this much worse than the original's, in quality's own unit.
+            drop: the smallest whose quality is at most this much worse than the original's, in quality's own unit;
+                where size is no objective, the one of the least first cost that is.
             knee: the point of the front farthest from the line (of three objectives the plane) between its ends; of
                 one objective its best. With no argument: the best quality.
             finished: a rounding; genomes finished by it count with their finished quality, where it is better.
@@ -393,7 +394,9 @@ class Study:
         if finished is not None:
             frame = with_finished(frame, self.finished(), finished, self.quality)
         original = self.baselines.get("original", {}).get(self.quality.name)
-        return best_of(within(frame, self.constraints), self.objectives, self.quality, original, size_mb, drop, knee)
+        exact = [each.name for each in self.objectives if each not in self.measured]
+        kept = within(frame, self.constraints)
+        return best_of(kept, self.objectives, self.quality, original, exact, size_mb, drop, knee)
 
 
 def _connect(path: Path | None, new: bool) -> sqlite3.Connection:

@@ -353,6 +353,31 @@ def test_the_knee_looks_at_every_objective():
     assert study.best(knee=True).tolist() == [3]
 
 
+def chosen_among(rows: list[tuple], **wish: float) -> tuple[list[int], Study]:
+    """Of a study over accuracy and macs alone; the original has an accuracy of 1."""
+    objectives = [Objective("accuracy", "max"), Objective("macs", "min")]
+    study = Study.create(None, SearchSpace([Gene("depth", tuple(range(1, 6)))]), objectives, {})
+    study.note("baselines", {"original": {"accuracy": 1.0}})
+    for at, (accuracy, macs, size) in enumerate(rows):
+        metrics = {"accuracy": accuracy, "macs": macs, "size": size}
+        study.add_evaluation(0, np.array([at]), metrics, None, 1.0)
+    return study.best(**wish).tolist(), study
+
+
+@pytest.mark.parametrize("wish", [{}, {"size_mb": 1}])
+def test_of_equal_quality_the_better_in_the_study_s_own_objectives_is_chosen(wish):
+    assert chosen_among([(1.0, 20, 100), (1.0, 10, 200), (0.5, 5, 50)], **wish)[0] == [1]
+
+
+def test_a_tolerated_drop_gives_the_least_of_the_study_s_first_cost():
+    assert chosen_among([(1.0, 20, 100), (0.9, 10, 200), (0.9, 30, 50), (0.1, 1, 1)], drop=0.2)[0] == [1]
+
+
+def test_of_equals_in_all_objectives_the_smaller_is_on_the_front_and_chosen():
+    chosen, study = chosen_among([(1.0, 10, 200), (1.0, 10, 100)])
+    assert chosen == [1] and study.front()["genome"].tolist() == [(1,)]
+
+
 KILLED = """
 import sys, time, torch, jointopt
 sys.path.insert(0, {root!r})
