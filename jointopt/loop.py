@@ -89,12 +89,13 @@ def search(
 
     Returns:
         The study, open; `study.stopped` says why it ended. Where the space has fewer genomes than `evaluations`, all
-        of them are in it. A study goes on with the same call and a larger budget.
+        of them are in it. A study goes on with the same call and a larger budget; one of which every evaluation
+        failed is begun anew.
 
     Raises:
         JointoptError: a super-network that is not calibrated, an unknown objective or strategy, constraints that no
-            genome meets, another config on the same study, a function that failed on every genome of the first batch,
-            workers that cannot be started.
+            genome meets, another config on the same study, a function that failed on every genome of the first batch
+            (and on five or more), workers that cannot be started.
     """
     check_supernet("search", supernet)
     if not callable(quality):
@@ -128,6 +129,7 @@ def search(
         _check_metrics(wanted, study.baselines["original"])
         if study.fact("shapes") is None:
             study.note("shapes", supernet.shapes())
+        _begin_anew_if_all_failed(study)
         if (state := study.fact("state")) is not None:
             asking.load_state_dict(state)
         _say_where_small(space, budget)
@@ -137,7 +139,9 @@ def search(
             with heeding_ctrl_c() as check_interrupt, Watch(study, budget, progress) as watch:
                 own = [each for each in wanted if each.compute is not None and each.name not in COSTS]
                 run = _Run(study, asking, evaluator, budget, watch, batch, own, check_interrupt)
-                watch.ended(run.stream() if asynchronous else run.batches())
+                reason = run.stream() if asynchronous else run.batches()
+                _stop_if_all_failed(study, 1)
+                watch.ended(reason)
         finally:
             evaluator.close()
         supernet.scores.update(study.scores())
@@ -349,7 +353,7 @@ class _Run:
             if generation is not None:
                 self._evaluate(*generation)
                 self._tell(generation[1])
-                _stop_if_all_failed(self.study)
+                _stop_if_all_failed(self.study, max(self.batch, BATCH))
             if (reason := self.budget.spent(self.study, self.watch.elapsed())) is not None:
                 return reason
             generation = self._ask(self.batch)
@@ -383,8 +387,7 @@ class _Run:
                 generation, genome = running.pop(number)
                 self._record(number, generation, genome, result)
                 self._tell(genome[None])
-            if len(self.study) >= self.batch:
-                _stop_if_all_failed(self.study)
+            _stop_if_all_failed(self.study, max(self.batch, BATCH))
 
     def _free(self, running: int) -> int:
         """How many genomes may be asked for."""
@@ -441,10 +444,22 @@ class _Run:
         self.asking.tell(genomes, np.array(values, dtype=float))
 
 
-def _stop_if_all_failed(study: Study) -> None:
-    if not study.all_failed():
-        return
+def _begin_anew_if_all_failed(study: Study) -> None:
+    """What failed in all earlier runs, as a function does that cannot find its data, says nothing of the genomes."""
+    if told := _all_failed(study, 1):
+        study.begin_anew()
+        warnings.warn(f"study: {told}; all of them are evaluated again", stacklevel=3)
+
+
+def _stop_if_all_failed(study: Study, fewest: int) -> None:
+    if told := _all_failed(study, fewest):
+        raise JointoptError(f"quality: {told}")
+
+
+def _all_failed(study: Study, fewest: int) -> str | None:
+    """What is to be said where all evaluations failed; None where one succeeded, or there are not `fewest` yet."""
+    if len(study) < fewest or not study.all_failed():
+        return None
     frame = study.evaluations()
-    if len(frame):
-        reason, count = Counter(frame["failed"]).most_common(1)[0]
-        raise JointoptError(f"quality: all {len(frame)} evaluations failed, {count} of them with {reason}")
+    reason, count = Counter(frame["failed"]).most_common(1)[0]
+    return f"all {len(frame)} evaluations failed, {count} of them with {reason}"

@@ -264,6 +264,13 @@ class Study:
         """Whether no evaluation has succeeded so far."""
         return self._connection.execute("SELECT 1 FROM evaluations WHERE failed IS NULL LIMIT 1").fetchone() is None
 
+    def begin_anew(self) -> None:
+        """Forgets every batch, its evaluations and their time, so that the same ones are asked again."""
+        with _explained(self.path), self._connection:
+            self._connection.execute("DELETE FROM evaluations")
+            self._connection.execute("DELETE FROM generations")
+            self._connection.execute("DELETE FROM facts WHERE key IN ('state', 'elapsed')")
+
     @_reading
     def __len__(self) -> int:
         return self._connection.execute("SELECT count(*) FROM evaluations").fetchone()[0]

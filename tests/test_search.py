@@ -249,6 +249,38 @@ def test_a_function_that_always_fails_stops_the_search(supernet, tmp_path):
     assert Study.open(tmp_path / "study.db").evaluations()["failed"].notna().all()
 
 
+def failing(*at: int):
+    """A quality function that fails in these calls; call 0 is the original's."""
+    calls = iter(range(1000))
+
+    def quality(model: torch.nn.Module) -> float:
+        if next(calls) in at:
+            raise RuntimeError("data not mounted")
+        return agreement(model)
+
+    return quality
+
+
+def test_a_study_of_which_all_failed_is_begun_anew_once_the_cause_is_gone(supernet, tmp_path):
+    path = tmp_path / "study.db"
+    with pytest.raises(JointoptError, match="all 5 evaluations failed"):
+        jointopt.search(supernet, failing(*range(1, 9)), evaluations=12, storage=path)
+    with pytest.warns(UserWarning, match="all 5 evaluations failed.*not mounted; all of them are evaluated again"):
+        study = jointopt.search(supernet, agreement, evaluations=12, storage=path)
+    assert dump(study) == dump(jointopt.search(supernet, agreement, evaluations=12))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_one_failure_ends_no_search_whose_batches_are_of_one(supernet, asynchronous):
+    study = jointopt.search(supernet, failing(1), evaluations=6, batch=1, asynchronous=asynchronous)
+    assert len(study) == 6 and study.evaluations()["failed"].notna().sum() == 1
+
+
+def test_a_search_of_few_evaluations_that_all_failed_says_so(supernet):
+    with pytest.raises(JointoptError, match="all 2 evaluations failed"):
+        jointopt.search(supernet, failing(*range(1, 9)), evaluations=2)
+
+
 def test_the_given_model_is_untouched_after_an_exception_and_after_ctrl_c():
     model = make("bert").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
