@@ -243,6 +243,31 @@ def test_a_longer_context_costs_more_and_a_quantized_cache_less():
     assert quantized["peak_memory"] < plain["peak_memory"]
 
 
+def test_keys_and_values_from_cached_inputs_are_computed_again_for_each_token():
+    class Products:
+        """Stands in for a device that takes a second for each product, and a joule."""
+
+        source, batch, context, capacity = "products", 1, 640, float("inf")
+
+        def described(self):
+            return {}
+
+        def answer(self, operator: Operator) -> Answer:
+            return Answer(operator.macs, operator.macs)
+
+    supernet = supernet_of("llama_tied", Products(), caches=["INT8", "X_INT8"])
+    names = [gene.name for gene in supernet.space.genes]
+    kept, inputs = (supernet.space.decode(supernet.space.largest) | caches for caches in (
+        {name: form for name in names if name.endswith(".cache")} for form in ("INT8", "X_INT8")
+    ))  # fmt: skip
+    kept, inputs = (supernet.costs(supernet.space.encode(each)) for each in (kept, inputs))
+    sample = batches("llama_tied")[0]["input_ids"].shape[1]
+    recomputed = (inputs["decode_macs"] - kept["decode_macs"]) * 640 / sample
+    assert recomputed > 0
+    for measure in ("decode_latency", "decode_energy"):
+        assert inputs[measure] - kept[measure] == pytest.approx(recomputed)
+
+
 def test_a_search_has_latency_as_an_objective_and_records_where_it_comes_from(tmp_path):
     supernet = supernet_of("vit")
     study = jointopt.search(

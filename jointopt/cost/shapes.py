@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.cost.operators import LatencyModel, Operator
+from jointopt.cost.operators import Answer, LatencyModel, Operator
 from jointopt.cost.tables import Axis, Table, Tables
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.training.lora import NAMES as ADAPTERS
@@ -352,10 +352,19 @@ class ShapeCosts:
                 if self.latency is not None:
                     held = values["cache"][r, 0, c, 0, 0] * self._tokens * self._scale
                     answer = self.latency.answer(Operator("cache", 0, 0, 0.0, cache_bytes=held))
-                    values["decode_latency"][r, 0, c], values["decode_energy"][r, 0, c] = answer.seconds, answer.joules
+                    again = self._computed_again(row, hidden, 8 * weight.element_size()) if form.inputs else None
+                    for measure, part in (("decode_latency", "seconds"), ("decode_energy", "joules")):
+                        computed = 2 * getattr(again, part) if again else 0.0  # keys and values
+                        values[measure][r, 0, c] = getattr(answer, part) + computed
                 if form.inputs:
                     values["decode_macs"][r, 0, c] = round(self.positions.get(keys, 0.0)) * 2 * row * hidden
         return Table(keys, "cache", rows, Axis(None, (0,)), gene, (None, None), values)
+
+    def _computed_again(self, rows: int, hidden: int, bits: int) -> Answer:
+        """What the keys of the whole context take, or the values, from inputs that are cached; the weights that they
+        are computed by are read for the new token anyway."""
+        assert self.latency is not None
+        return self.latency.answer(Operator("linear", rows, hidden, self._tokens * self._scale, bits=bits))
 
 
 def _stores(module: nn.Module) -> bool:
