@@ -82,15 +82,16 @@ def heeding_ctrl_c() -> Iterator[Callable[[], None]]:
 
 
 def _without_gain(study: Study) -> int:
-    """Evaluations since the last that gained hypervolume."""
+    """Evaluations since the last that gained hypervolume: that is within the reference point, and neither equal to an
+    earlier one nor dominated by it. A volume itself shows no gain that is small beside it."""
     costs, reference = study.costs(), study.reference_point()
     if reference is None:
         return len(costs)
-    turned = minimized(np.array([reference]), study.objectives)[0]
-    whole, idle = hypervolume(costs, turned), 0
-    while idle < len(costs) and hypervolume(costs[: len(costs) - idle - 1], turned) >= whole * (1 - 1e-12):
-        idle += 1
-    return idle
+    within = (costs < minimized(np.array([reference]), study.objectives)).all(axis=1)
+    for at in np.flatnonzero(within)[::-1]:
+        if not (costs[:at] <= costs[at]).all(axis=1).any():
+            return len(costs) - 1 - int(at)
+    return len(costs)
 
 
 def expected_gain(study: Study, predicted: np.ndarray) -> float | None:

@@ -41,6 +41,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 FIRST = 10
 """Evaluations that the reference point is beyond."""
+EXPLODED = 1000
+"""Times as far from the best as the median: a metric so far off would make all the others look alike."""
 
 
 @contextmanager
@@ -317,8 +319,8 @@ class Study:
 
     def reference_point(self) -> list[float] | None:
         """The point that hypervolume is measured from, in the objectives' units: 10% beyond the worst of the original's
-        values and those of the evaluations up to number FIRST; where all of these failed, of the next that did not.
-        None before there is one."""
+        values and those of the evaluations up to number FIRST, but for those that exploded; where all of these
+        failed, of the next that did not. None before there is one."""
         frame = self.evaluations()
         costs, first = costs_of(frame, self.objectives), (frame["number"] <= FIRST).to_numpy()
         succeeded = np.isfinite(costs).all(axis=1)
@@ -328,6 +330,8 @@ class Study:
         original = [self.baselines.get("original", {}).get(objective.name, np.nan) for objective in self.objectives]
         if np.isfinite(original).all():
             costs = np.vstack([costs, minimized(np.array([original]), self.objectives)])
+        names = {objective.name for objective in self.measured}
+        costs = _without_exploded(costs, [at for at, each in enumerate(self.objectives) if each.name in names])
         worst, best = costs.max(0), costs.min(0)
         span = np.where(worst > best, worst - best, np.where(worst == 0, 1.0, np.abs(worst)))
         return ((worst + 0.1 * span) * np.array([objective.sign for objective in self.objectives])).tolist()
@@ -404,6 +408,19 @@ class Study:
         exact = [each.name for each in self.objectives if each not in self.measured]
         kept = within(frame, self.constraints)
         return best_of(kept, self.objectives, self.quality, original, exact, size_mb, drop, knee)
+
+
+def _without_exploded(costs: np.ndarray, columns: Sequence[int]) -> np.ndarray:
+    """The rows in which none of these columns is EXPLODED times as far from its best as its median is, then of those
+    that are left, until all are near."""
+    for at in columns:
+        left = 0
+        while left != len(costs):
+            left = len(costs)
+            away = costs[:, at] - costs[:, at].min()
+            far = EXPLODED * np.median(away)
+            costs = costs[away <= far] if far > 0 else costs
+    return costs
 
 
 def _connect(path: Path | None, new: bool) -> sqlite3.Connection:

@@ -145,6 +145,28 @@ def small_study() -> Study:
     return study
 
 
+def study_of(values: list[tuple[float, float]]) -> Study:
+    """Over perplexity and size, one evaluation a pair."""
+    space = SearchSpace([Gene("a", tuple(range(100)))])
+    study = Study.create(None, space, [Objective("perplexity", "min"), Objective("size", "min")], {})
+    for at, (perplexity, size) in enumerate(values):
+        study.add_evaluation(0, np.array([at]), {"perplexity": perplexity, "size": size}, None, 0.1)
+    return study
+
+
+def test_what_explodes_among_the_first_is_not_what_hypervolume_is_measured_from():
+    usual = [(20.0, 100), (21.0, 90), (25.0, 80), (30.0, 70)]
+    exploded = study_of([*usual, (1e18, 10), (1e6, 20)])
+    assert exploded.reference_point() == study_of(usual).reference_point()
+    assert exploded.hypervolume_history()[-1] == exploded.hypervolume_history()[3] > 0
+
+
+def test_any_evaluation_that_enters_the_front_within_the_reference_is_a_gain():
+    study = study_of([(20.0, 1e9), (21.0, 1.0), (20.0 - 1e-13, 1e9), (30.0, 1e9)])
+    spent = Budget(patience=1).spent(study, 0.0)
+    assert spent == "patience: no hypervolume gained in the last 1 evaluations"
+
+
 def test_the_expected_gain_is_what_the_predictions_would_add():
     study = small_study()
     assert expected_gain(study, np.full((1, 2), np.nan)) is None
