@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jointopt import Gene, JointoptError, Objective, SearchSpace, strategies
 from jointopt.objectives import Constraint, constraint, hypervolume, minimized, non_dominated
+from jointopt.strategies.feasible import Feasible
 from jointopt.strategies.genetic import order, select
 
 STRATEGIES = list(strategies.STRATEGIES)
@@ -386,6 +387,32 @@ def test_constraints_that_nobody_can_meet_are_refused_before_any_evaluation(cons
     with pytest.raises(JointoptError, match=message) as raised:
         strategies.create("guided", SPACE, TWO, constraints=constraints)
     assert "\n" not in str(raised.value)
+
+
+def banded(count: int) -> tuple[SearchSpace, Constraint, Constraint]:
+    """A space, and two limits that leave of the sums of its genes' squares just one: no gene alone leads there."""
+    space = SearchSpace([Gene(f"g{at}", tuple(range(8))) for at in range(count)])
+    weights = np.array([37, 41, 43, 47, 53, 59, 61, 67, 71, 73][:count])
+
+    def total(genomes: np.ndarray) -> np.ndarray:
+        return (genomes**2 * weights).sum(1) + 0.0
+
+    wanted = total(space.sample(1, 7))[0]
+    return space, Constraint("least", wanted, ">=", total), Constraint("most", wanted, "<=", total)
+
+
+@pytest.mark.parametrize("count", [5, 10])
+def test_a_genome_is_found_that_no_change_of_one_gene_leads_to(count):
+    space, *limits = banded(count)
+    feasible = Feasible(space, TWO, limits)
+    assert feasible.excess(feasible.anchor[None])[0] == 0
+
+
+def test_it_is_not_said_that_there_is_none_where_none_was_found():
+    space = banded(10)[0]
+    limit = Constraint("mine", 1, ">=", lambda genomes: (genomes == space.sample(1, 3)).all(1) - 1.0)
+    with pytest.raises(JointoptError, match="constraint mine >= 1: found no genome that meets it; .*there may be one"):
+        Feasible(space, TWO, [limit])
 
 
 @pytest.mark.parametrize("text", ["0.9", "== 3", ">= much", ">= nan", "<=", None, 3])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, product
 
 import numpy as np
 
-from jointopt.objectives import Constraint, Objective
+from jointopt.objectives import COSTS, Constraint, Objective
+from jointopt.strategies.genetic import distinct, offspring
 from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
 
@@ -14,6 +17,10 @@ BEYOND_ALL = 1e6
 """Spans that a genome is beyond a constraint where its value is no finite number: what cannot run."""
 STARTS = 6
 """Random genomes, beside the two ends, from which one that keeps to all constraints is sought."""
+ENUMERATED = 2 * 10**5
+"""Combinations of choices that are all gone through before it is said that none keeps to the constraints."""
+EVOLVED, GENERATIONS = 100, 100
+"""Genomes, and their generations, in which one is sought where there are more."""
 
 
 def _values(each: Constraint, compute: Callable[[np.ndarray], np.ndarray], genomes: np.ndarray) -> np.ndarray:
@@ -38,7 +45,8 @@ class Feasible:
         anchor: a genome that keeps to all exact ones.
 
     Raises:
-        JointoptError: a constraint on what is neither an objective nor computed; exact ones that no genome meets.
+        JointoptError: a constraint on what is neither an objective nor computed; exact ones that no genome
+            meets, or that none was found to meet.
     """
 
     def __init__(self, space: SearchSpace, objectives: Sequence[Objective], constraints: Sequence[Constraint]):
@@ -98,16 +106,44 @@ class Feasible:
             found.append(self._descended(start))
             if not self.excess(found[-1][None])[0]:
                 return found[-1]
+        if len(self._exact) > 1:
+            # Made for what it raises: where no genome meets one of them even by itself, that one alone is told.
+            for each, compute, _ in self._exact:
+                Feasible(self.space, (), (Constraint(each.name, each.limit, each.relation, compute),))
+        every = math.prod(map(int, self.space.sizes)) <= ENUMERATED
+        # What a sub-network costs grows with each gene, so that its least and its most are where descent ends.
+        sure = every or (len(self._exact) == 1 and self._exact[0][0].name in (*COSTS, "size_mb"))
+        further = [] if sure else self._evolved(np.vstack([found, starts]))
+        for genomes in self._all() if every else further:
+            found.append(genomes[self.excess(genomes).argmin()])
+            if not self.excess(found[-1][None])[0]:
+                return found[-1]
         closest = found[int(np.argmin(self.excess(np.array(found))))][None]
+        told, ending = ("no genome meets", "") if sure else ("found no genome that meets", ", and there may be one")
         if len(self._exact) == 1:
             (each, compute, _), *_ = self._exact
-            raise JointoptError(f"constraint {each}: no genome meets it; the best has {compute(closest)[0]:g}")
-        # Made for what it raises: where no genome meets one of them even by itself, that one alone is told.
-        for each, compute, _ in self._exact:
-            Feasible(self.space, (), (Constraint(each.name, each.limit, each.relation, compute),))
+            raise JointoptError(f"constraint {each}: {told} it; the best has {compute(closest)[0]:g}{ending}")
         reached = ", ".join(f"{each.name} {compute(closest)[0]:g}" for each, compute, _ in self._exact)
         limits = ", ".join(str(each) for each, *_ in self._exact)
-        raise JointoptError(f"constraints {limits}: no genome meets them together; the closest has {reached}")
+        raise JointoptError(f"constraints {limits}: {told} them together; the closest has {reached}{ending}")
+
+    def _all(self) -> Iterator[np.ndarray]:
+        """Every genome, some thousands at a time."""
+        combinations = product(*(range(size) for size in self.space.sizes))
+        while some := list(islice(combinations, 10_000)):
+            yield self.space.canonical(np.array(some, dtype=np.int64))
+
+    def _evolved(self, genomes: np.ndarray) -> Iterator[np.ndarray]:
+        """What comes of these by changing several genes at once, and at the end of the best of it by one more each."""
+        population = np.vstack([genomes, self.space.sample(EVOLVED, 0)])
+        random = np.random.default_rng(0)
+        for _ in range(GENERATIONS):
+            children = offspring(self.space, population, np.arange(len(population)), EVOLVED, random)
+            merged = np.vstack([population, children])
+            merged = merged[distinct(merged)]
+            population = merged[np.argsort(self.excess(merged), kind="stable")[:EVOLVED]]
+            yield population[:1]
+        yield np.array([self._descended(each) for each in population[:STARTS]])
 
     def _descended(self, genome: np.ndarray) -> np.ndarray:
         """Each gene in turn at its best choice, until none is improved by one gene alone."""
