@@ -15,7 +15,7 @@ from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from numbers import Real
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -113,7 +113,7 @@ class Study:
                 "version": VERSION,
                 "space": space.to_dict(),
                 "objectives": [[o.name, o.direction] for o in objectives],
-                "config": json.loads(json.dumps(config, default=_plain)),
+                "config": json.loads(json.dumps(_plain("config", config))),
             }
             with _explained(path):
                 stored = dict(connection.execute("SELECT key, value FROM facts").fetchall())
@@ -466,10 +466,24 @@ def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, 
         raise JointoptError(f"study {str(path)!r} has another config: {told}; allowed: that one, or another storage")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    raise JointoptError(f"config: found {value!r}; allowed: what JSON can hold")
+def _plain(key: str, value: Any) -> Any:
+    """As JSON can hold it. Raises JointoptError for what it cannot, by the key."""
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(key, value.tolist())
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str | int):
+                raise JointoptError(f"{key}: found the key {name!r:.60}; allowed: text or whole numbers")
+        return {name: _plain(f"{key}.{name}", each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(f"{key}[{at}]", each) for at, each in enumerate(value)]
+    if isinstance(value, PurePath):
+        return str(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise JointoptError(
+        f"{key}: found {value!r:.60}; allowed: text, numbers, paths, arrays, None, and lists and mappings of these"
+    )
 
 
 def _software() -> dict[str, str]:

@@ -361,8 +361,23 @@ def test_numbers_of_numpy_are_numbers(supernet):
     options = {"strategy": "evolutionary", "strategy_options": {"population": np.int64(4)}}
     study = jointopt.search(supernet, agreement, evaluations=np.int64(5), seed=np.int64(3), **options)
     assert len(study) == 5 and study.config["strategy_options"] == {"population": 4} and study.config["seed"] == 3
-    with pytest.raises(JointoptError, match="config: found PosixPath.*allowed: what JSON can hold"):
-        jointopt.search(supernet, agreement, evaluations=5, config={"data": Path("a.csv")})
+
+
+def test_paths_and_arrays_of_a_config_are_recorded_as_json_has_them(supernet):
+    prior = {"quality": [np.zeros(size) for size in supernet.space.sizes]}
+    config = {"data": Path("a.csv"), "limits": (np.float32(0.5), np.arange(2))}
+    study = jointopt.search(supernet, agreement, evaluations=3, config=config, strategy_options={"prior": prior})
+    assert study.config["data"] == "a.csv" and study.config["limits"] == [0.5, [0, 1]]
+    assert study.config["strategy_options"]["prior"]["quality"][0] == [0.0] * int(supernet.space.sizes[0])
+
+
+def test_what_json_cannot_hold_is_refused_by_its_key(supernet):
+    for config, said in (
+        ({"data": {"rows": {1, 2}}}, r"config.data.rows: found \{1, 2\}; allowed: text, numbers"),
+        ({"data": {(1, 2): 3}}, r"config.data: found the key \(1, 2\); allowed: text or whole numbers"),
+    ):
+        with pytest.raises(JointoptError, match=said):
+            jointopt.search(supernet, agreement, evaluations=3, config=config)
 
 
 def test_a_study_of_another_version_is_refused(supernet, tmp_path):
