@@ -157,8 +157,8 @@ class Choices:
         groups = {
             "choice": np.diag(np.sqrt(share)),
             "order": _scattered(self.gene, self.level * np.sqrt(share)),
-            "kind": _scattered(kinds[self.gene] * 100 + self.choice, share),
-            "alike": _scattered(alike[self.gene] * 100 + self.choice, one),
+            "kind": _scattered(self._choices_of(kinds), share),
+            "alike": _scattered(self._choices_of(alike), one),
             "block": _scattered(blocks[self.gene], self.level * share),
             "place": self._placed(kinds),
         }
@@ -175,8 +175,12 @@ class Choices:
         columns = []
         for knot in range(KNOTS):
             hat = np.maximum(0, 1 - np.abs(place - knot))[self.gene] * np.sqrt(self.share[self.gene])
-            columns.append(_scattered(kinds[self.gene] * 100 + self.choice, hat))
+            columns.append(_scattered(self._choices_of(kinds), hat))
         return np.hstack(columns)
+
+    def _choices_of(self, groups: np.ndarray) -> np.ndarray:
+        """A number for each choice of a group of genes, given the group of each gene: [slots]."""
+        return groups[self.gene] * int(self.space.sizes.max()) + self.choice
 
 
 def _levels(gene: Gene, costs: np.ndarray | None) -> np.ndarray:

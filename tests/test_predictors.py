@@ -46,6 +46,12 @@ def choices_of(space: SearchSpace) -> Choices:
     return Choices(space, (Objective("loss", "min"), Objective("size", "min", compute=size_in(space))))
 
 
+def test_genes_of_hundreds_of_choices_are_told_apart():
+    space = SearchSpace([Gene("a", tuple(range(150))), Gene("b", tuple("wxyz"))])
+    groups = Choices(space, [Objective("loss", "min")]).groups
+    assert groups["kind"].shape == groups["alike"].shape == (154, 154)
+
+
 def test_a_sum_over_genes_is_learned():
     known, unseen = SPACE.sample(150, 0), SPACE.sample(300, 1)
     predictor = Predictor(choices_of(SPACE), known, additive(SPACE)(known))
