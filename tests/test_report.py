@@ -267,6 +267,14 @@ def test_the_terminal_shows_the_front_and_the_original():
     assert f"front: {len(study.front())} of 20 evaluations" in text
 
 
+def test_the_terminal_tells_how_many_evaluations_failed_and_why_most_of_them():
+    study = make_study(count=18, failures=2)
+    study.add_evaluation(0, SPACE.largest, None, "KeyError: [label]", 0.1)
+    text = " ".join(printed(front_table(study)).split())
+    assert "failed evaluations: 3, 2 of them with ValueError: <b>no</b>" in text
+    assert "failed" not in printed(front_table(make_study(failures=0)))
+
+
 def test_a_long_front_is_thinned_out_but_keeps_the_chosen_point():
     space = SearchSpace([Gene("x", tuple(range(100)))])
     study = Study.create(None, space, OBJECTIVES, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ ROWS = 30
 
 def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) -> Table:
     """The front, from small to large, with the original and the chosen point; metrics on unseen data where there are
-    any."""
+    any; how many evaluations failed, and the most frequent reason."""
     names = [objective.name for objective in study.objectives]
     front = study.front()
     costs = [name for name in names if name in COSTS]
@@ -51,8 +52,11 @@ def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) 
         table.add_section()
         values = [_shown(found, each) for each in names] + [on_unseen(unseen.get(None), n) for n in again]
         table.add_row(Text(f"the {name}"), *values)
-    if picked is not None:
-        table.caption = "* chosen"
+    told = ["* chosen"] if picked is not None else []
+    if reasons := Counter(study.evaluations()["failed"].dropna()):
+        reason, count = reasons.most_common(1)[0]
+        told.append(f"failed evaluations: {reasons.total()}, {count} of them with {reason}")
+    table.caption = Text("\n".join(told)) if told else None
     return table
 
 
