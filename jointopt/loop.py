@@ -20,7 +20,7 @@ from jointopt.objectives import COSTS, ON_HARDWARE, Constraint, Objective, const
 from jointopt.sensitivity import quality_prior, telling
 from jointopt.sharing import evaluation_order, parts_of
 from jointopt.stopping import Budget, Watch, heeding_ctrl_c
-from jointopt.study import Study
+from jointopt.study import Study, damaged
 from jointopt.supernet_state import notice
 from quant.errors import JointoptError, check_count, did_you_mean
 from search_spaces.precision import is_cache
@@ -131,7 +131,8 @@ def search(
             study.note("shapes", supernet.shapes())
         _begin_anew_if_all_failed(study)
         if (state := study.fact("state")) is not None:
-            asking.load_state_dict(state)
+            with damaged(study.path, "the state of its strategy"):
+                asking.load_state_dict(state)
         _say_where_small(space, budget)
         study.note("stopped", None)
         evaluator = _evaluator(supernet, quality, workers, ray, threads)

@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS evaluations (
     metrics TEXT, failed TEXT, seconds REAL NOT NULL);
 """
 _SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "scikit-learn", "numpy")
+_KINDS = {"config": dict, "baselines": dict, "computed": list, "finished": list, "elapsed": Real, "threads": int}
 TABLES = ("facts", "generations", "evaluations")
 VERSION = 2
 P = ParamSpec("P")
@@ -52,6 +53,17 @@ def _explained(path: Path | None) -> Iterator[None]:
         yield
     except (sqlite3.Error, json.JSONDecodeError) as error:
         raise JointoptError(f"study {str(path)!r}: {error}") from None
+
+
+@contextmanager
+def damaged(path: Path | None, what: str) -> Iterator[None]:
+    """What goes wrong with a value that is no such thing, as one line; where it was edited by hand, say."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise JointoptError(
+            f"study {str(path)!r}: is damaged: {what} cannot be read: {type(error).__name__}: {error}"
+        ) from None
 
 
 def _reading(method: Callable[Concatenate[Study, P], T]) -> Callable[Concatenate[Study, P], T]:
@@ -83,8 +95,13 @@ class Study:
         space, objectives = self.fact("space"), self.fact("objectives")
         if space is None or objectives is None:
             raise JointoptError(f"study {str(path)!r}: is damaged, it lacks its space or its objectives")
-        self.space = SearchSpace.from_dict(space)
-        self.objectives = tuple(Objective(name, direction) for name, direction in objectives)
+        with damaged(path, "its space"):
+            self.space = SearchSpace.from_dict(space)
+        with damaged(path, "its objectives"):
+            self.objectives = tuple(Objective(name, direction) for name, direction in objectives)
+        for key, kind in _KINDS.items():
+            if (found := self.fact(key)) is not None and not isinstance(found, kind):
+                raise JointoptError(f"study {str(path)!r}: is damaged: its {key} is {found!r:.60}")
 
     @classmethod
     def create(
@@ -234,15 +251,17 @@ class Study:
         row = self._connection.execute(
             "SELECT number, genomes FROM generations ORDER BY number DESC LIMIT 1"
         ).fetchone()
-        return (
-            None if row is None else (row[0], np.array(json.loads(row[1]), dtype=np.int64).reshape(-1, len(self.space)))
-        )
+        return None if row is None else (row[0], self._genomes(row[0], row[1]))
 
     @_reading
     def generations(self) -> list[tuple[int, np.ndarray]]:
         """Number and genomes of every batch asked."""
         rows = self._connection.execute("SELECT number, genomes FROM generations ORDER BY number").fetchall()
-        return [(n, np.array(json.loads(each), dtype=np.int64).reshape(-1, len(self.space))) for n, each in rows]
+        return [(number, self._genomes(number, each)) for number, each in rows]
+
+    def _genomes(self, generation: int, text: str) -> np.ndarray:
+        with damaged(self.path, f"generation {generation}"):
+            return self.space.validate(np.array(json.loads(text), dtype=np.int64).reshape(-1, len(self.space)))
 
     @_reading
     def results(self, genomes: np.ndarray) -> list[dict[str, float] | None]:
@@ -250,10 +269,14 @@ class Study:
         found = []
         for genome in genomes:
             row = self._connection.execute(
-                "SELECT metrics FROM evaluations WHERE genome = ?", (json.dumps(genome.tolist()),)
+                "SELECT number, metrics FROM evaluations WHERE genome = ?", (json.dumps(genome.tolist()),)
             ).fetchone()
-            found.append(None if row is None else json.loads(row[0]) if row[0] else {})
+            found.append(None if row is None else self._metrics(*row) if row[1] else {})
         return found
+
+    def _metrics(self, number: int, text: str) -> dict[str, float]:
+        with damaged(self.path, f"evaluation {number}"):
+            return {name: float(value) for name, value in json.loads(text).items()}
 
     @_reading
     def scores(self) -> dict[bytes, dict[str, float]]:
@@ -287,8 +310,12 @@ class Study:
         predicted = self._predictions()
         records = []
         for number, generation, genome, metrics, failed, seconds in rows:
-            record = {"number": number, "generation": generation, "genome": tuple(json.loads(genome))}
-            record.update(json.loads(metrics) if metrics else {})
+            with damaged(self.path, f"evaluation {number}"):
+                indices = tuple(json.loads(genome))
+                if len(indices) != len(self.space):
+                    raise ValueError(f"its genome has {len(indices)} genes, the space {len(self.space)}")
+            record = {"number": number, "generation": generation, "genome": indices}
+            record.update(self._metrics(number, metrics) if metrics else {})
             foreseen = predicted.get(genome, [np.nan] * len(self.objectives))
             record.update({f"predicted_{o.name}": v for o, v in zip(self.objectives, foreseen, strict=True)})
             records.append({**record, "failed": failed, "seconds": seconds})
@@ -298,9 +325,11 @@ class Study:
     @_reading
     def _predictions(self) -> dict[str, list[float]]:
         found = {}
-        for genomes, predicted in self._connection.execute("SELECT genomes, predicted FROM generations"):
-            for genome, values in zip(json.loads(genomes), json.loads(predicted), strict=True):
-                found[json.dumps(genome)] = values
+        rows = self._connection.execute("SELECT number, genomes, predicted FROM generations")
+        for number, genomes, predicted in rows:
+            with damaged(self.path, f"generation {number}"):
+                for genome, values in zip(json.loads(genomes), json.loads(predicted), strict=True):
+                    found[json.dumps(genome)] = values
         return found
 
     def costs(self) -> np.ndarray:
