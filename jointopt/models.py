@@ -222,7 +222,7 @@ def _load_transformers(source: ModelSource, task: str, dtype: str) -> LoadedMode
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with _explained(source):
+        with _explained(source), _one_seed():
             model, report = _auto_class(task).from_pretrained(
                 source.location, dtype=read_as, output_loading_info=True, **weights, **source.options()
             )
@@ -290,7 +290,7 @@ def _load_timm(source: ModelSource, task: str, dtype: str) -> LoadedModel:
         raise JointoptError(f"task: found {task}; {source.name!r} is a timm model: image-classification")
     if source.kind == "timm folder" and not any(Path(source.location).glob("*.safetensors")):
         raise JointoptError(f"model: the folder {source.name!r} holds no safetensors file")
-    with _explained(source):
+    with _explained(source), _one_seed():
         model = timm.create_model(_timm_location(source), pretrained=True)
     model.to(_dtype(dtype, next(model.parameters()).dtype))
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
@@ -299,6 +299,14 @@ def _load_timm(source: ModelSource, task: str, dtype: str) -> LoadedModel:
 
 def _timm_location(source: ModelSource) -> str:
     return f"local-dir:{source.location}" if source.kind == "timm folder" else source.location
+
+
+@contextmanager
+def _one_seed() -> Iterator[None]:
+    """A head that the checkpoint lacks is drawn at random: a run that goes on in another process must have the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 @contextmanager

@@ -299,12 +299,26 @@ def test_a_missing_tokenizer_is_named(tmp_path):
         load_model(str(folder), None, "cpu")
 
 
-def test_weights_that_a_checkpoint_lacks_are_told(tmp_path):
+def save_headless_bert(folder: Path) -> Path:
     config = BertConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    BertModel(config).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path)
-    loaded = load_model(str(tmp_path), "text-classification", "cpu")
+    BertModel(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_weights_that_a_checkpoint_lacks_are_told(tmp_path):
+    loaded = load_model(str(save_headless_bert(tmp_path)), "text-classification", "cpu")
     assert loaded.untrained == ("classifier.bias", "classifier.weight")
+
+
+def test_weights_that_a_checkpoint_lacks_are_the_same_whenever_it_is_loaded(tmp_path):
+    folder, heads, drawn = save_headless_bert(tmp_path), [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        heads.append(load_model(str(folder), "text-classification", "cpu").model.classifier.weight)
+        drawn.append(torch.rand(1))
+    assert torch.equal(*heads)
+    assert not torch.equal(*drawn)
 
 
 def test_a_split_of_a_file_is_refused(tmp_path):
