@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from saved import LABELS, save_bert, save_llama, save_timm, save_tokenizer, save_vit, write_images, write_reviews
 from transformers import BertConfig, BertModel
 
@@ -217,6 +217,22 @@ def test_images_of_more_than_8_bits_are_refused_and_not_cut_off(folders, tmp_pat
         Image.fromarray(np.full((16, 16), 30_000, dtype=np.uint16)).save(tmp_path / name / "a.png")
     with pytest.raises(JointoptError, match=r"more than 8 bits a channel \(mode I;16\); allowed: 8 bits"):
         quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path)))
+
+
+def test_a_photo_is_seen_the_way_up_that_its_camera_says(folders, tmp_path):
+    write_images(tmp_path / "upright")
+    for path in (tmp_path / "upright").rglob("*.png"):
+        turned = tmp_path / "turned" / path.relative_to(tmp_path / "upright")
+        turned.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    loaded = load_model(str(folders["vit"]), None, "cpu")
+    upright, turned = (
+        TASKS["image-classification"].batches(DataSource(str(tmp_path / name)), loaded.processor, loaded.model, 12)[0]
+        for name in ("upright", "turned")
+    )
+    assert torch.equal(upright["pixel_values"], turned["pixel_values"])
 
 
 def test_other_bad_data_is_named(folders, tmp_path):

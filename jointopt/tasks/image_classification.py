@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from jointopt.rows import IMAGE, LABEL, DataSource, check_named, class_folders, class_indices, column, read_columns
@@ -92,10 +92,10 @@ def _opened(image: Any, base: Path, key: str) -> Image.Image:
 
 
 def _of_bytes(image: Image.Image, told: str) -> Image.Image:
-    """Pillow would cut off what is beyond 255."""
+    """Pillow would cut off what is beyond 255. Cameras store what they turned as it was seen by the sensor."""
     if image.mode.startswith(("I", "F")):
         raise JointoptError(f"{told} has more than 8 bits a channel (mode {image.mode}); allowed: 8 bits")
-    return image
+    return ImageOps.exif_transpose(image)
 
 
 TASK = Task("image-classification", "AutoModelForImageClassification", CLASSIFICATION, 32, 128, samples, every)
