@@ -219,6 +219,17 @@ def test_images_of_more_than_8_bits_are_refused_and_not_cut_off(folders, tmp_pat
         quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path)))
 
 
+def test_a_png_with_zeroed_sectors_is_named_as_other_damaged_images_are(folders, tmp_path):
+    write_images(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 255, (512, 512), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "dog/1.png")
+    whole = (tmp_path / "dog/1.png").read_bytes()
+    second = whole.index(b"IDAT", whole.index(b"IDAT") + 1)
+    (tmp_path / "dog/1.png").write_bytes(whole[: second + 100] + bytes(len(whole) - second - 100))
+    with pytest.raises(JointoptError, match=r"dog/1.png' cannot be opened as an image: broken PNG file"):
+        quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path)))
+
+
 def test_a_photo_is_seen_the_way_up_that_its_camera_says(folders, tmp_path):
     write_images(tmp_path / "upright")
     for path in (tmp_path / "upright").rglob("*.png"):

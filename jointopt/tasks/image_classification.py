@@ -86,7 +86,7 @@ def _opened(image: Any, base: Path, key: str) -> Image.Image:
     try:
         opened = Image.open(content)
         opened.load()
-    except (OSError, ValueError, AttributeError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, AttributeError, SyntaxError, Image.DecompressionBombError) as error:
         raise JointoptError(f"{key}: {str(image)[:200]!r} cannot be opened as an image: {error}") from None
     return _of_bytes(opened, f"{key}: {str(image)[:200]!r}")
 
