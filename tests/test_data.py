@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from saved import LABELS, save_bert, save_llama, save_timm, save_tokenizer, save_vit, write_images, write_reviews
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from jointopt import JointoptError, Study
 from jointopt.cli import main
@@ -228,6 +228,16 @@ def test_a_png_with_zeroed_sectors_is_named_as_other_damaged_images_are(folders,
     (tmp_path / "dog/1.png").write_bytes(whole[: second + 100] + bytes(len(whole) - second - 100))
     with pytest.raises(JointoptError, match=r"dog/1.png' cannot be opened as an image: broken PNG file"):
         quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path)))
+
+
+def test_images_that_are_left_at_unequal_sizes_are_named(tmp_path):
+    images = write_images(tmp_path / "images")
+    Image.new("L", (12, 8)).save(images / "dog/1.png")
+    config = ResNetConfig(num_channels=1, embedding_size=32, hidden_sizes=[32], depths=[1], num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    ViTImageProcessor(do_resize=False, image_mean=[0.5], image_std=[0.5]).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(JointoptError, match=r"makes \(8, 12\) of .*dog/1.png', \(8, 8\) of .*cat/0.png'; allowed: one"):
+        quality_of(tmp_path / "resnet", "image-classification", DataSource(str(images)))
 
 
 def test_a_photo_is_seen_the_way_up_that_its_camera_says(folders, tmp_path):

@@ -49,8 +49,15 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     name = "pixel_values" if hasattr(model, "config") else "x"
 
     def collate(indices: Sequence[int]) -> Mapping[str, Tensor]:
-        pixels = torch.stack([processed(index) for index in indices])
-        return {name: pixels, "labels": torch.tensor([labels[index] for index in indices])}
+        pixels = [processed(index) for index in indices]
+        for index, found in zip(indices, pixels, strict=True):
+            if found.shape != pixels[0].shape:
+                raise JointoptError(
+                    f"{source.key}: the image processor makes {tuple(found.shape[1:])} of {_told(images[index])}, "
+                    f"{tuple(pixels[0].shape[1:])} of {_told(images[indices[0]])}; allowed: one that makes images of "
+                    "one size, by a height and a width or a crop"
+                )
+        return {name: torch.stack(pixels), "labels": torch.tensor([labels[index] for index in indices])}
 
     return Samples(len(labels), collate, range(len(labels)), place_of(model))
 
@@ -87,8 +94,13 @@ def _opened(image: Any, base: Path, key: str) -> Image.Image:
         opened = Image.open(content)
         opened.load()
     except (OSError, ValueError, AttributeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise JointoptError(f"{key}: {str(image)[:200]!r} cannot be opened as an image: {error}") from None
-    return _of_bytes(opened, f"{key}: {str(image)[:200]!r}")
+        raise JointoptError(f"{key}: {_told(image)} cannot be opened as an image: {error}") from None
+    return _of_bytes(opened, f"{key}: {_told(image)}")
+
+
+def _told(image: Any) -> str:
+    """A path, or the start of what is there in its place."""
+    return repr(str(image)[:200])
 
 
 def _of_bytes(image: Image.Image, told: str) -> Image.Image:
