@@ -228,6 +228,14 @@ def texts(values: Sequence[Any], key: str) -> list[str]:
     for row, value in enumerate(values, 1):
         if not isinstance(value, str):
             raise JointoptError(f"{key}: found {value!r} in row {row}; allowed: text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start]
+            raise JointoptError(
+                f"{key}: found {half!r} at character {error.start + 1} of row {row}; allowed: text, of which half a "
+                "surrogate pair is none"
+            ) from None
     return list(values)
 
 

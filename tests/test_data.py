@@ -180,6 +180,12 @@ def test_a_table_that_does_not_fit_is_named(folders, tmp_path, content, said):
         quality_of(folders["bert"], "text-classification", DataSource(str(tmp_path / "t.csv"), key="data.train"))
 
 
+def test_half_a_surrogate_pair_is_named_with_its_row(folders, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "good", "label": 1}\n{"text": "so \\ud83d", "label": 1}\n')
+    with pytest.raises(JointoptError, match=r"data.text: found '.ud83d' at character 4 of row 2; allowed: text"):
+        quality_of(folders["bert"], "text-classification", DataSource(str(tmp_path / "t.jsonl")))
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [
