@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,11 @@ Columns = dict[str, list[Any]]
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 TEXTS = (".txt", ".md", ".rst")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+IMAGES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".webp", ".avif", ".gif", ".tif", ".tiff"),
+    *(".bmp", ".dib", ".tga", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""What Pillow reads by itself and is meant as an image: it has names for films and HDF5, too."""
 TEXT = ("text", "sentence", "snippet", "review", "content")
 IMAGE = ("image", "img", "path", "file", "file_name")
 LABEL = ("label", "labels", "class", "target")
@@ -161,7 +166,15 @@ def _rows(rows: list[Any]) -> Columns:
 
 
 def _image_folder(path: Path, key: str) -> Columns:
-    found = [(str(file), name) for name in class_folders(path) for file in _images(path / name)]
+    files = [(file, name) for name in class_folders(path) for file in _files(path / name)]
+    found = [(str(file), name) for file, name in files if file.suffix.lower() in IMAGES]
+    others = [str(file.relative_to(path)) for file, _ in files if file.suffix.lower() not in IMAGES]
+    if found and others:
+        warnings.warn(
+            f"{str(path)!r}: {len(others)} of {len(files)} files in its class folders are left out, such as "
+            f"{others[0]}; images end in {', '.join(IMAGES)}",
+            stacklevel=2,
+        )
     if not found:
         raise JointoptError(
             f"{key}: the folder {str(path)!r} has no images in folders of their class; allowed: {ALLOWED}"
@@ -174,8 +187,10 @@ def class_folders(path: Path) -> list[str]:
     return sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES)
+def _files(folder: Path) -> list[Path]:
+    """In order. What systems and notebooks put beside a user's files, and copies of these, begins with a dot."""
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGES or file.is_file())
+    return sorted(each for each in found if not any(part.startswith(".") for part in each.relative_to(folder).parts))
 
 
 def _hub_columns(source: DataSource) -> Columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,24 @@ def test_images_come_from_folders_of_their_class(folders, tmp_path, name):
     with torch.no_grad():
         inputs = {key: value for key, value in batches[0].items() if key != "labels"}
         assert logits_of(loaded.model, inputs).shape == (5, 3)
+
+
+def test_files_with_a_dot_before_their_name_are_no_images(tmp_path):
+    images = write_images(tmp_path)
+    (images / "cat/.ipynb_checkpoints").mkdir()
+    shutil.copy(images / "cat/0.png", images / "cat/.ipynb_checkpoints/0-checkpoint.png")
+    (images / "cat/._0.png").write_bytes(b"attributes of a file")
+    assert len(read_columns(DataSource(str(images)))["image"]) == 12
+
+
+def test_images_have_any_of_the_usual_suffixes_and_other_files_are_counted(tmp_path):
+    images = write_images(tmp_path)
+    for name, kind in (("a.ppm", "PPM"), ("b.jfif", "JPEG"), ("c.JPG", "JPEG"), ("d.heic", "PNG")):
+        Image.new("L", (8, 8)).save(images / "owl" / name, format=kind)
+    with pytest.warns(
+        UserWarning, match=r"1 of 16 files in its class folders are left out, such as owl/d.heic; images"
+    ):
+        assert len(read_columns(DataSource(str(images)))["image"]) == 15
 
 
 def test_a_table_names_its_images_relative_to_itself(folders, tmp_path):
