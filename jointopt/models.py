@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,7 +161,8 @@ def empty_model(source: ModelSource, task: str, dtype: str = "auto") -> nn.Modul
         import timm
 
         with _explained(source), torch.device("meta"):
-            return timm.create_model(_timm_location(source), pretrained=False).to(_dtype(dtype, None))
+            model = timm.create_model(_timm_location(source), pretrained=False)
+            return model.to(_dtype(dtype, _stored(source, None)))
     config = model_config(source)
     with _explained(source), torch.device("meta"):
         return _auto_class(task).from_config(config, dtype=_dtype(dtype, _stored(source, config)))
@@ -218,7 +221,8 @@ def _load_transformers(source: ModelSource, task: str, dtype: str) -> LoadedMode
         raise JointoptError(f"model: {source.name!r} is quantized already; allowed: float32 or bfloat16 weights")
     weights = {} if source.kind == "gguf" else {"use_safetensors": True}
     logging.disable_progress_bar()
-    read_as = _dtype(dtype, _stored(source, config))
+    with _explained(source):
+        read_as = _dtype(dtype, _stored(source, config))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -234,8 +238,26 @@ def _load_transformers(source: ModelSource, task: str, dtype: str) -> LoadedMode
 
 
 def _stored(source: ModelSource, config: Any) -> torch.dtype | str | None:
-    """How a checkpoint's weights are stored, as far as its config says."""
-    return "GGUF" if source.kind == "gguf" else getattr(config, "dtype", None)
+    """How a checkpoint's weights are stored, as far as its config says, or most of those in a folder's file."""
+    if source.kind == "gguf":
+        return "GGUF"
+    return getattr(config, "dtype", None) or (_stored_in(Path(source.location)) if source.local else None)
+
+
+def _stored_in(folder: Path) -> torch.dtype | None:
+    from safetensors import safe_open
+
+    # The name that transformers and timm look for first; of several files, one is like the others.
+    file = next(iter([*folder.glob("model.safetensors"), *sorted(folder.glob("*.safetensors"))]), None)
+    if file is None:
+        return None
+    weights: Counter[str] = Counter()
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - safetensors' own
+            tensor = opened.get_slice(name)
+            weights[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    most = max(weights, key=weights.__getitem__, default=None)
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(most or "")
 
 
 def _dtype(wanted: str, stored: torch.dtype | str | None) -> torch.dtype:
@@ -292,7 +314,7 @@ def _load_timm(source: ModelSource, task: str, dtype: str) -> LoadedModel:
         raise JointoptError(f"model: the folder {source.name!r} holds no safetensors file")
     with _explained(source), _one_seed():
         model = timm.create_model(_timm_location(source), pretrained=True)
-    model.to(_dtype(dtype, next(model.parameters()).dtype))
+        model.to(_dtype(dtype, _stored(source, None)))
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     return LoadedModel(model, transform, task, source)
 

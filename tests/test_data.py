@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
+from safetensors.torch import load_file, save_file
 from saved import LABELS, save_bert, save_llama, save_timm, save_tokenizer, save_vit, write_images, write_reviews
 from transformers import BertConfig, BertModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
@@ -397,6 +398,31 @@ def test_dtype_is_the_checkpoints_own_or_what_is_asked_for(tmp_path, folders):
     assert load_model(str(tmp_path), None, "cpu", "bfloat16").model.dtype == torch.bfloat16
     with pytest.raises(JointoptError, match="dtype: found 'float16'"):
         load_model(str(tmp_path), None, "cpu", "float16")
+
+
+def without_dtype(folder: Path, to: Path, stored: torch.dtype) -> Path:
+    """A copy whose weights are stored so, and whose config does not say it."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "dtype"}))
+    weights = {name: weight.to(stored) for name, weight in load_file(to / "model.safetensors").items()}
+    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("name", ["bert", "timm"])
+def test_dtype_is_that_of_the_weights_where_the_config_says_none(tmp_path, folders, name):
+    folder = without_dtype(folders[name], tmp_path / "half", torch.bfloat16)
+    loaded = load_model(str(folder), None, "cpu")
+    assert next(loaded.model.parameters()).dtype == torch.bfloat16
+    assert next(empty_model(loaded.source, loaded.task).parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["bert", "timm"])
+def test_float16_that_the_config_does_not_say_is_told(tmp_path, folders, name):
+    folder = without_dtype(folders[name], tmp_path / "half", torch.float16)
+    with pytest.warns(UserWarning, match="stored as float16 and read as float32, so that sizes, the original's too"):
+        load_model(str(folder), None, "cpu")
 
 
 def test_a_device_that_is_not_here_is_named():
