@@ -7,7 +7,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 
 from quant.errors import JointoptError, first_line
-
-Columns = dict[str, list[Any]]
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 TEXTS = (".txt", ".md", ".rst")
@@ -58,6 +56,18 @@ class DataSource:
     key: str = "data"
 
 
+class Columns(dict[str, list[Any]]):
+    """Column name -> values.
+
+    Attributes:
+        classes: names of the classes that a column counts, in their order, where the data set itself says them.
+    """
+
+    def __init__(self, values: Mapping[str, list[Any]], classes: Mapping[str, list[str]] | None = None) -> None:
+        super().__init__(values)
+        self.classes = dict(classes or {})
+
+
 def looks_like_hub_id(name: str) -> bool:
     """Whether a string that is no existing path can be meant as "name" or "owner/name" on the hub."""
     owner, _, rest = name.partition("/")
@@ -95,7 +105,7 @@ def read_columns(source: DataSource) -> Columns:
     if not count:
         raise JointoptError(f"{key}: {source.path!r} holds no row; allowed: one or more")
     kept = some(count, source.samples)
-    return {name: [values[index] for index in kept] for name, values in columns.items()}
+    return Columns({name: [values[index] for index in kept] for name, values in columns.items()}, columns.classes)
 
 
 def read_text(source: DataSource) -> str | None:
@@ -122,7 +132,7 @@ def _table(path: Path, key: str) -> Columns:
             import pandas as pd
 
             frame = pd.read_parquet(path)
-            return {str(name): frame[name].tolist() for name in frame.columns}
+            return Columns({str(name): frame[name].tolist() for name in frame.columns}, _parquet_classes(path))
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix in (".csv", ".tsv"):
             return _rows(_separated(text, "\t" if path.suffix == ".tsv" else ","))
@@ -130,6 +140,16 @@ def _table(path: Path, key: str) -> Columns:
         return _rows(json.loads(text) if whole else _objects(text))
     except (OSError, ValueError, csv.Error) as error:
         raise JointoptError(f"{key}: {str(path)!r} cannot be read: {first_line(error)}") from None
+
+
+def _parquet_classes(path: Path) -> dict[str, list[str]]:
+    """What `Dataset.to_parquet` of datasets writes beside the columns."""
+    import pyarrow.parquet as pq
+
+    said = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+    features = (said.get("info") or {}).get("features") or {}
+    counted = {name: each for name, each in features.items() if isinstance(each, dict)}
+    return {name: each["names"] for name, each in counted.items() if each.get("_type") == "ClassLabel"}
 
 
 def _objects(text: str) -> list[Any]:
@@ -162,7 +182,7 @@ def _rows(rows: list[Any]) -> Columns:
             raise ValueError(f"row {number} is a {type(row).__name__}; allowed: an object, its columns by name")
         if set(row) != set(names):
             raise ValueError(f"row {number} has not the columns of the first: {', '.join(map(str, names))}")
-    return {str(name): [row[name] for row in rows] for name in names}
+    return Columns({str(name): [row[name] for row in rows] for name in names})
 
 
 def _image_folder(path: Path, key: str) -> Columns:
@@ -179,7 +199,7 @@ def _image_folder(path: Path, key: str) -> Columns:
         raise JointoptError(
             f"{key}: the folder {str(path)!r} has no images in folders of their class; allowed: {ALLOWED}"
         )
-    return {"image": [file for file, _ in found], "label": [name for _, name in found]}
+    return Columns({"image": [file for file, _ in found], "label": [name for _, name in found]})
 
 
 def class_folders(path: Path) -> list[str]:
@@ -209,10 +229,13 @@ def _hub_columns(source: DataSource) -> Columns:
             f"{key}: no file or folder {source.path!r} is here, and on the hub it cannot be loaded: {said}"
         ) from None
     found = found.select(some(len(found), source.samples))
+    classes = {}
     for name, feature in found.features.items():
         if isinstance(feature, datasets.Image):
             found = found.cast_column(name, datasets.Image(decode=False))
-    return {name: list(found[name]) for name in found.column_names}
+        if isinstance(feature, datasets.ClassLabel):
+            classes[name] = feature.names
+    return Columns({name: list(found[name]) for name in found.column_names}, classes)
 
 
 def check_named(source: DataSource, read: Sequence[str]) -> None:
@@ -230,10 +253,14 @@ def column(columns: Columns, wanted: str | None, usual: Sequence[str], key: str)
     Args:
         key: the config's, for what is said about it ("data.train.label").
     """
+    return columns[_name_of(columns, wanted, usual, key)]
+
+
+def _name_of(columns: Columns, wanted: str | None, usual: Sequence[str], key: str) -> str:
     if wanted is None:
         wanted = next((name for name in usual if name in columns), None)
-    if wanted in columns:
-        return columns[wanted]
+    if wanted is not None and wanted in columns:
+        return wanted
     sought = f"no column {wanted!r}" if wanted else f"none of the columns {', '.join(usual)}"
     raise JointoptError(f"{key}: found {sought}; there are {', '.join(columns)}")
 
@@ -254,6 +281,47 @@ def texts(values: Sequence[Any], key: str) -> list[str]:
     return list(values)
 
 
+def label_indices(
+    columns: Columns, source: DataSource, labels: Sequence[str], folders: Sequence[str] | None = None
+) -> list[int]:
+    """The column of labels as the model counts them: by name, where the data set has names for its numbers and the
+    model for its own; else as `class_indices` does, whose arguments and errors these are."""
+    key = f"{source.key}.label"
+    name = _name_of(columns, source.label, LABEL, key)
+    own = columns.classes.get(name)
+    if own is None or _nameless(own) or _nameless(labels):
+        return class_indices(columns[name], labels, key, folders)
+    of_model, indices = [_index_of(each, labels) for each in own], []
+    for row, value in enumerate(columns[name], 1):
+        at = _whole(value)
+        if at is None or not 0 <= at < len(own):
+            raise JointoptError(f"{key}: found label {value!r} in row {row}; the data set names 0 to {len(own) - 1}")
+        index = of_model[at]
+        if index is None:
+            raise JointoptError(
+                f"{key}: found label {at} in row {row}, which the data set calls {own[at]!r}; the model has "
+                f"{_few(labels)}; allowed: the same names, such as in id2label of the model's config"
+            )
+        indices.append(index)
+    return indices
+
+
+def _index_of(own: str, labels: Sequence[str]) -> int | None:
+    """Of the model's labels the one of the same name, be it in capitals; None where there is none, or are several."""
+    for same in ([name == own for name in labels], [name.lower() == own.lower() for name in labels]):
+        if any(same):
+            return same.index(True) if sum(same) == 1 else None
+    return None
+
+
+def _nameless(labels: Sequence[str]) -> bool:
+    return all(name in (f"LABEL_{index}", str(index)) for index, name in enumerate(labels))
+
+
+def _few(labels: Sequence[str]) -> str:
+    return f"{len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}"
+
+
 def class_indices(
     values: Sequence[Any], labels: Sequence[str], key: str, folders: Sequence[str] | None = None
 ) -> list[int]:
@@ -271,8 +339,7 @@ def class_indices(
     known = {name: index for index, name in enumerate(labels)}
     if all(str(value) in known for value in values):
         return [known[str(value)] for value in values]
-    nameless = all(name == f"LABEL_{i}" or name == str(i) for i, name in enumerate(labels))
-    if folders is not None and nameless:
+    if folders is not None and _nameless(labels):
         if len(folders) != len(labels):
             raise JointoptError(
                 f"{key}: found {len(folders)} folders, and the model has {len(labels)} classes without names, which "
@@ -283,10 +350,8 @@ def class_indices(
     for row, value in enumerate(values, 1):
         index = known.get(str(value)) if named else _whole(value)
         if index is None or not 0 <= index < len(labels):
-            names = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
             raise JointoptError(
-                f"{key}: found label {value!r} in row {row}; the model has {len(labels)}: {names}, "
-                f"or 0 to {len(labels) - 1}"
+                f"{key}: found label {value!r} in row {row}; the model has {_few(labels)}, or 0 to {len(labels) - 1}"
             )
         indices.append(index)
     return indices

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,7 +25,7 @@ from jointopt.cli import main
 from jointopt.evaluation import logits_of
 from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
 from jointopt.rescoring import rescored
-from jointopt.rows import DataSource, class_indices, looks_like_hub_id, read_columns, some
+from jointopt.rows import DataSource, class_indices, label_indices, looks_like_hub_id, read_columns, some
 from jointopt.tasks import TASKS
 
 
@@ -175,6 +177,42 @@ def test_labels_are_names_or_indices_in_numbers_or_text():
     assert class_indices(["positive", "negative"], names, "k") == [1, 0]
     assert class_indices([1.0, 0], names, "k") == class_indices(["1", "0"], names, "k") == [1, 0]
     assert class_indices(["b", "a"], ["LABEL_0", "LABEL_1"], "k", ["a", "b"]) == [1, 0]
+
+
+def labels_of(source: DataSource, names: Sequence[str]) -> list[int]:
+    return label_indices(read_columns(source), source, names)
+
+
+def classified(*names: str) -> datasets.Dataset:
+    """Three texts of the classes 0, 1, 0, which have names."""
+    found = datasets.Dataset.from_dict({"text": ["good", "bad", "fine"], "label": [0, 1, 0]})
+    return found.cast_column("label", datasets.ClassLabel(names=list(names)))
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (("positive", "negative"), ("negative", "positive"), [1, 0, 1]),
+        (("positive", "negative"), ("neutral", "NEGATIVE", "POSITIVE"), [2, 1, 2]),
+        (("positive", "negative"), ("LABEL_0", "LABEL_1"), [0, 1, 0]),
+        (("0", "1"), ("negative", "positive"), [0, 1, 0]),
+    ],
+)
+def test_numbers_that_a_data_set_has_names_for_are_the_models_classes_of_these_names(tmp_path, names, labels, expected):
+    """Where either has no names, a number is an index."""
+    classified(*names).to_parquet(tmp_path / "a.parquet")
+    assert labels_of(DataSource(str(tmp_path / "a.parquet")), labels) == expected
+
+
+def test_numbers_of_a_hub_data_set_are_classes_by_its_names(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: classified("positive", "negative"))
+    assert labels_of(DataSource("owner/name", split="train"), ["negative", "positive"]) == [1, 0, 1]
+
+
+def test_a_class_whose_name_the_model_lacks_is_refused(tmp_path):
+    classified("pos", "negative").to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(JointoptError, match="found label 0 in row 1, which the data set calls 'pos'; the model has 2:"):
+        labels_of(DataSource(str(tmp_path / "a.parquet")), ["negative", "positive"])
 
 
 @pytest.mark.parametrize(("bad", "row"), [("neutral", 2), (2, 2), (-1, 2), (0.5, 2), (None, 2), (float("nan"), 2)])

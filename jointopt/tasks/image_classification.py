@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from jointopt.rows import IMAGE, LABEL, DataSource, check_named, class_folders, class_indices, column, read_columns
+from jointopt.rows import IMAGE, DataSource, check_named, class_folders, column, label_indices, read_columns
 from jointopt.tasks.metrics import every
 from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, place_of
 from quant.errors import JointoptError, first_line
@@ -28,10 +28,9 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         raise JointoptError(f"data.length: found {source.length}; allowed for images: none, it is of texts")
     columns = read_columns(source)
     images = column(columns, source.image, IMAGE, f"{source.key}.image")
-    values = column(columns, source.label, LABEL, f"{source.key}.label")
     base = Path(source.path)
     folders = class_folders(base) if base.is_dir() else None
-    labels = class_indices(values, label_names(model), f"{source.key}.label", folders)
+    labels = label_indices(columns, source, label_names(model), folders)
     dtype = next(model.parameters()).dtype
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     kept: dict[int, Tensor] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.rows import LABEL, TEXT, DataSource, check_named, class_indices, column, read_columns, texts
+from jointopt.rows import TEXT, DataSource, check_named, column, label_indices, read_columns, texts
 from jointopt.tasks.metrics import every
 from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, place_of, text_length
 from quant.errors import JointoptError
@@ -22,8 +22,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     if source.text_pair is not None:
         key = f"{source.key}.text_pair"
         given.append(texts(column(columns, source.text_pair, (), key), key))
-    values = column(columns, source.label, LABEL, f"{source.key}.label")
-    labels = class_indices(values, label_names(model), f"{source.key}.label")
+    labels = label_indices(columns, source, label_names(model))
     if processor.pad_token is None:
         raise JointoptError("model: its tokenizer has no padding token; set one and save it beside the model")
     encoded = processor(*given, truncation=True, max_length=text_length(source, model))
