@@ -178,6 +178,12 @@ def row_groups(rows: int, classes: int, device: torch.device) -> Iterator[slice]
     return (slice(at, at + count) for at in range(0, rows, count))
 
 
+def problem_of(model: Any) -> str | None:
+    """What a model of transformers says that its outputs are, where they are not one class of several."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    return problem if problem in ("multi_label_classification", "regression") else None
+
+
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
     """The logits, whether the model returns a tensor (timm) or an output with `.logits` (transformers)."""
     output = model(**inputs)

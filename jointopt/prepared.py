@@ -102,6 +102,7 @@ def prepare(config: Config) -> Prepared:
     contents = {}
 
     def scored_on(entry: str) -> Quality:
+        task.check_scored(loaded.model)
         scored = batches(entry)
         contents[entry] = digest(scored)
         return task.quality(scored, loaded.model if "kl" in objectives else None)

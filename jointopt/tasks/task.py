@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import Batch, Quality
+from jointopt.evaluation import Batch, Quality, problem_of
 from jointopt.rows import DataSource
 from jointopt.tasks.metrics import Targets, quality_function
 from quant.errors import JointoptError
@@ -81,6 +81,19 @@ class Task:
             JointoptError: a source that cannot be read, lacks a column, or whose labels do not fit the model.
         """
         return self.samples(source, processor, model).batches(batch_size)
+
+    def check_scored(self, model: nn.Module) -> None:
+        """Raises JointoptError for a model that cannot be scored by this task's metrics, which a user's own quality
+        may be able to."""
+        if self.metrics != CLASSIFICATION:
+            return
+        count = len(label_names(model))
+        found = f"problem_type {problem_of(model)!r}" if problem_of(model) else f"{count} class"
+        if problem_of(model) or count < 2:
+            raise JointoptError(
+                f"model: found {found}, and {self.name} is scored by which of several classes is the likeliest; "
+                "allowed: quality: my_package.my_function"
+            )
 
     def quality(self, batches: Sequence[Batch], original: nn.Module | None = None) -> Quality:
         """model -> its metrics on the batches; "kl" is there where the original is, whose outputs are kept."""

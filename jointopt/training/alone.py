@@ -18,9 +18,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
-from jointopt.evaluation import check_batch, logits_of
+from jointopt.evaluation import check_batch, logits_of, problem_of
 from jointopt.subnetwork import Plan, detach, pass_gradients, quantize_layer, renamed
-from jointopt.training.distillation import problem_of, soft_labels
+from jointopt.training.distillation import soft_labels
 from jointopt.training.loop import Batches, check_batches, endless, schedule
 from jointopt.weight_bank import BankedWeight
 from quant.calibration import choose_clip, static_constants

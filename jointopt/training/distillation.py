@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import Batch, logits_of, row_groups
+from jointopt.evaluation import Batch, logits_of, problem_of, row_groups
 from jointopt.subnetwork import Plan, renamed
 from quant.errors import JointoptError, check_above_0, check_number
 from search_spaces.family import Family, Width
@@ -69,12 +69,6 @@ class Distillation:
             raise JointoptError(f"distillation: attention, of which a {family.name} has none; allowed: 0")
         if self.teacher is not None:
             _check_teacher(model, self.teacher)
-
-
-def problem_of(model: Any) -> str | None:
-    """What a model of transformers says that its outputs are, where they are not one class of several."""
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    return problem if problem in ("multi_label_classification", "regression") else None
 
 
 def are_probabilities(labels: Tensor) -> bool:

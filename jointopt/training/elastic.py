@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device, running_statistics
-from jointopt.evaluation import IGNORED, Batch, check_batch, check_supernet
+from jointopt.evaluation import IGNORED, Batch, check_batch, check_supernet, problem_of
 from jointopt.learned_ranges import NAME
 from jointopt.subnetwork import Plan
 from jointopt.training.distillation import (
@@ -31,7 +31,6 @@ from jointopt.training.distillation import (
     are_probabilities,
     check_one_class,
     loss_of,
-    problem_of,
     seen,
     target,
     teacher_logits,
