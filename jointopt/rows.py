@@ -77,7 +77,7 @@ def looks_like_hub_id(name: str) -> bool:
 def is_hub_id(source: DataSource) -> bool:
     """Whether a source is to be looked for on the hub: no path of its name, and no name of a file."""
     path = Path(source.path)
-    return not path.exists() and path.suffix not in TABLES + TEXTS + IMAGES and looks_like_hub_id(source.path)
+    return not path.exists() and path.suffix.lower() not in TABLES + TEXTS + IMAGES and looks_like_hub_id(source.path)
 
 
 def read_columns(source: DataSource) -> Columns:
@@ -91,7 +91,7 @@ def read_columns(source: DataSource) -> Columns:
         raise JointoptError(f"{key}.split: found {source.split!r}, but {source.path!r} is here; allowed: of a hub id")
     if path.is_dir():
         columns = _image_folder(path, key)
-    elif path.is_file() and path.suffix in TABLES:
+    elif path.is_file() and path.suffix.lower() in TABLES:
         columns = _table(path, key)
     elif path.is_file():
         raise JointoptError(
@@ -111,7 +111,7 @@ def read_columns(source: DataSource) -> Columns:
 def read_text(source: DataSource) -> str | None:
     """The content of a text file, None where the source is something else."""
     path = Path(source.path)
-    if not path.is_file() or path.suffix in TABLES:
+    if not path.is_file() or path.suffix.lower() in TABLES:
         return None
     try:
         return path.read_text(encoding="utf-8")
@@ -127,16 +127,17 @@ def some(count: int, samples: int | None) -> list[int]:
 
 
 def _table(path: Path, key: str) -> Columns:
+    kind = path.suffix.lower()
     try:
-        if path.suffix == ".parquet":
+        if kind == ".parquet":
             import pandas as pd
 
             frame = pd.read_parquet(path)
             return Columns({str(name): frame[name].tolist() for name in frame.columns}, _parquet_classes(path))
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix in (".csv", ".tsv"):
-            return _rows(_separated(text, "\t" if path.suffix == ".tsv" else ","))
-        whole = path.suffix == ".json" and text.lstrip().startswith("[")
+        if kind in (".csv", ".tsv"):
+            return _rows(_separated(text, "\t" if kind == ".tsv" else ","))
+        whole = kind == ".json" and text.lstrip().startswith("[")
         return _rows(json.loads(text) if whole else _objects(text))
     except (OSError, ValueError, csv.Error) as error:
         raise JointoptError(f"{key}: {str(path)!r} cannot be read: {first_line(error)}") from None

@@ -157,6 +157,11 @@ def test_tables_of_every_kind_hold_the_same_rows(tmp_path):
         assert class_indices(found["label"], ["x", "y"], "k") == [1, 0], path
 
 
+def test_a_tables_suffix_may_be_in_capitals(tmp_path):
+    (tmp_path / "A.CSV").write_text("text,label\ngood,1\n")
+    assert read_columns(DataSource(str(tmp_path / "A.CSV"))) == {"text": ["good"], "label": ["1"]}
+
+
 def test_a_line_separator_inside_a_row_of_json_lines_is_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two\x85three", "label": 1}\r\n', encoding="utf-8", newline="")
     found = read_columns(DataSource(str(tmp_path / "a.jsonl")))
