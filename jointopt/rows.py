@@ -165,7 +165,12 @@ def _objects(text: str) -> list[Any]:
 
 
 def _separated(text: str, delimiter: str) -> list[dict[str, str]]:
-    lines = [line for line in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if line]
+    # The module's own limit, 131,072 characters, is less than long documents have.
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        lines = [line for line in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if line]
+    finally:
+        csv.field_size_limit(before)
     header = lines[0] if lines else []
     for name in header:
         if header.count(name) > 1:

@@ -162,6 +162,11 @@ def test_a_tables_suffix_may_be_in_capitals(tmp_path):
     assert read_columns(DataSource(str(tmp_path / "A.CSV"))) == {"text": ["good"], "label": ["1"]}
 
 
+def test_a_field_of_a_csv_may_be_a_whole_document(tmp_path):
+    (tmp_path / "a.csv").write_text(f"text,label\n{'good ' * 30_000},1\n")
+    assert read_columns(DataSource(str(tmp_path / "a.csv")))["text"] == ["good " * 30_000]
+
+
 def test_a_line_separator_inside_a_row_of_json_lines_is_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two\x85three", "label": 1}\r\n', encoding="utf-8", newline="")
     found = read_columns(DataSource(str(tmp_path / "a.jsonl")))
