@@ -7,6 +7,7 @@ import io
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -344,6 +345,13 @@ def class_indices(
     """
     known = {name: index for index, name in enumerate(labels)}
     if all(str(value) in known for value in values):
+        several = {name for name, count in Counter(labels).items() if count > 1}
+        for row, value in enumerate(values, 1):
+            if str(value) in several:
+                raise JointoptError(
+                    f"{key}: found label {value!r} in row {row}, which several classes of the model are called; "
+                    f"allowed: their indices, 0 to {len(labels) - 1}"
+                )
         return [known[str(value)] for value in values]
     if folders is not None and _nameless(labels):
         if len(folders) != len(labels):

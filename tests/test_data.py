@@ -189,6 +189,16 @@ def test_labels_are_names_or_indices_in_numbers_or_text():
     assert class_indices(["b", "a"], ["LABEL_0", "LABEL_1"], "k", ["a", "b"]) == [1, 0]
 
 
+def test_a_name_that_two_classes_have_is_refused():
+    labels = ["crane", "maillot", "crane"]
+    assert class_indices([2, 0], labels, "k") == [2, 0]
+    assert class_indices(["maillot"], labels, "k") == [1]
+    with pytest.raises(
+        JointoptError, match="found label 'crane' in row 2, which several classes of the model are called"
+    ):
+        class_indices(["maillot", "crane"], labels, "k")
+
+
 def labels_of(source: DataSource, names: Sequence[str]) -> list[int]:
     return label_indices(read_columns(source), source, names)
 
