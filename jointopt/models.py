@@ -144,7 +144,10 @@ def model_task(source: ModelSource) -> str:
         if any(name.endswith(suffix) for name in architectures):
             return task
     said = ", ".join(architectures) or "no architecture"
-    raise JointoptError(f"task: {source.name!r} names {said}; give task: {', '.join(TASKS)}")
+    raise JointoptError(
+        f"task: {source.name!r} names {said}, which is no model of {', '.join(TASKS)}; allowed: one with a head for "
+        "these, or a config whose task says which"
+    )
 
 
 def model_config(source: ModelSource) -> Any:

@@ -449,6 +449,11 @@ def save_headless_bert(folder: Path) -> Path:
     return folder
 
 
+def test_a_model_without_a_head_is_asked_for_a_task_in_words_that_init_can_be_given(tmp_path, capsys):
+    assert main(["init", str(save_headless_bert(tmp_path))]) == 2
+    assert "names BertModel, which is no model of text-classification, image-class" in capsys.readouterr().err
+
+
 def test_weights_that_a_checkpoint_lacks_are_told(tmp_path):
     loaded = load_model(str(save_headless_bert(tmp_path)), "text-classification", "cpu")
     assert loaded.untrained == ("classifier.bias", "classifier.weight")
