@@ -14,18 +14,16 @@ def lengths(batch: Mapping[str, Any]) -> list[int]:
     return mask.sum(1).tolist() if isinstance(mask, Tensor) and mask.dim() == 2 else []
 
 
-def of_average_length(batch: Mapping[str, Any], found: Sequence[int], count: int) -> dict[str, Any]:
-    """The first `count` samples; where lengths were `found` and the batch has a mask, cut or repeated to their
-    average."""
+def of_average_length(batch: Mapping[str, Any], found: Sequence[int]) -> dict[str, Any]:
+    """The batch; where lengths were `found` and it has a mask, its texts cut or repeated to their average."""
     mask = batch.get("attention_mask")
-    width = mask.shape[1] if found and isinstance(mask, Tensor) and mask.dim() == 2 else None
-    length = max(1, round(sum(found) / len(found))) if found else 1
+    if not found or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return dict(batch)
+    length, shape = max(1, round(sum(found) / len(found))), mask.shape
 
     def sized(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim():
+        if not isinstance(value, Tensor) or value.shape[:2] != shape:
             return value
-        if width is None or value.dim() < 2 or value.shape[1] != width:
-            return value[:count]
-        return value[:count].repeat(1, -(-length // width), *(1,) * (value.dim() - 2))[:, :length]
+        return value.repeat(1, -(-length // shape[1]), *(1,) * (value.dim() - 2))[:, :length]
 
     return {name: sized(value) for name, value in batch.items()}

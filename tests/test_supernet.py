@@ -116,7 +116,7 @@ def persistent_buffers(model: nn.Module) -> list[torch.Tensor]:
 def test_macs_are_half_the_counted_operations_of_a_forward_pass(named):
     name, supernet = named
     tokens = [length for batch in batches(name) for length in lengths(batch)]
-    batch = of_average_length(batches(name)[0], tokens, 2)
+    batch = of_average_length(batches(name)[0], tokens)
     for genome in [supernet.space.largest, *supernet.space.sample(3, seed=2)]:
         model = supernet.extract(unquantized(supernet, genome))
         if hasattr(model, "set_attn_implementation"):

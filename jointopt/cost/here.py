@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jointopt.batch_norm import sample_count
+from jointopt.batch_norm import first_samples, sample_count
 from jointopt.cost.backend import ONNXRUNTIME, TORCH
 from jointopt.cost.lookup import Lookup
 from jointopt.cost.timing import time_exports
@@ -85,4 +85,5 @@ def batch_of(inputs: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
         raise JointoptError(
             f"hardware.batch: found {size}; allowed: up to {sample_count(inputs[0])}, a batch of data.calibrate"
         )
-    return of_average_length(inputs[0], [each for batch in inputs for each in lengths(batch)], size)
+    found = [each for batch in inputs for each in lengths(batch)]
+    return of_average_length(first_samples(inputs[0], size), found)
