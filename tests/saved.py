@@ -22,6 +22,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from jointopt.models import load_model
+from jointopt.rows import DataSource
+from jointopt.tasks import TASKS
+
 WORDS = ("good", "bad", "fine", "poor", "a", "film", "the", "was", "very", "not")
 LABELS = ("negative", "positive")
 
@@ -117,3 +121,11 @@ def write_images(folder: Path, each: int = 4, classes: tuple[str, ...] = ("cat",
         for index in range(each):
             Image.fromarray(random.integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / name / f"{index}.png")
     return folder
+
+
+def quality_of(folder: Path, task: str, source: DataSource, size: int = 8) -> dict[str, float]:
+    """What a saved model is worth on a source, against itself."""
+    loaded = load_model(str(folder), task, "cpu")
+    batches = TASKS[task].batches(source, loaded.processor, loaded.model, size)
+    with torch.no_grad():
+        return TASKS[task].quality(batches, loaded.model)(loaded.model)

@@ -9,37 +9,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
-from saved import LABELS, save_bert, save_llama, save_timm, save_tokenizer, save_vit, write_images, write_reviews
-from transformers import BertConfig, BertModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import BertConfig, BertModel
 
-from jointopt import JointoptError, Study
+from jointopt import JointoptError
 from jointopt.cli import main
-from jointopt.evaluation import logits_of
 from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
-from jointopt.rescoring import rescored
 from jointopt.rows import DataSource, class_indices, label_indices, looks_like_hub_id, read_columns, some
 from jointopt.tasks import TASKS
+from tests.saved import (
+    LABELS,
+    quality_of,
+    save_bert,
+    save_llama,
+    save_timm,
+    save_tokenizer,
+    save_vit,
+    write_images,
+    write_reviews,
+)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     makers = {"bert": save_bert, "llama": save_llama, "vit": save_vit, "timm": save_timm}
     return {name: make(tmp_path_factory.mktemp(name)) for name, make in makers.items()}
-
-
-def quality_of(folder: Path, task: str, source: DataSource, size: int = 8) -> dict[str, float]:
-    loaded = load_model(str(folder), task, "cpu")
-    batches = TASKS[task].batches(source, loaded.processor, loaded.model, size)
-    with torch.no_grad():
-        return TASKS[task].quality(batches, loaded.model)(loaded.model)
 
 
 @pytest.mark.parametrize(
@@ -94,42 +93,6 @@ def test_rows_of_text_become_pieces_parted_by_the_end_token(folders, tmp_path):
     end = loaded.processor.eos_token_id
     assert batch["input_ids"].shape == (2, 6)
     assert batch["input_ids"][0, 2] == end == batch["input_ids"][0, 5]
-
-
-@pytest.mark.parametrize("name", ["vit", "timm"])
-def test_images_come_from_folders_of_their_class(folders, tmp_path, name):
-    source = DataSource(str(write_images(tmp_path / "images")))
-    loaded = load_model(str(folders[name]), None, "cpu")
-    batches = TASKS["image-classification"].batches(source, loaded.processor, loaded.model, 5)
-    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    with torch.no_grad():
-        inputs = {key: value for key, value in batches[0].items() if key != "labels"}
-        assert logits_of(loaded.model, inputs).shape == (5, 3)
-
-
-def test_files_with_a_dot_before_their_name_are_no_images(tmp_path):
-    images = write_images(tmp_path)
-    (images / "cat/.ipynb_checkpoints").mkdir()
-    shutil.copy(images / "cat/0.png", images / "cat/.ipynb_checkpoints/0-checkpoint.png")
-    (images / "cat/._0.png").write_bytes(b"attributes of a file")
-    assert len(read_columns(DataSource(str(images)))["image"]) == 12
-
-
-def test_images_have_any_of_the_usual_suffixes_and_other_files_are_counted(tmp_path):
-    images = write_images(tmp_path)
-    for name, kind in (("a.ppm", "PPM"), ("b.jfif", "JPEG"), ("c.JPG", "JPEG"), ("d.heic", "PNG")):
-        Image.new("L", (8, 8)).save(images / "owl" / name, format=kind)
-    with pytest.warns(
-        UserWarning, match=r"1 of 16 files in its class folders are left out, such as owl/d.heic; images"
-    ):
-        assert len(read_columns(DataSource(str(images)))["image"]) == 15
-
-
-def test_a_table_names_its_images_relative_to_itself(folders, tmp_path):
-    write_images(tmp_path / "images")
-    (tmp_path / "table.csv").write_text("image,label\nimages/cat/0.png,2\nimages/dog/1.png,0\n")
-    found = quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path / "table.csv")))
-    assert set(found) == {"accuracy", "loss", "kl"}
 
 
 def test_an_epoch_has_every_sample_once_and_an_order_of_its_own(folders, tmp_path):
@@ -295,51 +258,6 @@ def test_a_name_among_which_one_is_missing_is_the_one_that_is_named():
         class_indices(["positive", "negative", ""], ["negative", "positive"], "data.evaluate.label")
 
 
-def test_images_of_more_than_8_bits_are_refused_and_not_cut_off(folders, tmp_path):
-    for name in ("0", "1", "2"):
-        (tmp_path / name).mkdir()
-        Image.fromarray(np.full((16, 16), 30_000, dtype=np.uint16)).save(tmp_path / name / "a.png")
-    with pytest.raises(JointoptError, match=r"more than 8 bits a channel \(mode I;16\); allowed: 8 bits"):
-        quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path)))
-
-
-def test_a_png_with_zeroed_sectors_is_named_as_other_damaged_images_are(folders, tmp_path):
-    write_images(tmp_path)
-    noise = np.random.default_rng(0).integers(0, 255, (512, 512), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "dog/1.png")
-    whole = (tmp_path / "dog/1.png").read_bytes()
-    second = whole.index(b"IDAT", whole.index(b"IDAT") + 1)
-    (tmp_path / "dog/1.png").write_bytes(whole[: second + 100] + bytes(len(whole) - second - 100))
-    with pytest.raises(JointoptError, match=r"dog/1.png' cannot be opened as an image: broken PNG file"):
-        quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path)))
-
-
-def test_images_that_are_left_at_unequal_sizes_are_named(tmp_path):
-    images = write_images(tmp_path / "images")
-    Image.new("L", (12, 8)).save(images / "dog/1.png")
-    config = ResNetConfig(num_channels=1, embedding_size=32, hidden_sizes=[32], depths=[1], num_labels=3)
-    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
-    ViTImageProcessor(do_resize=False, image_mean=[0.5], image_std=[0.5]).save_pretrained(tmp_path / "resnet")
-    with pytest.raises(JointoptError, match=r"makes \(8, 12\) of .*dog/1.png', \(8, 8\) of .*cat/0.png'; allowed: one"):
-        quality_of(tmp_path / "resnet", "image-classification", DataSource(str(images)))
-
-
-def test_a_photo_is_seen_the_way_up_that_its_camera_says(folders, tmp_path):
-    write_images(tmp_path / "upright")
-    for path in (tmp_path / "upright").rglob("*.png"):
-        turned = tmp_path / "turned" / path.relative_to(tmp_path / "upright")
-        turned.parent.mkdir(parents=True, exist_ok=True)
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = 6
-        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
-    loaded = load_model(str(folders["vit"]), None, "cpu")
-    upright, turned = (
-        TASKS["image-classification"].batches(DataSource(str(tmp_path / name)), loaded.processor, loaded.model, 12)[0]
-        for name in ("upright", "turned")
-    )
-    assert torch.equal(upright["pixel_values"], turned["pixel_values"])
-
-
 def test_other_bad_data_is_named(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "t.txt").write_text("good film")
@@ -393,12 +311,6 @@ def test_a_column_that_the_task_does_not_read_is_refused(folders, tmp_path):
     for name, task, source, said in wrong:
         with pytest.raises(JointoptError, match=said):
             quality_of(folders[name], task, source)
-
-
-def test_an_image_processor_of_another_size_than_the_models_is_named(tmp_path):
-    images = write_images(tmp_path / "images")
-    with pytest.raises(JointoptError, match=r"makes images of \(8, 8\); the model takes \(16, 16\)"):
-        quality_of(save_vit(tmp_path / "vit", 16), "image-classification", DataSource(str(images)))
 
 
 @pytest.mark.parametrize(
@@ -540,60 +452,3 @@ def test_a_function_is_imported_from_the_current_directory_too(tmp_path, monkeyp
             import_function(f"{name}.score")
     with pytest.raises(JointoptError, match="No module named 'no_such_package'"):
         import_function("no_such_package.score")
-
-
-def run_on_images(folder: Path, monkeypatch, more: str = "", words: tuple[str, ...] = ()) -> Study:
-    """The study of `jointopt run` in a folder with a model and images, which are made where they are not there."""
-    for name in ("taught", "seen", "scored", "test"):
-        if not (folder / name).exists():
-            write_images(folder / name)
-    if not (folder / "vit").exists():
-        save_vit(folder / "vit")
-    text = (
-        "{model: vit, task: image-classification, device: cpu, dtype: float32, output: out, objectives: [loss, size], "
-        "space: {depth: [1, 2], schemes: [none, W4A16]}, search: {evaluations: 4}, choose: {size_mb: 1}, "
-        "data: {train: taught, calibrate: seen, evaluate: scored, test: test, batch_size: 12}"
-    )
-    (folder / "config.yaml").write_text(f"{text}{more}}}")
-    monkeypatch.chdir(folder)
-    assert main(["run", "config.yaml", *words]) == 0
-    return Study.open("out/study.db")
-
-
-def blacken(folder: Path) -> None:
-    for path in folder.rglob("*.png"):
-        Image.new("L", (8, 8)).save(path)
-
-
-@pytest.mark.slow
-def test_other_unseen_images_under_the_same_name_are_scored_anew(tmp_path, monkeypatch, capsys):
-    before = rescored(run_on_images(tmp_path, monkeypatch))
-    blacken(tmp_path / "test")
-    capsys.readouterr()
-    after = rescored(run_on_images(tmp_path, monkeypatch))
-    assert set(after) == set(before)
-    assert all(after[genome]["metrics"] != before[genome]["metrics"] for genome in before)
-    assert f"{after[None]['metrics']['loss']:,.5g} ±" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_what_was_finished_on_other_images_under_the_same_name_is_finished_and_scored_anew(tmp_path, monkeypatch):
-    finish = ", finish: {steps: 3, top: 1, batch_size: 4, learning_rate: 0.001}"
-    study = run_on_images(tmp_path, monkeypatch, finish)
-    (before,) = study.finished()
-    number = 1 + study.evaluations()["genome"].tolist().index(tuple(before["genome"]))
-    blacken(tmp_path / "taught")
-    assert main(["export", "out", "--pick", str(number), "--to", "again"]) == 0
-    _, after = study.finished()
-    assert after["genome"] == before["genome"] and after["rounding"] != before["rounding"]
-    record = json.loads(Path("again/jointopt.json").read_text())
-    assert record["rounding"] in (after["rounding"], "nearest")
-    assert main(["verify", "again", "--config", "out/config.yaml"]) == 0
-
-
-@pytest.mark.slow
-def test_an_export_of_what_was_searched_on_other_images_under_the_same_name_is_refused(tmp_path, monkeypatch, capsys):
-    run_on_images(tmp_path, monkeypatch)
-    blacken(tmp_path / "scored")
-    assert main(["export", "out", "--pick", "knee", "--to", "again"]) == 2
-    assert "export: the model or its data are no longer what" in capsys.readouterr().err

@@ -288,7 +288,8 @@ def test_a_config_that_targets_onnx_runtime_searches_its_formats_and_exports_mod
     import sys
 
     import yaml
-    from saved import save_vit, write_images
+
+    from tests.saved import save_vit, write_images
 
     save_vit(tmp_path / "vit")
     write_images(tmp_path / "images")

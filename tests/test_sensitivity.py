@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import zoo
 from scipy.stats import spearmanr
 from torch import nn
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
 from jointopt.sensitivity import estimated_losses, quality_prior
+from tests import zoo
 
 TRANSFORMERS = {"keep": True, "heads": [0.5, 1.0], "mlp": [0.5, 1.0], "attention_keep": True, "mlp_keep": True}
 CONVOLUTIONS = {"depth": [0.5, 1.0], "bottleneck": [0.5, 1.0], "stage": [0.75, 1.0]}

@@ -1,0 +1,111 @@
+"""Images as a data set has them: which files count, how they are opened, and what is refused by name."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from jointopt import JointoptError
+from jointopt.evaluation import logits_of
+from jointopt.models import load_model
+from jointopt.rows import DataSource, read_columns
+from jointopt.tasks import TASKS
+from tests.saved import quality_of, save_timm, save_vit, write_images
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in (("vit", save_vit), ("timm", save_timm))}
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_images_come_from_folders_of_their_class(folders, tmp_path, name):
+    source = DataSource(str(write_images(tmp_path / "images")))
+    loaded = load_model(str(folders[name]), None, "cpu")
+    batches = TASKS["image-classification"].batches(source, loaded.processor, loaded.model, 5)
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    with torch.no_grad():
+        inputs = {key: value for key, value in batches[0].items() if key != "labels"}
+        assert logits_of(loaded.model, inputs).shape == (5, 3)
+
+
+def test_files_with_a_dot_before_their_name_are_no_images(tmp_path):
+    images = write_images(tmp_path)
+    (images / "cat/.ipynb_checkpoints").mkdir()
+    shutil.copy(images / "cat/0.png", images / "cat/.ipynb_checkpoints/0-checkpoint.png")
+    (images / "cat/._0.png").write_bytes(b"attributes of a file")
+    assert len(read_columns(DataSource(str(images)))["image"]) == 12
+
+
+def test_images_have_any_of_the_usual_suffixes_and_other_files_are_counted(tmp_path):
+    images = write_images(tmp_path)
+    for name, kind in (("a.ppm", "PPM"), ("b.jfif", "JPEG"), ("c.JPG", "JPEG"), ("d.heic", "PNG")):
+        Image.new("L", (8, 8)).save(images / "owl" / name, format=kind)
+    with pytest.warns(
+        UserWarning, match=r"1 of 16 files in its class folders are left out, such as owl/d.heic; images"
+    ):
+        assert len(read_columns(DataSource(str(images)))["image"]) == 15
+
+
+def test_a_table_names_its_images_relative_to_itself(folders, tmp_path):
+    write_images(tmp_path / "images")
+    (tmp_path / "table.csv").write_text("image,label\nimages/cat/0.png,2\nimages/dog/1.png,0\n")
+    found = quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path / "table.csv")))
+    assert set(found) == {"accuracy", "loss", "kl"}
+
+
+def test_images_of_more_than_8_bits_are_refused_and_not_cut_off(folders, tmp_path):
+    for name in ("0", "1", "2"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((16, 16), 30_000, dtype=np.uint16)).save(tmp_path / name / "a.png")
+    with pytest.raises(JointoptError, match=r"more than 8 bits a channel \(mode I;16\); allowed: 8 bits"):
+        quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path)))
+
+
+def test_a_png_with_zeroed_sectors_is_named_as_other_damaged_images_are(folders, tmp_path):
+    write_images(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 255, (512, 512), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "dog/1.png")
+    whole = (tmp_path / "dog/1.png").read_bytes()
+    second = whole.index(b"IDAT", whole.index(b"IDAT") + 1)
+    (tmp_path / "dog/1.png").write_bytes(whole[: second + 100] + bytes(len(whole) - second - 100))
+    with pytest.raises(JointoptError, match=r"dog/1.png' cannot be opened as an image: broken PNG file"):
+        quality_of(folders["vit"], "image-classification", DataSource(str(tmp_path)))
+
+
+def test_images_that_are_left_at_unequal_sizes_are_named(tmp_path):
+    images = write_images(tmp_path / "images")
+    Image.new("L", (12, 8)).save(images / "dog/1.png")
+    config = ResNetConfig(num_channels=1, embedding_size=32, hidden_sizes=[32], depths=[1], num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    ViTImageProcessor(do_resize=False, image_mean=[0.5], image_std=[0.5]).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(JointoptError, match=r"makes \(8, 12\) of .*dog/1.png', \(8, 8\) of .*cat/0.png'; allowed: one"):
+        quality_of(tmp_path / "resnet", "image-classification", DataSource(str(images)))
+
+
+def test_a_photo_is_seen_the_way_up_that_its_camera_says(folders, tmp_path):
+    write_images(tmp_path / "upright")
+    for path in (tmp_path / "upright").rglob("*.png"):
+        turned = tmp_path / "turned" / path.relative_to(tmp_path / "upright")
+        turned.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    loaded = load_model(str(folders["vit"]), None, "cpu")
+    upright, turned = (
+        TASKS["image-classification"].batches(DataSource(str(tmp_path / name)), loaded.processor, loaded.model, 12)[0]
+        for name in ("upright", "turned")
+    )
+    assert torch.equal(upright["pixel_values"], turned["pixel_values"])
+
+
+def test_an_image_processor_of_another_size_than_the_models_is_named(tmp_path):
+    images = write_images(tmp_path / "images")
+    with pytest.raises(JointoptError, match=r"makes images of \(8, 8\); the model takes \(16, 16\)"):
+        quality_of(save_vit(tmp_path / "vit", 16), "image-classification", DataSource(str(images)))

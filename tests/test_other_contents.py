@@ -1,0 +1,71 @@
+"""Data of other contents under the same name: what was scored or finished on the earlier ones is done anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jointopt import Study
+from jointopt.cli import main
+from jointopt.rescoring import rescored
+from tests.saved import save_vit, write_images
+
+
+def run_on_images(folder: Path, monkeypatch, more: str = "", words: tuple[str, ...] = ()) -> Study:
+    """The study of `jointopt run` in a folder with a model and images, which are made where they are not there."""
+    for name in ("taught", "seen", "scored", "test"):
+        if not (folder / name).exists():
+            write_images(folder / name)
+    if not (folder / "vit").exists():
+        save_vit(folder / "vit")
+    text = (
+        "{model: vit, task: image-classification, device: cpu, dtype: float32, output: out, objectives: [loss, size], "
+        "space: {depth: [1, 2], schemes: [none, W4A16]}, search: {evaluations: 4}, choose: {size_mb: 1}, "
+        "data: {train: taught, calibrate: seen, evaluate: scored, test: test, batch_size: 12}"
+    )
+    (folder / "config.yaml").write_text(f"{text}{more}}}")
+    monkeypatch.chdir(folder)
+    assert main(["run", "config.yaml", *words]) == 0
+    return Study.open("out/study.db")
+
+
+def blacken(folder: Path) -> None:
+    for path in folder.rglob("*.png"):
+        Image.new("L", (8, 8)).save(path)
+
+
+@pytest.mark.slow
+def test_other_unseen_images_under_the_same_name_are_scored_anew(tmp_path, monkeypatch, capsys):
+    before = rescored(run_on_images(tmp_path, monkeypatch))
+    blacken(tmp_path / "test")
+    capsys.readouterr()
+    after = rescored(run_on_images(tmp_path, monkeypatch))
+    assert set(after) == set(before)
+    assert all(after[genome]["metrics"] != before[genome]["metrics"] for genome in before)
+    assert f"{after[None]['metrics']['loss']:,.5g} ±" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_was_finished_on_other_images_under_the_same_name_is_finished_and_scored_anew(tmp_path, monkeypatch):
+    finish = ", finish: {steps: 3, top: 1, batch_size: 4, learning_rate: 0.001}"
+    study = run_on_images(tmp_path, monkeypatch, finish)
+    (before,) = study.finished()
+    number = 1 + study.evaluations()["genome"].tolist().index(tuple(before["genome"]))
+    blacken(tmp_path / "taught")
+    assert main(["export", "out", "--pick", str(number), "--to", "again"]) == 0
+    _, after = study.finished()
+    assert after["genome"] == before["genome"] and after["rounding"] != before["rounding"]
+    record = json.loads(Path("again/jointopt.json").read_text())
+    assert record["rounding"] in (after["rounding"], "nearest")
+    assert main(["verify", "again", "--config", "out/config.yaml"]) == 0
+
+
+@pytest.mark.slow
+def test_an_export_of_what_was_searched_on_other_images_under_the_same_name_is_refused(tmp_path, monkeypatch, capsys):
+    run_on_images(tmp_path, monkeypatch)
+    blacken(tmp_path / "scored")
+    assert main(["export", "out", "--pick", "knee", "--to", "again"]) == 2
+    assert "export: the model or its data are no longer what" in capsys.readouterr().err
