@@ -41,10 +41,10 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     count = calibration.run(_measured(_checked(supernet, batches, kept), tokens))
     if not count:
         raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
-    supernet._positions = measure_positions(supernet.model, of_average_length(kept[0], tokens))
-    supernet.samples = none_alone(kept) if supernet._has_batch_norm else kept
     if supernet._has_batch_norm and sum(map(sample_count, kept)) == 1:
         raise JointoptError("calibrate: found one sample; allowed: two or more, of which BatchNorm's statistics are")
+    supernet._positions = measure_positions(supernet.model, of_average_length(kept[0], tokens))
+    supernet.samples = none_alone(kept) if supernet._has_batch_norm else kept
     if not supernet.trained:
         _sort(supernet, calibration, ranges, repairs)
     supernet._statistics = ranges.constants()
