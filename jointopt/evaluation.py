@@ -28,6 +28,9 @@ Quality = Callable[..., Any]
 Batch = Mapping[str, Any]
 """What a model's forward takes, by name; "labels" beside it are for losses and metrics."""
 
+MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
+"""What transformers calls outputs that are not one class of several: `config.problem_type`."""
+
 IGNORED = -100
 """The label of what counts for nothing, torch's and transformers'."""
 
@@ -181,7 +184,7 @@ def row_groups(rows: int, classes: int, device: torch.device) -> Iterator[slice]
 def problem_of(model: Any) -> str | None:
     """What a model of transformers says that its outputs are, where they are not one class of several."""
     problem = getattr(getattr(model, "config", None), "problem_type", None)
-    return problem if problem in ("multi_label_classification", "regression") else None
+    return problem if problem in (MULTI_LABEL, REGRESSION) else None
 
 
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:

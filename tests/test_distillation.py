@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from jointopt.evaluation import MULTI_LABEL, REGRESSION
 from jointopt.training.distillation import soft_labels
 
 
@@ -71,3 +72,21 @@ def test_a_student_like_its_teacher_has_nothing_to_learn():
     loss = soft_labels(student, student.detach())
     loss.backward()
     assert abs(float(loss)) < 1e-6 and student.grad is not None and student.grad.abs().max() < 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 9), classes=st.integers(1, 40), temperature=st.floats(0.3, 5.0), seed=st.integers(0, 2**16))
+def test_of_several_classes_at_once_each_is_a_choice_of_two(rows, classes, temperature, seed):
+    student, teacher = logits(rows, classes, seed=seed).requires_grad_(), logits(rows, classes, seed=seed + 1)
+    mask = torch.ones(rows, classes, dtype=torch.long).tril()  # of as many tokens, which are not classes
+    loss = soft_labels(student, teacher, mask, temperature, MULTI_LABEL)
+    right, own = (torch.distributions.Bernoulli(logits=z.double() / temperature) for z in (teacher, student))
+    expected = temperature**2 * torch.distributions.kl_divergence(right, own).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6 * max(1.0, temperature**2))
+    gradient = torch.autograd.grad(loss, student)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0].float(), rtol=1e-4, atol=1e-6)
+
+
+def test_of_a_regression_the_values_are_learned():
+    student, teacher = logits(5, 1, seed=0), logits(5, 1, seed=1)
+    assert soft_labels(student, teacher, problem=REGRESSION) == (student - teacher).square().mean()

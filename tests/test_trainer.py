@@ -228,7 +228,7 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
         trainer(tmp_path, torch_compile=True)
     with pytest.raises(JointoptError, match="use_reentrant True; allowed: False"):
         trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(JointoptError, match="label_smoothing_factor 0.1 beside a recipe's own loss"):
+    with pytest.raises(JointoptError, match="label_smoothing_factor 0.1 beside a loss that is not of one class"):
         trainer(tmp_path, recipe=Recipe(loss=lambda logits, batch: logits.mean()), label_smoothing_factor=0.1)
     with pytest.raises(JointoptError, match="compute_loss_func"):
         ElasticTrainer(model=model, args=arguments(tmp_path), train_dataset=data(), compute_loss_func=print)

@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
-from jointopt.evaluation import check_batch, logits_of, problem_of
+from jointopt.evaluation import REGRESSION, check_batch, logits_of, problem_of
 from jointopt.subnetwork import Plan, detach, pass_gradients, quantize_layer, renamed
 from jointopt.training.distillation import soft_labels
 from jointopt.training.loop import Batches, check_batches, endless, schedule
@@ -66,11 +66,7 @@ def train_alone(
         JointoptError: no batch, a loss that is not finite.
     """
     check_batches("finish", batches)
-    if problem := problem_of(supernet.model):
-        raise JointoptError(
-            f"finish: steps: found a model whose problem_type is {problem!r}, and whose outputs are no distribution to "
-            "learn; allowed: rounding, or training before the search"
-        )
+    problem = problem_of(supernet.model)
     trained = detach(supernet.renormalized(supernet.built(replace(plan, schemes={}, caches={})), plan))
     layers = {renamed(path, supernet.family, plan.blocks): path for path in plan.schemes}
     ranges = _ranges(trained, supernet, plan, layers) if learned_ranges else _Ranges({}, {})
@@ -85,13 +81,14 @@ def train_alone(
             inputs = {k: v for k, v in on_device(batch, supernet.device).items() if k != "labels"}
             with torch.no_grad():
                 target = logits_of(teacher, inputs)
-            if target.shape[-1] == 1:
+            if target.shape[-1] == 1 and problem is None:
                 raise JointoptError(
                     "finish: steps: found logits of a single output, which are no distribution to learn; allowed: "
-                    "rounding, or training before the search"
+                    f"config.problem_type {REGRESSION!r} of a model of transformers, rounding, or training before the "
+                    "search"
                 )
             view = _quantized(structural_clone(trained).eval(), supernet, plan, layers, ranges, training=True)
-            loss = soft_labels(logits_of(view, inputs), target, inputs.get("attention_mask"))
+            loss = soft_labels(logits_of(view, inputs), target, inputs.get("attention_mask"), problem=problem)
             if not torch.isfinite(loss):
                 raise JointoptError(f"finish: the loss is {loss.item()}; a smaller learning_rate may help")
             for group in optimizer.param_groups:

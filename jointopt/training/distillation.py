@@ -1,9 +1,10 @@
 """What a sub-network learns from its teacher: soft labels, hidden states, relations of attention.
 
 Logits: Hinton et al., arXiv 1503.02531, with the largest sub-network as the teacher (in place: arXiv 1903.05134;
-of pretrained transformers: InstaTune, arXiv 2308.15609). Hidden states: TinyBERT, arXiv 1909.10351, equation 8, each
-block that stays with its own self in the largest. Attention: self-attention relations of the last layer (MiniLMv2,
-arXiv 2012.15828, equation 5), which compare tokens with tokens, so that any number of heads fits.
+of pretrained transformers: InstaTune, arXiv 2308.15609). Where a sample may have several classes at once each is a
+choice of two, and what a regression gives is learned as it is. Hidden states: TinyBERT, arXiv 1909.10351, equation
+8, each block that stays with its own self in the largest. Attention: self-attention relations of the last layer
+(MiniLMv2, arXiv 2012.15828, equation 5), which compare tokens with tokens, so that any number of heads fits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import Batch, logits_of, problem_of, row_groups
+from jointopt.evaluation import MULTI_LABEL, REGRESSION, Batch, logits_of, problem_of, row_groups
 from jointopt.subnetwork import Plan, renamed
 from quant.errors import JointoptError, check_above_0, check_number
 from search_spaces.family import Family, Width
@@ -31,7 +32,7 @@ class Distillation:
     """How sub-networks are distilled.
 
     Attributes:
-        temperature: of both distributions; the divergence is multiplied by its square.
+        temperature: of both distributions; the divergence is multiplied by its square. A regression has none.
         hidden: weight of the mean squared difference of hidden states behind each block, relative to the teacher's
             mean square; 0 leaves it out.
         attention: weight of the divergence of query, key and value relations in the last attention layer; 0 leaves
@@ -57,10 +58,10 @@ class Distillation:
 
     def check(self, family: Family, space: SearchSpace, model: nn.Module) -> None:
         """Raises JointoptError for what this super-network cannot learn from."""
-        if problem := problem_of(model):
+        if problem_of(model) == REGRESSION and self.temperature != 1:
             raise JointoptError(
-                f"distillation: found a model whose problem_type is {problem!r}, and whose outputs are no distribution"
-                "; allowed: Recipe(distillation=None)"
+                f"distillation: temperature: found {self.temperature} for a regression, which has no distribution; "
+                "allowed: 1"
             )
         streams = [w.gene for w in family.widths if w.block is None and w.gene in space.names]
         if self.hidden and streams:
@@ -78,14 +79,15 @@ def are_probabilities(labels: Tensor) -> bool:
 
 
 def check_one_class(logits: Tensor, labels: Any) -> None:
-    """Raises JointoptError for labels of several classes at once, or measured values: logits are then no distribution,
-    and soft labels blind to what they have in common."""
+    """Raises JointoptError for labels of several classes at once, or measured values, of a model that does not say so:
+    its logits would be taken for a distribution, and soft labels be blind to what they have in common."""
     if not isinstance(labels, Tensor) or logits.dim() != 2 or labels.shape != logits.shape:
         return
     if not labels.is_floating_point() or not are_probabilities(labels):
         raise JointoptError(
             f"distillation: found labels {str(labels.dtype)[6:]} {list(labels.shape)} that are no probabilities, so "
-            "that logits are no distribution; allowed: Recipe(distillation=None)"
+            f"that logits are no distribution; allowed: config.problem_type {MULTI_LABEL!r} or {REGRESSION!r} of a "
+            "model of transformers, or Recipe(distillation=None)"
         )
 
 
@@ -110,27 +112,46 @@ class Seen:
 
 @dataclass
 class Target:
-    """What sub-networks are compared with, made once for all of them."""
+    """What sub-networks are compared with, made once for all of them.
 
-    log_probabilities: Tensor
+    Attributes:
+        outputs: log-probabilities [..., classes], where several classes may be right [samples, classes, 2]; of a
+            regression its values.
+        problem: `problem_of` the model.
+    """
+
+    outputs: Tensor
+    problem: str | None = None
     hidden: dict[str, Tensor] = field(default_factory=dict)
     attention: list[Tensor] = field(default_factory=list)
 
 
-def target(shown: Seen, temperature: float) -> Target:
+def target(shown: Seen, temperature: float, problem: str | None = None) -> Target:
     """What a teacher showed, without gradients and in float32, its distributions at a temperature.
+
+    Args:
+        problem: `problem_of` the model.
 
     Raises:
         JointoptError: a single output, which as a distribution is always 1.
     """
-    if shown.logits.shape[-1] == 1:
+    outputs = shown.logits.detach()
+    if problem == REGRESSION:
+        outputs = outputs.float()
+    elif outputs.shape[-1] == 1 and problem is None:
         raise JointoptError(
-            "distillation: found logits of a single output, which are no distribution; allowed: two or more, or none "
-            "(Recipe(distillation=None))"
+            "distillation: found logits of a single output, which are no distribution; allowed: two or more, "
+            f"config.problem_type {REGRESSION!r} of a model of transformers, or none (Recipe(distillation=None))"
         )
-    logs = _log_probabilities(shown.logits.detach(), temperature)
+    else:
+        outputs = _log_probabilities(_choices(outputs, problem), temperature)
     hidden = {name: each.detach() for name, each in shown.hidden.items()}
-    return Target(logs, hidden, [each.detach() for each in shown.attention])
+    return Target(outputs, problem, hidden, [each.detach() for each in shown.attention])
+
+
+def _choices(logits: Tensor, problem: str | None) -> Tensor:
+    """Logits of what is chosen from, in the last dimension: of several classes at once, each is right or is not."""
+    return torch.stack((logits, torch.zeros_like(logits)), -1) if problem == MULTI_LABEL else logits
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -199,19 +220,29 @@ def loss_of(student: Seen, teacher: Target, batch: Batch, wanted: Distillation) 
     return total
 
 
-def soft_labels(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+def soft_labels(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    problem: str | None = None,
+) -> Tensor:
     """KL divergence of the student's from the teacher's distribution at a temperature, times its square, averaged over
-    samples or, where `mask` [batch, tokens] fits, over unmasked tokens."""
-    return _divergence(student, target(Seen(teacher), temperature), mask, temperature)
+    samples or, where `mask` [batch, tokens] fits, over unmasked tokens; of several classes at once that of each, right
+    or not, averaged over them too; of a regression the mean squared difference."""
+    return _divergence(student, target(Seen(teacher), temperature, problem), mask, temperature)
 
 
 def _divergence(student: Tensor, teacher: Target, mask: Tensor | None, temperature: float) -> Tensor:
-    rows = teacher.log_probabilities.shape[:-1]
-    if mask is not None and mask.shape == rows:
+    if teacher.problem == REGRESSION:
+        return nn.functional.mse_loss(student.float(), teacher.outputs)
+    rows = teacher.outputs.shape[:-1]
+    if mask is not None and mask.shape == rows and teacher.problem is None:
         weights = mask.float() / mask.sum()
     else:
         weights = torch.full(rows, 1 / rows.numel(), device=student.device)
-    return temperature**2 * _Divergence.apply(student, teacher.log_probabilities, weights, temperature)
+    student = _choices(student, teacher.problem)
+    return temperature**2 * _Divergence.apply(student, teacher.outputs, weights, temperature)
 
 
 class _Divergence(torch.autograd.Function):

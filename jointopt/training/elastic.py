@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device, running_statistics
-from jointopt.evaluation import IGNORED, Batch, check_batch, check_supernet, problem_of
+from jointopt.evaluation import IGNORED, MULTI_LABEL, REGRESSION, Batch, check_batch, check_supernet, problem_of
 from jointopt.learned_ranges import NAME
 from jointopt.subnetwork import Plan
 from jointopt.training.distillation import (
@@ -44,13 +45,17 @@ if TYPE_CHECKING:
 Loss = Callable[[Tensor, Batch], Tensor]
 
 
-def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
+def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0, problem: str | None = None) -> Tensor:
     """Cross-entropy of `logits` and batch["labels"]: one label a sample, or a probability of each class, or for [batch,
     tokens] of labels the next token's, where -100 counts for nothing.
 
     Args:
         smoothing: share of each label that is spread over all classes.
+        problem: "multi_label_classification": labels [samples, classes] from 0 to 1, of each class by itself, and the
+            mean of their cross-entropies; "regression": measured values, and the mean squared difference.
     """
+    if problem is not None:
+        return _loss_of_each(logits, batch["labels"], problem)
     given = labels = batch["labels"]
     if labels.dim() == 2 and logits.dim() == 3:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
@@ -67,7 +72,8 @@ def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
         raise JointoptError(
             f"train: labels are {str(given.dtype)[6:]} {list(given.shape)} of which a sample's do not add up to 1; "
             "allowed: classes, or a probability of each; for several classes at once or measured values "
-            "Recipe(loss=...), a function of logits and batch"
+            f"config.problem_type {MULTI_LABEL!r} or {REGRESSION!r}, or Recipe(loss=...), a function of logits and "
+            "batch"
         )
     if not real:
         labels = labels.long()
@@ -79,6 +85,22 @@ def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
         if not counted.any():
             return logits.float().sum() * 0.0  # a mean over nothing is no number
     return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def _loss_of_each(logits: Tensor, labels: Tensor, problem: str) -> Tensor:
+    """Where each output has a label of its own."""
+    single = problem == REGRESSION and logits.shape[-1] == 1 and labels.numel() == logits.numel()
+    if labels.shape != logits.shape and not single:
+        raise JointoptError(
+            f"train: labels are {str(labels.dtype)[6:]} {list(labels.shape)}, logits {list(logits.shape)}, of a model "
+            f"whose problem_type is {problem!r}; allowed: one label for each of the logits"
+        )
+    labels = labels.float().view_as(logits)
+    if problem == REGRESSION:
+        return nn.functional.mse_loss(logits.float(), labels)
+    if wrong := labels[(labels < 0) | (labels > 1)].tolist():
+        raise JointoptError(f"train: labels: found {wrong[0]:g}; allowed: 0 to 1, for each class by itself")
+    return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
 
 
 @dataclass(frozen=True)
@@ -93,7 +115,7 @@ class Recipe:
         learned_ranges: whether ranges of quantized weights and static inputs are trained with these (LSQ, arXiv
             1902.08153): a factor for each layer and scheme. In one's own loop call `supernet.learn_ranges()` before the
             optimizer is made.
-        loss: (logits, batch) -> scalar, of the task.
+        loss: (logits, batch) -> scalar, of the task; the usual one follows the model's `config.problem_type`.
         seed: of the sub-networks sampled.
     """
 
@@ -136,12 +158,6 @@ class Recipe:
                     f"{path}: its activations are checkpointed with use_reentrant=True, which gradients of some "
                     "parameters alone cannot go back through; allowed: use_reentrant=False"
                 )
-        problem = problem_of(supernet.model)
-        if problem and self.loss is task_loss:
-            raise JointoptError(
-                f"loss: found a model whose problem_type is {problem!r}; allowed: Recipe(loss=...), a function of "
-                "logits and batch"
-            )
         if self.distillation is not None:
             self.distillation.check(supernet.family, supernet.space, supernet.model)
         quantized = any(wanted.weights is not None for wanted in supernet._schemes.values())
@@ -150,6 +166,11 @@ class Recipe:
         for (path, _), wanted in supernet._schemes.items() if self.precision_from is not None else ():
             supernet.statistics(path, wanted)
         self.sampling.genomes(supernet.space, 0.0, self.seed)  # type: ignore[union-attr]
+
+    def suited(self, model: nn.Module) -> Recipe:
+        """With the loss that the model's `config.problem_type` asks for, in place of the usual one."""
+        problem = problem_of(model)
+        return replace(self, loss=partial(task_loss, problem=problem)) if problem and self.loss is task_loss else self
 
 
 def elastic_loss(
@@ -216,6 +237,7 @@ def gradients_of(
     supernet: Supernet, batch: Batch, step: int, progress: float, recipe: Recipe
 ) -> tuple[list[Tensor], list[Tensor | None], list[nn.Parameter]]:
     """The losses of the largest and of each sampled sub-network, and the sum of their gradients by parameter."""
+    recipe = recipe.suited(supernet.model)
     kind = supernet.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
         raise JointoptError("train: found float16 autocast, in which gradients vanish; allowed: bfloat16, or none")
@@ -252,7 +274,7 @@ def gradients_of(
             loss, shown = _loss(supernet, student, view, batch, teacher, recipe)
             losses.append(learn(loss, slices))
             if recipe.distillation is not None and teacher is None:
-                teacher = target(shown, recipe.distillation.temperature)
+                teacher = target(shown, recipe.distillation.temperature, problem_of(supernet.model))
             del loss, shown, view, modules, slices
     supernet.weights_changed()  # as soon as the optimizer steps: what was quantized here is of the weights before
     return losses, gradients, parameters
@@ -370,7 +392,9 @@ def _loss(
         loss = loss_of(shown, teacher, batch, wanted)
         return (loss + wanted.labels * _task_loss(recipe, shown.logits, batch) if wanted.labels else loss), shown
     loss = _task_loss(recipe, shown.logits, batch)
-    check_one_class(shown.logits, batch["labels"])
+    problem = problem_of(supernet.model)
+    if problem is None:
+        check_one_class(shown.logits, batch["labels"])
     if wanted.teacher is not None:
         given = Seen(teacher_logits(wanted.teacher, inputs))
         if given.logits.shape != shown.logits.shape:
@@ -378,7 +402,7 @@ def _loss(
                 f"teacher: its logits are {list(given.logits.shape)}, the model's {list(shown.logits.shape)}; allowed: "
                 "the same"
             )
-        loss = loss + loss_of(shown, target(given, wanted.temperature), batch, wanted)
+        loss = loss + loss_of(shown, target(given, wanted.temperature, problem), batch, wanted)
         shown.logits = given.logits
     return loss, shown
 

@@ -88,7 +88,8 @@ class ElasticTrainer(Trainer):
         check_kind("args", args, TrainingArguments, "TrainingArguments, or None")
         _check_args(args, options)
         self.supernet = _supernet(model, space, supernet, family)
-        self.recipe = _smoothed(checked(recipe) or Recipe(seed=args.seed), args.label_smoothing_factor)
+        recipe = (checked(recipe) or Recipe(seed=args.seed)).suited(self.supernet.model)
+        self.recipe = _smoothed(recipe, args.label_smoothing_factor)
         self.sort_every = sort_every
         self._use_cache = getattr(getattr(self.supernet.model, "config", None), "use_cache", None)
         super().__init__(
@@ -367,7 +368,8 @@ def _smoothed(recipe: Recipe, smoothing: float) -> Recipe:
         return recipe
     if recipe.loss is not task_loss:
         raise JointoptError(
-            f"args: label_smoothing_factor {smoothing} beside a recipe's own loss; allowed: 0 (the loss may smooth)"
+            f"args: label_smoothing_factor {smoothing} beside a loss that is not of one class; allowed: 0 (a recipe's "
+            "own loss may smooth)"
         )
     return replace(recipe, loss=partial(task_loss, smoothing=smoothing))
 
