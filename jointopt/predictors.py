@@ -211,10 +211,9 @@ def _scattered(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _factored(variances: np.ndarray, grams: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Cholesky factor of the covariance of the targets; the last of the variances is the noise's, beside that `known`
-    of each target [n]."""
-    covariance = np.tensordot(variances[:-1], grams, 1) + np.diag(known + variances[-1] + 1e-8)
+def _factored(variances: np.ndarray, grams: np.ndarray) -> np.ndarray:
+    """Cholesky factor of the covariance of the targets; the last of the variances is the noise's."""
+    covariance = np.tensordot(variances[:-1], grams, 1) + (variances[-1] + 1e-8) * np.eye(grams.shape[1])
     return cholesky(covariance, lower=True)
 
 
@@ -270,7 +269,6 @@ class Predictor:
 
     Args:
         genomes, costs: what was evaluated, [n, genes] and [n].
-        noise: standard errors of the costs [n], 0 where unknown. What is unknown is estimated, the same for all.
         prior: further features [slots, features], see `Choices.prior`.
         transforms: whether other scales than the objective's own are tried.
 
@@ -285,12 +283,10 @@ class Predictor:
         choices: Choices,
         genomes: np.ndarray,
         costs: np.ndarray,
-        noise: np.ndarray | None = None,
         prior: np.ndarray | None = None,
         transforms: bool = True,
     ):
         costs = np.clip(costs, -LIMIT, LIMIT)
-        noise = np.zeros(len(costs)) if noise is None else np.minimum(noise, LIMIT)
         self.choices = choices
         groups = choices.groups if prior is None else {**choices.groups, "prior": prior}
         self._maps: dict[str, np.ndarray] = {}
@@ -306,13 +302,12 @@ class Predictor:
         grams = np.stack([features @ features.T for features in self._features.values()])
         late = slice(-LATEST, None)
         tried = scales(costs)[: None if transforms else 1]
-        fits = [self._fit(scale, costs[late], noise[late], grams[:, late, late]) for scale in tried]
+        fits = [self._fit(scale, costs[late], grams[:, late, late]) for scale in tried]
         _, self.scale, variances, self._mean, self._spread = min(fits, key=lambda fit: fit[0] + fit[1].doubt)
         self._standard = (self.scale.forward(costs) - self._mean) / self._spread
         self.weights = dict(zip(groups, variances[:-1].tolist(), strict=True))
         self.noise = float(variances[-1])
-        known = (noise * np.exp(self.scale.log_slope(costs)) / self._spread) ** 2
-        self._factor = _factored(variances, grams, known)
+        self._factor = _factored(variances, grams)
         self.table, self._constant = self._explained(self._standard)
         high, low = self._standard.max(), self._standard.min()
         self._bounds = low - 1.5 * (high - low) - 0.1, high + 1.5 * (high - low) + 0.1
@@ -323,20 +318,18 @@ class Predictor:
         inverse = cho_solve((self._factor, True), np.eye(len(self._standard)))
         return np.abs(inverse @ self._standard) / np.sqrt(np.diag(inverse))
 
-    def _fit(self, scale: Scale, costs: np.ndarray, noise: np.ndarray, grams: np.ndarray) -> tuple:
+    def _fit(self, scale: Scale, costs: np.ndarray, grams: np.ndarray) -> tuple:
         """How unlikely the costs are on a scale; the scale; the variances that make them least so; mean and spread."""
         targets = scale.forward(costs)
         mean, spread = targets.mean(), targets.std() or 1.0
         standard = (targets - mean) / spread
-        log_slopes = scale.log_slope(costs)
-        jacobian = log_slopes.sum() - len(costs) * np.log(spread)
-        known = (noise * np.exp(log_slopes) / spread) ** 2
+        jacobian = scale.log_slope(costs).sum() - len(costs) * np.log(spread)
         centers = np.log([*(EXPECTED[name] for name in self._features), EXPECTED_NOISE])
 
         def unlikely(parameters: np.ndarray) -> tuple[float, np.ndarray]:
             """The negative logarithm of the evidence, and its slopes (Rasmussen and Williams 2006, eqs. 5.8, 5.9)."""
             variances = np.exp(parameters)
-            factor = _factored(variances, grams, known)
+            factor = _factored(variances, grams)
             solved = cho_solve((factor, True), standard)
             inverse = cho_solve((factor, True), np.eye(len(costs)))
             value = 0.5 * standard @ solved + np.log(np.diag(factor)).sum()
@@ -393,13 +386,13 @@ class Predictor:
 
 
 def robust(
-    choices: Choices, genomes: np.ndarray, costs: np.ndarray, noise: np.ndarray, prior: np.ndarray | None = None
+    choices: Choices, genomes: np.ndarray, costs: np.ndarray, prior: np.ndarray | None = None
 ) -> tuple[Predictor, np.ndarray]:
     """A `Predictor` of the costs that others bear out, and which these are [n]: one evaluation that went wrong (data
     that did not arrive, a latency taken while something else ran) would be learned as its genome's choices' effect."""
     believed = np.ones(len(costs), dtype=bool)
     while True:
-        predictor = Predictor(choices, genomes[believed], costs[believed], noise[believed], prior)
+        predictor = Predictor(choices, genomes[believed], costs[believed], prior)
         surprises = predictor.surprises()
         left = len(costs) // 10 - int((~believed).sum())
         startling = np.argsort(-surprises)[: max(left, 0)]

@@ -274,33 +274,9 @@ def test_a_studys_own_columns_are_no_names_of_objectives():
 def test_a_genome_told_again_replaces_its_earlier_row():
     strategy = searched("guided", 2)
     again, before = strategy.told[[3, 17]], len(strategy.told)
-    strategy.tell(again, np.array([[7.0, 8.0], [9.0, 10.0]]), noise=np.array([[0.1, 0.0], [0.2, 0.0]]))
+    strategy.tell(again, np.array([[7.0, 8.0], [9.0, 10.0]]))
     assert len(strategy.told) == before
     np.testing.assert_array_equal(strategy.values[[3, 17]], [[7, 8], [9, 10]])
-    np.testing.assert_array_equal(strategy.noise[[3, 17], 0], [0.1, 0.2])
-
-
-@pytest.mark.parametrize(
-    ("noise", "message"),
-    [
-        (np.full((3, 2), np.nan), "tell: found noise that is negative or not finite"),
-        (np.full((3, 2), -1.0), "tell: found noise that is negative or not finite"),
-        (np.zeros(3), r"tell: found noise of shape \(3,\); allowed: \(3, 2\)"),
-    ],
-)
-def test_noise_that_cannot_be_is_refused(noise, message):
-    genomes = SPACE.sample(3, 0)
-    with pytest.raises(JointoptError, match=message):
-        strategies.create("guided", SPACE, TWO).tell(genomes, measure(genomes), noise)
-
-
-def test_values_that_are_told_with_noise_are_kept_with_it_and_go_on_alike():
-    whole = strategies.create("guided", SPACE, TWO, seed=0)
-    genomes = SPACE.sample(20, 0)
-    whole.tell(genomes, measure(genomes), noise=np.tile([0.3, 0.0], (20, 1)))
-    restored = strategies.create("guided", SPACE, TWO, seed=5)
-    restored.load_state_dict(json.loads(json.dumps(whole.state_dict())))
-    np.testing.assert_array_equal(whole.ask(6), restored.ask(6))
 
 
 SMALL = Constraint("size", 9, "<=")

@@ -110,7 +110,7 @@ class GuidedSearch(Strategy):
         if len(self._seen) < self.initial or known.sum() < FEWEST:
             yield from self._design(n)
             return
-        beliefs = self.beliefs(self, self.told[known], self.costs()[known], self.noise[known])
+        beliefs = self.beliefs(self, self.told[known], self.costs()[known])
         found = self._askable(self._candidates(beliefs))
         if self.parts and n > 1 and len(found):
             best = found[beliefs.picked(found, CROSSED[0])]
@@ -241,17 +241,17 @@ class Beliefs:
 
     Args:
         search: whose objectives they are.
-        told: evaluated genomes, with their `costs` [n, objectives], less is better, and the `noise` of these.
+        told: evaluated genomes, with their `costs` [n, objectives], less is better.
 
     Attributes:
         costs: those told, but for what no other evaluation bears out: there what is foreseen.
     """
 
-    def __init__(self, search: GuidedSearch, told: np.ndarray, costs: np.ndarray, noise: np.ndarray):
+    def __init__(self, search: GuidedSearch, told: np.ndarray, costs: np.ndarray):
         self.search, self.told, self.costs = search, told, costs.copy()
         self.predictors: dict[int, Predictor] = {}
         for at in search.measured:
-            predictor, believed = robust(search.choices, told, costs[:, at], noise[:, at], search.priors.get(at))
+            predictor, believed = robust(search.choices, told, costs[:, at], search.priors.get(at))
             self.predictors[at], wrong = predictor, ~believed
             self.costs[wrong, at] = np.clip(
                 predictor(told[wrong]), costs[believed, at].min(), costs[believed, at].max()

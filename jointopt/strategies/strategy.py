@@ -22,8 +22,7 @@ class Strategy:
             steer "guided" and "evolutionary".
 
     Attributes:
-        told, values, noise: the genomes told, their values [n, objectives] and the standard errors of these, 0 where
-            unknown.
+        told, values: the genomes told and their values [n, objectives].
         predicted: for the last genomes asked, the values foreseen for them [n, objectives], NaN where none were.
     """
 
@@ -40,7 +39,6 @@ class Strategy:
         self.random = np.random.default_rng(seed)
         self.told = np.empty((0, len(space)), dtype=np.int64)
         self.values = np.empty((0, len(self.objectives)))
-        self.noise = np.empty((0, len(self.objectives)))
         self.predicted = np.empty((0, len(self.objectives)))
         self._seen: set[bytes] = set()
 
@@ -59,41 +57,32 @@ class Strategy:
         self.predicted = self.predicted[: len(found)]
         return np.array(found, dtype=np.int64).reshape(len(found), len(self.space))
 
-    def tell(self, genomes: np.ndarray, values: np.ndarray, noise: np.ndarray | None = None) -> None:
+    def tell(self, genomes: np.ndarray, values: np.ndarray) -> None:
         """Values [n, objectives] in the order of the objectives; a row with a NaN is a failure, to be avoided.
 
         Genomes need not have been asked for. One that is told again was measured anew: its earlier row is replaced.
 
-        Args:
-            noise: standard errors of the values, [n, objectives]; 0 or None: unknown.
-
         Raises:
-            JointoptError: other shapes, genomes that are not of the space, noise that is negative or not finite.
+            JointoptError: other shapes, genomes that are not of the space.
         """
         genomes = np.atleast_2d(self.space.canonical(genomes))
-        values = self._shaped("values", values, len(genomes))
-        noise = np.zeros_like(values) if noise is None else self._shaped("noise", noise, len(genomes))
-        if not (np.isfinite(noise) & (noise >= 0)).all():
-            raise JointoptError("tell: found noise that is negative or not finite; allowed: 0 (unknown) or more")
+        values = self._shaped(values, len(genomes))
         rows = {genome.tobytes(): at for at, genome in enumerate(self.told)}
         told = np.array([rows.setdefault(genome.tobytes(), len(rows)) for genome in genomes], dtype=np.int64)
-        self.told, self.values, self.noise = (
-            _with_rows(known, told, fresh)
-            for known, fresh in ((self.told, genomes), (self.values, values), (self.noise, noise))
-        )
+        self.told, self.values = _with_rows(self.told, told, genomes), _with_rows(self.values, told, values)
         self._seen |= rows.keys()
         self._learn(np.unique(told))
 
-    def _shaped(self, name: str, numbers: np.ndarray, n: int) -> np.ndarray:
+    def _shaped(self, values: np.ndarray, n: int) -> np.ndarray:
         expected = (n, len(self.objectives))
         try:
-            found = np.asarray(numbers, dtype=float)
+            found = np.asarray(values, dtype=float)
         except (TypeError, ValueError):
-            raise JointoptError(f"tell: found {name} that are no numbers; allowed: floats {expected}") from None
+            raise JointoptError(f"tell: found values that are no numbers; allowed: floats {expected}") from None
         if found.ndim < 2 and found.size == expected[0] * expected[1] and 1 in expected:
             found = found.reshape(expected)
         if found.shape != expected:
-            raise JointoptError(f"tell: found {name} of shape {found.shape}; allowed: {expected}")
+            raise JointoptError(f"tell: found values of shape {found.shape}; allowed: {expected}")
         return found
 
     def _propose(self, n: int) -> Iterable[np.ndarray]:
@@ -158,7 +147,6 @@ class Strategy:
             "random": self.random.bit_generator.state,
             "told": self.told.tolist(),
             "values": self.values.tolist(),
-            "noise": self.noise.tolist(),
             "asked": asked,
         }
 
@@ -167,7 +155,6 @@ class Strategy:
         self.random.bit_generator.state = state["random"]
         self.told = np.array(state["told"], dtype=np.int64).reshape(-1, len(self.space))
         self.values = np.array(state["values"], dtype=float).reshape(-1, len(self.objectives))
-        self.noise = np.array(state["noise"], dtype=float).reshape(-1, len(self.objectives))
         self._seen = {np.array(genome, dtype=np.int64).tobytes() for genome in state["asked"]}
 
 

@@ -237,7 +237,7 @@ def own_speed(blocks: int, evaluations: int = 500) -> tuple[list[dict], list]:
     search = GuidedSearch(problem.space, problem.objectives)
     genomes = problem.space.sample(evaluations, 0)
     search.tell(genomes, problem.exact(genomes))
-    predictors = Beliefs(search, search.told, search.costs(), search.noise).predictors.values()
+    predictors = Beliefs(search, search.told, search.costs()).predictors.values()
     drawn = np.random.default_rng(0).integers(0, problem.space.sizes, (20000, genes))
     many = problem.space.canonical(drawn)
     started = time.perf_counter()
