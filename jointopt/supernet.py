@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jointopt.adapters import effective
 from jointopt.batch_norm import (
     Statistics,
     has_batch_norm,
@@ -52,7 +53,6 @@ from jointopt.repair import Repaired
 from jointopt.subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
 from jointopt.supernet_calibration import calibrate, sort_again
 from jointopt.supernet_state import fingerprint, follow, for_workers, load, notice, save, stamp
-from jointopt.training.lora import effective
 from jointopt.transforms import checked, rotated
 from jointopt.weight_bank import BankedWeight, WeightBank
 from quant.calibration import check_activation_method, check_weight_method, choose_clip
@@ -340,8 +340,7 @@ class Supernet:
         def make() -> BankedWeight:
             self.statistics(path, wanted)
             layer = self.model.get_submodule(path)
-            whole = effective(layer) if "lora_A" in layer._parameters else layer.get_parameter("weight")
-            weight = fitted[0] if fitted else whole.detach()
+            weight = fitted[0] if fitted else effective(layer).detach()
             part = weight[:, :sliced].contiguous()
             try:
                 return BankedWeight(*quantize_and_hold(part, form, self.clip(path, wanted, part)))

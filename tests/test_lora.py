@@ -9,10 +9,11 @@ from transformers import TrainerCallback
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe
+from jointopt.adapters import adapted
 from jointopt.config import load_config
 from jointopt.training import loop
 from jointopt.training.configured import lora_of
-from jointopt.training.lora import adapted, attach, merge
+from jointopt.training.lora import attach, merge
 from jointopt.training.sampling import Sandwich
 from tests.test_trainer import arguments, trainer, weights
 from tests.test_training import calibrated, labelled

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jointopt.adapters import NAMES as ADAPTERS
 from jointopt.cost.operators import Answer, LatencyModel, Operator
 from jointopt.cost.tables import Axis, Table, Tables
 from jointopt.learned_ranges import NAME as RANGES
-from jointopt.training.lora import NAMES as ADAPTERS
 from quant.cache import cache_format
 from quant.errors import JointoptError
 from quant.formats import Scheme

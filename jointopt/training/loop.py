@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from jointopt.adapters import adapted
 from jointopt.evaluation import Batch
 from jointopt.learned_ranges import learn, settle
 from jointopt.supernet_state import distinct_tensors
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import Recipe, checked, gradients_of, processes
-from jointopt.training.lora import adapted, attach, merge
+from jointopt.training.lora import attach, merge
 from quant.errors import JointoptError, check_above_0, check_count, check_kind, check_number, check_whole
 
 if TYPE_CHECKING:

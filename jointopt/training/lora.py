@@ -1,7 +1,7 @@
 """LoRA on a super-network: adapters that are sliced with it, and merged before it is searched (arXiv 2106.09685).
 
 PEFT finds the layers, initializes the adapters and says their scale; here they become parameters of the super-network's
-own layers, so that a sub-network computes with W[:rows, :columns] + scale * B[:rows] A[:, :columns].
+own layers (`jointopt.adapters`).
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from jointopt.adapters import NAMES, adapted, effective, take_off
 from quant.errors import JointoptError, did_you_mean, in_one_line
-from search_spaces.clones import structural_clone, structural_clones
+from search_spaces.clones import structural_clone
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
-
-NAMES = ("lora_A", "lora_B")
 
 
 def attach(supernet: Supernet, config: Any) -> list[str]:
@@ -107,44 +106,11 @@ def check_targets(model: nn.Module, targets: Iterable[str], key: str = "lora: ta
     return names
 
 
-def adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> layer, of those with an adapter."""
-    return {path: module for path, module in model.named_modules() if "lora_A" in module._parameters}
-
-
-def effective(layer: Any) -> Tensor:
-    """A layer's weight with its adapter, through which gradients reach the adapter alone."""
-    return layer.weight + layer.lora_scale * (layer.lora_B @ layer.lora_A)
-
-
-def with_adapters(model: nn.Module) -> nn.Module:
-    """The model in which adapters are part of the weights; itself where there are none."""
-    if not adapted(model):
-        return model
-    clones = structural_clones(model)
-    absorb(clones.values())
-    return clones[""]
-
-
-def absorb(clones: Iterable[nn.Module], training: bool = True) -> None:
-    """Makes adapters part of the weights, in clones of a model's modules; with `training` gradients reach them."""
-    for layer in clones:
-        if "lora_A" in layer._parameters:
-            whole = effective(layer)
-            weight = whole if training else nn.Parameter(whole.detach(), requires_grad=False)
-            layer._parameters["weight"] = weight  # type: ignore[assignment]
-            del layer.__dict__["lora_scale"]
-            for name in NAMES:
-                del layer._parameters[name]
-
-
 @torch.no_grad()
 def merge(supernet: Supernet) -> None:
     """Makes adapters part of the weights for good, and trainable what was so before they came."""
     for layer in adapted(supernet.model).values():
         layer.get_parameter("weight").copy_(effective(layer))
-        for name in NAMES:
-            del layer._parameters[name]
-        del layer.__dict__["lora_scale"]
+        take_off(layer)
     _freeze(supernet.model, supernet._frozen)
     supernet.weights_changed()

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from jointopt.adapters import NAMES, adapted, with_adapters
 from jointopt.batch_norm import has_batch_norm, reestimate
 from jointopt.evaluation import IGNORED, Batch, logits_of
 from jointopt.importance import check_sortable
@@ -30,7 +31,7 @@ from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
 from jointopt.training.elastic import Recipe, checked, elastic_loss, task_loss
-from jointopt.training.lora import NAMES, adapted, attach, merge, with_adapters
+from jointopt.training.lora import attach, merge
 from quant.errors import JointoptError, check_count, check_kind
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
