@@ -21,6 +21,7 @@ from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
 from quant import CACHE_FORMATS
+from search_spaces.precision import is_cache
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     rows = []
     for choice, form in enumerate(CACHE_FORMATS.values()):
         genome = supernet.space.largest
-        genome[[name.endswith(".cache") for name in supernet.space.names]] = choice
+        genome[[is_cache(name) for name in supernet.space.names]] = choice
         with supernet.active(genome) as model:
             found = {**measured(quality, model), **supernet.costs(genome)}
         for measure in ("perplexity", "kl", "cache", "decode_macs"):

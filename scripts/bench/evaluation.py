@@ -54,6 +54,7 @@ from jointopt.evaluation import evaluate, measured
 from jointopt.loop import search
 from jointopt.sharing import SharedEvaluator, block_signatures
 from jointopt.tasks.metrics import every, next_tokens, quality_function
+from search_spaces.precision import is_precision
 
 AIM = 1.05
 SEARCH = 100
@@ -159,7 +160,7 @@ class Bench:
     def unquantized(self, genome: np.ndarray) -> np.ndarray:
         """The same architecture with no layer quantized."""
         space = self.supernet.space
-        return space.encode({k: "none" if k.endswith(".precision") else v for k, v in space.decode(genome).items()})
+        return space.encode({k: "none" if is_precision(k) else v for k, v in space.decode(genome).items()})
 
     def forward(self, model: nn.Module) -> None:
         """The forward passes of one evaluation."""

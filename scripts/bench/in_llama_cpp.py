@@ -27,6 +27,7 @@ from jointopt import SearchSpace, Supernet
 from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
+from search_spaces.precision import is_precision
 
 SCHEMES = ["none", "W8A16_G32", "W4A16_G32"]
 TOKENS = 256
@@ -35,7 +36,7 @@ TOKENS = 256
 def genomes(space: SearchSpace) -> dict[str, np.ndarray]:
     whole = space.decode(space.largest)
     alike = {
-        name: space.encode({gene: name if gene.endswith(".precision") else choice for gene, choice in whole.items()})
+        name: space.encode({gene: name if is_precision(gene) else choice for gene, choice in whole.items()})
         for name in SCHEMES
     }
     return {**alike, "random": space.sample(1, seed=3)[0]}

@@ -31,6 +31,7 @@ from jointopt.models import load_model
 from jointopt.objectives import hypervolume
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
+from search_spaces.precision import is_precision
 
 SCHEMES = ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4"]
 UNIFORM = ["W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4"]
@@ -198,7 +199,7 @@ class Bench:
         best = first.study.best() if genome is None else genome[1]
         chosen = first.study.space.decode(best)
         space = self.supernet(schemes=SCHEMES, **self.case.architecture).space
-        kept = [gene for gene in space.genes if gene.name.endswith(".precision") or gene.name in chosen]
+        kept = [gene for gene in space.genes if is_precision(gene.name) or gene.name in chosen]
         fixed = {name: (choice,) for name, choice in chosen.items()}
         genes = [Gene(gene.name, fixed.get(gene.name, gene.choices)) for gene in kept]
         return self.tuned_supernet(SearchSpace(genes))

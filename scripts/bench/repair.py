@@ -20,6 +20,7 @@ from rich.table import Table
 
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import measured
+from search_spaces.family import is_depth
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict]:
     for repair in (False, True):
         supernet = Supernet(made.model, space, repair=repair)
         supernet.calibrate(made.calibrate)
-        widths = [not gene.endswith("depth") for gene in space.names]
+        widths = [not is_depth(gene) for gene in space.names]
         found = []
         for genome in space.sample(arguments.genomes, seed=0):
             with supernet.active(np.where(widths, genome, space.largest)) as model:

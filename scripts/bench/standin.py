@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 import jointopt
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import measured
+from search_spaces.precision import is_precision
 
 SCHEMES = ("W8A8", "W4A16", "NVFP4", "MXFP4", "W4A8", "FP8_DYNAMIC")
 
@@ -43,7 +44,7 @@ def genomes(space: SearchSpace, count: int, formats_only: bool) -> list[np.ndarr
     for genome in space.sample(count, seed=0):
         if formats_only:
             drawn, whole = space.decode(genome), space.decode(space.largest)
-            drawn = {k: (drawn[k] if k.endswith(".precision") else v) for k, v in whole.items()}
+            drawn = {k: (drawn[k] if is_precision(k) else v) for k, v in whole.items()}
             genome = space.encode(drawn)
         found.append(space.canonical(genome))
     return found

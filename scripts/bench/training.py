@@ -47,6 +47,7 @@ from jointopt.tasks import TASKS
 from jointopt.training.elastic import gradients_of, task_loss
 from jointopt.training.loop import endless, schedule
 from jointopt.training.sampling import Sandwich, Uniform, step_seed
+from search_spaces.precision import is_precision
 
 STEPS = {"digits_vit": 240, "digits_resnet": 240, "minilm": 400, "smollm2": 24}
 ARMS = {
@@ -125,7 +126,7 @@ def losses(made: Case, supernet: Supernet) -> dict[str, float]:
         "largest": space.largest,
     }.items():
         plain = [
-            gene.choices.index("none") if gene.name.endswith(".precision") and "none" in gene.choices else at
+            gene.choices.index("none") if is_precision(gene.name) and "none" in gene.choices else at
             for gene, at in zip(space.genes, genome, strict=True)
         ]
         with supernet.active(space.canonical(np.array(plain))) as view:

@@ -35,6 +35,7 @@ from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
 from quant.formats import SCHEMES, Format
 from quant.reference import fake_quantize_activation
+from search_spaces.precision import is_precision
 
 LLM = ("none", "W8A8", "W8A8_STATIC", "W4A4", "NVFP4", "MXFP4", "W4A16")
 INPUTS = ("W4A4", "MXFP4")
@@ -160,7 +161,7 @@ def uniform(supernet: Supernet, scheme: str) -> object:
     space, inside = supernet.space, {block.name for block in supernet.family.blocks}
     chosen = space.decode(space.largest)
     for gene in space.genes:
-        if gene.name.endswith(".precision"):
+        if is_precision(gene.name):
             wanted = scheme if any(gene.name.startswith(f"{name}.") for name in inside) else "none"
             chosen[gene.name] = wanted if wanted in gene.choices else "none"
     return space.encode(chosen)
