@@ -1,8 +1,9 @@
-"""Files that a reader never sees half of, and that a process which dies leaves as they were."""
+"""Files that a reader sees whole or not at all, and that one process at a time writes to."""
 
 from __future__ import annotations
 
 import os
+import sqlite3
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,3 +28,26 @@ def write_whole(path: Path, text: str, what: str) -> None:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def locked(path: Path, what: str) -> sqlite3.Connection:
+    """A lock on a file of its own, which dies with the process: an exclusive transaction. Closing it lets others in.
+
+    Args:
+        what: is locked, as an error names it.
+
+    Raises:
+        JointoptError: another process holds it, the file cannot be opened or is something else.
+    """
+    try:
+        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+    except sqlite3.Error as error:
+        raise JointoptError(f"{what}: {error}") from None
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.DatabaseError as error:
+        lock.close()
+        if "locked" not in str(error):
+            raise JointoptError(f"{what}: {error}") from None
+        raise JointoptError(f"{what}: another process is writing to it; reports can be read meanwhile") from None
+    return lock

@@ -16,7 +16,7 @@ from typing import Any
 from jointopt.config import Config, load_config
 from jointopt.cost.configured import LATENCY
 from jointopt.differences import differing
-from jointopt.files import write_whole
+from jointopt.files import locked, write_whole
 from quant.errors import JointoptError
 
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
@@ -60,8 +60,6 @@ def taken(config: Config) -> Iterator[None]:
     Raises:
         JointoptError: another run is in it, what `check_output` refuses, it cannot be written.
     """
-    from jointopt.study import locked  # heavy, and not before the hub is forbidden
-
     output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ import pandas as pd
 
 from jointopt.choice import best_of, costs_of, front_of, with_finished, within
 from jointopt.differences import differing
+from jointopt.files import locked
 from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized
 from quant.errors import JointoptError, check_kind
 from search_spaces.space import SearchSpace
@@ -464,27 +465,6 @@ def _connect(path: Path | None, new: bool) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.executescript(_TABLES)
     return connection
-
-
-def locked(path: Path, what: str) -> sqlite3.Connection:
-    """A lock on a file of its own, which dies with the process: an exclusive transaction. Closing it lets others in.
-
-    Args:
-        what: is locked, as an error names it.
-
-    Raises:
-        JointoptError: another process holds it.
-    """
-    with _explained(path):
-        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.DatabaseError as error:
-        lock.close()
-        if "locked" not in str(error):
-            raise JointoptError(f"{what}: {error}") from None
-        raise JointoptError(f"{what}: another process is writing to it; reports can be read meanwhile") from None
-    return lock
 
 
 def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from jointopt import Study
 from jointopt.cli import main
 from jointopt.config import load_config
+from jointopt.files import locked
 from jointopt.run_folder import CHECKPOINT, LOCK
-from jointopt.study import locked
 from tests.saved import save_bert, save_timm, save_vit, write_images, write_reviews
 
 ROOT = Path(__file__).parents[1]

@@ -40,8 +40,9 @@ from jointopt.checkpoint.structure import (
 )
 from jointopt.checkpoint.timm_recipe import by_library, from_recipe, preprocessing, recipe_of
 from jointopt.evaluation import check_supernet
+from jointopt.files import locked
 from jointopt.finishing import Finished
-from jointopt.study import Study, locked
+from jointopt.study import Study
 from quant.errors import JointoptError, check_kind, in_one_line
 
 if TYPE_CHECKING:
