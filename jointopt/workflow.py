@@ -87,8 +87,8 @@ def _trained_from(prepared: Prepared) -> dict[str, str]:
 
 def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> None:
     """What the search would refuse, before training and timing."""
-    from jointopt.loop import check_wishes
     from jointopt.objectives import ON_HARDWARE
+    from jointopt.wishes import check_wishes
 
     check_timed(config, supernet)
     timed_later = ON_HARDWARE if supernet.latency is None else ()
