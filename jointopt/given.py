@@ -7,9 +7,9 @@ import warnings
 
 from torch import Tensor, nn
 
-from jointopt.checkpoint.loadable import check_loadable
-from jointopt.checkpoint.timm_recipe import by_library
 from jointopt.cost.shapes import kind_of
+from jointopt.rebuilding.loadable import check_loadable
+from jointopt.rebuilding.timm_recipe import by_library
 from quant.errors import JointoptError
 
 LIBRARIES = ("torch", "transformers", "timm", "accelerate", "peft")

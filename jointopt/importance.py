@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.checkpoint.held_cache import cache_name
+from jointopt.rebuilding.held_cache import cache_name
 from quant.cache import KeyObserver
 from quant.errors import JointoptError, in_one_line
 from search_spaces.clones import structural_clone, without_autocast

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jointopt.batch_norm import first_samples, on_device, sample_count
-from jointopt.checkpoint.held_cache import cache_name
 from jointopt.elastic import precision_genes
 from jointopt.evaluation import logits_of
 from jointopt.importance import hidden_input
 from jointopt.objectives import COSTS, DIRECTIONS, Objective
+from jointopt.rebuilding.held_cache import cache_name
 from jointopt.subnetwork import Plan
 from quant.errors import JointoptError
 from search_spaces.clones import structural_clone

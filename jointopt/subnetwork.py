@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from jointopt.adapters import absorb
 from jointopt.batch_norm import keep_statistics
-from jointopt.checkpoint.held_cache import hold_cache
-from jointopt.checkpoint.runtime import COLUMN_COUNTS, ROW_COUNTS
 from jointopt.learned_ranges import NAME, LearnedRanges
+from jointopt.rebuilding.held_cache import hold_cache
+from jointopt.rebuilding.runtime import COLUMN_COUNTS, ROW_COUNTS
 from jointopt.repair import Repaired
 from jointopt.weight_bank import BankedWeight
 from quant.cache import CacheFormat, input_group

@@ -36,7 +36,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     Args:
         console: where progress is shown; None trains nothing, and what was not trained is refused.
     """
-    from jointopt.checkpoint.loadable import check_loadable
+    from jointopt.rebuilding.loadable import check_loadable
     from jointopt.supernet import Supernet
 
     model = prepared.loaded.model

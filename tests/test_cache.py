@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
-from jointopt.checkpoint.held_cache import joined, packed, split, unpacked
+from jointopt.rebuilding.held_cache import joined, packed, split, unpacked
 from quant.cache import CACHE_FORMATS
 from quant.reference import fake_quantize
 from tests.test_three_are_one import three_are_one

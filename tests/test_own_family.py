@@ -18,7 +18,7 @@ import jointopt
 from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
 from jointopt.checkpoint.onnx.session import OnnxModel
 from jointopt.checkpoint.reload import load_model
-from jointopt.checkpoint.structure import tensors_of
+from jointopt.rebuilding.structure import tensors_of
 from tests.readme import code
 
 PIXELS = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))

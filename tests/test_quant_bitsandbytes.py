@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import jointopt
 from jointopt import Gene, JointoptError, SearchSpace, Supernet, config, config_sections
 from jointopt.checkpoint import verification
-from jointopt.checkpoint.structure import by_bitsandbytes
+from jointopt.rebuilding.structure import by_bitsandbytes
 from quant import SCHEMES, fake_quantize_activation, quantize
 from quant.layers import llm_int8_linear
 from quant.packing import packed_tensors, storage_bytes, unpacked_tensors

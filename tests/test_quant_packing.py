@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jointopt.checkpoint.structure import _arguments
+from jointopt.rebuilding.structure import _arguments
 from quant import SCHEMES, Format, JointoptError, Scheme, quantize, scheme
 from quant.calibration import ActivationObserver
 from quant.packing import (

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jointopt.checkpoint.block_sizes import is_uniform, save_configs, sizes_of_blocks
-from jointopt.checkpoint.structure import check_formats, check_language_model, quantized_layers
+from jointopt.rebuilding.block_sizes import is_uniform, save_configs, sizes_of_blocks
+from jointopt.rebuilding.structure import check_formats, check_language_model, quantized_layers
 from quant.errors import JointoptError
 from quant.reference import QuantizedTensor
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import json
+from inspect import getsource
 from pathlib import Path
 from typing import Any
 
-from jointopt.checkpoint.block_sizes import is_uniform, save_generation_config
 from jointopt.checkpoint.card import transformers_snippet
-from jointopt.checkpoint.structure import (
+from jointopt.rebuilding import runtime
+from jointopt.rebuilding.block_sizes import is_uniform, save_generation_config
+from jointopt.rebuilding.structure import (
     by_compressed_tensors,
     check_formats,
     check_language_model,
@@ -190,5 +192,5 @@ def write_uneven(place: Path, model: Any, modeling: str) -> str:
     }
     (place / "config.json").write_text(json.dumps(content, indent=2))
     save_generation_config(model, place)
-    (place / modeling).write_text((Path(__file__).parent / "runtime.py").read_text() + _CLASSES)
+    (place / modeling).write_text(getsource(runtime) + _CLASSES)
     return transformers_snippet("AutoModelForCausalLM", place.name, True)

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from contextlib import closing
 from glob import escape
 from importlib.metadata import version
+from inspect import getsource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,14 @@ from torch import Tensor, nn
 from jointopt import targets
 from jointopt.batch_norm import on_device, sample_count
 from jointopt.checkpoint import card, gguf_writer, vllm
-from jointopt.checkpoint.block_sizes import is_uniform, save_generation_config, settle_sizes
-from jointopt.checkpoint.loadable import auto_class
 from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes, snippet, write_onnx
-from jointopt.checkpoint.structure import (
+from jointopt.evaluation import check_supernet
+from jointopt.files import locked
+from jointopt.finishing import Finished
+from jointopt.rebuilding import held_cache, runtime
+from jointopt.rebuilding.block_sizes import is_uniform, save_generation_config, settle_sizes
+from jointopt.rebuilding.loadable import auto_class
+from jointopt.rebuilding.structure import (
     bitsandbytes_config,
     by_bitsandbytes,
     by_compressed_tensors,
@@ -38,10 +43,7 @@ from jointopt.checkpoint.structure import (
     rebuild_spec,
     tensors_of,
 )
-from jointopt.checkpoint.timm_recipe import by_library, from_recipe, preprocessing, recipe_of
-from jointopt.evaluation import check_supernet
-from jointopt.files import locked
-from jointopt.finishing import Finished
+from jointopt.rebuilding.timm_recipe import by_library, from_recipe, preprocessing, recipe_of
 from jointopt.study import Study
 from quant.errors import JointoptError, check_kind, in_one_line
 
@@ -351,10 +353,10 @@ def _write_transformers(place: Path, model: Any) -> str:
 
 def _modeling_file(stock: Any, name: str, packed: Collection[str], caches: bool) -> str:
     """The source of `name`. `packed`: paths of layers that take their codes from another."""
-    runtime = (Path(__file__).parent / "runtime.py").read_text()
+    source = getsource(runtime)
     if caches:
-        text = (Path(__file__).parent / "held_cache.py").read_text()
-        runtime += "\n\n" + text[text.index("def hold_caches") :]
+        text = getsource(held_cache)
+        source += "\n\n" + text[text.index("def hold_caches") :]
     held = '        hold_caches(self, config.jointopt["caches"])\n' if caches else ""
     # A packed layer has no `weight` that the library could tie; what else is tied stays so.
     still = {k: v for k, v in (stock._tied_weights_keys or {}).items() if k.removesuffix(".weight") not in packed}
@@ -371,7 +373,7 @@ class {name}({stock.__name__}):
         super().__init__(config)
         rebuild(self, config.jointopt)
 {held}'''
-    return runtime + built
+    return source + built
 
 
 def _write_timm(place: Path, model: nn.Module) -> str:
@@ -381,8 +383,7 @@ def _write_timm(place: Path, model: nn.Module) -> str:
     config = {"architecture": recipe["class"], "timm": recipe, "dtype": dtype, "jointopt": spec}
     config["pretrained_cfg"] = preprocessing(model)
     (place / "config.json").write_text(json.dumps(config, indent=1))
-    runtime = (Path(__file__).parent / "runtime.py").read_text()
-    (place / MODELING).write_text(runtime + _TIMM_LOAD)
+    (place / MODELING).write_text(getsource(runtime) + _TIMM_LOAD)
     return card.timm_snippet(place.name)
 
 

@@ -42,7 +42,7 @@ from torch import nn
 
 import jointopt
 from jointopt import Gene, SearchSpace, Supernet
-from jointopt.checkpoint.structure import compressed_config
+from jointopt.rebuilding.structure import compressed_config
 from quant.errors import JointoptError
 from quant.formats import scheme
 from search_spaces.families import declare

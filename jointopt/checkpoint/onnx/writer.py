@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from jointopt.batch_norm import on_device
-from jointopt.checkpoint.block_sizes import save_configs
-from jointopt.checkpoint.structure import check_formats
-from jointopt.checkpoint.timm_recipe import by_library, by_timm, preprocessing, recipe_of
+from jointopt.rebuilding.block_sizes import save_configs
+from jointopt.rebuilding.structure import check_formats
+from jointopt.rebuilding.timm_recipe import by_library, by_timm, preprocessing, recipe_of
 from quant.errors import JointoptError
 
 MODEL = "model.onnx"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jointopt.checkpoint.runtime import COLUMN_COUNTS, ROW_COUNTS, STAND_INS, SplitQKV
+from jointopt.rebuilding.runtime import COLUMN_COUNTS, ROW_COUNTS, STAND_INS, SplitQKV
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
 from quant.formats import Element, Format, Scheme

@@ -6,7 +6,7 @@ in their format. A growing cache of transformers stores codes and scales; any ot
 
 import torch
 
-from jointopt.checkpoint.runtime import FLOATS, FP4, RANGES, nearest
+from jointopt.rebuilding.runtime import FLOATS, FP4, RANGES, nearest
 
 
 def hold_caches(model, records):

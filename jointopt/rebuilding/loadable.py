@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from jointopt.checkpoint.block_sizes import settle_sizes
-from jointopt.checkpoint.structure import on_meta, rebuild_spec
-from jointopt.checkpoint.timm_recipe import from_recipe, recipe_of
+from jointopt.rebuilding.block_sizes import settle_sizes
+from jointopt.rebuilding.structure import on_meta, rebuild_spec
+from jointopt.rebuilding.timm_recipe import from_recipe, recipe_of
 from quant.errors import JointoptError
 
 AUTO_CLASSES = (

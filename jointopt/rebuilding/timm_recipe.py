@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from jointopt.checkpoint.structure import on_meta
+from jointopt.rebuilding.structure import on_meta
 from quant.errors import JointoptError
 
 
