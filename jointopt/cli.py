@@ -249,9 +249,9 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
 
 def _without_weights(config: Config) -> Supernet:
     """The config's super-network on the meta device: for its space and its costs."""
-    from jointopt.cost.configured import latency_of
     from jointopt.models import empty_model, find_source, model_task
     from jointopt.supernet import Supernet
+    from jointopt.timing.hardware import latency_of
 
     source = find_source(config.model)
     model = empty_model(source, config.task or model_task(source), config.dtype)

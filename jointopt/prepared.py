@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from jointopt.config import Config
-from jointopt.cost.configured import latency_of
 from jointopt.rows import is_hub_id
+from jointopt.timing.hardware import latency_of
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:

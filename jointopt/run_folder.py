@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jointopt.config import Config, load_config
-from jointopt.cost.configured import LATENCY
 from jointopt.differences import differing
 from jointopt.files import locked, write_whole
+from jointopt.timing.hardware import LATENCY
 from quant.errors import JointoptError
 
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"

@@ -30,7 +30,7 @@ class Target:
         fused: whether it computes q, k, v as one layer, and gate, up as another, so that these share a format.
         unquantized: layers that keep their numbers as they are.
         without: genes that no space has for it: what they would choose stays.
-        backend: what its exports run in on this machine (`jointopt.cost.backend`), None where that is not timed.
+        backend: what its exports run in on this machine (`jointopt.timing.backend`), None where that is not timed.
     """
 
     name: str

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jointopt.config import Config
-from jointopt.cost.configured import THIS, check_timed, latency_of, look_up, measured_beside
 from jointopt.files import write_whole
 from jointopt.prepared import Prepared, digest, prepare, stay_offline
 from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
+from jointopt.timing.hardware import THIS, check_timed, latency_of, look_up, measured_beside
 from quant.errors import JointoptError
 from search_spaces.families import declare
 

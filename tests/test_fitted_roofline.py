@@ -13,8 +13,8 @@ from torch import nn
 
 import jointopt
 from jointopt import Family, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
-from jointopt.cost.backend import Backend
-from jointopt.cost.lookup import key_of, operators_of
+from jointopt.timing.backend import Backend
+from jointopt.timing.lookup import key_of, operators_of
 from tests.zoo import batches, make
 
 pytest.importorskip("onnxruntime")

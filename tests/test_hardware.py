@@ -19,12 +19,12 @@ import jointopt
 from jointopt import Family, Gene, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
 from jointopt.cli import _on_devices
 from jointopt.config import load_config
-from jointopt.cost.configured import latency_of
 from jointopt.cost.device import device_names
 from jointopt.cost.expected import expected_cost
 from jointopt.cost.operators import Answer, Operator
 from jointopt.report.devices import device_figure, on_device
 from jointopt.report.terminal import device_table
+from jointopt.timing.hardware import latency_of
 from quant.formats import scheme
 from tests import zoo
 from tests.saved import save_vit

@@ -13,12 +13,12 @@ import torch
 import jointopt
 from jointopt import JointoptError, Lookup, SearchSpace, Supernet
 from jointopt.config import load_config
-from jointopt.cost.backend import Backend, host
-from jointopt.cost.configured import check_timed
-from jointopt.cost.here import FITTED, lookup_here
-from jointopt.cost.lookup import ANCHORS, default_path, key_of, times_of
 from jointopt.cost.operators import Answer, Operator
-from jointopt.cost.timing import module_of, time_export, time_exports, time_operators
+from jointopt.timing.backend import Backend, host
+from jointopt.timing.hardware import check_timed
+from jointopt.timing.here import FITTED, lookup_here
+from jointopt.timing.lookup import ANCHORS, default_path, key_of, times_of
+from jointopt.timing.timers import module_of, time_export, time_exports, time_operators
 from quant.formats import scheme
 from quant.layers import QuantizedLinear
 from tests.zoo import batches, make
@@ -138,7 +138,7 @@ def test_every_operator_of_the_space_is_timed_once_and_kept(timed, monkeypatch):
     def never(*given):
         raise AssertionError("timed again")
 
-    monkeypatch.setattr("jointopt.cost.timing.time_operators", never)
+    monkeypatch.setattr("jointopt.timing.timers.time_operators", never)
     assert Lookup.of(supernet(), batch=2, path=path).seconds == lookup.seconds
 
 
@@ -366,7 +366,7 @@ class Machine:
 
 def test_operators_are_timed_together_and_later_ones_at_the_pace_of_those_before(monkeypatch, tmp_path):
     machine, path = Machine(), tmp_path / "operators.json"
-    monkeypatch.setattr("jointopt.cost.timing.time_operators", machine)
+    monkeypatch.setattr("jointopt.timing.timers.time_operators", machine)
     asked = [Operator("linear", rows, 512, 64) for rows in range(8, 1024, 8)]
     first = times_of(asked[:60], 1, Backend(), path)
     whole = times_of(asked, 1, Backend(), path)
@@ -377,8 +377,8 @@ def test_operators_are_timed_together_and_later_ones_at_the_pace_of_those_before
 
 def test_operators_that_do_not_fit_in_memory_together_are_timed_in_groups_of_one_pace(monkeypatch, tmp_path):
     machine = Machine()
-    monkeypatch.setattr("jointopt.cost.timing.time_operators", machine)
-    monkeypatch.setattr("jointopt.cost.lookup.TOGETHER", 10**8)
+    monkeypatch.setattr("jointopt.timing.timers.time_operators", machine)
+    monkeypatch.setattr("jointopt.timing.lookup.TOGETHER", 10**8)
     asked = [Operator("linear", rows, 512, 64) for rows in range(8, 1024, 8)]
     found = times_of(asked, 1, Backend(), tmp_path / "operators.json")
     assert len(machine.groups) == 2

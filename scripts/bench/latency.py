@@ -35,9 +35,9 @@ from scipy.stats import kendalltau
 import jointopt
 from jointopt import Lookup, Roofline, SearchSpace, Supernet
 from jointopt.checkpoint.onnx.session import OnnxModel
-from jointopt.cost.timing import time_modules
 from jointopt.models import load_model
 from jointopt.tasks import TASKS
+from jointopt.timing.timers import time_modules
 
 SCHEMES = {"onnxruntime": ("none", "W8A8", "W8A8_STATIC", "W4A16"), "torch": ("none", "W4A16")}
 FIT = 8

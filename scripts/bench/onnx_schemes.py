@@ -18,10 +18,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jointopt.cost.backend import Backend
 from jointopt.cost.operators import Operator
-from jointopt.cost.timing import time_operators
 from jointopt.targets import TARGETS
+from jointopt.timing.backend import Backend
+from jointopt.timing.timers import time_operators
 from quant.formats import scheme
 
 WIDE = 4096
@@ -48,7 +48,7 @@ def loaded(name: str) -> float:
     import torch
 
     from jointopt.checkpoint.onnx.graph import traced, with_twins
-    from jointopt.cost.timing import module_of
+    from jointopt.timing.timers import module_of
 
     module, inputs = module_of(layer(name, WIDE, 1), 1)
     with tempfile.TemporaryDirectory() as place:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jointopt.cost.backend import Backend
+from jointopt.timing.backend import Backend
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def check_timed(config: Config, supernet: Supernet) -> None:
 
 def look_up(config: Config, inputs: Sequence[Batch], supernet: Supernet) -> None:
     """Has this machine's own times answer, where the config's hardware is this machine."""
-    from jointopt.cost.here import lookup_here
+    from jointopt.timing.here import lookup_here
 
     wanted = config.hardware
     if wanted is not None and wanted.device == THIS:
@@ -79,8 +79,8 @@ def measured_beside(
     folder: Path,
 ) -> str:
     """What the export takes on this machine, end to end, beside what the search reckoned with: a line."""
-    from jointopt.cost.here import batch_of
-    from jointopt.cost.timing import time_export
+    from jointopt.timing.here import batch_of
+    from jointopt.timing.timers import time_export
 
     assert config.hardware is not None
     backend = Backend.of(supernet, _backend(config), config.hardware.threads)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jointopt.batch_norm import first_samples, sample_count
-from jointopt.cost.backend import ONNXRUNTIME, TORCH
-from jointopt.cost.lookup import Lookup
-from jointopt.cost.timing import time_exports
 from jointopt.files import write_whole
+from jointopt.timing.backend import ONNXRUNTIME, TORCH
+from jointopt.timing.lookup import Lookup
+from jointopt.timing.timers import time_exports
 from jointopt.typical import lengths, of_average_length
 from quant.errors import JointoptError
 

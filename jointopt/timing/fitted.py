@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import least_squares
 
-from jointopt.cost.backend import ONNXRUNTIME, Backend
 from jointopt.cost.device import Cache, Device, load_device
-from jointopt.cost.lookup import operators_of, times_of
 from jointopt.cost.operators import Operator
 from jointopt.cost.roofline import Roofline
+from jointopt.timing.backend import ONNXRUNTIME, Backend
+from jointopt.timing.lookup import operators_of, times_of
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import nnls
 
-from jointopt.cost.backend import ONNXRUNTIME, TORCH, Backend, host
 from jointopt.cost.operators import Answer, Operator, times_to_fit
 from jointopt.files import write_whole
+from jointopt.timing.backend import ONNXRUNTIME, TORCH, Backend, host
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def key_of(operator: Operator, batch: int) -> Key:
 
 def _timed(asked: Mapping[Key, Operator], known: Mapping[Key, float], batch: int, backend: Backend) -> dict[Key, float]:
     """Times of what is asked and not known, as the machine was when those known were timed."""
-    from jointopt.cost.timing import time_operators
+    from jointopt.timing.timers import time_operators
 
     found: dict[Key, float] = {}
     for group in _groups([key for key in asked if key not in known], asked):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
-from jointopt.cost.backend import TORCH, Backend
 from jointopt.cost.operators import Operator
+from jointopt.timing.backend import TORCH, Backend
 from jointopt.workers import threads_of_torch
 from quant.kernels import quantize
 from quant.layers import as_quantized
