@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jointopt.batch_norm import first_samples, on_device, sample_count
-from jointopt.elastic import precision_genes
 from jointopt.evaluation import logits_of
+from jointopt.genes import precision_genes
 from jointopt.importance import hidden_input
 from jointopt.objectives import COSTS, DIRECTIONS, Objective
 from jointopt.rebuilding.held_cache import cache_name

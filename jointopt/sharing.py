@@ -29,8 +29,8 @@ import xxhash
 from torch import Tensor, nn
 
 from jointopt.batch_norm import has_batch_norm
-from jointopt.elastic import precision_genes
 from jointopt.evaluation import Evaluation, Quality, evaluate
+from jointopt.genes import precision_genes
 from jointopt.subnetwork import Plan, renamed
 from quant.errors import JointoptError
 from search_spaces.family import Family, branch_keep

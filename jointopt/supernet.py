@@ -46,7 +46,7 @@ from jointopt.batch_norm import (
 )
 from jointopt.cost.operators import LatencyModel
 from jointopt.cost.shapes import ShapeCosts, measure_positions
-from jointopt.elastic import check_space, fitted_schemes, plan_of, precision_genes
+from jointopt.genes import check_space, fitted_schemes, plan_of, precision_genes
 from jointopt.given import own_copy, warn_of_what_is_lost
 from jointopt.learned_ranges import NAME, LearnedRanges, learn
 from jointopt.repair import Repaired
