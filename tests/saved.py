@@ -16,6 +16,7 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -58,18 +59,18 @@ def save_bert(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def save_llama(folder: Path) -> Path:
+def save_llama(folder: Path, kind: type[PreTrainedModel] = LlamaForCausalLM, **changes: object) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    options = {
+        "vocab_size": 16,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 32,
+    }
+    kind(LlamaConfig(**{**options, **changes})).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 

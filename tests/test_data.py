@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaForSequenceClassification
 
 from jointopt import JointoptError
 from jointopt.cli import main
@@ -219,6 +219,15 @@ def test_a_table_that_does_not_fit_is_named(folders, tmp_path, content, said):
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(JointoptError, match=said):
         quality_of(folders["bert"], "text-classification", DataSource(str(tmp_path / "t.csv"), key="data.train"))
+
+
+@pytest.mark.parametrize("found", [None, 3])
+def test_a_decoder_that_takes_another_token_for_padding_than_its_tokenizer_is_not_scored(tmp_path, found):
+    """transformers refuses the first batch, or classifies each text by a token that is its padding."""
+    folder = save_llama(tmp_path / "llama", LlamaForSequenceClassification, pad_token_id=found)
+    said = rf"found pad_token_id {found} in its config.json, and its tokenizer pads with 0 \('\[PAD\]'\); allowed: that"
+    with pytest.raises(JointoptError, match=said):
+        quality_of(folder, "text-classification", DataSource(str(write_reviews(tmp_path / "reviews.csv"))))
 
 
 def test_half_a_surrogate_pair_is_named_with_its_row(folders, tmp_path):

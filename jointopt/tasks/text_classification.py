@@ -16,6 +16,7 @@ from quant.errors import JointoptError
 
 def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     """Tokenized once, padded to the longest of each batch."""
+    _check_padding(processor, model)
     check_named(source, ("text", "text_pair", "label"))
     columns = read_columns(source)
     given = [texts(column(columns, source.text, TEXT, f"{source.key}.text"), f"{source.key}.text")]
@@ -23,8 +24,6 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         key = f"{source.key}.text_pair"
         given.append(texts(column(columns, source.text_pair, (), key), key))
     labels = label_indices(columns, source, label_names(model))
-    if processor.pad_token is None:
-        raise JointoptError("model: its tokenizer has no padding token; set one and save it beside the model")
     encoded = processor(*given, truncation=True, max_length=text_length(source, model))
     for row, tokens in enumerate(encoded["input_ids"], 1):
         if not tokens:
@@ -37,6 +36,22 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
 
     order = sorted(range(len(labels)), key=lambda index: len(encoded["input_ids"][index]))
     return Samples(len(labels), collate, order, place_of(model))
+
+
+def _check_padding(processor: Any, model: Any) -> None:
+    """A decoder is classified by each text's last token that is no padding, which its own config has to tell."""
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    if processor.pad_token is None:
+        raise JointoptError("model: its tokenizer has no padding token; set one and save it beside the model")
+    if not isinstance(model, GenericForSequenceClassification):
+        return
+    found = model.config.get_text_config().pad_token_id
+    if found != processor.pad_token_id:
+        raise JointoptError(
+            f"model: found pad_token_id {found} in its config.json, and its tokenizer pads with "
+            f"{processor.pad_token_id} ({processor.pad_token!r}); allowed: that"
+        )
 
 
 TASK = Task("text-classification", "AutoModelForSequenceClassification", CLASSIFICATION, 32, 128, samples, every)
