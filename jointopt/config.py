@@ -170,7 +170,8 @@ class Config(Section):
         return narrowed(wanted, space_for_model(model, **self.space_options(kind)))
 
     def source(self, entry: str, samples: int | None = None) -> DataSource:
-        """data.train, .calibrate (or .train in its place), .evaluate or .test; `samples` where it has none."""
+        """data.train, .calibrate (or .train in its place; without labels), .evaluate or .test; `samples` where it has
+        none."""
         if entry == "calibrate" and self.data.calibrate is None:
             given, key = self.data.train, "data.train"
         else:
@@ -178,7 +179,7 @@ class Config(Section):
         assert given is not None, f"{key} was not checked"
         options = given.model_dump()
         options["samples"] = options["samples"] or samples
-        return DataSource(**options, length=self.data.length, key=key)
+        return DataSource(**options, length=self.data.length, labelled=entry != "calibrate", key=key)
 
     def record(self) -> dict[str, Any]:
         """What determines a study's values, as JSON can hold it: what must not change when it is resumed."""

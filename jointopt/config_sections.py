@@ -54,7 +54,7 @@ class Data(Section):
 
     Attributes:
         train: for the super-network's training.
-        calibrate: a few samples for ranges and importance (default: those of `train`).
+        calibrate: a few samples for ranges and importance, whose labels are not read (default: those of `train`).
         evaluate: what every genome is scored on.
         test: what the front is scored on again when the search has ended, which never sees it.
         batch_size: samples in one forward pass of calibration and evaluation (default: 32, of a language model 4).

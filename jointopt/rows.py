@@ -43,6 +43,7 @@ class DataSource:
         samples: at most so many rows, the first after a fixed shuffle, or pieces of running text from its start.
         text, text_pair, image, label: names of the columns, where they are not the usual ones.
         length: tokens in a text at most, or in a piece of running text.
+        labelled: whether labels are read; calibration needs none.
         key: what the config calls it, for what is said about it.
     """
 
@@ -54,6 +55,7 @@ class DataSource:
     image: str | None = None
     label: str | None = None
     length: int | None = None
+    labelled: bool = True
     key: str = "data"
 
 
@@ -91,7 +93,7 @@ def read_columns(source: DataSource) -> Columns:
     if path.exists() and source.split is not None:
         raise JointoptError(f"{key}.split: found {source.split!r}, but {source.path!r} is here; allowed: of a hub id")
     if path.is_dir():
-        columns = _image_folder(path, key)
+        columns = _image_folder(path, key, source.labelled)
     elif path.is_file() and path.suffix.lower() in TABLES:
         columns = _table(path, key)
     elif path.is_file():
@@ -192,7 +194,9 @@ def _rows(rows: list[Any]) -> Columns:
     return Columns({str(name): [row[name] for row in rows] for name in names})
 
 
-def _image_folder(path: Path, key: str) -> Columns:
+def _image_folder(path: Path, key: str, labelled: bool) -> Columns:
+    if not labelled and not class_folders(path):
+        return Columns({"image": [str(file) for file in _files(path) if file.suffix.lower() in IMAGES]})
     files = [(file, name) for name in class_folders(path) for file in _files(path / name)]
     found = [(str(file), name) for file, name in files if file.suffix.lower() in IMAGES]
     others = [str(file.relative_to(path)) for file, _ in files if file.suffix.lower() not in IMAGES]

@@ -19,6 +19,8 @@ from transformers import BertConfig, BertModel, LlamaForSequenceClassification
 
 from jointopt import JointoptError
 from jointopt.cli import main
+from jointopt.config import Config
+from jointopt.config_sections import Data, Source
 from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
 from jointopt.rows import DataSource, class_indices, label_indices, looks_like_hub_id, read_columns, some
 from jointopt.tasks import TASKS
@@ -228,6 +230,30 @@ def test_a_decoder_that_takes_another_token_for_padding_than_its_tokenizer_is_no
     said = rf"found pad_token_id {found} in its config.json, and its tokenizer pads with 0 \('\[PAD\]'\); allowed: that"
     with pytest.raises(JointoptError, match=said):
         quality_of(folder, "text-classification", DataSource(str(write_reviews(tmp_path / "reviews.csv"))))
+
+
+def calibration_batch(folder: Path, task: str, data: Path) -> dict[str, torch.Tensor]:
+    sources = Data(calibrate=Source(path=str(data)), evaluate=Source(path="unseen"))
+    config = Config(model=str(folder), task=task, data=sources, output="out")
+    loaded = load_model(str(folder), task, "cpu")
+    (batch,) = TASKS[task].batches(config.source("calibrate"), loaded.processor, loaded.model, 32)
+    return dict(batch)
+
+
+@pytest.mark.parametrize("rows", ["text\ngood film\nbad\n", "text,label\ngood film,-1\nbad,-1\n"])
+def test_texts_to_calibrate_with_need_no_labels(folders, tmp_path, rows):
+    (tmp_path / "t.csv").write_text(rows)
+    batch = calibration_batch(folders["bert"], "text-classification", tmp_path / "t.csv")
+    assert batch["input_ids"].shape == (2, 2) and "labels" not in batch
+
+
+def test_images_to_calibrate_with_need_no_folders_of_their_class(folders, tmp_path):
+    images = write_images(tmp_path / "images")
+    for folder, count in ((images, 12), (images / "owl", 4)):
+        batch = calibration_batch(folders["vit"], "image-classification", folder)
+        assert batch["pixel_values"].shape == (count, 1, 8, 8) and "labels" not in batch
+    with pytest.raises(JointoptError, match="owl' has no images in folders of their class"):
+        read_columns(DataSource(str(images / "owl")))
 
 
 def test_half_a_surrogate_pair_is_named_with_its_row(folders, tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jointopt.rows import IMAGE, DataSource, check_named, class_folders, column, label_indices, read_columns
 from jointopt.tasks.metrics import every
-from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, place_of
+from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, picked_labels, place_of
 from quant.errors import JointoptError, first_line
 
 KEPT_BYTES = 2 * 10**9
@@ -30,7 +30,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     images = column(columns, source.image, IMAGE, f"{source.key}.image")
     base = Path(source.path)
     folders = class_folders(base) if base.is_dir() else None
-    labels = label_indices(columns, source, label_names(model), folders)
+    labels = label_indices(columns, source, label_names(model), folders) if source.labelled else None
     dtype = next(model.parameters()).dtype
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     kept: dict[int, Tensor] = {}
@@ -56,9 +56,9 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
                     f"{tuple(pixels[0].shape[1:])} of {_told(images[indices[0]])}; allowed: one that makes images of "
                     "one size, by a height and a width or a crop"
                 )
-        return {name: torch.stack(pixels), "labels": torch.tensor([labels[index] for index in indices])}
+        return {name: torch.stack(pixels), **picked_labels(labels, indices)}
 
-    return Samples(len(labels), collate, range(len(labels)), place_of(model))
+    return Samples(len(images), collate, range(len(images)), place_of(model))
 
 
 def _inputs(processor: Any, image: Image.Image) -> Tensor:

@@ -28,7 +28,7 @@ class Samples:
 
     Attributes:
         count: how many.
-        collate: indices -> a batch of the model's inputs and "labels", on the CPU.
+        collate: indices -> a batch of the model's inputs and, where the source is labelled, "labels"; on the CPU.
         order: the order in which they are evaluated; texts of like length together, so that little is padded.
         device: where the batches go.
     """
@@ -75,7 +75,7 @@ class Task:
     targets: Targets
 
     def batches(self, source: DataSource, processor: Any, model: nn.Module, batch_size: int) -> list[Batch]:
-        """All of a source's samples as batches with "labels", where the model is.
+        """All of a source's samples as batches, with "labels" where it is labelled, on the model's device.
 
         Raises:
             JointoptError: a source that cannot be read, lacks a column, or whose labels do not fit the model.
@@ -103,6 +103,11 @@ class Task:
 def place_of(model: nn.Module) -> torch.device:
     """The device that a model is on."""
     return next(model.parameters()).device
+
+
+def picked_labels(labels: Sequence[int] | None, indices: Sequence[int]) -> dict[str, Tensor]:
+    """What a batch has of the labels, where there are some."""
+    return {} if labels is None else {"labels": torch.tensor([labels[index] for index in indices])}
 
 
 def text_length(source: DataSource, model: nn.Module) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from jointopt.rows import TEXT, DataSource, check_named, column, label_indices, read_columns, texts
 from jointopt.tasks.metrics import every
-from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, place_of, text_length
+from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, picked_labels, place_of, text_length
 from quant.errors import JointoptError
 
 
@@ -23,7 +22,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     if source.text_pair is not None:
         key = f"{source.key}.text_pair"
         given.append(texts(column(columns, source.text_pair, (), key), key))
-    labels = label_indices(columns, source, label_names(model))
+    labels = label_indices(columns, source, label_names(model)) if source.labelled else None
     encoded = processor(*given, truncation=True, max_length=text_length(source, model))
     for row, tokens in enumerate(encoded["input_ids"], 1):
         if not tokens:
@@ -32,10 +31,10 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     def collate(indices: Sequence[int]) -> Mapping[str, Tensor]:
         picked = {name: [many[index] for index in indices] for name, many in encoded.items()}
         padded = processor.pad(picked, return_tensors="pt")
-        return {**padded, "labels": torch.tensor([labels[index] for index in indices])}
+        return {**padded, **picked_labels(labels, indices)}
 
-    order = sorted(range(len(labels)), key=lambda index: len(encoded["input_ids"][index]))
-    return Samples(len(labels), collate, order, place_of(model))
+    order = sorted(range(len(given[0])), key=lambda index: len(encoded["input_ids"][index]))
+    return Samples(len(order), collate, order, place_of(model))
 
 
 def _check_padding(processor: Any, model: Any) -> None:
