@@ -32,8 +32,7 @@ def rescore_front(supernet: Supernet, study: Study, quality: Quality, source: An
     its reason under "failed" and no metrics.
     """
     if study.fact("unseen_source") != source:
-        study.note("unseen", [])
-        study.note("unseen_source", source)
+        forget(study, source)
     known = rescored(study)
     if None not in known:
         with supernet.original() as model:
@@ -47,6 +46,12 @@ def rescore_front(supernet: Supernet, study: Study, quality: Quality, source: An
         metrics = {name: value for name, value in (result.metrics or {}).items() if name not in COSTS}
         record = {"metrics": metrics, "errors": result.errors}
         _note(study, known, genomes[index], record if result.failed is None else {**record, "failed": result.failed})
+
+
+def forget(study: Study, source: Any = None) -> None:
+    """Leaves the study without scores on unseen data, or with room for those on another source."""
+    study.note("unseen", [])
+    study.note("unseen_source", source)
 
 
 def rescored(study: Study) -> dict[Genome | None, dict[str, Any]]:

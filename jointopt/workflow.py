@@ -168,7 +168,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     from jointopt.report.page import write_report
     from jointopt.report.quantities import counted
     from jointopt.report.terminal import finished_table, front_table
-    from jointopt.rescoring import rescore_front
+    from jointopt.rescoring import forget, rescore_front
 
     output = Path(config.output)
     supernet = make_supernet(config, prepared, console)
@@ -191,7 +191,9 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     try:
         wanted = config.choose.model_dump(exclude_none=True)
         genome, finished = study.best(**wanted), None
-        if prepared.unseen is not None:
+        if prepared.unseen is None:
+            forget(study)  # scores on data that the config named before
+        else:
             rescore_front(supernet, study, prepared.unseen, prepared.contents["test"])
         console.print(front_table(study, genome))
         if config.finish is not None:

@@ -14,7 +14,7 @@ from jointopt.rescoring import rescored
 from tests.saved import save_vit, write_images
 
 
-def run_on_images(folder: Path, monkeypatch, more: str = "", words: tuple[str, ...] = ()) -> Study:
+def run_on_images(folder: Path, monkeypatch, more: str = "", data: str = ", test: test") -> Study:
     """The study of `jointopt run` in a folder with a model and images, which are made where they are not there."""
     for name in ("taught", "seen", "scored", "test"):
         if not (folder / name).exists():
@@ -24,11 +24,11 @@ def run_on_images(folder: Path, monkeypatch, more: str = "", words: tuple[str, .
     text = (
         "{model: vit, task: image-classification, device: cpu, dtype: float32, output: out, objectives: [loss, size], "
         "space: {depth: [1, 2], schemes: [none, W4A16]}, search: {evaluations: 4}, choose: {size_mb: 1}, "
-        "data: {train: taught, calibrate: seen, evaluate: scored, test: test, batch_size: 12}"
+        f"data: {{train: taught, calibrate: seen, evaluate: scored, batch_size: 12{data}}}"
     )
     (folder / "config.yaml").write_text(f"{text}{more}}}")
     monkeypatch.chdir(folder)
-    assert main(["run", "config.yaml", *words]) == 0
+    assert main(["run", "config.yaml"]) == 0
     return Study.open("out/study.db")
 
 
@@ -46,6 +46,14 @@ def test_other_unseen_images_under_the_same_name_are_scored_anew(tmp_path, monke
     assert set(after) == set(before)
     assert all(after[genome]["metrics"] != before[genome]["metrics"] for genome in before)
     assert f"{after[None]['metrics']['loss']:,.5g} ±" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_config_that_names_no_unseen_images_any_longer_leaves_no_scores_on_them(tmp_path, monkeypatch, capsys):
+    assert rescored(run_on_images(tmp_path, monkeypatch))
+    capsys.readouterr()
+    assert not rescored(run_on_images(tmp_path, monkeypatch, data=""))
+    assert "unseen data" not in capsys.readouterr().out + Path("out/report.html").read_text()
 
 
 @pytest.mark.slow
