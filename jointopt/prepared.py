@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jointopt.models import LoadedModel
     from jointopt.tasks.task import Samples, Task
 
-DIGESTED = 1024
-"""Samples of training data by whose contents it is told from other data."""
+PROCESSED = 1024
+"""Samples of training data that are made, so that a processor or tokenizer that changed is noticed."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,15 @@ class Prepared:
 
     @cached_property
     def trained_on(self) -> str:
-        """The training data's count and the digest of its first samples, of a config that trains or finishes."""
+        """The training data's count and digests: of all its samples, and of some as the model gets them. Of a config
+        that trains or finishes."""
         assert self.train is not None
-        return f"{self.train.count} {digest(islice(self.train.epoch(0, 32, 0), DIGESTED // 32))}"
+        found = xxhash.xxh3_128()
+        for index in range(self.train.count):
+            mark = self.train.mark(index)
+            found.update(f"{len(mark)} ".encode() + mark)
+        processed = digest(islice(self.train.epoch(0, 32, 0), PROCESSED // 32))
+        return f"{self.train.count} {found.hexdigest()} {processed}"
 
 
 def stay_offline(config: Config) -> None:

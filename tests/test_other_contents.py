@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from jointopt import Study
 from jointopt.cli import main
+from jointopt.config import Config
+from jointopt.config_sections import Data, Source, Train
+from jointopt.prepared import PROCESSED, prepare
 from jointopt.rescoring import rescored
-from tests.saved import save_vit, write_images
+from jointopt.rows import DataSource, read_columns
+from tests.saved import LABELS, save_bert, save_vit, write_images, write_reviews
 
 
 def run_on_images(folder: Path, monkeypatch, more: str = "", data: str = ", test: test") -> Study:
@@ -69,6 +75,34 @@ def test_what_was_finished_on_other_images_under_the_same_name_is_finished_and_s
     record = json.loads(Path("again/jointopt.json").read_text())
     assert record["rounding"] in (after["rounding"], "nearest")
     assert main(["verify", "again", "--config", "out/config.yaml"]) == 0
+
+
+def trained_on(folder: Path, model: Path, task: str) -> str:
+    data = Data(train=Source(path=str(folder)), evaluate=Source(path=str(folder)))
+    config = Config(model=str(model), task=task, data=data, train=Train(steps=1), device="cpu", output="out")
+    return prepare(config).trained_on
+
+
+def test_another_label_of_any_text_is_other_training_data(tmp_path):
+    model, count = save_bert(tmp_path / "bert"), 2 * PROCESSED
+    lines = write_reviews(tmp_path / "reviews.csv", count).read_text().splitlines()
+    before = trained_on(tmp_path / "reviews.csv", model, "text-classification")
+    last = 1 + np.random.default_rng([0, 0]).permutation(count)[-1]  # of the first epoch, behind a header
+    text, label = lines[last].split(",")
+    lines[last] = f"{text},{LABELS[1 - LABELS.index(label)]}"
+    (tmp_path / "reviews.csv").write_text("\n".join(lines))
+    assert trained_on(tmp_path / "reviews.csv", model, "text-classification") != before
+
+
+@pytest.mark.slow
+def test_another_file_among_images_is_other_training_data_and_a_copy_is_not(tmp_path):
+    model, images = save_vit(tmp_path / "vit"), write_images(tmp_path / "images", each=PROCESSED // 3 + 1)
+    before = trained_on(images, model, "image-classification")
+    shutil.copytree(images, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert trained_on(tmp_path / "copy", model, "image-classification") == before
+    files = read_columns(DataSource(str(images)))["image"]
+    Image.new("L", (8, 8)).save(files[np.random.default_rng([0, 0]).permutation(len(files))[-1]])
+    assert trained_on(images, model, "image-classification") != before
 
 
 @pytest.mark.slow

@@ -42,7 +42,10 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         part = pieces[list(indices)]
         return {"input_ids": part, "labels": part}
 
-    return Samples(len(pieces), collate, range(len(pieces)), place_of(model))
+    def mark(index: int) -> bytes:
+        return pieces[index].numpy().tobytes()
+
+    return Samples(len(pieces), collate, range(len(pieces)), place_of(model), mark)
 
 
 TASK = Task("causal-lm", "AutoModelForCausalLM", ("perplexity", "loss", "accuracy", "kl"), 4, 16, samples, next_tokens)

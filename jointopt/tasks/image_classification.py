@@ -18,6 +18,8 @@ from quant.errors import JointoptError, first_line
 
 KEPT_BYTES = 2 * 10**9
 """Processed images are kept in memory up to here; beyond, they are read again each time."""
+MARKED_BYTES = 4096
+"""Of each image file, that tell it from another of its size."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -58,7 +60,11 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
                 )
         return {name: torch.stack(pixels), **picked_labels(labels, indices)}
 
-    return Samples(len(images), collate, range(len(images)), place_of(model))
+    def mark(index: int) -> bytes:
+        label = labels[index] if labels else None
+        return f"{label} ".encode() + _mark(images[index], base, f"{source.key}.image")
+
+    return Samples(len(images), collate, range(len(images)), place_of(model), mark)
 
 
 def _inputs(processor: Any, image: Image.Image) -> Tensor:
@@ -80,17 +86,33 @@ def _check_size(model: nn.Module, pixels: Tensor, source: DataSource) -> None:
         )
 
 
+def _content(image: Any, base: Path) -> Any:
+    """What Pillow opens: a path (in a table relative to its folder), or a stream of bytes."""
+    content = image
+    if isinstance(image, dict):
+        content = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+    return base.parent / content if isinstance(content, str) and not base.is_dir() else content
+
+
+def _mark(image: Any, base: Path, key: str) -> bytes:
+    """A file's size and how it begins: of a folder of photos, decoding all would take longer than to train on them."""
+    if isinstance(image, Image.Image):
+        return image.tobytes()
+    content = _content(image, base)
+    try:
+        with content if isinstance(content, io.BytesIO) else Path(content).open("rb", buffering=0) as opened:
+            start = opened.read(MARKED_BYTES) or b""
+            return f"{opened.seek(0, io.SEEK_END)} ".encode() + start
+    except (OSError, TypeError, ValueError) as error:
+        raise JointoptError(f"{key}: {_told(image)} cannot be opened as an image: {error}") from None
+
+
 def _opened(image: Any, base: Path, key: str) -> Image.Image:
     """An image from a path (relative to the table's folder), from its bytes, or as it is."""
     if isinstance(image, Image.Image):
         return _of_bytes(image, f"{key}: an image")
-    content: Any = image
-    if isinstance(image, dict):
-        content = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
-    if isinstance(content, str) and not base.is_dir():
-        content = base.parent / content
     try:
-        opened = Image.open(content)
+        opened = Image.open(_content(image, base))
         opened.load()
     except (OSError, ValueError, AttributeError, SyntaxError, Image.DecompressionBombError) as error:
         raise JointoptError(f"{key}: {_told(image)} cannot be opened as an image: {error}") from None

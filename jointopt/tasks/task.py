@@ -31,12 +31,14 @@ class Samples:
         collate: indices -> a batch of the model's inputs and, where the source is labelled, "labels"; on the CPU.
         order: the order in which they are evaluated; texts of like length together, so that little is padded.
         device: where the batches go.
+        mark: index -> what tells this sample from another in its place; cheap, as it is asked of all.
     """
 
     count: int
     collate: Callable[[Sequence[int]], Mapping[str, Tensor]]
     order: Sequence[int]
     device: torch.device
+    mark: Callable[[int], bytes]
 
     def batches(self, size: int) -> list[Batch]:
         """All samples once, in their order, kept on the device."""

@@ -33,8 +33,11 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         padded = processor.pad(picked, return_tensors="pt")
         return {**padded, **picked_labels(labels, indices)}
 
+    def mark(index: int) -> bytes:
+        return repr([*(column[index] for column in (*given, *([labels] if labels else ())))]).encode()
+
     order = sorted(range(len(given[0])), key=lambda index: len(encoded["input_ids"][index]))
-    return Samples(len(order), collate, order, place_of(model))
+    return Samples(len(order), collate, order, place_of(model), mark)
 
 
 def _check_padding(processor: Any, model: Any) -> None:
