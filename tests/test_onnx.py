@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering
@@ -83,6 +84,32 @@ def test_onnx_runtime_gives_what_the_extracted_model_gives(name, place):
     # A last bit can turn into a step of the next layer's rounding, but not often.
     assert (found - expected).abs().mean() < 2e-3 * scale
     assert lost_by_argmax(found, expected) < 0.05 * scale
+
+
+def exported_vit(folder: Path, scheme: str, **options) -> tuple[nn.Module, OnnxModel]:
+    """A ViT of timm with every layer in one scheme, and as ONNX Runtime runs it."""
+    torch.manual_seed(0)
+    shape = {"patch_size": 16, "embed_dim": 128, "depth": 2, "num_heads": 4, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", **shape, **options).eval()
+    supernet = Supernet(model, SearchSpace.for_model(model, ["none", scheme], preset="fixed"))
+    supernet.calibrate([{"x": torch.randn(8, 3, *model.patch_embed.img_size)}])
+    jointopt.export(supernet, supernet.space.smallest, folder, target="onnxruntime")
+    return supernet.extract(supernet.space.smallest), OnnxModel(folder / "model.onnx", 1)
+
+
+@pytest.mark.parametrize("scheme", ["W8A16_CHANNEL", "W8A8_STATIC"])
+def test_a_vit_of_any_image_size_exports_as_one(scheme, tmp_path):
+    model, session = exported_vit(tmp_path / "vit", scheme, img_size=64, dynamic_img_size=True, dynamic_img_pad=True)
+    for size in ((64, 64), (32, 80), (50, 57)):
+        images = torch.randn(4, 3, *size)
+        expected = logits(model, {"x": images})
+        torch.testing.assert_close(session(x=images), expected, atol=0.01 * float(expected.abs().max()), rtol=0)
+
+
+def test_a_vit_of_one_image_size_keeps_it_whichever_that_is(tmp_path):
+    """That of these sides was once the example's by which models of any size are traced."""
+    _, session = exported_vit(tmp_path / "vit", "W8A16_CHANNEL", img_size=(64, 96))
+    assert session.session.get_inputs()[0].shape == ["batch", 3, 64, 96]
 
 
 @pytest.mark.parametrize("name", NAMES)

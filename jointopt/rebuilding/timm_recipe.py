@@ -77,6 +77,7 @@ def _vision_transformer(model: Any) -> dict[str, Any]:
         "fc_norm": not isinstance(model.fc_norm, nn.Identity),
         "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
         "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
     }
 
 

@@ -20,8 +20,9 @@ from search_spaces.clones import structural_clone
 
 OPSET = 21
 """The first with 4-bit and FP8 types throughout; ONNX Runtime 1.20 and later run it."""
-FREE_SIZE = (64, 96)
-"""Of the image that a model of any size is traced with; the two sides differ, so that they are told apart."""
+FREE_PATCHES = (4, 6)
+"""Patches, or squares of 16 pixels, of the image that a model of any size is traced with; the two sides differ, so that
+they are told apart."""
 TWINS = {nn.Embedding: OnnxEmbedding, nn.Linear: OnnxLinear, nn.Conv2d: OnnxConv2d}
 
 
@@ -104,7 +105,7 @@ def onnx_program(model: nn.Module, example: Mapping[str, Any] | None = None) -> 
     if example is not None:
         return _own_program(model, example)
     graph, inputs, names = _graph(with_twins(model).eval())
-    shapes = _dynamic_shapes(inputs)
+    shapes = _dynamic_shapes(inputs, _image_size(model) is None)
     outputs = ["logits", *(name.replace("past_key_values", "present") for name in names if name.startswith("past"))]
     program = _traced_of(model, graph, inputs, dynamic_shapes=shapes, input_names=names, output_names=outputs)
     if names == ["x"]:
@@ -222,12 +223,10 @@ def _graph(model: Any) -> tuple[nn.Module, dict[str, Any], list[str]]:
     """The module that is traced, an example of its inputs, and the names of these in the file."""
     if not hasattr(model, "config"):
         first: Any = next(m for m in model.modules() if isinstance(m, nn.Conv2d | OnnxConv2d))
-        size = model.patch_embed.img_size if hasattr(model, "patch_embed") else FREE_SIZE
-        return ImageGraph(model), {"pixels": torch.zeros(2, first.in_channels, *size)}, ["x"]
+        return ImageGraph(model), {"pixels": torch.zeros(2, first.in_channels, *_traced_size(model))}, ["x"]
     if hasattr(model.config, "image_size") or model.main_input_name == "pixel_values":
-        size = getattr(model.config, "image_size", FREE_SIZE)
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        return ImageGraph(model), {"pixels": torch.zeros(2, model.config.num_channels, *size)}, ["pixel_values"]
+        pixels = torch.zeros(2, model.config.num_channels, *_traced_size(model))
+        return ImageGraph(model), {"pixels": pixels}, ["pixel_values"]
     ids = torch.ones(2, 3, dtype=torch.long)
     caches = cache_shapes(model)
     if caches and model.can_generate():
@@ -245,6 +244,19 @@ def _graph(model: Any) -> tuple[nn.Module, dict[str, Any], list[str]]:
     return TextGraph(model), inputs, list(inputs)
 
 
+def _image_size(model: Any) -> tuple[int, ...] | None:
+    """Height and width of the images that a model takes; None for any."""
+    if hasattr(model, "patch_embed"):
+        return None if model.dynamic_img_size else tuple(model.patch_embed.img_size)
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    return (size, size) if isinstance(size, int) else size and tuple(size)
+
+
+def _traced_size(model: Any) -> tuple[int, ...]:
+    patch = model.patch_embed.patch_size if hasattr(model, "patch_embed") else (16, 16)
+    return _image_size(model) or tuple(count * side for count, side in zip(FREE_PATCHES, patch, strict=True))
+
+
 def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     """(KV heads, head size) of each attention layer that has a cache, in order."""
     found = []
@@ -255,11 +267,10 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     return found
 
 
-def _dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
+def _dynamic_shapes(inputs: dict[str, Any], any_size: bool) -> dict[str, Any]:
     batch = "batch"
-    free = "pixels" in inputs and inputs["pixels"].shape[2:] == FREE_SIZE
     known = {
-        "pixels": {0: batch, 2: "height", 3: "width"} if free else {0: batch},
+        "pixels": {0: batch, 2: "height", 3: "width"} if any_size else {0: batch},
         "input_ids": {0: batch, 1: "sequence"},
         "token_type_ids": {0: batch, 1: "sequence"},
         "position_ids": {0: batch, 1: "sequence"},
