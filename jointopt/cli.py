@@ -18,6 +18,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from jointopt.files import check_path
 from jointopt.names import MODELS, TARGETS
 from quant.errors import JointoptError, check_count
 
@@ -166,6 +167,8 @@ def _init(options: argparse.Namespace) -> int:
             file.write(text)
     except FileExistsError:
         raise JointoptError(f"init: {str(path)!r} exists; choose another file with -o") from None
+    except OSError as error:
+        raise JointoptError(f"init: {str(path)!r} cannot be written: {error.strerror}") from None
     print(f"{path}: written; name your data in it, then: python -m jointopt run {quote(str(path))}")
     return 0
 
@@ -199,6 +202,7 @@ def _report(options: argparse.Namespace) -> int:
     from jointopt.run_folder import REPORT, STUDY
     from jointopt.study import Study
 
+    check_path(options.study, "report")
     given = Path(options.study)
     file = given / STUDY if given.is_dir() else given
     for name in ("batch", "context"):
@@ -267,6 +271,8 @@ def _export(options: argparse.Namespace) -> int:
     from jointopt.workflow import export_genome, finished_genome, finishing_of, make_supernet, note_choice
 
     pick = parse_pick(options.pick)
+    if options.to:
+        check_path(options.to, "export: --to")
     output = Path(options.output)
     study = Study.open(output / STUDY)
     try:
@@ -343,6 +349,7 @@ def _verify(options: argparse.Namespace) -> int:
     from jointopt.run_folder import CONFIG, EXPORT, STUDY
     from jointopt.workflow import verify_export
 
+    check_path(options.folder, "verify")
     folder = Path(options.folder)
     if not folder.is_dir():
         raise JointoptError(f"verify: no folder {options.folder!r}")

@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all, and that one process at a time writes to."""
+"""A user's paths; files that a reader sees whole or not at all, and that one process at a time writes to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from quant.errors import JointoptError
+
+
+def check_path(path: str | Path, what: str) -> None:
+    """Raises JointoptError where it cannot even be told whether a path is there: its name is too long, or it is in a
+    folder that is closed to the user.
+
+    Args:
+        what: an error begins with: the config's key, or the command.
+    """
+    try:
+        Path(path).exists()
+    except OSError as error:
+        raise JointoptError(f"{what}: {str(path)!r} cannot be looked up: {error.strerror}") from None
 
 
 def write_whole(path: Path, text: str, what: str) -> None:

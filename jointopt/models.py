@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from jointopt.files import check_path
 from jointopt.names import MODELS
 from jointopt.rows import looks_like_hub_id
 from jointopt.tasks import TASKS
@@ -90,6 +91,7 @@ class LoadedModel:
 
 def find_source(name: str) -> ModelSource:
     """What a config's `model` names. Raises JointoptError for a path that does not exist or holds no model."""
+    check_path(name, "model")
     path = Path(name)
     if path.is_dir():
         return _folder(name, path)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jointopt.files import check_path
 from quant.errors import JointoptError, first_line
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -57,6 +58,9 @@ class DataSource:
     length: int | None = None
     labelled: bool = True
     key: str = "data"
+
+    def __post_init__(self) -> None:
+        check_path(self.path, self.key)
 
 
 class Columns(dict[str, list[Any]]):

@@ -15,7 +15,7 @@ from typing import Any
 
 from jointopt.config import Config, load_config
 from jointopt.differences import differing
-from jointopt.files import locked, write_whole
+from jointopt.files import check_path, locked, write_whole
 from jointopt.timing.hardware import LATENCY
 from quant.errors import JointoptError
 
@@ -26,6 +26,7 @@ LOCK = ".run.lock"
 
 def check_output(config: Config) -> None:
     """Refuses an output folder of something else, and one of a run with another config, naming the differences."""
+    check_path(config.output, "output")
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise JointoptError(f"output: {config.output!r} is a file; allowed: a folder")

@@ -44,9 +44,9 @@ def starter_config(name: str) -> str:
     from jointopt.models import empty_model, find_source, model_task
     from jointopt.report.quantities import counted
 
-    if Path(name).exists():
-        os.environ["HF_HUB_OFFLINE"] = "1"
     source = find_source(name)
+    if source.local:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     task = model_task(source)
     model = empty_model(source, task)
     from jointopt.transforms import possible

@@ -23,7 +23,7 @@ import pandas as pd
 
 from jointopt.choice import best_of, costs_of, front_of, with_finished, within
 from jointopt.differences import differing
-from jointopt.files import locked
+from jointopt.files import check_path, locked
 from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized
 from quant.errors import JointoptError, check_kind
 from search_spaces.space import SearchSpace
@@ -119,6 +119,8 @@ class Study:
         if not isinstance(path, str | Path | None):
             raise JointoptError(f"storage: found {path!r}; allowed: a path, or None for memory")
         path = None if path is None else Path(path)
+        if path is not None:
+            check_path(path, "storage")
         if path is not None and path.is_dir():
             raise JointoptError(f"storage: {str(path)!r} is a folder; allowed: a file, new or a study")
         if path is not None and not path.parent.is_dir():
@@ -154,6 +156,7 @@ class Study:
     def open(cls, path: str | Path) -> Study:
         """A finished or a running study, to be read. Raises JointoptError for none, or another version's."""
         check_kind("study", path, (str, Path), "a path")
+        check_path(path, "study")
         path = Path(path)
         if not path.is_file():
             raise JointoptError(f"study: {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")

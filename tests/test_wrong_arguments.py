@@ -9,6 +9,8 @@ from torch.nn.utils import prune
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.models import find_source
+from jointopt.rows import DataSource
 from tests.zoo import batches, make
 
 MODEL = make("bert")
@@ -73,6 +75,29 @@ def test_an_empty_batch(options, supernet):
 def test_a_checkpoint_that_is_no_path(supernet):
     with pytest.raises(JointoptError, match="train: checkpoint: found 3; allowed: a path"):
         jointopt.train_supernet(supernet, labelled(), 1, checkpoint=3)
+    with pytest.raises(JointoptError, match="train: checkpoint: 'tests' is a folder; allowed: a file"):
+        jointopt.train_supernet(supernet, labelled(), 1, checkpoint="tests")
+
+
+LONG = "a" * 256
+"""A byte longer than file systems hold."""
+
+
+@pytest.mark.parametrize(
+    ("call", "key"),
+    [
+        (lambda made: jointopt.export(made, made.space.largest, LONG), "export"),
+        (lambda made: jointopt.verify(LONG), "verify"),
+        (lambda made: jointopt.Study.open(LONG), "study"),
+        (lambda made: jointopt.search(made, quality=lambda model: 0.5, evaluations=2, storage=LONG), "storage"),
+        (lambda made: jointopt.train_supernet(made, labelled(), 1, checkpoint=LONG), "train: checkpoint"),
+        (lambda made: find_source(LONG), "model"),
+        (lambda made: DataSource(LONG, key="data.train"), "data.train"),
+    ],
+)
+def test_a_name_that_is_too_long(call, key, supernet):
+    with pytest.raises(JointoptError, match=f"{key}: 'a*.*' cannot be looked up: File name too long"):
+        call(supernet)
 
 
 def test_a_quality_that_is_no_function(supernet):

@@ -23,6 +23,7 @@ from jointopt.checkpoint import gguf_writer
 from jointopt.checkpoint.onnx.writer import check_installed
 from jointopt.checkpoint.writer import RECORD, probe_inputs, probed, stored_bytes
 from jointopt.evaluation import Quality, measured
+from jointopt.files import check_path
 from quant.errors import JointoptError, check_kind
 from quant.formats import scheme
 
@@ -107,11 +108,12 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """What was recorded at export."""
     check_kind("verify: folder", folder, (str, Path), "a path")
     path = Path(folder) / RECORD
+    check_path(path, "verify")
     if not path.is_file():
         raise JointoptError(f"verify: {str(folder)!r} is no export: it has no {RECORD}")
     try:
         record = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise JointoptError(f"verify: {str(path)!r} cannot be read: {error}") from None
     needed = ("probe", "costs", "layers", "metrics")
     lacking = [key for key in needed if key not in record] if isinstance(record, dict) else list(needed)

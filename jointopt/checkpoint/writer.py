@@ -27,7 +27,7 @@ from jointopt.batch_norm import on_device, sample_count
 from jointopt.checkpoint import card, gguf_writer, vllm
 from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes, snippet, write_onnx
 from jointopt.evaluation import check_supernet
-from jointopt.files import locked
+from jointopt.files import check_path, locked
 from jointopt.finishing import Finished
 from jointopt.rebuilding import held_cache, runtime
 from jointopt.rebuilding.block_sizes import is_uniform, save_generation_config, settle_sizes
@@ -166,6 +166,7 @@ def _clear_killed(folder: Path) -> None:
 
 def check_place(folder: Path, overwrite: bool) -> None:
     """Raises JointoptError where a folder exists, unless it is an export that is to be replaced."""
+    check_path(folder, "export")
     if folder.exists() and not overwrite:
         raise JointoptError(f"export: {str(folder)!r} exists; choose another folder, or overwrite it explicitly")
     empty = folder.is_dir() and not any(folder.iterdir())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from jointopt.adapters import adapted
 from jointopt.evaluation import Batch
+from jointopt.files import check_path
 from jointopt.learned_ranges import learn, settle
 from jointopt.supernet_state import distinct_tensors
 from jointopt.training.distillation import NUMBERS
@@ -98,6 +99,9 @@ def train_supernet(
     kept = None
     if checkpoint is not None:
         check_kind("train: checkpoint", checkpoint, (str, Path), "a path")
+        check_path(checkpoint, "train: checkpoint")
+        if Path(checkpoint).is_dir():
+            raise JointoptError(f"train: checkpoint: {str(checkpoint)!r} is a folder; allowed: a file")
         rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "sort_every": sort_every}
         if not Path(checkpoint).parent.is_dir():
             raise JointoptError(f"train: the checkpoint's folder {str(Path(checkpoint).parent)!r} does not exist")
