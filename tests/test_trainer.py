@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -432,3 +433,37 @@ def test_a_training_that_has_ended_is_taken_up_as_it_ended(tmp_path):
     assert again.supernet.calibrated
     expected = weights(made)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(again).items())
+
+
+class _FullDisk(TrainerCallback):
+    """After a step no file may grow beyond this."""
+
+    def __init__(self, step: int, limit: int):
+        self.step, self.limit = step, limit
+
+    def on_step_end(self, args, state, control, **others):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize(("limit", "said"), [(300_000, "File too large"), (2_000_000, "as it does on a full disk")])
+def test_a_checkpoint_that_cannot_be_written_whole_is_named_and_the_one_before_gone_on_with(tmp_path, limit, said):
+    """The first limit is below the weights' file, the second below the optimizer's."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    try:
+        with pytest.raises(JointoptError, match=f"train: '.*checkpoint-4' cannot be written: .*{said}"):
+            trainer(tmp_path, callbacks=[_FullDisk(4, limit)], **saving).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    again = trainer(tmp_path, **saving)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+
+
+def test_a_checkpoint_that_was_killed_before_its_last_file_is_named(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
+    (tmp_path / "checkpoint-3/trainer_state.json").unlink()
+    with pytest.raises(JointoptError, match="checkpoint-3' holds no trainer_state.json, which is written last"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)

@@ -8,7 +8,9 @@ study = jointopt.search(trainer.supernet, quality=accuracy, evaluations=200)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -17,22 +19,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from jointopt.adapters import NAMES, adapted, with_adapters
 from jointopt.batch_norm import has_batch_norm, reestimate
 from jointopt.evaluation import IGNORED, Batch, logits_of
+from jointopt.files import write_whole
 from jointopt.importance import check_sortable
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
 from jointopt.training.elastic import Recipe, checked, elastic_loss, task_loss
 from jointopt.training.lora import attach, merge
-from quant.errors import JointoptError, check_count, check_kind
+from quant.errors import JointoptError, check_count, check_kind, in_one_line
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
 
@@ -189,9 +193,14 @@ class ElasticTrainer(Trainer):
     def _ended(self, resumed: str | bool | None) -> str | None:
         """The checkpoint to go on from, where it is of the last step; the Trainer would make one more."""
         folder = get_last_checkpoint(self.args.output_dir) if resumed is True else resumed
-        state = Path(folder) / TRAINER_STATE_NAME if folder else None
-        if not folder or state is None or not state.is_file():
+        if not folder:
             return None
+        state = Path(folder) / TRAINER_STATE_NAME
+        if not state.is_file():
+            raise JointoptError(
+                f"train: {str(folder)!r} holds no {TRAINER_STATE_NAME}, which is written last; allowed: a whole "
+                "checkpoint, such as the one before it"
+            )
         done = TrainerState.load_from_json(str(state)).global_step
         return str(folder) if 0 < self.args.max_steps <= done else None
 
@@ -303,17 +312,32 @@ class ElasticTrainer(Trainer):
         total = self.accelerator.reduce(total.float().to(self.args.device), "sum")
         return float(total[0] / total[1])
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's, of which no part is left where it cannot be written whole: the last one is gone on with."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with _written(folder):
+                super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """With what a resumed training must have in common, and adapters as part of the weights."""
+        """With adapters as part of the weights, and at the end, to vouch for them, what a resumed training must have in
+        common."""
         model: Any = self.supernet.model
         if state_dict is None and adapted(model):
             state_dict = with_adapters(model).state_dict()
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            (folder / RECORD).write_text(json.dumps(self._record(), default=str))
-            if added := self._added():
-                save_file({name: each.detach().cpu().contiguous() for name, each in added.items()}, folder / ADDED)
+        folder = Path(output_dir or self.args.output_dir)
+        with _written(folder):
+            if self.args.should_save:
+                (folder / RECORD).unlink(missing_ok=True)
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                if added := self._added():
+                    save_file({name: each.detach().cpu().contiguous() for name, each in added.items()}, folder / ADDED)
+                write_whole(folder / RECORD, json.dumps(self._record(), default=str), "train")
 
     def _added(self) -> dict[str, Tensor]:
         """Parameters that the model's own class does not know: adapters and learned ranges; and weights with adapters,
@@ -361,6 +385,21 @@ class ElasticTrainer(Trainer):
             for name, parameter in added.items():
                 parameter.data.copy_(kept[name])
         self.supernet.weights_changed()
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """What is raised where a disk is full, as one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise JointoptError(f"train: {str(folder)!r} cannot be written: {in_one_line(error)}") from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # where torch.save writes
+            raise
+        raise JointoptError(
+            f"train: {str(folder)!r} cannot be written: torch.save fails, as it does on a full disk"
+        ) from error
 
 
 def _smoothed(recipe: Recipe, smoothing: float) -> Recipe:
