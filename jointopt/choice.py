@@ -88,24 +88,28 @@ def best_of(
     ties = _by_objectives(frame, objectives)
     if size_mb is None and drop is None:
         return _first(frame, cost, *ties)
-    size = _size(frame)
     if size_mb is not None:
         if "size" not in frame:
             raise JointoptError("best: the study has no size; search with 'size' among the objectives")
+        size = _size(frame)
         fits = size <= size_mb * 1e6
         if not fits.any():
             raise JointoptError(f"size_mb: found {size_mb}; the smallest evaluated has {size.min() / 1e6:.4g} MB")
         return _first(frame, np.where(fits, cost, np.inf), *ties)
+    others = [objective for objective in objectives if objective is not quality]
+    if not others:
+        raise JointoptError(
+            f"drop: found {drop}, and {quality.name} is the study's one objective, so that nothing is won by giving it "
+            "up; allowed: with a cost among the objectives, such as size"
+        )
     if original is None:
         raise JointoptError(f"drop: the study has no {quality.name} of the original model")
     worse = cost - original * quality.sign
     fits = worse <= (drop or 0.0) + 1e-12
     if not fits.any():
         raise JointoptError(f"drop: found {drop}; the best {quality.name} evaluated is worse by {worse.min():.4g}")
-    named = [o for o in objectives if o.name in exact and o is not quality]
-    sought = next((o for o in named if o.name == "size"), named[0] if named else None)
-    least = size if sought is None else costs_of(frame, [sought])[:, 0]
-    return _first(frame, np.where(fits, least, np.inf), cost, *ties)
+    sought = min(others, key=lambda objective: (objective.name != "size", objective.name not in exact))
+    return _first(frame, np.where(fits, costs_of(frame, [sought])[:, 0], np.inf), cost, *ties)
 
 
 def _size(frame: pd.DataFrame) -> np.ndarray:

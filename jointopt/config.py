@@ -111,6 +111,10 @@ class Config(Section):
         names = [entry.name for entry in self.objectives or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"objectives {', '.join(names)}; allowed: each once")
+        if self.choose.drop is not None and len(names) == 1:
+            raise ValueError(
+                f"choose.drop with objectives {names[0]} alone; allowed: with a cost among them, such as size"
+            )
         wanted = TARGETS[self.target]
         try:
             check_schemes(wanted, self.space.schemes or ())

@@ -271,7 +271,7 @@ class Choose(Section):
     Attributes:
         size_mb: the best quality at or under this size.
         drop: the smallest whose quality is at most this much worse than the original's; where size is no objective,
-            the one of the least first cost that is.
+            the one of the least first cost that is, or best in the first other that is.
         knee: the point farthest from the line (of three objectives the plane) between the ends of the front;
             of one objective its best.
     """

@@ -94,6 +94,10 @@ def test_an_output_that_looks_like_a_number_reads_back_as_text(tmp_path):
         ("constraints: {size_mb: 20}", "constraints: found 'size_mb': found 20; allowed: '<= number' or '>= number'"),
         ("constraints: [size]", "constraints: found a list; allowed: {size_mb: '<= 20'} and the like"),
         ("choose: best", "choose: found 'best'; allowed: {size_mb: 20}, {drop: 0.01} or knee"),
+        (
+            "objectives: [accuracy]\nchoose: {drop: 0.1}",
+            "choose.drop with objectives accuracy alone; allowed: with a cost",
+        ),
         ("choose: {size_mb: 2, drop: 0.1}", "choose: found size_mb, drop; allowed: one of"),
         ("dtype: float16", "dtype: found 'float16'; allowed: auto, float32, bfloat16"),
         ("device: tpu", "device: found 'tpu'; allowed: auto, cpu, cuda, mps"),

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -442,13 +443,16 @@ def test_the_knee_looks_at_every_objective():
     assert study.best(knee=True).tolist() == [3]
 
 
-def chosen_among(rows: list[tuple], **wish: float) -> tuple[list[int], Study]:
-    """Of a study over accuracy and macs alone; the original has an accuracy of 1."""
-    objectives = [Objective("accuracy", "max"), Objective("macs", "min")]
+TWO = (Objective("accuracy", "max"), Objective("macs", "min"))
+
+
+def chosen_among(rows: list[tuple], objectives: Sequence[Objective] = TWO, **wish: float) -> tuple[list[int], Study]:
+    """Of a study over two objectives alone, beside which size is known; the original has an accuracy of 1."""
     study = Study.create(None, SearchSpace([Gene("depth", tuple(range(1, 6)))]), objectives, {})
     study.note("baselines", {"original": {"accuracy": 1.0}})
-    for at, (accuracy, macs, size) in enumerate(rows):
-        metrics = {"accuracy": accuracy, "macs": macs, "size": size}
+    names = ("accuracy", objectives[-1].name, "size")
+    for at, row in enumerate(rows):
+        metrics = dict(zip(names, row, strict=True))
         study.add_evaluation(0, np.array([at]), metrics, None, 1.0)
     return study.best(**wish).tolist(), study
 
@@ -460,6 +464,18 @@ def test_of_equal_quality_the_better_in_the_study_s_own_objectives_is_chosen(wis
 
 def test_a_tolerated_drop_gives_the_least_of_the_study_s_first_cost():
     assert chosen_among([(1.0, 20, 100), (0.9, 10, 200), (0.9, 30, 50), (0.1, 1, 1)], drop=0.2)[0] == [1]
+
+
+def test_a_tolerated_drop_gives_the_best_of_another_measured_objective_where_there_is_no_cost():
+    objectives = [Objective("accuracy", "max"), Objective("robustness", "max")]
+    rows = [(1.0, 0.1, 100), (0.9, 0.5, 300), (0.85, 0.4, 50), (0.1, 0.9, 1)]
+    chosen, study = chosen_among(rows, objectives, drop=0.2)
+    assert chosen == [1] and (1,) in set(study.front()["genome"])
+
+
+def test_a_drop_of_the_one_objective_is_refused():
+    with pytest.raises(JointoptError, match="drop: found 0.2, and accuracy is the study's one objective"):
+        chosen_among([(1.0, 20, 100), (0.9, 10, 20)], [Objective("accuracy", "max")], drop=0.2)
 
 
 def test_of_equals_in_all_objectives_the_smaller_is_on_the_front_and_chosen():
