@@ -80,6 +80,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"jointopt: error: {message}; see {self.prog} --help\n")
 
 
+def _given(text: str) -> str:
+    """A path. An empty one is a variable of the shell's that was not set, and no wish for the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("found ''; allowed: a path")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="jointopt",
@@ -94,25 +101,31 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     run = command("run", _run, "search, export and verify what a config describes; go on where it was stopped")
-    run.add_argument("config", metavar="CONFIG", help="a YAML file, such as init writes")
+    run.add_argument("config", metavar="CONFIG", type=_given, help="a YAML file, such as init writes")
     run.add_argument("--evaluations", type=int, metavar="N", help="in place of the config's search.evaluations")
     run.add_argument("--seed", type=int, metavar="N", help="in place of the config's search.seed")
     run.add_argument("--device", metavar="DEVICE", help="in place of the config's device")
-    run.add_argument("--output", metavar="FOLDER", help="in place of the config's output")
+    run.add_argument("--output", metavar="FOLDER", type=_given, help="in place of the config's output")
     run.add_argument("--overwrite", action="store_true", help="replace an export of another genome")
 
     init = command("init", _init, "write a commented config for a model")
-    init.add_argument("model", metavar="MODEL", help=MODELS)
+    init.add_argument("model", metavar="MODEL", type=_given, help=MODELS)
     init.add_argument(
-        "-o", "--out", metavar="FILE", help="the config's file, - for stdout (default: the model's name with .yaml)"
+        "-o",
+        "--out",
+        metavar="FILE",
+        type=_given,
+        help="the config's file, - for stdout (default: the model's name with .yaml)",
     )
 
     space = command("space", _space, "show a config's genes, the number of genomes, and the sizes of both ends")
-    space.add_argument("config", metavar="CONFIG", help="a YAML file, such as init writes")
+    space.add_argument("config", metavar="CONFIG", type=_given, help="a YAML file, such as init writes")
 
     report = command("report", _report, "show the front of a finished or running study, and write its HTML report")
-    report.add_argument("study", metavar="OUTPUT", help="a run's output folder, or a study's file")
-    report.add_argument("-o", "--out", metavar="FILE", help="the HTML file (default: report.html beside the study)")
+    report.add_argument("study", metavar="OUTPUT", type=_given, help="a run's output folder, or a study's file")
+    report.add_argument(
+        "-o", "--out", metavar="FILE", type=_given, help="the HTML file (default: report.html beside the study)"
+    )
     report.add_argument(
         "--device", action="append", metavar="DEVICE", help="a device to show the front on, by its roofline; repeatable"
     )
@@ -120,9 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--context", type=int, default=None, metavar="N", help="tokens of a sample there")
 
     export = command("export", _export, "export any point of a finished or running study")
-    export.add_argument("output", metavar="OUTPUT", help="a run's output folder")
+    export.add_argument("output", metavar="OUTPUT", type=_given, help="a run's output folder")
     export.add_argument("--pick", required=True, metavar="POINT", help=PICKS)
-    export.add_argument("--to", metavar="FOLDER", help="the folder to be made (default: OUTPUT/export)")
+    export.add_argument("--to", metavar="FOLDER", type=_given, help="the folder to be made (default: OUTPUT/export)")
     export.add_argument(
         "--target",
         choices=TARGETS,
@@ -133,8 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = command(
         "verify", _verify, "reload an export without jointopt, score it again, weigh it; exit 1 if it differs"
     )
-    verify.add_argument("folder", metavar="FOLDER", help="an export, or a run's output folder")
-    verify.add_argument("--config", metavar="CONFIG", help="whose data is scored (default: the run's that made it)")
+    verify.add_argument("folder", metavar="FOLDER", type=_given, help="an export, or a run's output folder")
+    verify.add_argument(
+        "--config", metavar="CONFIG", type=_given, help="whose data is scored (default: the run's that made it)"
+    )
     return parser
 
 

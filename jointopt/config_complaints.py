@@ -125,6 +125,10 @@ def _keys_at(schema: type[BaseModel], at: tuple) -> list[str]:
     return list(section.model_fields)
 
 
+LONGEST = 200
+"""Characters of a text that are repeated: what is no config may be a whole book."""
+
+
 def described(value: Any) -> str:
     if value is None:
         return "nothing"
@@ -132,6 +136,8 @@ def described(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, Mapping):
         return "keys " + ", ".join(map(str, value)) if value else "no keys"
+    if isinstance(value, str) and len(value) > LONGEST:
+        return f"{value[:LONGEST]!r} and {len(value) - LONGEST} characters more"
     if isinstance(value, str | int | float):
         return repr(value)
     return f"a {type(value).__name__}"

@@ -338,14 +338,17 @@ def _one_seed() -> Iterator[None]:
 
 @contextmanager
 def _explained(source: ModelSource) -> Iterator[None]:
-    """What transformers, timm, safetensors and the hub raise for a model that cannot be loaded, as one line."""
+    """What transformers, timm, safetensors and the hub raise for a model that cannot be loaded, as one line: of a
+    config.json whose values are of wrong types or sizes, that may be anything."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:
+        meant = isinstance(error, OSError | ValueError | RuntimeError | ImportError | SafetensorError)
+        told = first_line(error) if meant else f"{type(error).__name__}: {in_one_line(error)}"
         where = "" if source.local else " (no folder of this name is here, so it was looked for on the hub)"
-        raise JointoptError(f"model: {source.name!r} cannot be loaded{where}: {first_line(error)}") from None
+        raise JointoptError(f"model: {source.name!r} cannot be loaded{where}: {told}") from None
 
 
 def import_function(name: str) -> Callable[[nn.Module], Any]:

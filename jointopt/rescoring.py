@@ -14,7 +14,7 @@ import numpy as np
 from jointopt.evaluation import Quality, measured
 from jointopt.objectives import COSTS
 from jointopt.sharing import SharedEvaluator
-from jointopt.study import Study
+from jointopt.study import Study, damaged
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -56,7 +56,8 @@ def forget(study: Study, source: Any = None) -> None:
 
 def rescored(study: Study) -> dict[Genome | None, dict[str, Any]]:
     """Genome (None for the original) -> "metrics" and their standard "errors", of what was scored again."""
-    return {None if (g := each["genome"]) is None else tuple(g): each for each in study.fact("unseen", [])}
+    with damaged(study.path, "a score on unseen data"):
+        return {None if (g := each["genome"]) is None else tuple(g): each for each in study.fact("unseen", [])}
 
 
 def _note(study: Study, known: dict, genome: Genome | None, record: Mapping[str, Any]) -> None:

@@ -36,7 +36,16 @@ CREATE TABLE IF NOT EXISTS evaluations (
     metrics TEXT, failed TEXT, seconds REAL NOT NULL);
 """
 _SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "scikit-learn", "numpy")
-_KINDS = {"config": dict, "baselines": dict, "computed": list, "finished": list, "elapsed": Real, "threads": int}
+_KINDS = {
+    "config": dict,
+    "baselines": dict,
+    "computed": list,
+    "finished": list,
+    "elapsed": Real,
+    "threads": int,
+    "choice": dict,
+    "unseen": list,
+}
 TABLES = ("facts", "generations", "evaluations")
 VERSION = 2
 P = ParamSpec("P")
@@ -94,14 +103,15 @@ class Study:
         self.path = path
         self._connection, self._lock = connection, lock
         space, objectives = self.fact("space"), self.fact("objectives")
-        if space is None or objectives is None:
+        if space is None or not objectives:
             raise JointoptError(f"study {str(path)!r}: is damaged, it lacks its space or its objectives")
         with damaged(path, "its space"):
             self.space = SearchSpace.from_dict(space)
         with damaged(path, "its objectives"):
             self.objectives = tuple(Objective(name, direction) for name, direction in objectives)
+        none = object()
         for key, kind in _KINDS.items():
-            if (found := self.fact(key)) is not None and not isinstance(found, kind):
+            if (found := self.fact(key, none)) is not none and not isinstance(found, kind):
                 raise JointoptError(f"study {str(path)!r}: is damaged: its {key} is {found!r:.60}")
 
     @classmethod

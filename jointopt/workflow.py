@@ -289,9 +289,9 @@ def export_genome(
     from jointopt.checkpoint.writer import RECORD, export
 
     if folder.exists() and not overwrite:
-        record = _read_json(folder / RECORD)
+        record = found if isinstance(found := _read_json(folder / RECORD), dict) else {}
         rounding = finished.rounding if finished else NEAREST
-        there = record and [record.get("genome"), record.get("rounding"), record.get("target", "transformers")]
+        there = [record.get("genome"), record.get("rounding"), record.get("target", "transformers")]
         if there == [genome.tolist(), rounding, target]:
             return
         raise JointoptError(f"export: {str(folder)!r} exists and holds another model; --overwrite replaces it")

@@ -146,6 +146,10 @@ def test_verify_tells_all_differences_of_weights_that_are_no_numbers_and_of_file
     weights.write_bytes(weights.read_bytes()[:50])
     done = command("verify", tmp_path / "nan", cwd=place)
     assert done.returncode == 2 and "is cut short" in done.stderr and "Traceback" not in done.stderr
+    record = json.loads((tmp_path / "nan/jointopt.json").read_text())
+    (tmp_path / "nan/jointopt.json").write_text(json.dumps({**record, "probe": 3}))
+    done = command("verify", tmp_path / "nan", cwd=place)
+    assert done.returncode == 2 and "probe: found 3; allowed: what export wrote" in done.stderr
     (tmp_path / "nan/jointopt.json").write_text("[]")
     done = command("verify", tmp_path / "nan", cwd=place)
     assert done.returncode == 2 and "has no probe, costs, layers" in done.stderr and "Traceback" not in done.stderr
@@ -372,6 +376,12 @@ def test_a_training_that_was_killed_goes_on_with_its_own_config_alone(place, cap
 )
 def test_a_bad_argument_is_one_line_and_exit_code_2(words, said, finished, capsys, monkeypatch):
     assert said in refused(capsys, finished.parents[1], monkeypatch, *words)
+
+
+def test_an_empty_path_is_not_taken_for_the_default(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "runs/vit", "--pick", "knee", "--to", "", "--overwrite"])
+    assert "argument --to: found ''; allowed: a path" in capsys.readouterr().err
 
 
 def test_an_export_that_is_refused_leaves_the_choice_as_it_was(finished, capsys, monkeypatch):

@@ -376,6 +376,10 @@ def test_a_broken_model_folder_is_one_line(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(JointoptError, match="cannot be loaded: Error no file named model.safetensors"):
         load_model(str(folder), None, "cpu")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "hidden_size": "two"}))
+    with pytest.raises(JointoptError, match="cannot be loaded: Strict.* Field 'hidden_size' expected int, got str"):
+        load_model(str(folder), None, "cpu")
     (folder / "config.json").write_text("{")
     with pytest.raises(JointoptError, match="config.json cannot be read"):
         load_model(str(folder), None, "cpu")

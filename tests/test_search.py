@@ -152,6 +152,8 @@ def test_a_study_that_was_edited_to_something_else_is_said_to_be_damaged(superne
         ("UPDATE facts SET value = '{}' WHERE key = 'space'", "its space cannot be read: KeyError: 'genes'"),
         ("UPDATE facts SET value = '[1]' WHERE key = 'objectives'", "its objectives cannot be read: TypeError"),
         ("UPDATE facts SET value = '[1]' WHERE key = 'config'", r"its config is \[1\]"),
+        ("UPDATE facts SET value = 'null' WHERE key = 'config'", "its config is None"),
+        ("INSERT INTO facts VALUES ('choice', '[3]')", r"its choice is \[3\]"),
         ("UPDATE evaluations SET genome = '[1, 2]' WHERE number = 2", "evaluation 2 .*: its genome has 2 genes"),
         ("UPDATE generations SET predicted = '[]'", "generation 0 cannot be read: ValueError"),
     ],

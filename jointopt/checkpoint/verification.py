@@ -104,6 +104,9 @@ def _scored(quality: Quality, model: nn.Module, differences: list[str]) -> dict[
         return {}
 
 
+_KINDS: dict[str, Any] = {"probe": dict | None, "costs": dict, "layers": list, "metrics": dict}
+
+
 def read_record(folder: str | Path) -> dict[str, Any]:
     """What was recorded at export."""
     check_kind("verify: folder", folder, (str, Path), "a path")
@@ -115,10 +118,14 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise JointoptError(f"verify: {str(path)!r} cannot be read: {error}") from None
-    needed = ("probe", "costs", "layers", "metrics")
-    lacking = [key for key in needed if key not in record] if isinstance(record, dict) else list(needed)
+    lacking = [key for key in _KINDS if key not in record] if isinstance(record, dict) else list(_KINDS)
     if lacking:
         raise JointoptError(f"verify: {str(path)!r} has no {', '.join(lacking)}; allowed: what export wrote, unchanged")
+    for key, kind in _KINDS.items():
+        if not isinstance(record[key], kind):
+            raise JointoptError(
+                f"verify: {str(path)!r}: {key}: found {record[key]!r:.60}; allowed: what export wrote, unchanged"
+            )
     return record
 
 
@@ -139,9 +146,15 @@ def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[st
     if record["probe"] is None:
         return []
     dtype = next(model.parameters()).dtype
-    inputs = probe_inputs(record["probe"], dtype)
+    try:
+        inputs, expected = probe_inputs(record["probe"], dtype), torch.tensor(record["probe"]["outputs"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise JointoptError(
+            f"verify: the probe in {RECORD} cannot be read ({type(error).__name__}: {error}); allowed: what export "
+            "wrote, unchanged"
+        ) from None
     with torch.no_grad():
-        found, expected = probed(model(**inputs)), torch.tensor(record["probe"]["outputs"])
+        found = probed(model(**inputs))
     # bitsandbytes computes 4-bit layers in bfloat16 wherever a CPU has it, whatever the model's dtype.
     schemes = [scheme(layer["scheme"]) for layer in record["layers"]]
     # ONNX Runtime adds whole numbers where torch adds their products with a scale: a last bit apart, which the next
