@@ -19,7 +19,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from jointopt.files import check_path
-from jointopt.names import MODELS, TARGETS
+from jointopt.names import MODELS, NOISY, TARGETS
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _quiet() -> None:
     # These two set their own level when they are imported.
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    for name in ("transformers", "datasets", "timm", "httpx", "huggingface_hub", "torch.utils._pytree"):
+    for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

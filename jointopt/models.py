@@ -302,7 +302,7 @@ def _processor(source: ModelSource, task: str) -> Any:
         )
     try:
         return kind.from_pretrained(source.location, **source.options())
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:
         raise JointoptError(
             f"model: {source.name!r} comes without a usable {needed} ({first_line(error)}); "
             "save the one it was trained with beside it"

@@ -7,5 +7,7 @@ from typing import Literal, get_args
 MODELS = "a local folder, a GGUF file, a hub id, or timm/NAME"
 TaskName = Literal["text-classification", "image-classification", "causal-lm"]
 TargetName = Literal["transformers", "onnxruntime", "gguf", "vllm"]
+NOISY = ("transformers", "datasets", "timm", "httpx", "huggingface_hub", "torch.utils._pytree")
+"""Loggers of libraries whose notices are not for the user of a command."""
 TASKS: tuple[str, ...] = get_args(TaskName)
 TARGETS: tuple[str, ...] = get_args(TargetName)

@@ -9,6 +9,7 @@ floating-point numbers depend on the number of threads, so that a study keeps to
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 
 from jointopt.evaluation import Evaluation, Quality
+from jointopt.names import NOISY
 from jointopt.sharing import MEMORY, SharedEvaluator
 from quant.errors import JointoptError
 
@@ -270,7 +272,9 @@ class Process:
         count = str(threads)
         environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **place}
         # Ctrl-C reaches every process of the terminal; it is this one's to deal with.
-        begin = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        begin = "import logging, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        for name in NOISY:
+            begin += f"logging.getLogger({name!r}).setLevel({logging.getLogger(name).level}); "
         begin += f"sys.path[:] = {sys.path!r}; from jointopt import workers; "
         with other:
             self.process = subprocess.Popen(

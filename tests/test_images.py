@@ -109,3 +109,11 @@ def test_an_image_processor_of_another_size_than_the_models_is_named(tmp_path):
     images = write_images(tmp_path / "images")
     with pytest.raises(JointoptError, match=r"makes images of \(8, 8\); the model takes \(16, 16\)"):
         quality_of(save_vit(tmp_path / "vit", 16), "image-classification", DataSource(str(images)))
+
+
+def test_an_image_processor_for_colours_of_a_gray_model_is_named(tmp_path):
+    folder = save_vit(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    source = DataSource(str(write_images(tmp_path / "images")))
+    with pytest.raises(JointoptError, match="its image processor fails on L images: RuntimeError: .* shape"):
+        quality_of(folder, "image-classification", source)

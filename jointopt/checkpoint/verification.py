@@ -122,7 +122,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     if lacking:
         raise JointoptError(f"verify: {str(path)!r} has no {', '.join(lacking)}; allowed: what export wrote, unchanged")
     for key, kind in _KINDS.items():
-        if not isinstance(record[key], kind):
+        if not isinstance(record[key], kind) or (key == "costs" and "size" not in record[key]):
             raise JointoptError(
                 f"verify: {str(path)!r}: {key}: found {record[key]!r:.60}; allowed: what export wrote, unchanged"
             )

@@ -68,13 +68,14 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
 
 
 def _inputs(processor: Any, image: Image.Image) -> Tensor:
-    """[channels, height, width]"""
+    """[channels, height, width]. What a processor raises for settings that do not fit the image may be anything."""
     if not hasattr(processor, "model_input_names"):
         return processor(image)
     try:
         return processor(images=image, return_tensors="pt")["pixel_values"][0]
-    except ValueError as error:
-        raise JointoptError(f"model: its image processor fails: {first_line(error)}") from None
+    except Exception as error:
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise JointoptError(f"model: its image processor fails on {image.mode} images: {told}") from None
 
 
 def _check_size(model: nn.Module, pixels: Tensor, source: DataSource) -> None:
