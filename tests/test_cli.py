@@ -92,14 +92,6 @@ def test_nothing_of_the_libraries_inside_reaches_the_terminal(finished):
     assert done.stderr == ""
 
 
-@pytest.mark.slow
-def test_nothing_of_the_libraries_inside_its_workers_does_either(place):
-    write_config(place, output="runs/two", search={"evaluations": 2, "workers": 2})
-    done = command("run", "config.yaml", cwd=place)
-    assert done.returncode == 0
-    assert done.stderr == ""
-
-
 def test_a_second_run_does_nothing_again_and_more_evaluations_go_on(finished):
     place = finished.parents[1]
     export, study = finished / "export/model.safetensors", Study.open(finished / "study.db")
@@ -510,3 +502,11 @@ def test_finishing_knows_its_keys(place, capsys, monkeypatch):
     assert "finish.rounding: found 'gptqq'" in refused(capsys, place, monkeypatch, "run", "config.yaml")
     write_config(place, finish={"top": 0})
     assert "finish.top: found 0; allowed: more than 0" in refused(capsys, place, monkeypatch, "run", "config.yaml")
+
+
+@pytest.mark.slow
+def test_nothing_of_the_libraries_inside_its_workers_does_either(place):
+    write_config(place, output="runs/two", search={"evaluations": 2, "workers": 2})
+    done = command("run", "config.yaml", cwd=place)
+    assert done.returncode == 0
+    assert done.stderr == ""
