@@ -69,9 +69,9 @@ def test_evaluation_logs_the_smallest_the_middle_and_the_largest(tmp_path):
     made = trainer(tmp_path, eval_strategy="steps", eval_steps=3)
     made.train()
     logged = {name for record in made.state.log_history for name in record}
-    assert {"loss", "eval_loss", "eval_loss_smallest", "eval_loss_middle"} <= logged
+    assert {"loss", "eval_loss", "eval_smallest_loss", "eval_middle_loss"} <= logged
     found = made.evaluate()
-    assert found["eval_loss"] != found["eval_loss_smallest"]
+    assert found["eval_loss"] != found["eval_smallest_loss"]
 
 
 def test_accumulated_batches_train_the_same_sub_networks_as_one_large_batch(tmp_path):
@@ -385,14 +385,14 @@ def test_a_dataset_is_read_as_far_as_its_length_says(tmp_path):
 def test_losses_logged_while_number_formats_are_trained_are_those_of_the_last_weights(tmp_path):
     made = trainer(tmp_path, recipe=Recipe(precision_from=0.0), eval_strategy="steps", eval_steps=1, learning_rate=0.05)
     made.train()
-    logged = [entry for entry in made.state.log_history if "eval_loss_smallest" in entry][-1]
-    assert logged["eval_loss_smallest"] == pytest.approx(made.evaluate()["eval_loss_smallest"], rel=1e-5)
+    logged = [entry for entry in made.state.log_history if "eval_smallest_loss" in entry][-1]
+    assert logged["eval_smallest_loss"] == pytest.approx(made.evaluate()["eval_smallest_loss"], rel=1e-5)
 
 
 def test_a_resnet_is_evaluated_with_statistics_of_the_sub_network(tmp_path):
     made = trainer(tmp_path, make("resnet"), max_steps=2)
     made.train()
-    found = made.evaluate()["eval_loss_smallest"]
+    found = made.evaluate()["eval_smallest_loss"]
     plan = made.supernet.plan(made.supernet.space.smallest)
     with made.supernet.active(made.supernet.space.smallest) as small, torch.no_grad():
         rows = data(8, 1)
@@ -405,10 +405,19 @@ def test_a_resnet_is_evaluated_with_statistics_of_the_sub_network(tmp_path):
 def test_early_stopping_sees_the_smallest_sub_network(tmp_path):
     stop = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=10.0)
     often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss_smallest", "greater_is_better": False}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "smallest_loss"}
     made = trainer(tmp_path, callbacks=[stop], **often, **best)
     made.train()
     assert made.state.global_step == 2
+
+
+def test_the_best_checkpoint_is_that_of_the_smallest_sub_network_s_least_loss(tmp_path):
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "smallest_loss"}
+    made = trainer(tmp_path, learning_rate=3e-2, **often, **best)
+    made.train()
+    seen = [entry["eval_smallest_loss"] for entry in made.state.log_history if "eval_smallest_loss" in entry]
+    assert made.state.best_metric == min(seen) < max(seen)
 
 
 def test_labels_may_come_from_the_collator(tmp_path):

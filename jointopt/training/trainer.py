@@ -282,7 +282,8 @@ class ElasticTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """The Trainer's, of the largest sub-network; where it evaluates, the losses of the smallest and of a middle one
-        beside, so that callbacks (early stopping) see them too."""
+        beside, so that callbacks (early stopping) see them too, as "eval_smallest_loss" and "eval_middle_loss": of
+        names that end in "loss" the Trainer itself knows that less is better."""
         found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if description == "Evaluation":
             if f"{metric_key_prefix}_loss" not in found.metrics:
@@ -293,7 +294,7 @@ class ElasticTrainer(Trainer):
             space = self.supernet.space
             middle = space.canonical((space.largest + space.smallest) // 2)
             for name, genome in (("smallest", space.smallest), ("middle", middle)):
-                found.metrics[f"{metric_key_prefix}_loss_{name}"] = self._loss_of(genome, dataloader)
+                found.metrics[f"{metric_key_prefix}_{name}_loss"] = self._loss_of(genome, dataloader)
         return found
 
     @torch.no_grad()
