@@ -126,6 +126,9 @@ def search(
         if not study.baselines:
             with workplaces.threads_of_torch(threads):
                 study.note("baselines", {"original": {**original, **metrics_of_original(supernet, quality)}})
+        elif len(study) and budget.spent(study, 0.0) is None:
+            with workplaces.threads_of_torch(threads):
+                _check_goes_on(study, wanted, metrics_of_original(supernet, quality))
         check_metrics(wanted, study.baselines["original"])
         if study.fact("shapes") is None:
             study.note("shapes", supernet.shapes())
@@ -151,6 +154,20 @@ def search(
         raise
     study.unlock()
     return study
+
+
+def _check_goes_on(study: Study, wanted: Sequence[Objective], found: Mapping[str, float]) -> None:
+    """Raises JointoptError where the quality function no longer gives an objective, and warns where it says something
+    else of the original than when the study was begun."""
+    check_metrics(wanted, found)
+    for name in {each.name for each in wanted} & {*found} & {*study.baselines["original"]}:
+        before = study.baselines["original"][name]
+        if not np.isclose(found[name], before, rtol=1e-3, atol=1e-6, equal_nan=True):
+            warnings.warn(
+                f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study was begun: by "
+                "another quality function or on other data; what it scored then stays beside what is scored now",
+                stacklevel=3,
+            )
 
 
 def _recorded(

@@ -540,3 +540,14 @@ def test_hypervolume_is_measured_where_the_first_evaluations_all_failed(supernet
 
     study = jointopt.search(supernet, quality, evaluations=14, batch=14, strategy="random")
     assert study.evaluations()["failed"].notna().sum() == 11 and study.reference_point() is not None
+
+
+def test_a_study_that_goes_on_by_another_quality_function_is_told(supernet, tmp_path):
+    path = tmp_path / "study.db"
+    jointopt.search(supernet, agreement, evaluations=4, storage=path).close()
+    with pytest.raises(JointoptError, match="objective 'quality': the quality function returns acc"):
+        jointopt.search(supernet, lambda model: {"acc": 7.0}, evaluations=8, storage=path)
+    with pytest.warns(UserWarning, match="quality of the original is 7, and was -.* when the study was begun"):
+        study = jointopt.search(supernet, lambda model: 7.0, evaluations=8, storage=path)
+    assert len(study) == 8
+    study.close()
