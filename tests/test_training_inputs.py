@@ -11,9 +11,11 @@ from torch import nn
 from transformers import BertForTokenClassification
 
 import jointopt
-from jointopt import Distillation, JointoptError, Recipe, SearchSpace, Supernet
+from jointopt import Distillation, ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
+from jointopt.training.distillation import soft_labels
 from jointopt.training.elastic import task_loss
-from jointopt.training.sampling import Attentive, Progressive, Sandwich, Uniform
+from jointopt.training.sampling import Attentive, Progressive, Sandwich, Uniform, step_seed
+from tests.test_trainer import arguments
 from tests.test_training import calibrated, gradients, labelled, still
 from tests.zoo import batches, logits, make
 
@@ -343,3 +345,38 @@ def test_a_recipe_may_be_made_anew_at_each_step():
     for step in range(2):
         recipe = Recipe(Attentive(front=supernet.space.sample(3, seed=0)))
         assert torch.isfinite(jointopt.elastic_loss(supernet, labelled("vit")[0], step, recipe))
+
+
+def test_where_no_token_has_a_label_nothing_is_distilled():
+    supernet, batch = calibrated("llama_tied"), batches("llama_tied")[0]
+    still(supernet.model)
+    answers = {**batch, "labels": batch["input_ids"].clone()}
+    answers["labels"][:, :-3] = -100
+    sampling = Uniform(1)
+    (genome,) = sampling.genomes(supernet.space, 0.0, step_seed(0, 0))
+    found = jointopt.elastic_loss(supernet, answers, 0, Recipe(sampling))
+    whole = supernet.model(**answers)
+    student = supernet.training_view(genome, False)(**batch).logits
+    learned = soft_labels(student[:, -4:-1], whole.logits[:, -4:-1])
+    torch.testing.assert_close(found, whole.loss + learned)
+
+
+def test_of_prompts_too_a_step_of_small_batches_is_that_of_the_whole_one(tmp_path):
+    ids = batches("llama_tied", 1, 8)[0]["input_ids"]
+    rows = []
+    for at, each in enumerate(ids):
+        labels = each.clone()
+        labels[: 2 + at] = -100
+        rows.append({"input_ids": each, "labels": labels})
+    found = []
+    for size in (8, 2):
+        torch.manual_seed(0)
+        model = make("llama_tied")
+        still(model)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        args = arguments(tmp_path, max_steps=2, optim="sgd", learning_rate=0.1, **options)
+        made = ElasticTrainer(model=model, args=args, train_dataset=rows)
+        made.train()
+        found.append(made.supernet.model.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6)

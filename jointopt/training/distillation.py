@@ -206,10 +206,17 @@ def _last_attention(family: Family, plan: Plan) -> Width | None:
     return max(staying, key=lambda width: names.index(width.block or ""), default=None)
 
 
-def loss_of(student: Seen, teacher: Target, batch: Batch, wanted: Distillation) -> Tensor:
-    """The weighted sum of what a student is compared in, a scalar in float32."""
+def loss_of(
+    student: Seen, teacher: Target, batch: Batch, wanted: Distillation, counted: Tensor | None = None
+) -> Tensor:
+    """The weighted sum of what a student is compared in, a scalar in float32.
+
+    Args:
+        counted: of logits [batch, tokens, ...] those whose divergence counts; None for those of tokens that are not
+            masked.
+    """
     mask = batch.get("attention_mask")
-    total = _divergence(student.logits, teacher, mask, wanted.temperature)
+    total = _divergence(student.logits, teacher, mask if counted is None else counted, wanted.temperature)
     shared = [name for name in student.hidden if name in teacher.hidden]
     if wanted.hidden and shared:
         parts = [_difference(student.hidden[name], teacher.hidden[name], mask) for name in shared]
@@ -238,7 +245,7 @@ def _divergence(student: Tensor, teacher: Target, mask: Tensor | None, temperatu
         return nn.functional.mse_loss(student.float(), teacher.outputs)
     rows = teacher.outputs.shape[:-1]
     if mask is not None and mask.shape == rows and teacher.problem is None:
-        weights = mask.float() / mask.sum()
+        weights = mask.float() / mask.sum().clamp(min=1)
     else:
         weights = torch.full(rows, 1 / rows.numel(), device=student.device)
     student = _choices(student, teacher.problem)

@@ -388,8 +388,9 @@ def _loss(
     shown = seen(view, inputs, supernet.family, student.plan, wanted or Distillation())
     if wanted is None:
         return _task_loss(recipe, shown.logits, batch), shown
+    counted = _counted(recipe, shown.logits, batch["labels"])
     if teacher is not None:
-        loss = loss_of(shown, teacher, batch, wanted)
+        loss = loss_of(shown, teacher, batch, wanted, counted)
         return (loss + wanted.labels * _task_loss(recipe, shown.logits, batch) if wanted.labels else loss), shown
     loss = _task_loss(recipe, shown.logits, batch)
     problem = problem_of(supernet.model)
@@ -402,9 +403,18 @@ def _loss(
                 f"teacher: its logits are {list(given.logits.shape)}, the model's {list(shown.logits.shape)}; allowed: "
                 "the same"
             )
-        loss = loss + loss_of(shown, target(given, wanted.temperature, problem), batch, wanted)
+        loss = loss + loss_of(shown, target(given, wanted.temperature, problem), batch, wanted, counted)
         shown.logits = given.logits
     return loss, shown
+
+
+def _counted(recipe: Recipe, logits: Tensor, labels: Tensor) -> Tensor | None:
+    """Which of the next tokens have a label: where the task's loss counts nothing, as in a prompt, nothing is distilled
+    either, and both parts of the loss weigh alike in a step that accumulates batches."""
+    of_tokens = labels.dim() == 2 and logits.dim() == 3 and labels.shape == logits.shape[:2]
+    if not of_tokens or getattr(recipe.loss, "func", recipe.loss) is not task_loss:
+        return None
+    return nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
 
 
 def _task_loss(recipe: Recipe, logits: Tensor, batch: Batch) -> Tensor:
