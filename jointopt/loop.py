@@ -164,7 +164,7 @@ def _check_goes_on(study: Study, wanted: Sequence[Objective], found: Mapping[str
         before = study.baselines["original"][name]
         if not np.isclose(found[name], before, rtol=1e-3, atol=1e-6, equal_nan=True):
             warnings.warn(
-                f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study was begun: by "
+                f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study began: by "
                 "another quality function or on other data; what it scored then stays beside what is scored now",
                 stacklevel=3,
             )

@@ -547,7 +547,7 @@ def test_a_study_that_goes_on_by_another_quality_function_is_told(supernet, tmp_
     jointopt.search(supernet, agreement, evaluations=4, storage=path).close()
     with pytest.raises(JointoptError, match="objective 'quality': the quality function returns acc"):
         jointopt.search(supernet, lambda model: {"acc": 7.0}, evaluations=8, storage=path)
-    with pytest.warns(UserWarning, match="quality of the original is 7, and was -.* when the study was begun"):
+    with pytest.warns(UserWarning, match="quality of the original is 7, and was -.* when the study began"):
         study = jointopt.search(supernet, lambda model: 7.0, evaluations=8, storage=path)
     assert len(study) == 8
     study.close()
