@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertForMaskedLM, RobertaForMaskedLM
+from transformers import BertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
 
 import jointopt
 from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
@@ -229,11 +229,15 @@ def test_overwriting_replaces_exports_alone(tmp_path, mine):
     assert (folder / mine).read_text() == "mine"
 
 
+def masked_language_model(kind: type[nn.Module]) -> nn.Module:
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    return kind(kind.config_class(**sizes, num_hidden_layers=2, max_position_embeddings=66)).eval()
+
+
 @pytest.mark.parametrize("kind", [BertForMaskedLM, RobertaForMaskedLM])
 @pytest.mark.parametrize("end", ["largest", "smallest"])
 def test_a_masked_language_models_tied_head_and_its_bias_are_stored_once_and_reload(tmp_path, kind, end):
-    sizes = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
-    model = kind(kind.config_class(**sizes, num_hidden_layers=2, max_position_embeddings=66)).eval()
+    model = masked_language_model(kind)
     model.get_output_embeddings().bias.data.normal_()
     supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A16"]))
     supernet.calibrate([{"input_ids": torch.randint(3, 96, (3, 13))}])
@@ -242,6 +246,16 @@ def test_a_masked_language_models_tied_head_and_its_bias_are_stored_once_and_rel
     assert sum(t.nbytes for t in load_file(folder / "model.safetensors").values()) == supernet.costs(genome)["size"]
     found = jointopt.verify(folder)
     assert found.ok, found.differences
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC", "W8A8_STATIC_ASYM", "NVFP4"])
+def test_the_input_statistics_of_a_tied_head_that_comes_before_its_embedding_are_counted_once(tmp_path, scheme):
+    model = masked_language_model(XLMRobertaForMaskedLM)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", scheme]))
+    supernet.calibrate([{"input_ids": torch.randint(3, 96, (3, 13))}])
+    genome = uniform(supernet, embedding=scheme)
+    folder = jointopt.export(supernet, genome, tmp_path / "small")
+    assert stored_bytes(folder) == supernet.costs(genome)["size"]
 
 
 def test_an_export_that_cannot_be_put_into_place_leaves_the_old_one(tmp_path, monkeypatch):

@@ -238,8 +238,8 @@ class ShapeCosts:
                 size += storage_bytes(scheme, shape, tensor.element_size(), embedding=isinstance(module, nn.Embedding))
             else:
                 size += _product(shape) * tensor.element_size()
-        if path in self._tied and scheme is not None and not isinstance(module, nn.Embedding):
-            size += statistics_bytes(scheme)
+        if "weight" not in owned and scheme is not None and not isinstance(module, nn.Embedding):
+            size += statistics_bytes(scheme)  # those beside a weight of its own are among its bytes
         macs = 0.0
         weight = module._parameters.get("weight")
         bits = 0 if weight is None else weight.element_size() * 8
