@@ -285,24 +285,36 @@ def check(family: Family, model: nn.Module) -> None:
     for width in family.widths:
         if width.size % width.unit:
             raise JointoptError(f"{width.gene}: {width.size} is not a whole number of units of {width.unit}")
-        for part, side in [(p, "rows") for p in width.producers] + [(p, "columns") for p in width.consumers]:
-            if not has_module(model, part.module):
-                raise JointoptError(f"{family.name}: width {width.gene!r} names {part.module!r}, which the model lacks")
-            module = model.get_submodule(part.module)
-            depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels
-            if isinstance(module, nn.GroupNorm) or (getattr(module, "groups", 1) != 1 and not depthwise):
-                raise JointoptError(
-                    f"{family.name}: {part.module}, which width {width.gene!r} names, is a {type(module).__name__} of "
-                    "groups, which are read together; allowed: one group, one for each channel, or leave the width out"
-                )
-            found = extent(module, side)
-            if found != width.units * part.channels:
-                raise JointoptError(
-                    f"{family.name}: {part.module} has {found} {side}; width {width.gene!r} declares "
-                    f"{width.units} units of {part.channels}"
-                )
+        for part in width.producers:
+            _check_part(family, model, width, part, "rows")
+        for part in width.consumers:
+            _check_part(family, model, width, part, "columns")
     for link in (*family.links, *(family.stream.readers if family.stream else ())):
         _check_link(family, model, link)
+
+
+def _check_part(family: Family, model: nn.Module, width: Width, part: Part, side: str) -> None:
+    if not has_module(model, part.module):
+        raise JointoptError(f"{family.name}: width {width.gene!r} names {part.module!r}, which the model lacks")
+    module = model.get_submodule(part.module)
+    named = f"{family.name}: {part.module}, which width {width.gene!r} names, is a {type(module).__name__}"
+    depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels
+    if isinstance(module, nn.GroupNorm) or (getattr(module, "groups", 1) != 1 and not depthwise):
+        raise JointoptError(
+            f"{named} of groups, which are read together; allowed: one group, one for each channel, or leave the width "
+            "out"
+        )
+    found = extent(module, side)
+    if found is None:
+        allowed = "Linear, Conv2d"
+        if side == "rows":
+            allowed += ", Embedding, or what has one value for each channel in all its own tensors, as norms do"
+        raise JointoptError(f"{named}, whose {side} cannot be cut; allowed: {allowed}")
+    if found != width.units * part.channels:
+        raise JointoptError(
+            f"{family.name}: {part.module} has {found} {side}; width {width.gene!r} declares "
+            f"{width.units} units of {part.channels}"
+        )
 
 
 def _check_layers(family: Family, model: nn.Module) -> None:
@@ -345,7 +357,9 @@ def _check_link(family: Family, model: nn.Module, link: Link) -> None:
     for path in (link.producer, *link.consumers):
         if not has_module(model, path):
             raise JointoptError(f"{family.name}: a link names {path!r}, which the model lacks")
-    made = extent(model.get_submodule(link.producer), "rows") * link.repeats
+        if model.get_submodule(path)._parameters.get("weight") is None:
+            raise JointoptError(f"{family.name}: {path}, which a link names, has no weight that a scale could change")
+    made = (extent(model.get_submodule(link.producer), "rows") or 0) * link.repeats
     for path in link.consumers:
         found = extent(model.get_submodule(path), "columns")
         if found != made or made % (link.head_dim or 1):
@@ -354,14 +368,24 @@ def _check_link(family: Family, model: nn.Module, link: Link) -> None:
             )
 
 
-def extent(module: nn.Module, side: str) -> int:
-    """Number of output rows or input columns of a layer or normalization, conv columns counted in channels."""
-    weight = module.get_parameter("weight")
-    if side == "rows":
-        return weight.shape[1] if isinstance(module, nn.Embedding) else weight.shape[0]
-    if weight.dim() < 2:
-        raise JointoptError(f"{type(module).__name__} has no input columns; only layers can consume a width")
-    return weight.shape[0] if isinstance(module, nn.Embedding) else weight.shape[1]
+def extent(module: nn.Module, side: str) -> int | None:
+    """Number of a layer's output "rows" or input "columns", conv columns counted in channels, or of the channels (rows)
+    of a normalization; None where there are none that could be cut."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        weight = module._parameters.get("weight")
+        if weight is None or (side == "columns" and isinstance(module, nn.Embedding)):
+            return None
+        return weight.shape[1 if side == "columns" or isinstance(module, nn.Embedding) else 0]
+    if side == "columns":
+        return None
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    shapes = {tuple(tensor.shape) for tensor in tensors if tensor.dim()}
+    if not shapes and "num_features" in vars(module):
+        shapes = {(vars(module)["num_features"],)}
+    if not shapes and "normalized_shape" in vars(module):
+        shapes = {tuple(vars(module)["normalized_shape"])}
+    shape = shapes.pop() if len(shapes) == 1 else ()
+    return shape[0] if len(shape) == 1 else None
 
 
 def example_text(model: Model) -> dict[str, Tensor]:

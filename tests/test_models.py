@@ -18,12 +18,16 @@ from transformers import (
     BertForPreTraining,
     LlamaConfig,
     LlamaForQuestionAnswering,
+    OlmoConfig,
+    OlmoForCausalLM,
     XLMRobertaConfig,
     XLMRobertaForMaskedLM,
 )
 
 import jointopt
 from jointopt import Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
+from jointopt.checkpoint.runtime import resize
+from jointopt.checkpoint.structure import tensors_of
 from tests.zoo import batches, make
 
 SMALL = {
@@ -151,7 +155,7 @@ class Grouped(nn.Module):
 
 def declare_grouped(model: nn.Module) -> Family:
     width = Width("w", "mlp", 32, (Part("first"), Part("norm")), (Part("second"),))
-    return Family("grouped", (), (width,), (Layer("second", "second", "second"),))
+    return Family("grouped", (), (width,), (Layer("head", "head", "head", tokens=False),))
 
 
 @pytest.mark.parametrize(
@@ -164,6 +168,80 @@ def declare_grouped(model: nn.Module) -> Family:
 def test_channels_of_groups_are_no_width(model, told):
     """Sorted or cut, they would be read by other groups: another function."""
     with pytest.raises(JointoptError, match=told):
+        SearchSpace.for_model(model, ["none"], family=declare_grouped, mlp=[16, 32])
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(32, affine=False), nn.InstanceNorm2d(32)])
+def test_a_normalization_without_parameters_follows_its_width(norm):
+    model = Grouped(nn.Conv2d(16, 32, 3), norm)
+    pixels = torch.randn(4, 16, 9, 9)
+    model(pixels)  # in training: running statistics differ from channel to channel
+    space = SearchSpace.for_model(model.eval(), ["none"], family=declare_grouped, mlp=[16, 32])
+    supernet = Supernet(model, space, family=declare_grouped)
+    supernet.calibrate([{"x": pixels}])
+    with supernet.active(space.largest) as view, torch.no_grad():
+        torch.testing.assert_close(view(pixels), model(pixels))
+    narrow = supernet.extract(space.smallest)
+    assert narrow.norm.num_features == 16
+    with supernet.active(space.smallest) as view, torch.no_grad():
+        assert torch.equal(view(pixels), narrow(pixels))
+    assert supernet.costs(space.smallest)["size"] == sum(tensor.nbytes for tensor in tensors_of(narrow).values())
+
+
+def declare_residual_width(model: nn.Module) -> Family:
+    """The residual stream of an OLMo, whose normalizations have no tensors at all."""
+    layers = [f"model.layers.{at}" for at in range(len(model.model.layers))]
+    norms = [f"{layer}.{norm}" for layer in layers for norm in ("input_layernorm", "post_attention_layernorm")]
+    writers = [f"{layer}.{each}" for layer in layers for each in ("self_attn.o_proj", "mlp.down_proj")]
+    inputs = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    readers = [f"{layer}.{each}" for layer in layers for each in inputs]
+    producers = ["model.embed_tokens", *writers, *norms, "model.norm"]
+    width = Width("width", "stage", 64, tuple(map(Part, producers)), tuple(map(Part, [*readers, "lm_head"])))
+    return Family("olmo", (), (width,), (Layer("head", "lm_head", "head"),))
+
+
+def test_normalizations_without_tensors_reload_at_their_width(tmp_path):
+    torch.manual_seed(0)
+    model = OlmoForCausalLM(OlmoConfig(**SMALL)).eval()
+    space = SearchSpace.for_model(model, ["none"], family=declare_residual_width, stage=[32, 64])
+    supernet = Supernet(model, space, family=declare_residual_width)
+    supernet.calibrate(batches("llama_tied"))
+    found = jointopt.verify(jointopt.export(supernet, space.smallest, tmp_path / "small"))
+    assert found.ok, found.differences
+
+
+def test_counts_of_a_resized_normalization_without_a_weight_follow_its_statistics():
+    norm = nn.BatchNorm2d(32, affine=False)
+    resize(norm, {"running_mean": [16], "running_var": [16]})
+    assert norm.num_features == 16
+
+
+class Transposed(Grouped):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32))
+        self.second = nn.ConvTranspose2d(32, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            Grouped(nn.ConvTranspose2d(16, 32, 3), nn.BatchNorm2d(32)),
+            "first, which width 'w' names, is a ConvTranspose2d, whose rows",
+        ),
+        (
+            Grouped(nn.Conv2d(16, 32, 3), nn.Sequential(nn.BatchNorm2d(32))),
+            "norm, which width 'w' names, is a Sequential, whose rows",
+        ),
+        (
+            Grouped(nn.Conv2d(16, 32, 3), nn.LayerNorm([32, 7, 7])),
+            "norm, which width 'w' names, is a LayerNorm, whose rows",
+        ),
+        (Transposed(), "second, which width 'w' names, is a ConvTranspose2d, whose columns"),
+    ],
+)
+def test_what_cannot_be_cut_is_no_part_of_a_width(model, told):
+    with pytest.raises(JointoptError, match=f"grouped: {told} cannot be cut; allowed: Linear, Conv2d"):
         SearchSpace.for_model(model, ["none"], family=declare_grouped, mlp=[16, 32])
 
 

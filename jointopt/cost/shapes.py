@@ -23,7 +23,7 @@ from quant.errors import JointoptError
 from quant.formats import Scheme
 from quant.packing import statistics_bytes, storage_bytes
 from search_spaces.clones import structural_clone
-from search_spaces.family import Cache, Family, Layer, Width
+from search_spaces.family import Cache, Family, Layer, Width, extent
 from search_spaces.space import SearchSpace
 
 _TRAINED_BESIDE = (RANGES, *ADAPTERS)
@@ -155,10 +155,7 @@ class ShapeCosts:
     def _table(self, path: str, module: nn.Module) -> Table:
         owned = self._owned(module)
         layer = self._layers.get(path) or self._tied.get(path)
-        weight = module._parameters.get("weight")
-        embedding = isinstance(module, nn.Embedding)
-        full_rows = 0 if weight is None else weight.shape[1] if embedding else weight.shape[0]
-        full_columns = 0 if weight is None or weight.dim() < 2 or embedding else weight.shape[1]
+        full_rows, full_columns = (extent(module, side) or 0 for side in ("rows", "columns"))
         rows = self._axis(self._producer.get(path), full_rows)
         columns = self._heads_of(path, module) or self._axis(self._consumer.get(path), full_columns)
         gene, schemes = self._schemes(layer)
@@ -376,8 +373,7 @@ def _sliced_shape(module: nn.Module, name: str, tensor: Tensor, rows: int, colum
     shape = list(tensor.shape)
     if isinstance(module, nn.Embedding):
         return (shape[0], rows)
-    weight = module._parameters.get("weight")
-    if weight is None or not shape or shape[0] != len(weight):  # of some modules a weight is [in, out]
+    if not shape or shape[0] != extent(module, "rows"):
         return tuple(shape)
     shape[0] = rows
     if name == "weight" and len(shape) > 1:

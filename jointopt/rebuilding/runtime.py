@@ -53,7 +53,9 @@ def resize(module, shapes):
             setattr(module, name, nn.Parameter(new))
         else:
             module._buffers[name] = new
-    rows, columns = module.weight.shape[0], module.weight.shape[1] if module.weight.dim() > 1 else None
+    weight = getattr(module, "weight", None)
+    shape = shapes[next(iter(shapes))] if weight is None else weight.shape
+    rows, columns = shape[0], shape[1] if len(shape) > 1 else None
     if isinstance(module, nn.Embedding):
         rows, columns = columns, None
     for name in ROW_COUNTS:

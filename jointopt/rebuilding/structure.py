@@ -245,7 +245,9 @@ def _compare(path: str, module: nn.Module, built: nn.Module, spec: dict[str, dic
                 "the model's settings has none, and would not load it"
             )
     for name, value in vars(module).items():
-        if name.startswith("_") or name in _SET_BY_SIZE or name in _WITHOUT_EFFECT or name not in vars(built):
+        if name.startswith("_") or name in _WITHOUT_EFFECT or name not in vars(built):
+            continue
+        if shapes and name in _SET_BY_SIZE:
             continue
         if _is_setting(value) and vars(built)[name] != value:
             attributes[name] = value
