@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import jointopt
-from jointopt import Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
+from jointopt import Family, JointoptError, Layer, Part, Roofline, SearchSpace, Supernet, Width, load_device
 from jointopt.checkpoint.runtime import resize
 from jointopt.checkpoint.structure import tensors_of
 from tests.zoo import batches, make
@@ -186,6 +186,26 @@ def test_a_normalization_without_parameters_follows_its_width(norm):
     with supernet.active(space.smallest) as view, torch.no_grad():
         assert torch.equal(view(pixels), narrow(pixels))
     assert supernet.costs(space.smallest)["size"] == sum(tensor.nbytes for tensor in tensors_of(narrow).values())
+
+
+class GammaRMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.square().mean(1, keepdim=True).rsqrt() * self.gamma[:, None, None]
+
+
+def test_a_normalization_whose_scale_has_another_name_is_counted_and_timed():
+    model = Grouped(nn.Conv2d(16, 32, 3), GammaRMSNorm()).eval()
+    space = SearchSpace.for_model(model, ["none"], family=declare_grouped, mlp=[16, 32])
+    supernet = Supernet(model, space, family=declare_grouped, latency=Roofline(load_device("h100")))
+    supernet.calibrate([{"x": torch.randn(4, 16, 9, 9)}])
+    narrow = supernet.extract(space.smallest)
+    assert supernet.costs(space.smallest)["size"] == sum(tensor.nbytes for tensor in tensors_of(narrow).values())
+    timed = {each["path"]: each["latency"] for each in supernet.breakdown(space.smallest)}
+    assert timed["norm"] > 0
 
 
 def declare_residual_width(model: nn.Module) -> Family:

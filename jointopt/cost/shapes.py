@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -255,7 +256,9 @@ class ShapeCosts:
     def _operator(
         self, kind: str, path: str, module: nn.Module, rows: int, columns: int, scheme: Scheme | None
     ) -> Operator:
-        weight = module.get_parameter("weight")
+        weight = getattr(module, "weight", None)
+        if weight is None:  # a normalization whose scale has another name
+            weight = next(chain(module.parameters(recurse=False), module.buffers(recurse=False)))
         shape = _sliced_shape(module, "weight", weight, rows, columns)
         if scheme is not None and scheme.weights is not None:
             stored = storage_bytes(scheme, shape, weight.element_size(), embedding=kind == "embedding")
