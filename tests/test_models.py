@@ -26,8 +26,8 @@ from transformers import (
 
 import jointopt
 from jointopt import Family, JointoptError, Layer, Part, Roofline, SearchSpace, Supernet, Width, load_device
-from jointopt.checkpoint.runtime import resize
-from jointopt.checkpoint.structure import tensors_of
+from jointopt.rebuilding.runtime import resize
+from jointopt.rebuilding.structure import tensors_of
 from tests.zoo import batches, make
 
 SMALL = {
