@@ -123,7 +123,7 @@ def for_onnx(model: nn.Module, declared: Callable, batch: dict[str, torch.Tensor
 
 
 def session_of(folder: Path) -> Callable:
-    session = pytest.importorskip("onnxruntime").InferenceSession(folder / "model.onnx")
+    session = OnnxModel(folder / "model.onnx").session  # exact sums where a processor's own saturate
     return lambda **inputs: session.run(None, {name: each.numpy() for name, each in inputs.items()})
 
 
