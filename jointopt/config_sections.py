@@ -266,7 +266,7 @@ def choose_entry(value: Any) -> Any:
 
 
 class Choose(Section):
-    """Which point of the front is exported. MB are 10^6 bytes.
+    """Which point of the front is exported. MB are 10^6 bytes; quality is the first objective that is measured.
 
     Attributes:
         size_mb: the best quality at or under this size.

@@ -419,6 +419,7 @@ class Study:
         finished: str | None = None,
     ) -> np.ndarray:
         """The genome that fits, of those that keep to the study's constraints. None of these that fits dominates it.
+        Quality is the first objective that is measured.
 
         Args:
             size_mb: the best quality at or under this many 10^6 bytes.

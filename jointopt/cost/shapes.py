@@ -142,7 +142,9 @@ class ShapeCosts:
             return tokens, 1.0
         given = self.family.example(self._model) if self.family.example else {}
         if "input_ids" not in given:
-            raise JointoptError(f"context: found {latency.context}, and a {self.family.name} reads no tokens")
+            raise JointoptError(
+                f"context: found {latency.context}, and a {self.family.name} reads no tokens; allowed: none"
+            )
         return tokens, latency.context / tokens
 
     def _axis(self, found: tuple[Width, int] | None, full: int) -> Axis:
