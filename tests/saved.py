@@ -29,6 +29,14 @@ from jointopt.tasks import TASKS
 
 WORDS = ("good", "bad", "fine", "poor", "a", "film", "the", "was", "very", "not")
 LABELS = ("negative", "positive")
+SMALL = {
+    "vocab_size": 16,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -45,12 +53,7 @@ def save_tokenizer(folder: Path) -> None:
 def save_bert(folder: Path, **changes: object) -> Path:
     torch.manual_seed(0)
     options = {
-        "vocab_size": 16,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 32,
+        **SMALL,
         "id2label": dict(enumerate(LABELS)),
         "label2id": {name: index for index, name in enumerate(LABELS)},
     }
@@ -61,16 +64,7 @@ def save_bert(folder: Path, **changes: object) -> Path:
 
 def save_llama(folder: Path, kind: type[PreTrainedModel] = LlamaForCausalLM, **changes: object) -> Path:
     torch.manual_seed(0)
-    options = {
-        "vocab_size": 16,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 32,
-    }
-    kind(LlamaConfig(**{**options, **changes})).save_pretrained(folder)
+    kind(LlamaConfig(**{**SMALL, "num_key_value_heads": 1, **changes})).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 

@@ -146,7 +146,7 @@ class Recipe:
                 "train: call supernet.calibrate(batches) first; training follows the order of importance"
             )
         kind = getattr(supernet.model, "loss_type", None)
-        if kind in ("ForTokenClassification", "ForMaskedLM") and getattr(self.loss, "func", self.loss) is task_loss:
+        if kind in ("ForTokenClassification", "ForMaskedLM") and self.is_usual:
             raise JointoptError(
                 f"loss: found a {type(supernet.model).__name__}, whose labels are each token's own, not the next's; "
                 "allowed: Recipe(loss=...), a function of logits and batch"
@@ -166,6 +166,11 @@ class Recipe:
         for (path, _), wanted in supernet._schemes.items() if self.precision_from is not None else ():
             supernet.statistics(path, wanted)
         self.sampling.genomes(supernet.space, 0.0, self.seed)  # type: ignore[union-attr]
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether the loss is `task_loss`, as it is or with settings of its own."""
+        return getattr(self.loss, "func", self.loss) is task_loss
 
     def suited(self, model: nn.Module) -> Recipe:
         """With the loss that the model's `config.problem_type` asks for, in place of the usual one."""
@@ -412,7 +417,7 @@ def _counted(recipe: Recipe, logits: Tensor, labels: Tensor) -> Tensor | None:
     """Which of the next tokens have a label: where the task's loss counts nothing, as in a prompt, nothing is distilled
     either, and both parts of the loss weigh alike in a step that accumulates batches."""
     of_tokens = labels.dim() == 2 and logits.dim() == 3 and labels.shape == logits.shape[:2]
-    if not of_tokens or getattr(recipe.loss, "func", recipe.loss) is not task_loss:
+    if not of_tokens or not recipe.is_usual:
         return None
     return nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
 
