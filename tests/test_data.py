@@ -22,8 +22,9 @@ from jointopt.cli import main
 from jointopt.config import Config
 from jointopt.config_sections import Data, Source
 from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
-from jointopt.rows import DataSource, class_indices, label_indices, looks_like_hub_id, read_columns, some
+from jointopt.rows import DataSource, looks_like_hub_id, read_columns, some
 from jointopt.tasks import TASKS
+from jointopt.tasks.labels import class_indices, label_indices
 from tests.saved import (
     LABELS,
     quality_of,

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from jointopt.rows import IMAGE, DataSource, check_named, class_folders, column, label_indices, read_columns
+from jointopt.rows import IMAGE, DataSource, check_named, class_folders, column, read_columns
+from jointopt.tasks.labels import label_indices
 from jointopt.tasks.metrics import every
 from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, picked_labels, place_of
 from quant.errors import JointoptError, first_line

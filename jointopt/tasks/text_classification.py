@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jointopt.rows import TEXT, DataSource, check_named, column, label_indices, read_columns, texts
+from jointopt.rows import TEXT, DataSource, check_named, column, read_columns, texts
+from jointopt.tasks.labels import label_indices
 from jointopt.tasks.metrics import every
 from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, picked_labels, place_of, text_length
 from quant.errors import JointoptError
