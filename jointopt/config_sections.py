@@ -32,7 +32,8 @@ class Source(Section):
     Attributes:
         path: a csv, tsv, json, jsonl, parquet or text file, a folder of images, or the id of a data set on the hub.
         split: of a data set on the hub ("train", "validation").
-        text, text_pair, image, label: names of columns; found by their usual names where not given.
+        text, text_pair, image, label: names of columns; found by their usual names where not given. Of label a list of
+            them, where each output of the model has a column of its own: several classes at once, measured values.
         samples: how many to use: rows, the first after a fixed shuffle, or pieces of running text from its start
             (default: all; to calibrate 128 rows or 16 pieces).
     """
@@ -42,7 +43,7 @@ class Source(Section):
     text: str | None = None
     text_pair: str | None = None
     image: str | None = None
-    label: str | None = None
+    label: str | Annotated[list[str], Field(min_length=1)] | None = None
     samples: Positive | None = None
 
 

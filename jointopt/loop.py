@@ -59,7 +59,7 @@ def search(
     Args:
         supernet: calibrated.
         quality: model -> a number, higher is better, which is the metric "quality"; or model -> a mapping of metrics.
-        objectives: names of metrics ("quality", "accuracy", "loss", "kl", "perplexity"), of costs ("size", "macs",
+        objectives: names of metrics ("quality", "accuracy", "loss", "kl", "perplexity", ...), of costs ("size", "macs",
             "bops", "parameters"; of a super-network with a model of latency "latency", "energy", "peak_memory"),
             {name: direction} for a metric of one's own, or `Objective`s: with `compute` of a cost of one's own, by
             another name than those.

@@ -15,7 +15,10 @@ from quant.errors import JointoptError, did_you_mean
 DIRECTIONS = {
     "quality": "max",
     "accuracy": "max",
+    "f1": "max",
+    "pearson": "max",
     "loss": "min",
+    "mse": "min",
     "kl": "min",
     "perplexity": "min",
     "size": "min",

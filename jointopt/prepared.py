@@ -19,7 +19,8 @@ from quant.errors import JointoptError
 if TYPE_CHECKING:
     from jointopt.evaluation import Batch, Quality
     from jointopt.models import LoadedModel
-    from jointopt.tasks.task import Samples, Task
+    from jointopt.tasks.problems import Problem
+    from jointopt.tasks.task import Samples
 
 PROCESSED = 1024
 """Samples of training data that are made, so that a processor or tokenizer that changed is noticed."""
@@ -39,7 +40,6 @@ class Prepared:
     """
 
     loaded: LoadedModel
-    task: Task
     quality: Quality
     objectives: dict[str, str]
     inputs: list[Batch]
@@ -103,15 +103,17 @@ def prepare(config: Config) -> Prepared:
     def batches(entry: str, samples: int | None = None) -> list[Batch]:
         return task.batches(config.source(entry, samples), loaded.processor, loaded.model, size)
 
-    objectives = _objectives(config, task)
+    problem = task.problem(loaded.model)
+    if function is None:
+        task.check_scored(loaded.model)
+    objectives = _objectives(config, problem)
 
     contents = {}
 
     def scored_on(entry: str) -> Quality:
-        task.check_scored(loaded.model)
         scored = batches(entry)
         contents[entry] = digest(scored)
-        return task.quality(scored, loaded.model if "kl" in objectives else None)
+        return problem.quality(scored, loaded.model if "kl" in objectives else None, f"data.{entry}.label")
 
     quality = _named_failures(function, str(config.quality)) if function is not None else scored_on("evaluate")
     inputs: list[Batch] = [
@@ -121,7 +123,7 @@ def prepare(config: Config) -> Prepared:
     trains = config.train is not None or (config.finish is not None and config.finish.steps is not None)
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
     unseen = scored_on("test") if config.data.test is not None else None
-    return Prepared(loaded, task, quality, objectives, inputs, train, contents, unseen)
+    return Prepared(loaded, quality, objectives, inputs, train, contents, unseen)
 
 
 def _check_installed(config: Config) -> None:
@@ -164,17 +166,17 @@ def digest(batches: Iterable[Batch]) -> str:
     return found.hexdigest()
 
 
-def _objectives(config: Config, task: Task) -> dict[str, str]:
+def _objectives(config: Config, problem: Problem) -> dict[str, str]:
     from jointopt.objectives import COSTS, DIRECTIONS
 
     if config.objectives is None:
-        first = "quality" if config.quality else task.metrics[0]
+        first = "quality" if config.quality else problem.metrics[0]
         return {first: DIRECTIONS[first], "size": "min"}
     found = {entry.name: str(entry.direction) for entry in config.objectives}
     for name in found:
-        if config.quality is None and name not in (*task.metrics, *COSTS):
+        if config.quality is None and name not in (*problem.metrics, *COSTS):
             raise JointoptError(
-                f"objectives: found {name}; allowed: what {task.name} measures, {', '.join(task.metrics)}, "
+                f"objectives: found {name}; allowed: what is measured of this model, {', '.join(problem.metrics)}, "
                 f"and costs, {', '.join(COSTS)}"
             )
     return found

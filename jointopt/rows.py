@@ -41,7 +41,8 @@ class DataSource:
         path: a csv, tsv, json, jsonl, parquet or text file, a folder of images by class, or a hub id.
         split: of a hub data set.
         samples: at most so many rows, the first after a fixed shuffle, or pieces of running text from its start.
-        text, text_pair, image, label: names of the columns, where they are not the usual ones.
+        text, text_pair, image, label: names of the columns, where they are not the usual ones; of label several, where
+            each output of the model has a column of its own.
         length: tokens in a text at most, or in a piece of running text.
         labelled: whether labels are read; calibration needs none.
         key: what the config calls it, for what is said about it.
@@ -53,7 +54,7 @@ class DataSource:
     text: str | None = None
     text_pair: str | None = None
     image: str | None = None
-    label: str | None = None
+    label: str | Sequence[str] | None = None
     length: int | None = None
     labelled: bool = True
     key: str = "data"
@@ -66,7 +67,8 @@ class Columns(dict[str, list[Any]]):
     """Column name -> values.
 
     Attributes:
-        classes: names of the classes that a column counts, in their order, where the data set itself says them.
+        classes: names of the classes that a column counts, or its lists do, in their order, where the data set itself
+            says them.
     """
 
     def __init__(self, values: Mapping[str, list[Any]], classes: Mapping[str, list[str]] | None = None) -> None:
@@ -155,7 +157,7 @@ def _parquet_classes(path: Path) -> dict[str, list[str]]:
 
     said = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
     features = (said.get("info") or {}).get("features") or {}
-    counted = {name: each for name, each in features.items() if isinstance(each, dict)}
+    counted = {name: each.get("feature", each) for name, each in features.items() if isinstance(each, dict)}
     return {name: each["names"] for name, each in counted.items() if each.get("_type") == "ClassLabel"}
 
 
@@ -247,8 +249,9 @@ def _hub_columns(source: DataSource) -> Columns:
     for name, feature in found.features.items():
         if isinstance(feature, datasets.Image):
             found = found.cast_column(name, datasets.Image(decode=False))
-        if isinstance(feature, datasets.ClassLabel):
-            classes[name] = feature.names
+        counted = getattr(feature, "feature", feature)  # of a list, what its items are
+        if isinstance(counted, datasets.ClassLabel):
+            classes[name] = counted.names
     return Columns({name: list(found[name]) for name in found.column_names}, classes)
 
 

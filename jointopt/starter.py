@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jointopt import tasks
+from jointopt.evaluation import MULTI_LABEL, REGRESSION, problem_of
 from jointopt.names import MODELS, TASKS
 from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
@@ -15,7 +17,7 @@ _DATA = {
     "text-classification": (
         "train.csv",
         "valid.csv",
-        "csv, tsv, json, jsonl or parquet with columns text and label (others: {path: ..., text: NAME, label: NAME})",
+        "csv, tsv, json, jsonl or parquet with columns text and label (others: {{path: ..., text: NAME, label: NAME}})",
     ),
     "image-classification": (
         "images/train",
@@ -24,6 +26,21 @@ _DATA = {
     ),
     "causal-lm": ("train.txt", "valid.txt", "a text file, or a csv, json or parquet with a column text"),
 }
+_LABELLED = {
+    MULTI_LABEL: (
+        "train.jsonl",
+        "valid.jsonl",
+        "json, jsonl or parquet with columns {} and label, a list of classes; or, csv too, with 0 or 1 in a column for "
+        "each class: {{path: ..., label: [NAME, NAME]}}",
+    ),
+    REGRESSION: (
+        "train.csv",
+        "valid.csv",
+        "csv, tsv, json, jsonl or parquet with columns {} and label, a number (others: {{path: ..., label: NAME}}; of "
+        "several outputs {{path: ..., label: [NAME, NAME]}})",
+    ),
+}
+"""Of a classifier whose outputs are not one class of several, in place of these."""
 _ABOUT = {
     "depth": "blocks that stay; they leave in order of least importance",
     "heads": "attention heads of each block",
@@ -49,6 +66,7 @@ def starter_config(name: str) -> str:
         os.environ["HF_HUB_OFFLINE"] = "1"
     task = model_task(source)
     model = empty_model(source, task)
+    problem = None if task == "causal-lm" else problem_of(model)
     from jointopt.transforms import possible
     from search_spaces.defaults import DEFAULT_SCHEMES, default_architecture, presets, space_for_model
     from search_spaces.families import declare
@@ -57,8 +75,8 @@ def starter_config(name: str) -> str:
         warnings.simplefilter("ignore")
         space = space_for_model(model)
         family = declare(model)[1]
-    train, evaluate, kinds = _DATA[task]
-    metric = "perplexity" if task == "causal-lm" else "accuracy"
+    train, evaluate, kinds = _DATA[task] if problem is None else _LABELLED[problem]
+    metric, *others = tasks.TASKS[task].problem(model).metrics
     own = family.name.removeprefix("timm_")
     preset = f"{own}  # or fixed, which" if own in presets() else "fixed  # which"
     lines = [
@@ -67,7 +85,7 @@ def starter_config(name: str) -> str:
         f"model: {_quoted(name)}  # {MODELS}",
         f"task: {task}  # {', '.join(TASKS)}; or quality: my_package.my_function",
         "",
-        f"# {kinds}; or a hub id with its split",
+        f"# {kinds.format(task.partition('-')[0])}; or a hub id with its split",
         "data:",
         f"  train: {train}",
         f"  calibrate: {train}  # some samples of it, for ranges and importance",
@@ -88,7 +106,7 @@ def starter_config(name: str) -> str:
         "# Fine-tunes the super-network before the search, so that smaller sub-networks keep more. Worth its time.",
         "# train: {epochs: 1, batch_size: 32, learning_rate: 5.0e-5}",
         "",
-        f"objectives: [{metric}, size]  # also loss, kl, macs, bops, parameters",
+        f"objectives: [{metric}, size]  # also {', '.join(others)}, macs, bops, parameters",
         "search: {strategy: guided, evaluations: 200, seed: 0}  # guided, evolutionary, random",
         "choose: knee  # or {size_mb: 20}: the best at or under 20 * 10^6 bytes; or {drop: 0.01}: the smallest",
         "# finish: {rounding: gptq}  # the choice rounded anew; or {steps: 500}: trained alone on data.train",

@@ -69,7 +69,7 @@ def save_llama(folder: Path, kind: type[PreTrainedModel] = LlamaForCausalLM, **c
     return folder
 
 
-def save_vit(folder: Path, image_size: int = 8) -> Path:
+def save_vit(folder: Path, image_size: int = 8, **changes: object) -> Path:
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=image_size,
@@ -79,7 +79,7 @@ def save_vit(folder: Path, image_size: int = 8) -> Path:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_labels=3,
+        **{"num_labels": 3, **changes},
     )
     ViTForImageClassification(config).save_pretrained(folder)
     size = {"height": 8, "width": 8}
@@ -123,4 +123,4 @@ def quality_of(folder: Path, task: str, source: DataSource, size: int = 8) -> di
     loaded = load_model(str(folder), task, "cpu")
     batches = TASKS[task].batches(source, loaded.processor, loaded.model, size)
     with torch.no_grad():
-        return TASKS[task].quality(batches, loaded.model)(loaded.model)
+        return TASKS[task].problem(loaded.model).quality(batches, loaded.model)(loaded.model)

@@ -312,28 +312,6 @@ def test_other_bad_data_is_named(folders, tmp_path):
             quality_of(folders[name], task, source)
 
 
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({"problem_type": "multi_label_classification"}, "problem_type 'multi_label_classification'"),
-        ({"problem_type": "regression"}, "problem_type 'regression'"),
-        ({"id2label": {0: "score"}, "label2id": {"score": 0}}, "1 class"),
-    ],
-)
-def test_a_model_that_does_not_say_one_of_several_classes_is_not_scored_as_if(tmp_path, capsys, changes, found):
-    data = write_reviews(tmp_path / "reviews.csv")
-    content = {
-        "model": str(save_bert(tmp_path / "bert", **changes)),
-        "task": "text-classification",
-        "data": {"calibrate": str(data), "evaluate": str(data)},
-        "device": "cpu",
-        "output": str(tmp_path / "run"),
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps(content))
-    assert main(["run", str(tmp_path / "config.yaml")]) == 2
-    assert f"model: found {found}, and text-classification is scored by which of several" in capsys.readouterr().err
-
-
 def test_a_column_that_the_task_does_not_read_is_refused(folders, tmp_path):
     (tmp_path / "t.txt").write_text("good film")
     table = str(write_reviews(tmp_path / "reviews.csv"))

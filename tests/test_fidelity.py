@@ -20,7 +20,7 @@ from jointopt.report.page import write_report
 from jointopt.report.terminal import front_table
 from jointopt.rescoring import rescored
 from jointopt.sharing import SharedEvaluator
-from jointopt.tasks.metrics import every, next_tokens, quality_function
+from jointopt.tasks.problems import NEXT_TOKEN, ONE_CLASS, quality_function
 from tests.zoo import batches, make
 
 
@@ -52,7 +52,7 @@ def table(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_errors_are_those_of_a_mean_over_samples_however_they_are_batched(count, size):
     logits, labels = table(count)
     parts = [{"logits": x, "labels": y} for x, y in zip(logits.split(size), labels.split(size), strict=True)]
-    found = quality_function(parts, every, ("accuracy", "loss", "perplexity"))(Given())
+    found = quality_function(parts, ONE_CLASS, ("accuracy", "loss", "perplexity"))(Given())
     losses = nn.functional.cross_entropy(logits.double(), labels, reduction="none").numpy()
     right = (logits.argmax(-1) == labels).double().numpy()
     assert math.isclose(found["loss"], losses.mean(), rel_tol=1e-5)
@@ -66,7 +66,7 @@ def test_tokens_of_one_text_count_as_one_sample():
     logits, labels = table(6)
     once = {"logits": logits[:, None].repeat(1, 2, 1), "labels": labels[:, None].repeat(1, 2)}
     often = {"logits": logits[:, None].repeat(1, 9, 1), "labels": labels[:, None].repeat(1, 9)}
-    few, many = (quality_function([batch], next_tokens, ("loss",))(Given()) for batch in (once, often))
+    few, many = (quality_function([batch], NEXT_TOKEN, ("loss",))(Given()) for batch in (once, often))
     assert math.isclose(few["loss"], many["loss"], rel_tol=1e-5)
     assert math.isclose(few.errors["loss"], many.errors["loss"], rel_tol=1e-4)
 
@@ -75,7 +75,7 @@ def test_masked_tokens_belong_to_no_sample():
     logits, labels = table(6)
     labels = labels[:, None].repeat(1, 5)
     labels[0, 2:] = -100
-    found = quality_function([{"logits": logits[:, None].repeat(1, 5, 1), "labels": labels}], next_tokens, ("loss",))
+    found = quality_function([{"logits": logits[:, None].repeat(1, 5, 1), "labels": labels}], NEXT_TOKEN, ("loss",))
     losses = nn.functional.cross_entropy(logits.double(), labels[:, 1], reduction="none").numpy()
     counts = np.array([1, 4, 4, 4, 4, 4])
     mean = (losses * counts).sum() / counts.sum()
@@ -92,7 +92,7 @@ def test_scores_of_a_large_vocabulary_are_those_of_all_logits_at_once():
     labels[1, 6:] = -100
     batch = {"logits": logits, "labels": labels}
     metrics = ("accuracy", "loss", "kl")
-    found = quality_function([batch], next_tokens, metrics, Shifted(original - logits))(Given())
+    found = quality_function([batch], NEXT_TOKEN, metrics, Shifted(original - logits))(Given())
     rows, wanted = logits[:, :-1][labels[:, 1:] != -100].double(), labels[:, 1:][labels[:, 1:] != -100]
     reference = original[:, :-1][labels[:, 1:] != -100].double()
     divergence = nn.functional.kl_div(
@@ -106,7 +106,7 @@ def test_scores_of_a_large_vocabulary_are_those_of_all_logits_at_once():
 def test_a_quality_function_stops_behind_its_first_samples():
     logits, labels = table(12)
     parts = [{"logits": x, "labels": y} for x, y in zip(logits.split(4), labels.split(4), strict=True)]
-    whole, part = quality_function(parts, every, ("loss",)), quality_function(parts[:2], every, ("loss",))
+    whole, part = quality_function(parts, ONE_CLASS, ("loss",)), quality_function(parts[:2], ONE_CLASS, ("loss",))
     assert whole(Given(), samples=8) == part(Given()) != whole(Given())
     assert whole(Given(), samples=8).errors == part(Given()).errors
 
@@ -124,7 +124,7 @@ def labelled(seed: int) -> list[dict[str, torch.Tensor]]:
 
 
 def test_an_evaluation_holds_the_errors_of_its_metrics():
-    supernet, quality = bert(), quality_function(labelled(1), every, ("accuracy", "loss"))
+    supernet, quality = bert(), quality_function(labelled(1), ONE_CLASS, ("accuracy", "loss"))
     genomes = supernet.space.sample(3, seed=0)
     alone = [evaluate(supernet, genome, quality) for genome in genomes]
     assert all(set(each.errors) == {"accuracy", "loss"} for each in alone)
@@ -141,13 +141,13 @@ def test_errors_that_are_none_are_refused(errors):
 @pytest.fixture(scope="module")
 def searched() -> tuple[Supernet, Study]:
     supernet = bert()
-    quality = quality_function(labelled(1), every, ("loss",))
+    quality = quality_function(labelled(1), ONE_CLASS, ("loss",))
     return supernet, search(supernet, quality, ["loss", "size"], 12)
 
 
 def test_the_front_is_scored_again_and_once(searched):
     supernet, study = searched
-    unseen = quality_function(labelled(2), every, ("loss",))
+    unseen = quality_function(labelled(2), ONE_CLASS, ("loss",))
     rescore_front(supernet, study, unseen)
     found = rescored(study)
     assert set(found) == {None, *study.front()["genome"]}
@@ -160,11 +160,11 @@ def test_the_front_is_scored_again_and_once(searched):
 
 def test_scores_on_other_unseen_data_are_forgotten_and_those_on_the_same_kept(searched):
     supernet, study = searched
-    rescore_front(supernet, study, quality_function(labelled(2), every, ("loss",)), "two")
+    rescore_front(supernet, study, quality_function(labelled(2), ONE_CLASS, ("loss",)), "two")
     before = rescored(study)
-    rescore_front(supernet, study, quality_function(labelled(3), every, ("loss",)), "two")
+    rescore_front(supernet, study, quality_function(labelled(3), ONE_CLASS, ("loss",)), "two")
     assert rescored(study) == before
-    rescore_front(supernet, study, quality_function(labelled(3), every, ("loss",)), "three")
+    rescore_front(supernet, study, quality_function(labelled(3), ONE_CLASS, ("loss",)), "three")
     after = rescored(study)
     assert set(after) == set(before)
     assert all(after[genome]["metrics"] != before[genome]["metrics"] for genome in before)
@@ -172,7 +172,7 @@ def test_scores_on_other_unseen_data_are_forgotten_and_those_on_the_same_kept(se
 
 def test_both_scores_are_shown(searched, tmp_path):
     supernet, study = searched
-    rescore_front(supernet, study, quality_function(labelled(2), every, ("loss",)))
+    rescore_front(supernet, study, quality_function(labelled(2), ONE_CLASS, ("loss",)))
     console = Console(file=io.StringIO(), width=200)
     console.print(front_table(study))
     value = rescored(study)[None]["metrics"]["loss"]

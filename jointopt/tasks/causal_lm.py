@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.rows import TEXT, DataSource, check_named, column, read_columns, read_text, texts
-from jointopt.tasks.metrics import next_tokens
+from jointopt.tasks.problems import NEXT_TOKEN
 from jointopt.tasks.task import Samples, Task, place_of, text_length
 from quant.errors import JointoptError
 
@@ -48,4 +48,4 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     return Samples(len(pieces), collate, range(len(pieces)), place_of(model), mark)
 
 
-TASK = Task("causal-lm", "AutoModelForCausalLM", ("perplexity", "loss", "accuracy", "kl"), 4, 16, samples, next_tokens)
+TASK = Task("causal-lm", "AutoModelForCausalLM", {None: NEXT_TOKEN}, 4, 16, samples)

@@ -12,9 +12,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from jointopt.rows import IMAGE, DataSource, check_named, class_folders, column, read_columns
-from jointopt.tasks.labels import label_indices
-from jointopt.tasks.metrics import every
-from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, picked_labels, place_of
+from jointopt.tasks.problems import CLASSIFICATION
+from jointopt.tasks.task import Samples, Task, picked_labels, place_of, read_labels
 from quant.errors import JointoptError, first_line
 
 KEPT_BYTES = 2 * 10**9
@@ -33,7 +32,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     images = column(columns, source.image, IMAGE, f"{source.key}.image")
     base = Path(source.path)
     folders = class_folders(base) if base.is_dir() else None
-    labels = label_indices(columns, source, label_names(model), folders) if source.labelled else None
+    labels = read_labels(columns, source, model, folders)
     dtype = next(model.parameters()).dtype
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     kept: dict[int, Tensor] = {}
@@ -62,7 +61,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         return {name: torch.stack(pixels), **picked_labels(labels, indices)}
 
     def mark(index: int) -> bytes:
-        label = labels[index] if labels else None
+        label = None if labels is None else labels[index].tolist()
         return f"{label} ".encode() + _mark(images[index], base, f"{source.key}.image")
 
     return Samples(len(images), collate, range(len(images)), place_of(model), mark)
@@ -133,4 +132,4 @@ def _of_bytes(image: Image.Image, told: str) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-TASK = Task("image-classification", "AutoModelForImageClassification", CLASSIFICATION, 32, 128, samples, every)
+TASK = Task("image-classification", "AutoModelForImageClassification", CLASSIFICATION, 32, 128, samples)

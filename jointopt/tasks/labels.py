@@ -1,13 +1,126 @@
-"""Labels of samples, read from a column as the model counts its classes."""
+"""Labels of samples, read from columns as the model counts its outputs: a class, several at once, measured values."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from jointopt.evaluation import MULTI_LABEL
 from jointopt.rows import LABEL, Columns, DataSource, name_of
 from quant.errors import JointoptError
+
+LabelReader = Callable[[Columns, DataSource, Sequence[str], Sequence[str] | None], Tensor]
+"""(columns, their source, names of the model's outputs, folders of images by class) -> labels of all rows."""
+
+
+def class_labels(
+    columns: Columns, source: DataSource, names: Sequence[str], folders: Sequence[str] | None = None
+) -> Tensor:
+    """The class of each row, int64 [rows]; see `label_indices`."""
+    return torch.tensor(label_indices(columns, source, names, folders))
+
+
+def multi_labels(
+    columns: Columns, source: DataSource, names: Sequence[str], folders: Sequence[str] | None = None
+) -> Tensor:
+    """Which of the classes each row has, 0 or 1, float32 [rows, classes].
+
+    They are read from a column of 0 and 1 for each class; or from a column of lists, of 0 and 1 for each class where
+    all of them are, else of the classes that are there, by name or index.
+
+    Raises:
+        JointoptError: a row that is none of these, a class that the model does not have.
+    """
+    key = f"{source.key}.label"
+    each = _column_of_each(columns, source, names)
+    if each is not None:
+        rows = [list(row) for row in zip(*(columns[name] for name in each), strict=True)]
+    else:
+        name, rows = _lists(columns, source, "a list of classes")
+        if not all(len(row) == len(names) and all(_whole(value) in (0, 1) for value in row) for row in rows):
+            return _listed(rows, columns.classes.get(name), names, key)
+    for number, row in enumerate(rows, 1):
+        for value in row:
+            if _whole(value) not in (0, 1):
+                raise JointoptError(f"{key}: found {value!r} in row {number}; allowed: 0 or 1, for each class")
+    return torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float32)
+
+
+def value_labels(
+    columns: Columns, source: DataSource, names: Sequence[str], folders: Sequence[str] | None = None
+) -> Tensor:
+    """The values that the model should give for each row, float32 [rows, outputs], of one output [rows].
+
+    They are read from a column of numbers for each output, or from a column of lists.
+
+    Raises:
+        JointoptError: a row that has not one finite number for each output.
+    """
+    key = f"{source.key}.label"
+    each = _column_of_each(columns, source, names)
+    if each is not None:
+        rows = [list(row) for row in zip(*(columns[name] for name in each), strict=True)]
+    else:
+        rows = _lists(columns, source, f"a list of {len(names)} numbers")[1]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(names):
+            raise JointoptError(f"{key}: found {row!r:.200} in row {number}; allowed: a list of {len(names)} numbers")
+        for value in row:
+            if not _is_number(value):
+                raise JointoptError(f"{key}: found {value!r:.200} in row {number}; allowed: a number")
+    labels = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float32)
+    return labels[:, 0] if len(names) == 1 else labels
+
+
+def _column_of_each(columns: Columns, source: DataSource, names: Sequence[str]) -> list[str] | None:
+    """The columns that the model's outputs have one each, in the outputs' order: by the outputs' names where a column
+    has one of these, else as the config lists them. None where one column has lists for all outputs."""
+    key = f"{source.key}.label"
+    if isinstance(source.label, str | None):
+        name = name_of(columns, source.label, LABEL, key)
+        return [name] if len(names) == 1 and not any(map(_is_list, columns[name])) else None
+    given = [name_of(columns, each, (), key) for each in source.label]
+    places = [_index_of(each, names) for each in given]
+    if len(given) == len(names) == len(set(given)) and set(places) == {None}:
+        return given
+    if len(given) != len(names) or set(places) != set(range(len(names))):
+        raise JointoptError(
+            f"{key}: found {_few(given)}; the model has {_few(names)}; allowed: a column for each of these, of the "
+            "same names or in the same order"
+        )
+    return [given[places.index(at)] for at in range(len(names))]
+
+
+def _lists(columns: Columns, source: DataSource, allowed: str) -> tuple[str, list[list[Any]]]:
+    """The name and the values of a column that has a list in each row."""
+    key = f"{source.key}.label"
+    name = name_of(columns, source.label if isinstance(source.label, str) else None, LABEL, key)
+    for number, value in enumerate(columns[name], 1):
+        if not _is_list(value):
+            raise JointoptError(
+                f"{key}: found {value!r:.200} in row {number}; allowed: {allowed}, or of several columns, a list of "
+                "their names as label"
+            )
+    return name, [list(value) for value in columns[name]]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple | np.ndarray)
+
+
+def _listed(rows: Sequence[list[Any]], own: Sequence[str] | None, names: Sequence[str], key: str) -> Tensor:
+    """Whether each class is listed in each row, float32 [rows, classes]."""
+    numbers = [number for number, row in enumerate(rows, 1) for _ in row]
+    indices = _indices([value for row in rows for value in row], own, names, key, rows=numbers)
+    labels = torch.zeros(len(rows), len(names))
+    labels[[number - 1 for number in numbers], indices] = 1
+    return labels
 
 
 def label_indices(
@@ -16,12 +129,28 @@ def label_indices(
     """The column of labels as the model counts them: by name, where the data set has names for its numbers and the
     model for its own; else as `class_indices` does, whose arguments and errors these are."""
     key = f"{source.key}.label"
+    if not isinstance(source.label, str | None):
+        raise JointoptError(
+            f"{key}: found {_few(source.label)}, and the model says one class of several; allowed: one column, or a "
+            f"model whose config.json has problem_type: {MULTI_LABEL}"
+        )
     name = name_of(columns, source.label, LABEL, key)
-    own = columns.classes.get(name)
+    return _indices(columns[name], columns.classes.get(name), labels, key, folders)
+
+
+def _indices(
+    values: Sequence[Any],
+    own: Sequence[str] | None,
+    labels: Sequence[str],
+    key: str,
+    folders: Sequence[str] | None = None,
+    rows: Sequence[int] | None = None,
+) -> list[int]:
+    """`class_indices`, of values for which the data set may have names of its `own`."""
     if own is None or _nameless(own) or _nameless(labels):
-        return class_indices(columns[name], labels, key, folders)
+        return class_indices(values, labels, key, folders, rows)
     of_model, indices = [_index_of(each, labels) for each in own], []
-    for row, value in enumerate(columns[name], 1):
+    for row, value in zip(rows or count(1), values, strict=False):
         at = _whole(value)
         if at is None or not 0 <= at < len(own):
             raise JointoptError(f"{key}: found label {value!r} in row {row}; the data set names 0 to {len(own) - 1}")
@@ -52,7 +181,11 @@ def _few(labels: Sequence[str]) -> str:
 
 
 def class_indices(
-    values: Sequence[Any], labels: Sequence[str], key: str, folders: Sequence[str] | None = None
+    values: Sequence[Any],
+    labels: Sequence[str],
+    key: str,
+    folders: Sequence[str] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> list[int]:
     """Labels as the model counts them.
 
@@ -61,6 +194,7 @@ def class_indices(
         labels: the model's, by index.
         folders: which the values are names of, in the order in which they number the classes where the model's labels
             have no names.
+        rows: where the values are, for what is said about them (default: 1, 2, 3, ...).
 
     Raises:
         JointoptError: a label that the model does not have; more or fewer folders than classes without names.
@@ -68,7 +202,7 @@ def class_indices(
     known = {name: index for index, name in enumerate(labels)}
     if all(str(value) in known for value in values):
         several = {name for name, count in Counter(labels).items() if count > 1}
-        for row, value in enumerate(values, 1):
+        for row, value in zip(rows or count(1), values, strict=False):
             if str(value) in several:
                 raise JointoptError(
                     f"{key}: found label {value!r} in row {row}, which several classes of the model are called; "
@@ -83,7 +217,7 @@ def class_indices(
             )
         return [folders.index(str(value)) for value in values]
     named, indices = any(str(value) in known for value in values), []
-    for row, value in enumerate(values, 1):
+    for row, value in zip(rows or count(1), values, strict=False):
         index = known.get(str(value)) if named else _whole(value)
         if index is None or not 0 <= index < len(labels):
             raise JointoptError(
@@ -98,3 +232,11 @@ def _whole(value: Any) -> int | None:
         return int(float(value)) if float(value) == int(float(value)) else None
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that float32 can hold, or one as text."""
+    try:
+        return abs(float(value)) <= torch.finfo(torch.float32).max
+    except (TypeError, ValueError, OverflowError):
+        return False

@@ -1,5 +1,5 @@
-"""What a task is: how a source becomes samples, which of the model's logits count, and the names of its metrics; and
-what several tasks read off a model."""
+"""What a task is: how a source becomes samples, and what the outputs of its models can be; and what several tasks read
+off a model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import Batch, Quality, problem_of
-from jointopt.rows import DataSource
-from jointopt.tasks.metrics import Targets, quality_function
+from jointopt.evaluation import MULTI_LABEL, REGRESSION, Batch, problem_of
+from jointopt.rows import Columns, DataSource
+from jointopt.tasks.problems import CLASSIFICATION, ONE_CLASS, Problem
 from quant.errors import JointoptError
 
-CLASSIFICATION = ("accuracy", "loss", "kl")
-"""The metrics of tasks whose samples have one class each."""
 LENGTH = 512
 """Tokens of a text, where neither the config nor the model says fewer."""
 
@@ -61,20 +59,18 @@ class Task:
 
     Attributes:
         auto_class: the transformers class that loads a model for it.
-        metrics: what its quality function returns; the first is the default objective.
+        problems: what its models' outputs can be, by what `problem_of` says of a model; None is all else.
         batch_size: samples in one forward pass of an evaluation, where a config does not say.
         calibration: samples to calibrate with, where a config does not say.
         samples: (source, processor, model) -> samples.
-        targets: what of the labels each row of logits should say.
     """
 
     name: str
     auto_class: str
-    metrics: tuple[str, ...]
+    problems: Mapping[str | None, Problem]
     batch_size: int
     calibration: int
     samples: Callable[[DataSource, Any, nn.Module], Samples]
-    targets: Targets
 
     def batches(self, source: DataSource, processor: Any, model: nn.Module, batch_size: int) -> list[Batch]:
         """All of a source's samples as batches, with "labels" where it is labelled, on the model's device.
@@ -84,22 +80,18 @@ class Task:
         """
         return self.samples(source, processor, model).batches(batch_size)
 
-    def check_scored(self, model: nn.Module) -> None:
-        """Raises JointoptError for a model that cannot be scored by this task's metrics, which a user's own quality
-        may be able to."""
-        if self.metrics != CLASSIFICATION:
-            return
-        count = len(label_names(model))
-        found = f"problem_type {problem_of(model)!r}" if problem_of(model) else f"{count} class"
-        if problem_of(model) or count < 2:
-            raise JointoptError(
-                f"model: found {found}, and {self.name} is scored by which of several classes is the likeliest; "
-                "allowed: quality: my_package.my_function"
-            )
+    def problem(self, model: nn.Module) -> Problem:
+        """What the model's outputs are."""
+        return self.problems.get(problem_of(model), self.problems[None])
 
-    def quality(self, batches: Sequence[Batch], original: nn.Module | None = None) -> Quality:
-        """model -> its metrics on the batches; "kl" is there where the original is, whose outputs are kept."""
-        return quality_function(batches, self.targets, self.metrics, original)
+    def check_scored(self, model: nn.Module) -> None:
+        """Raises JointoptError for a model that cannot be scored by built-in metrics, which a user's own quality may be
+        able to."""
+        if self.problem(model) is ONE_CLASS and len(label_names(model)) < 2:
+            raise JointoptError(
+                "model: found a single output, and no problem_type in its config that says what of; allowed: "
+                f"{REGRESSION}, {MULTI_LABEL}, or quality: my_package.my_function"
+            )
 
 
 def place_of(model: nn.Module) -> torch.device:
@@ -107,9 +99,25 @@ def place_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def picked_labels(labels: Sequence[int] | None, indices: Sequence[int]) -> dict[str, Tensor]:
+def read_labels(
+    columns: Columns, source: DataSource, model: nn.Module, folders: Sequence[str] | None = None
+) -> Tensor | None:
+    """The labels of a classifier's samples as its loss takes them; None where the source is not labelled.
+
+    Args:
+        folders: of images by class.
+
+    Raises:
+        JointoptError: a label that does not fit what the model's outputs are.
+    """
+    read = CLASSIFICATION[problem_of(model)].labels
+    assert read is not None
+    return read(columns, source, label_names(model), folders) if source.labelled else None
+
+
+def picked_labels(labels: Tensor | None, indices: Sequence[int]) -> dict[str, Tensor]:
     """What a batch has of the labels, where there are some."""
-    return {} if labels is None else {"labels": torch.tensor([labels[index] for index in indices])}
+    return {} if labels is None else {"labels": labels[list(indices)]}
 
 
 def text_length(source: DataSource, model: nn.Module) -> int:

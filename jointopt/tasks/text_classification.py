@@ -1,4 +1,4 @@
-"""Text classification: rows of a text, or a pair of texts, and a label."""
+"""Text classification: rows of a text, or a pair of texts, and a label, or several."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from jointopt.rows import TEXT, DataSource, check_named, column, read_columns, texts
-from jointopt.tasks.labels import label_indices
-from jointopt.tasks.metrics import every
-from jointopt.tasks.task import CLASSIFICATION, Samples, Task, label_names, picked_labels, place_of, text_length
+from jointopt.tasks.problems import CLASSIFICATION
+from jointopt.tasks.task import Samples, Task, picked_labels, place_of, read_labels, text_length
 from quant.errors import JointoptError
 
 
@@ -23,7 +22,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     if source.text_pair is not None:
         key = f"{source.key}.text_pair"
         given.append(texts(column(columns, source.text_pair, (), key), key))
-    labels = label_indices(columns, source, label_names(model)) if source.labelled else None
+    labels = read_labels(columns, source, model)
     encoded = processor(*given, truncation=True, max_length=text_length(source, model))
     for row, tokens in enumerate(encoded["input_ids"], 1):
         if not tokens:
@@ -35,7 +34,8 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         return {**padded, **picked_labels(labels, indices)}
 
     def mark(index: int) -> bytes:
-        return repr([*(column[index] for column in (*given, *([labels] if labels else ())))]).encode()
+        label = [] if labels is None else [labels[index].tolist()]
+        return repr([*(column[index] for column in given), *label]).encode()
 
     order = sorted(range(len(given[0])), key=lambda index: len(encoded["input_ids"][index]))
     return Samples(len(order), collate, order, place_of(model), mark)
@@ -57,4 +57,4 @@ def _check_padding(processor: Any, model: Any) -> None:
         )
 
 
-TASK = Task("text-classification", "AutoModelForSequenceClassification", CLASSIFICATION, 32, 128, samples, every)
+TASK = Task("text-classification", "AutoModelForSequenceClassification", CLASSIFICATION, 32, 128, samples)

@@ -37,7 +37,7 @@ def main() -> None:
         source = DataSource(str(text / name), samples=samples, length=512)
         return task.batches(source, loaded.processor, loaded.model, 2)
 
-    quality = task.quality(batches("evaluate.txt", arguments.pieces), loaded.model)
+    quality = task.problem(loaded.model).quality(batches("evaluate.txt", arguments.pieces), loaded.model)
     supernet = Supernet(
         loaded.model, SearchSpace.for_model(loaded.model, preset="fixed", schemes=["none"], caches=list(CACHE_FORMATS))
     )

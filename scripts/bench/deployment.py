@@ -92,9 +92,9 @@ def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, 
     one = {key: nn.functional.pad(value[:, :TOKENS], (0, short[key]), value=1) for key, value in one.items()}
     lookup = Lookup.of(supernet, 1, context=TOKENS, threads=arguments.threads, path=arguments.work / "operators.json")
     supernet.use_latency(lookup)
-    quality = task.quality(batches(replace(network.evaluate, samples=None, length=32)))
+    quality = task.problem(loaded.model).quality(batches(replace(network.evaluate, samples=None, length=32)))
     test = str(arguments.assets / "movies" / "test.csv")
-    unseen = task.quality(batches(replace(network.evaluate, path=test, samples=None, length=32)))
+    unseen = task.problem(loaded.model).quality(batches(replace(network.evaluate, path=test, samples=None, length=32)))
     with supernet.active(all_in(supernet, "none")) as view:
         least = quality(view)["accuracy"] - 0.01
     study = jointopt.search(

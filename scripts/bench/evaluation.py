@@ -53,7 +53,7 @@ from jointopt.batch_norm import has_batch_norm, reestimate
 from jointopt.evaluation import evaluate, measured
 from jointopt.loop import search
 from jointopt.sharing import SharedEvaluator, block_signatures
-from jointopt.tasks.metrics import every, next_tokens, quality_function
+from jointopt.tasks.problems import NEXT_TOKEN, ONE_CLASS, quality_function
 from search_spaces.precision import is_precision
 
 AIM = 1.05
@@ -127,8 +127,8 @@ class Bench:
         batches = [{k: v for k, v in case.batch().items() if k != "labels"} for _ in range(2)]
         self.supernet.calibrate(batches)
         self.extra = batches if has_batch_norm(model) else []
-        targets = next_tokens if isinstance(model, LlamaForCausalLM) else every
-        self.quality = quality_function([case.batch()], targets, ("accuracy", "loss"))
+        problem = NEXT_TOKEN if isinstance(model, LlamaForCausalLM) else ONE_CLASS
+        self.quality = quality_function([case.batch()], problem, ("accuracy", "loss"))
         self.genomes = self.supernet.space.sample(genomes, seed=0)
 
     def rows(self) -> list[Row]:

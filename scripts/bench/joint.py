@@ -116,7 +116,9 @@ def prepared(name: str, case: Case, arguments: argparse.Namespace):
         jointopt.train_supernet(supernet, train, case.steps, learning_rate=case.learning_rate, progress=True)
         arguments.work.mkdir(parents=True, exist_ok=True)
         supernet.save(tuned)
-    seen, unseen = (task.quality(batches(source, case.batch_size)) for source in (case.evaluate, case.unseen))
+    seen, unseen = (
+        task.problem(loaded.model).quality(batches(source, case.batch_size)) for source in (case.evaluate, case.unseen)
+    )
     return loaded.model, seen, unseen, inputs, tuned
 
 

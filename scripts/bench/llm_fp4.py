@@ -90,7 +90,7 @@ def main() -> None:
 
     inputs = [{"input_ids": batch["input_ids"]} for batch in batches("calibrate.txt", 32)]
     seen = seen_inputs(model, inputs, options.tokens)
-    quality = task.quality(batches("evaluate.txt", options.pieces), model)
+    quality = task.problem(model).quality(batches("evaluate.txt", options.pieces), model)
     count = model.config.num_hidden_layers
     kept = set(torch.linspace(0, count - 1, options.blocks or count).round().int().tolist())
     layers = {path: model.get_submodule(path) for path in seen if int(path.split(".layers.")[1].split(".")[0]) in kept}

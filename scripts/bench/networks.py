@@ -168,5 +168,5 @@ def prepare(name: str, assets: Path, work: Path) -> Ready:
     supernet.calibrate(inputs)
     scored = batches(network.evaluate)
     with supernet.active(supernet.space.largest) as whole:
-        quality = task.quality(scored, whole)
+        quality = task.problem(whole).quality(scored, whole)
     return Ready(supernet, inputs, scored, quality)

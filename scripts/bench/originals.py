@@ -138,9 +138,10 @@ def original(name: str, case: Case, assets: Path, work: Path) -> Original:
         for batches in (given, task.batches(case.calibrate, loaded.processor, loaded.model, case.batch_size))
     )
     size = 4 if causal else 100
-    quality = task.quality(task.batches(case.evaluate, loaded.processor, loaded.model, size), loaded.model)
+    problem = task.problem(loaded.model)
+    quality = problem.quality(task.batches(case.evaluate, loaded.processor, loaded.model, size), loaded.model)
     scored = given[:4] if causal else given
-    return Original(folder, loaded.model, calibrate, train, quality, task.quality(scored, loaded.model))
+    return Original(folder, loaded.model, calibrate, train, quality, problem.quality(scored, loaded.model))
 
 
 def untrained(make: Callable[[], nn.Module], folder: Path) -> Path:

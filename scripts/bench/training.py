@@ -90,7 +90,7 @@ def case(name: str, arguments: argparse.Namespace, seed: int = 0) -> Case:
         return task.batches(source, loaded.processor, loaded.model, size)
 
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches(network.calibrate)]
-    quality = task.quality(batches(network.evaluate))
+    quality = task.problem(loaded.model).quality(batches(network.evaluate))
     worst = float(np.log(getattr(loaded.model.config, "num_labels", 2)))
     if network.task == "causal-lm":
         worst = quality(loaded.model)["loss"] + float(np.log(2))

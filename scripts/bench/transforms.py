@@ -68,7 +68,14 @@ def smollm2(options: argparse.Namespace) -> Case:
     evaluate = DataSource(str(text / "evaluate.txt"), samples=options.tokens // 256, length=256)
     given, scored = (task.batches(source, loaded.processor, loaded.model, 2) for source in (calibrate, evaluate))
     sets = ((), ("smooth",), ("awq",), ("rotate_heads",), ("rotate",), BOTH, (*BOTH, "smooth"), (*BOTH, "awq"))
-    return Case(loaded.model, unlabelled(given), task.quality(scored, loaded.model), "perplexity", LLM, sets)
+    return Case(
+        loaded.model,
+        unlabelled(given),
+        task.problem(loaded.model).quality(scored, loaded.model),
+        "perplexity",
+        LLM,
+        sets,
+    )
 
 
 def tuned(name: str, schemes: tuple[str, ...], sets: tuple[tuple[str, ...], ...], fold: bool = False) -> Callable:
