@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jointopt.batch_norm import first_samples, on_device, sample_count
-from jointopt.evaluation import logits_of
+from jointopt.evaluation import MULTI_LABEL, REGRESSION, logits_of, problem_of
 from jointopt.genes import precision_genes
 from jointopt.importance import hidden_input
 from jointopt.objectives import COSTS, DIRECTIONS, Objective
@@ -82,7 +82,8 @@ def estimated_losses(
         Gene -> array [choices]: the divergence (KL, nats a label) that the choice alone would cause.
 
     Raises:
-        JointoptError: the super-network is not calibrated, there is no batch, or the model has a single output.
+        JointoptError: the super-network is not calibrated, there is no batch, or the model has a single output
+            and no `config.problem_type`.
     """
     if not supernet.calibrated:
         raise JointoptError("sensitivity: the super-network is not calibrated; call supernet.calibrate(batches) first")
@@ -279,7 +280,7 @@ def _observed(
             model.get_submodule(path).register_forward_hook(keep(path), with_kwargs=True)
         for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
             norm.register_forward_pre_hook(lambda _, args: normalized.add(id(args[0])))
-        score, count = _pushed(logits_of(model, batch), batch, generator)
+        score, count = _pushed(logits_of(model, batch), batch, generator, problem_of(model))
         outputs = [tensor for _, _, tensor, _ in calls.values()]
         gradients = torch.autograd.grad(score, outputs, materialize_grads=True)
     seen = {
@@ -289,20 +290,30 @@ def _observed(
     return seen, count
 
 
-def _pushed(logits: Tensor, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, int]:
+def _pushed(
+    logits: Tensor, batch: Mapping[str, Any], generator: torch.Generator, problem: str | None
+) -> tuple[Tensor, int]:
     """A number whose gradient by the logits is random, with their Fisher matrix as its covariance; and how many labels
     it is of, padding left out.
 
-    That is the square root of diag(p) - pp' times random signs. Labels sampled from the answers have that covariance
-    too, but where a model is sure of its answers hardly a sample of them tells anything.
+    That is the square root of diag(p) - pp' times random signs, where each class is right or is not that of
+    diag(p(1 - p)), and of values that of the identity. Labels sampled from the answers have that covariance too, but
+    where a model is sure of its answers hardly a sample of them tells anything.
     """
-    if logits.shape[-1] < 2:
-        raise JointoptError("sensitivity: the model has a single output; allowed: two classes or more")
+    if logits.shape[-1] < 2 and problem is None:
+        raise JointoptError(
+            "sensitivity: the model has a single output; allowed: two classes or more, or a config.problem_type, "
+            f"{MULTI_LABEL!r} or {REGRESSION!r}"
+        )
     with torch.no_grad():
-        chances = logits.float().softmax(-1)
-        signs = torch.randint(0, 2, chances.shape, generator=generator).to(chances) * 2 - 1
-        push = chances.sqrt() * signs
-        push -= chances * push.sum(-1, keepdim=True)
+        push = torch.randint(0, 2, logits.shape, generator=generator).to(logits.device).float() * 2 - 1
+        if problem == MULTI_LABEL:
+            chances = logits.float().sigmoid()
+            push *= (chances * (1 - chances)).sqrt()
+        elif problem is None:
+            chances = logits.float().softmax(-1)
+            push *= chances.sqrt()
+            push -= chances * push.sum(-1, keepdim=True)
         mask = batch.get("attention_mask")
         if mask is None or mask.shape != push.shape[:-1]:
             mask = torch.ones_like(push[..., 0])

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, rel_entr
-from scipy.stats import pearsonr
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, log_loss, mean_squared_error
 from torch import Tensor
 
@@ -24,13 +24,16 @@ from jointopt.cli import main
 from jointopt.evaluation import MULTI_LABEL, REGRESSION
 from jointopt.models import load_model
 from jointopt.rows import DataSource, read_columns
+from jointopt.sensitivity import estimated_losses
 from jointopt.starter import starter_config
 from jointopt.tasks import TASKS
 from jointopt.tasks.labels import multi_labels, value_labels
-from jointopt.tasks.problems import SEVERAL_CLASSES, VALUES, Problem
+from jointopt.tasks.problems import CLASSIFICATION, SEVERAL_CLASSES, VALUES, Problem
 from tests.saved import WORDS, quality_of, save_bert, save_vit, write_images
 from tests.test_cli import command
 from tests.test_fidelity import Given, Shifted
+from tests.test_training_problems import supernet_for
+from tests.zoo import batches
 
 TAGS = ("toxic", "insult", "threat")
 
@@ -322,7 +325,11 @@ def test_a_regression_goes_from_a_config_to_a_verified_export(tmp_path, capsys):
             "found loss; allowed: what is measured of this model, pearson, mse, and costs, size",
         ),
         ({}, "f1", "found f1; allowed: what is measured of this model, accuracy, loss, kl, and costs, size"),
-        (named("score"), "accuracy", "model: found a single output, and no problem_type in its config .*: regression,"),
+        (
+            named("score"),
+            "accuracy",
+            "model: found a single output, .*; allowed: problem_type multi_label_classification or",
+        ),
     ],
 )
 def test_what_a_model_is_not_scored_by_is_refused_with_what_it_is(tmp_path, capsys, changes, objective, said):
@@ -350,3 +357,25 @@ def test_several_columns_are_refused_of_a_model_that_says_one_class(tmp_path):
 def test_the_config_that_init_writes_is_of_the_models_problem(tmp_path, problem, objectives, rows):
     text = starter_config(str(save_bert(tmp_path / "bert", **SAVED[problem])))
     assert f"objectives: {objectives}" in text and f"parquet with columns {rows}" in text
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [(MULTI_LABEL, 5), (MULTI_LABEL, 1), (REGRESSION, 1), (REGRESSION, 5)])
+def test_a_warm_start_is_told_what_choices_do_to_such_outputs(kind, outputs):
+    """Of values that is half the squared change: the divergence of normal distributions of variance 1."""
+    supernet = supernet_for(kind, outputs)
+    inputs, space = batches("bert"), supernet.space
+    estimates = estimated_losses(supernet, inputs)
+    with supernet.original() as whole:
+        labels = [whole(**batch).logits.detach() for batch in inputs]
+    pairs = [{**batch, "labels": each} for batch, each in zip(inputs, labels, strict=True)]
+    foreseen, real = [], []
+    for at, gene in enumerate(space.genes):
+        for choice in set(range(len(gene.choices))) - {space.largest[at]}:
+            genome = space.largest
+            genome[at] = choice
+            with supernet.active(genome) as view, supernet.original() as whole, torch.no_grad():
+                score = CLASSIFICATION[kind].quality(pairs, whole)(view)
+            foreseen.append(estimates[gene.name][choice])
+            real.append(score["kl"] if kind == MULTI_LABEL else score["mse"] * outputs / 2)
+    assert spearmanr(foreseen, real)[0] > 0.9
+    assert 0.5 < np.median(np.array(foreseen) / np.array(real)) < 2

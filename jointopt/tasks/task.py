@@ -88,9 +88,14 @@ class Task:
         """Raises JointoptError for a model that cannot be scored by built-in metrics, which a user's own quality may be
         able to."""
         if self.problem(model) is ONE_CLASS and len(label_names(model)) < 2:
+            said = (
+                f"problem_type {MULTI_LABEL} or {REGRESSION} in its config.json, or "
+                if hasattr(model, "config")
+                else ""
+            )
             raise JointoptError(
-                "model: found a single output, and no problem_type in its config that says what of; allowed: "
-                f"{REGRESSION}, {MULTI_LABEL}, or quality: my_package.my_function"
+                f"model: found a single output, which is no class of several; allowed: {said}quality: "
+                "my_package.my_function"
             )
 
 
