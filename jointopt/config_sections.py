@@ -26,6 +26,12 @@ def _path_alone(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _columns(value: Any) -> Any:
+    if isinstance(value, list) and (not value or not all(isinstance(each, str) for each in value)):
+        raise ValueError(f"{value}; allowed: a column's name, or a list of one name or more")
+    return value
+
+
 class Source(Section):
     """Where samples come from, and which columns hold them.
 
@@ -43,7 +49,7 @@ class Source(Section):
     text: str | None = None
     text_pair: str | None = None
     image: str | None = None
-    label: str | Annotated[list[str], Field(min_length=1)] | None = None
+    label: Annotated[str | list[str] | None, BeforeValidator(_columns)] = None
     samples: Positive | None = None
 
 

@@ -179,3 +179,17 @@ def test_whatever_a_file_holds_the_answer_is_a_config_or_one_line(tmp_path_facto
         load_config(path)
     except JointoptError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("3", "found 3; allowed: text, a list of texts"),
+        ("[]", "found []; allowed: a column's name, or a list of one name or more"),
+        ("[a, 1]", "found ['a', 1]; allowed: a column's name, or a list of one name or more"),
+    ],
+)
+def test_labels_are_a_column_or_several(tmp_path, label, said):
+    text = "model: m\ntask: text-classification\ndata: {{calibrate: a, evaluate: {{path: a, label: {}}}}}\noutput: o"
+    assert load_config(written(tmp_path, text.format("[a, b]"))).source("evaluate").label == ["a", "b"]
+    assert f"line 3: data.evaluate.label: {said}" in complaint(tmp_path, text.format(label))
