@@ -126,6 +126,7 @@ def build(
             if width.gene in plan.units and not _is_in(path, gone):
                 setattr(modules[path], name, plan.units[width.gene] * per_unit)
     _drop(shell, family, plan, training)
+    _count_caches(modules, plan, gone)
     if training and not plan.whole(family):
         keep_statistics(modules.values())
     family.configure(shell, plan.blocks)
@@ -264,21 +265,26 @@ def _hold_cache(attention: nn.Module, form: CacheFormat, constants: Mapping[str,
 
 
 def _drop(shell: nn.Module, family: Family, plan: Plan, training: bool) -> None:
-    """Takes out branches and blocks, and counts what stays anew: list indices, and the indices of KV caches."""
+    """Takes out branches and blocks; those that stay are counted anew in their lists."""
     for branch in plan.dropped:
         for path, replacement in branch.replacements.items():
             holder, _, name = path.rpartition(".")
             shell.get_submodule(holder)._modules[name] = replacement().train(training)
-    caches = 0
     for blocks in family.stages().values():
         container = shell.get_submodule(blocks[0].path.rpartition(".")[0])
         kept = [container._modules[block.path.rpartition(".")[2]] for block in blocks if block in plan.blocks]
         container._modules = {str(index): module for index, module in enumerate(kept)}
-        for module in kept:
-            indexed = [m for m in module.modules() if isinstance(m.__dict__.get("layer_idx"), int)]  # type: ignore[union-attr]
-            for each in indexed:
-                each.__dict__["layer_idx"] = caches
-            caches += bool(indexed)
+
+
+def _count_caches(modules: Mapping[str, nn.Module], plan: Plan, gone: Sequence[str]) -> None:
+    """The indices of KV caches, counted anew over the blocks that still have one."""
+    indexed = {path: module for path, module in modules.items() if isinstance(module.__dict__.get("layer_idx"), int)}
+    caches = 0
+    for block in plan.blocks if indexed else ():
+        held = [each for path, each in indexed.items() if within(path, block.path) and not _is_in(path, gone)]
+        for module in held:
+            module.__dict__["layer_idx"] = caches
+        caches += bool(held)
 
 
 def renamed(path: str, family: Family, blocks: Sequence[Block]) -> str:

@@ -12,6 +12,11 @@ _CONTAINERS = frozenset((dict, OrderedDict, set))
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
+def is_plain(value: object) -> bool:
+    """Whether it is a number, a text or None, which need no copy."""
+    return type(value) in _PLAIN
+
+
 def structural_clone(module: nn.Module) -> nn.Module:
     """A module tree of its own that shares every tensor with `module`: what is set on the clone is not set on it.
 
