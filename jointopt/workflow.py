@@ -69,7 +69,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     else:
         supernet.calibrate(prepared.inputs)
         _check_wishes(config, prepared, supernet)
-        _train(config, prepared, supernet)
+        _train(config, prepared, supernet, wanted["contents"])
         _keep(output, supernet, wanted)
     supernet.calibrate(prepared.inputs)
     look_up(config, prepared.inputs, supernet)
@@ -101,7 +101,7 @@ def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> Non
     )
 
 
-def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
+def _train(config: Config, prepared: Prepared, supernet: Supernet, contents: Mapping[str, str]) -> None:
     from jointopt.training.configured import lora_of, recipe_of
     from jointopt.training.loop import train_supernet
 
@@ -118,6 +118,7 @@ def _train(config: Config, prepared: Prepared, supernet: Supernet) -> None:
         sort_every=config.train.sort_every,
         lora=lora_of(config, supernet),
         checkpoint=Path(config.output) / CHECKPOINT,
+        config=contents,
         progress=True,
     )
 

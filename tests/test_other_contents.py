@@ -17,11 +17,19 @@ from jointopt.config_sections import Data, Source, Train
 from jointopt.prepared import PROCESSED, prepare
 from jointopt.rescoring import rescored
 from jointopt.rows import DataSource, read_columns
+from jointopt.training import loop
 from tests.saved import LABELS, save_bert, save_vit, write_images, write_reviews
 
 
 def run_on_images(folder: Path, monkeypatch, more: str = "", data: str = ", test: test") -> Study:
     """The study of `jointopt run` in a folder with a model and images, which are made where they are not there."""
+    write_run(folder, more, data)
+    monkeypatch.chdir(folder)
+    assert main(["run", "config.yaml"]) == 0
+    return Study.open("out/study.db")
+
+
+def write_run(folder: Path, more: str = "", data: str = "") -> None:
     for name in ("taught", "seen", "scored", "test"):
         if not (folder / name).exists():
             write_images(folder / name)
@@ -33,9 +41,6 @@ def run_on_images(folder: Path, monkeypatch, more: str = "", data: str = ", test
         f"data: {{train: taught, calibrate: seen, evaluate: scored, batch_size: 12{data}}}"
     )
     (folder / "config.yaml").write_text(f"{text}{more}}}")
-    monkeypatch.chdir(folder)
-    assert main(["run", "config.yaml"]) == 0
-    return Study.open("out/study.db")
 
 
 def blacken(folder: Path) -> None:
@@ -75,6 +80,19 @@ def test_what_was_finished_on_other_images_under_the_same_name_is_finished_and_s
     record = json.loads(Path("again/jointopt.json").read_text())
     assert record["rounding"] in (after["rounding"], "nearest")
     assert main(["verify", "again", "--config", "out/config.yaml"]) == 0
+
+
+def test_a_training_that_ended_early_does_not_go_on_with_other_images_under_the_same_name(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(loop, "EVERY", 1)
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, ", train: {steps: 9, batch_size: 4, learning_rate: 1.0e+30}")  # the second step's loss is none
+    assert main(["run", "config.yaml"]) == 2 and Path("out/training.safetensors").is_file()
+    blacken(tmp_path / "taught")
+    capsys.readouterr()
+    assert main(["run", "config.yaml"]) == 2
+    assert "training.safetensors' was written by another training, with another data.train" in capsys.readouterr().err
 
 
 def trained_on(folder: Path, model: Path, task: str) -> str:

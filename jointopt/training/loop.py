@@ -47,6 +47,7 @@ def train_supernet(
     sort_every: int | None = None,
     lora: Any = None,
     checkpoint: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> list[float]:
     """Trains a calibrated super-network in place. Calibrate it again afterwards: its order then stays.
@@ -62,6 +63,7 @@ def train_supernet(
         lora: a `peft.LoraConfig`: adapters of its layers alone are trained, and merged at the end (`training.lora`).
         checkpoint: a file from which the same call goes on where an earlier one was killed, with the same result to
             the bit; written every 50 steps, removed at the end. None keeps none.
+        config: what else the result depends on (model, data); compared when a checkpoint is gone on with.
 
     Returns:
         The largest sub-network's loss at each step.
@@ -105,7 +107,10 @@ def train_supernet(
         rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "sort_every": sort_every}
         if not Path(checkpoint).parent.is_dir():
             raise JointoptError(f"train: the checkpoint's folder {str(Path(checkpoint).parent)!r} does not exist")
-        kept = _Checkpoint(Path(checkpoint), {"steps": steps, "seed": seed, **rates, **_described(supernet, recipe)})
+        described = {"steps": steps, "seed": seed, **rates, **_described(supernet, recipe)}
+        if known := set(config or {}) & set(described):
+            raise JointoptError(f"config: found {min(known)!r}, which every checkpoint records; allowed: another key")
+        kept = _Checkpoint(Path(checkpoint), {**described, **_plain(config or {})})
     history: list[float] = []
     with _ending(supernet, optimizer), _seeded(supernet, seed):
         if kept is not None:
@@ -222,6 +227,11 @@ def _described(supernet: Supernet, recipe: Recipe) -> dict[str, Any]:
             f"{name} {list(each.shape)}" for name, each in supernet.model.named_parameters() if each.requires_grad
         ),
     }
+    return _plain(described)
+
+
+def _plain(described: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON can hold it."""
     return json.loads(
         json.dumps(described, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
     )
