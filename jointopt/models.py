@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -31,6 +31,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 _WORDS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+_SIZES = (
+    "hidden_size",
+    "hidden_sizes",
+    "embedding_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "depths",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "image_size",
+    "patch_size",
+    "num_channels",
+)
 _TASK_OF = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
@@ -157,7 +173,25 @@ def model_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     with _explained(source):
-        return AutoConfig.from_pretrained(source.location, **source.options())
+        config = AutoConfig.from_pretrained(source.location, **source.options())
+    _check_config(source, config)
+    return config
+
+
+def _check_config(source: ModelSource, config: Any) -> None:
+    """Sizes that transformers builds models of, which then fail wherever they are first used."""
+
+    def refuse(key: str, found: object, allowed: str) -> NoReturn:
+        raise JointoptError(f"model: the config of {source.name!r}: {key}: found {found!r:.60}; allowed: {allowed}")
+
+    architectures = getattr(config, "architectures", None) or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        refuse("architectures", architectures, "a list of names")
+    for key in _SIZES:
+        found = getattr(config, key, None)
+        sizes = found if isinstance(found, list | tuple) else [1 if found is None else found]
+        if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+            refuse(key, found, "whole numbers from 1")
 
 
 def empty_model(source: ModelSource, task: str, dtype: str = "auto") -> nn.Module:

@@ -56,7 +56,7 @@ from jointopt.supernet_state import fingerprint, follow, for_workers, load, noti
 from jointopt.transforms import checked, rotated
 from jointopt.weight_bank import BankedWeight, WeightBank
 from quant.calibration import check_activation_method, check_weight_method, choose_clip
-from quant.errors import JointoptError, check_kind
+from quant.errors import JointoptError, check_kind, in_one_line
 from quant.formats import Scheme, scheme
 from quant.kernels import quantize_and_hold
 from quant.learned_ranges import widened
@@ -359,7 +359,13 @@ class Supernet:
         if positions is None:
             if self.family.example is None:
                 raise JointoptError(f"costs: the {self.family.name} family declares no example; call calibrate first")
-            positions = measure_positions(self.model, self.family.example(self.model))
+            try:
+                positions = measure_positions(self.model, self.family.example(self.model))
+            except (RuntimeError, ArithmeticError) as error:
+                raise JointoptError(
+                    f"model: it cannot compute one sample, as the {self.family.name} family gives it: "
+                    f"{in_one_line(error)}"
+                ) from error
         scheme_of = partial(_lookup, self._schemes)
         return ShapeCosts(
             self.model, self.family, self.space, positions, self._precision_gene, scheme_of, self._leaving, latency

@@ -44,6 +44,9 @@ def declare(model: nn.Module, family: Declare | None = None) -> tuple[nn.Module,
     for path, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule":
             raise JointoptError(f"model: {path or 'it'} is what torch.compile made; allowed: what was given to it")
+    for path, parameter in model.named_parameters():
+        if not parameter.numel():
+            raise JointoptError(f"model: {path} is of shape {list(parameter.shape)}; allowed: sizes from 1")
     known = family or _known(model)
     if family is None:
         _check_tie(model)

@@ -23,6 +23,7 @@ from jointopt.config import Config
 from jointopt.config_sections import Data, Source
 from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
 from jointopt.rows import DataSource, looks_like_hub_id, read_columns, some
+from jointopt.starter import starter_config
 from jointopt.tasks import TASKS
 from jointopt.tasks.labels import class_indices, label_indices
 from tests.saved import (
@@ -362,6 +363,23 @@ def test_a_broken_model_folder_is_one_line(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(JointoptError, match="config.json cannot be read"):
         load_model(str(folder), None, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "found", "told"),
+    [
+        ("num_hidden_layers", 0, "num_hidden_layers: found 0; allowed: whole numbers from 1"),
+        ("vocab_size", -1, "vocab_size: found -1; allowed: whole numbers from 1"),
+        ("architectures", 3, "architectures: found 3; allowed: a list of names"),
+    ],
+)
+def test_a_config_of_an_impossible_model_is_one_line_that_names_its_key(key, found, told, tmp_path):
+    folder = save_llama(tmp_path / "llama")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, key: found}))
+    for read in (starter_config, lambda name: load_model(name, "causal-lm", "cpu")):
+        with pytest.raises(JointoptError, match=f"model: the config of '.*llama': {told}"):
+            read(str(folder))
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

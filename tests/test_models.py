@@ -17,9 +17,12 @@ from transformers import (
     BertForMultipleChoice,
     BertForPreTraining,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForQuestionAnswering,
     OlmoConfig,
     OlmoForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
     XLMRobertaConfig,
     XLMRobertaForMaskedLM,
 )
@@ -70,6 +73,10 @@ def prune_a_layer(model: nn.Module) -> None:
     prune.l1_unstructured(model.bert.encoder.layer[1].output.dense, "weight", 0.5)
 
 
+def forget_labels(model: nn.Module) -> None:
+    model.classifier.weight = nn.Parameter(torch.empty(0, model.classifier.in_features))
+
+
 def adapt_queries(model: nn.Module) -> None:
     get_peft_model(model, LoraConfig(target_modules=["query"]))
 
@@ -80,6 +87,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "tie_word_embeddings is True, .* does not share",
     ),
     "tied, config untied": (lambda: tied_otherwise("llama_tied"), "tie_word_embeddings is False, and the head shares"),
+    "no label": (
+        lambda: changed(forget_labels),
+        r"classifier\.weight is of shape \[0, 128\]; allowed: sizes from 1",
+    ),
+    "heads in no whole groups": (
+        lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=3)),
+        "num_attention_heads is 4, its num_key_value_heads 3; allowed: a divisor",
+    ),
     "multiple choice": (lambda: BertForMultipleChoice(BertConfig(**SMALL)), "multiple choice reads several texts"),
     "blurred": (lambda: timm.create_model("resnetblur18"), r"layer2\.0 has squeeze, attention or anti-aliasing"),
     "group normalization": (lambda: timm.create_model("resnet50_gn"), r"layer1\.0\.downsample is of Conv2d, GroupNorm"),
@@ -102,6 +117,13 @@ def test_what_is_not_known_is_refused_in_one_line_that_says_what(what):
     with pytest.raises(JointoptError) as error:
         SearchSpace.for_model(made(), schemes=["none", "W8A8"])
     assert "\n" not in str(error.value) and re.search(told, str(error.value)), str(error.value)
+
+
+def test_costs_of_a_model_that_takes_no_sample_are_refused_in_one_line():
+    config = ViTConfig(image_size=3, patch_size=4, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = ViTForImageClassification(config)
+    with pytest.raises(JointoptError, match=r"it cannot compute one sample, as the vit family gives it: .*3 x 3"):
+        Supernet(model, SearchSpace.for_model(model)).original_costs()
 
 
 @pytest.mark.parametrize("model", [BertForPreTraining(BertConfig(**SMALL)), timm_vit(norm_layer="rmsnorm")])
