@@ -195,7 +195,8 @@ def _keep_genes(family: Family, chosen: Mapping[str, Any]) -> list[Gene]:
                 genes.append(Gene(branch_keep(block.name, branch.kind), (False, True)))
     for key in ("keep", "attention_keep", "mlp_keep"):
         if chosen.get(key) and not any(g.name.endswith(key.replace("_", ".")) for g in genes):
-            raise JointoptError(f"space.{key}: the {family.name} family has no block that can leave this way")
+            never = f"the {family.name} family has no block that can leave this way"
+            raise JointoptError(f"space.{key}: {family.staying.get(key.removesuffix('_keep'), never)}")
     return genes
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -211,6 +211,7 @@ class Family:
             hidden state: sub-networks that agree on their first blocks can then share what these compute.
         links: where scales of channels may move (SmoothQuant, AWQ), and which heads may be rotated.
         stream: the residual stream, where it may be rotated.
+        staying: kind of branch that leaves alone in others of the family and not in this model -> why.
     """
 
     name: str
@@ -223,6 +224,7 @@ class Family:
     sequential: bool = False
     links: tuple[Link, ...] = ()
     stream: Stream | None = None
+    staying: Mapping[str, str] = field(default_factory=dict)
 
     def block(self, name: str) -> Block:
         return next(block for block in self.blocks if block.name == name)

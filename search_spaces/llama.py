@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from quant.errors import JointoptError
 from search_spaces.family import (
     Block,
     Branch,
@@ -39,17 +42,20 @@ def declare(model: Model) -> Family:
         replacement = type(rotary)(config).to(rotary.inv_freq.device)
         model.get_submodule(root.rstrip("."))._modules["rotary_emb"] = replacement
     head_dim = model.get_submodule(f"{root}layers.0.self_attn").head_dim
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise JointoptError(
+            f"model: its config's num_attention_heads is {config.num_attention_heads}, its num_key_value_heads "
+            f"{config.num_key_value_heads}; allowed: a divisor"
+        )
     heads_per_group = config.num_attention_heads // config.num_key_value_heads
-    # Where only some attentions slide, transformers reads the kind of a cache by the number of its attention, that of a
-    # mask by the number of its block: an attention that leaves would set them apart.
-    mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
+    staying = _staying(getattr(config, "layer_types", None) or ())
     blocks, widths, layers, caches = [], [], [_embedding(model, root)], []
     links, readers, writers = [], [], [layers[0].path]
     for index in range(len(model.get_submodule(f"{root}layers"))):
         name, path = f"block{index}", f"{root}layers.{index}"
         attention, mlp = f"{path}.self_attn", f"{path}.mlp"
         branches = [Branch("mlp", {f"{path}.post_attention_layernorm": nn.Identity, mlp: SkipBranch})]
-        if not mixed:
+        if not staying:
             branches.insert(0, Branch("attention", {f"{path}.input_layernorm": nn.Identity, attention: SkipAttention}))
         blocks.append(Block(name, path, branches=tuple(branches)))
         widths.append(_heads(name, attention, config.num_attention_heads, head_dim, heads_per_group))
@@ -83,7 +89,20 @@ def declare(model: Model) -> Family:
         sequential=True,
         links=tuple(links),
         stream=stream,
+        staying=staying,
     )
+
+
+def _staying(kinds: Sequence[str]) -> dict[str, str]:
+    """Where only some attentions slide, transformers reads the kind of a cache by the number of its attention, that of
+    a mask by the number of its block: an attention that leaves would set them apart."""
+    if len(set(kinds)) < 2:
+        return {}
+    slide = [str(index) for index, kind in enumerate(kinds) if kind == "sliding_attention"]
+    return {
+        "attention": f"only blocks {', '.join(slide)} have attention over a sliding window (config.layer_types), and "
+        "of such a mixture none can leave alone; allowed: keep, mlp_keep, depth"
+    }
 
 
 def _heads(block: str, attention: str, heads: int, head_dim: int, heads_per_group: int) -> Width:
