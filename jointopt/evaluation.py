@@ -134,17 +134,13 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise JointoptError(f"quality returned {type(value).__name__} for {name!r}; allowed: a number")
-        if not _is_finite(value):
+        try:
+            metrics[name] = float(value)
+        except OverflowError:
+            raise JointoptError(f"quality returned a number beyond all floats for {name!r}; allowed: less") from None
+        if not math.isfinite(metrics[name]):
             raise JointoptError(f"quality returned {value} for {name!r}; allowed: a finite number")
-        metrics[name] = float(value)
     return metrics
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
 
 
 def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evaluation:
