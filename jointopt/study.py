@@ -46,6 +46,7 @@ _KINDS = {
     "choice": dict,
     "unseen": list,
 }
+_FINISHED = {"genome": list, "rounding": str, "metrics": dict}
 TABLES = ("facts", "generations", "evaluations")
 VERSION = 2
 P = ParamSpec("P")
@@ -109,10 +110,28 @@ class Study:
             self.space = SearchSpace.from_dict(space)
         with damaged(path, "its objectives"):
             self.objectives = tuple(Objective(name, direction) for name, direction in objectives)
+        self._check_facts()
+
+    def _check_facts(self) -> None:
+        """Raises JointoptError, by its key, for what was edited to something else."""
+
+        def check(key: str, found: object, kind: type) -> None:
+            if not isinstance(found, kind):
+                raise JointoptError(f"study {str(self.path)!r}: is damaged: its {key} is {found!r:.60}")
+
         none = object()
         for key, kind in _KINDS.items():
-            if (found := self.fact(key, none)) is not none and not isinstance(found, kind):
-                raise JointoptError(f"study {str(path)!r}: is damaged: its {key} is {found!r:.60}")
+            if (found := self.fact(key, none)) is not none:
+                check(key, found, kind)
+        baselines: dict[str, Any] = {"original": None, **self.baselines} if self.baselines else {}
+        for name, metrics in baselines.items():
+            check(f"baselines.{name}", metrics, dict)
+            for metric, value in metrics.items():
+                check(f"baselines.{name}.{metric}", value, Real)
+        for at, record in enumerate(self.finished()):
+            check(f"finished[{at}]", record, dict)
+            for key, kind in _FINISHED.items():
+                check(f"finished[{at}].{key}", record.get(key), kind)
 
     @classmethod
     def create(

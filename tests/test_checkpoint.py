@@ -391,3 +391,20 @@ def test_a_generation_config_that_transformers_does_not_write_is_named(tmp_path)
     with pytest.raises(JointoptError, match="export: model.generation_config: .*temperature.*; allowed: a valid one"):
         jointopt.export(supernet, supernet.space.largest, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"layers": [3]}, r"layers\[0\]: found 3"),
+        ({"layers": [{"scheme": None}]}, r"layers\[0\].scheme: found None"),
+        ({"metrics": {"accuracy": "good"}}, "metrics.accuracy: found 'good'"),
+        ({"costs": {"size": []}}, r"costs.size: found \[\]"),
+        ({"stored": "all"}, "stored: found 'all'"),
+    ],
+)
+def test_a_record_of_an_export_that_was_edited_to_something_else_is_one_line_that_names_the_key(damage, said, tmp_path):
+    record = {"probe": None, "costs": {"size": 1}, "layers": [], "metrics": {}, **damage}
+    (tmp_path / "jointopt.json").write_text(json.dumps(record))
+    with pytest.raises(JointoptError, match=f"verify: '.*jointopt.json': {said}; allowed: what export wrote"):
+        jointopt.verify(tmp_path)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,25 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     lacking = [key for key in _KINDS if key not in record] if isinstance(record, dict) else list(_KINDS)
     if lacking:
         raise JointoptError(f"verify: {str(path)!r} has no {', '.join(lacking)}; allowed: what export wrote, unchanged")
-    for key, kind in _KINDS.items():
-        if not isinstance(record[key], kind) or (key == "costs" and "size" not in record[key]):
+    for key, found, kind in _parts(record):
+        if not isinstance(found, kind):
             raise JointoptError(
-                f"verify: {str(path)!r}: {key}: found {record[key]!r:.60}; allowed: what export wrote, unchanged"
+                f"verify: {str(path)!r}: {key}: found {found!r:.60}; allowed: what export wrote, unchanged"
             )
     return record
+
+
+def _parts(record: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Key, value and kind of what is read here, what holds others first."""
+    for key, kind in _KINDS.items():
+        yield key, record[key], kind
+    yield "costs.size", record["costs"].get("size"), Real
+    yield "stored", record.get("stored", 0), Real
+    for name, value in record["metrics"].items():
+        yield f"metrics.{name}", value, Real
+    for at, layer in enumerate(record["layers"]):
+        yield f"layers[{at}]", layer, dict
+        yield f"layers[{at}].scheme", layer.get("scheme"), str
 
 
 def _check_installed(folder: Path, record: Mapping[str, Any]) -> None:
