@@ -86,7 +86,7 @@ def _trained_from(prepared: Prepared) -> dict[str, str]:
 
 
 def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> None:
-    """What the search would refuse, before training and timing."""
+    """What the search would refuse, before training and timing. One that goes on scores the original again anyway."""
     from jointopt.objectives import ON_HARDWARE
     from jointopt.wishes import check_wishes
 
@@ -96,7 +96,7 @@ def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> Non
         supernet,
         [{name: direction} for name, direction in prepared.objectives.items() if name not in timed_later] or ["size"],
         {name: limit for name, limit in (config.constraints or {}).items() if name not in timed_later},
-        prepared.quality if config.quality else None,
+        prepared.quality if config.quality and not (Path(config.output) / STUDY).is_file() else None,
         config.search.warm_start,
     )
 

@@ -10,19 +10,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from jointopt import Study
 from jointopt.cli import main
 from jointopt.config import load_config
 from jointopt.files import locked
-from jointopt.run_folder import CHECKPOINT, LOCK
+from jointopt.prepared import prepare
+from jointopt.run_folder import CHECKPOINT, LOCK, STUDY
+from jointopt.workflow import make_supernet
 from tests.saved import save_bert, save_timm, save_vit, write_images, write_reviews
 
 ROOT = Path(__file__).parents[1]
@@ -234,6 +238,22 @@ def test_a_function_of_ones_own_scores_the_model(place):
     failed = Study.open(place / "runs/sometimes/study.db").evaluations()["failed"].dropna()
     assert len(failed)
     assert all("no thanks" in reason for reason in failed)
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_the_original_is_scored_by_a_function_of_ones_own_before_training_unless_a_study_has_its_score(
+    place, tmp_path, searched
+):
+    own = {"task": None, "objectives": ["quality"], "quality": "math.sqrt"}
+    data = {name: str(place / "images") for name in ("calibrate", "train")}
+    changes = {"model": str(place / "vit"), "output": str(tmp_path), "data": data, "train": {"steps": 1}}
+    config = load_config(write_config(place, **own, **changes))
+    scored: list[torch.nn.Module] = []
+    prepared = replace(prepare(config), quality=lambda model: scored.append(model) or 1.0)
+    if searched:
+        (tmp_path / STUDY).touch()
+    make_supernet(config, prepared, Console(quiet=True))
+    assert len(scored) == (not searched)
 
 
 def refused(capsys, place: Path, monkeypatch, *words: str) -> str:
