@@ -1,7 +1,8 @@
 """Residual convolutional networks: ResNet of transformers and of timm, with basic and with bottleneck blocks.
 
 A stage's width runs through its whole residual stream: every block's last convolution and the shortcut produce it,
-every block's first convolution, the next stage and the classifier consume it.
+every block's first convolution, the next stage and the classifier consume it. The last stage of a model without a head
+is what it returns, and stays as wide as it is.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def _family(
         outer = _stage_width(model, f"stage{number}.width", stage, following, joined, head if has_head else None)
         if following is None:
             outer = replace(outer, attributes=attributes)
-        widths.append(outer)
+        if following is not None or has_head:
+            widths.append(outer)
         for index, names in enumerate(stage):
             block = f"stage{number}.block{index}"
             blocks.append(Block(block, names.path, f"stage{number}.depth", removable=index > 0))

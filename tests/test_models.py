@@ -21,6 +21,8 @@ from transformers import (
     LlamaForQuestionAnswering,
     OlmoConfig,
     OlmoForCausalLM,
+    ResNetConfig,
+    ResNetModel,
     ViTConfig,
     ViTForImageClassification,
     XLMRobertaConfig,
@@ -163,6 +165,27 @@ def test_relatives_with_other_parts_reload_as_they_were_searched(made, tmp_path)
         found = jointopt.verify(jointopt.export(supernet, genome, tmp_path / str(at)), quality)
         assert found.ok, found.differences
         assert found.metrics["quality"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ResNetModel(ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 2], layer_type="basic")),
+        timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 2), num_classes=0, channels=(32,) * 4),
+    ],
+    ids=["transformers", "timm"],
+)
+def test_a_resnet_without_a_head_returns_as_many_features_however_narrow_its_stages(model):
+    images = torch.zeros(2, 3, 32, 32)
+
+    def features(of: nn.Module) -> torch.Size:
+        found = of.eval()(images)
+        return (found if torch.is_tensor(found) else found.pooler_output).shape
+
+    space = SearchSpace.for_model(model, stage=[0.5, 1.0])
+    supernet = Supernet(model, space)
+    supernet.calibrate([{"pixel_values" if isinstance(model, ResNetModel) else "x": images}])
+    assert features(supernet.extract(space.smallest)) == features(model)
 
 
 class Grouped(nn.Module):
