@@ -14,7 +14,6 @@ on one thread (--threads), in turns, medians; memory is what a fresh process has
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -26,8 +25,8 @@ from typing import Any
 import networks
 import numpy as np
 import torch
+from measures import Measures
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import jointopt
@@ -215,17 +214,12 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    console, rows = Console(), []
-
-    def tell(case: str, measure: str, value: float, aim: float | None, better: str) -> None:
-        console.print(f"{case}: {measure} {value:.4g}", highlight=False)
-        rows.append({"case": case, "measure": measure, "value": value, "aim": aim, "better": better})
-
+    measures = Measures(arguments.json)
     for name in arguments.cases:
         if name == "minilm":
             model, inputs, paths, accuracies = searched(arguments)
             for label, value in accuracies.items():
-                tell(name, f"accuracy, {label}", value, None, "higher")
+                measures.tell(name, f"accuracy, {label}", value, None, "higher")
         elif name == "smollm2":
             model = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32").model
             inputs = {"input_ids": torch.randint(3, 1000, (1, 512))}
@@ -233,14 +227,8 @@ def main() -> None:
         else:
             model, inputs = {"vit_b": vit_b, "resnet50": resnet50}[name]()
             paths = in_one_format(model, inputs, name, arguments.work)
-        measured(name, model, inputs, paths, arguments, tell)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=1))
-    table = Table("case", "measure", "value", "aim")
-    for row in rows:
-        aim = "" if row["aim"] is None else f"{row['aim']:.4g}"
-        table.add_row(row["case"], row["measure"], f"{row['value']:.4g}", aim)
-    console.print(table)
+        measured(name, model, inputs, paths, arguments, measures.tell)
+    Console().print(measures.table())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ to agree more: the genomes of that generation with the genes of the first half o
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -33,9 +32,9 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from measures import Measures
 from networks import SCHEMES, Ready, prepare
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -207,7 +206,7 @@ class Bench:
     def quantizing(self) -> float:
         """Seconds that the weights of a random search take to be quantized, beyond building its views."""
         genomes = self.supernet.space.sample(SEARCH, seed=1)
-        self.supernet.weights_changed()  # nothing is quantized now
+        self.supernet._bank.clear()  # nothing is quantized now
         cold = sum(seconds(self.shell, genome) for genome in genomes)
         return cold - sum(seconds(self.shell, genome) for genome in genomes)
 
@@ -287,23 +286,15 @@ def main() -> None:
     parser.add_argument("--strategy", default="guided")
     parser.add_argument("--samples", type=int, help="that sub-networks are scored on, with --shared; default: all")
     arguments = parser.parse_args()
-    table = Table(title=f"{torch.get_num_threads()} threads, medians of {arguments.genomes} genomes")
-    for column in ("case", "measure", "value", "aim"):
-        table.add_column(column)
-    rows = []
+    measures = Measures(arguments.json)
     for name in arguments.shared or arguments.case or CASES:
         if arguments.shared:
             found = sharing_rows(name, arguments)
         else:
             found = Bench(CASES[name], arguments.genomes, arguments.repeats).rows()
         for measure, value, aim in found:
-            rows.append({"case": name, "measure": measure, "value": value, "aim": aim, "better": "lower"})
-            table.add_row(name, measure, f"{value:.4g}", "" if aim is None else str(aim))
-            print(f"{name}: {measure}: {value:.4g}", flush=True)
-        table.add_section()
-    Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+            measures.tell(name, measure, value, aim, "lower")
+    Console().print(measures.table(f"{torch.get_num_threads()} threads, medians of {arguments.genomes} genomes"))
 
 
 if __name__ == "__main__":

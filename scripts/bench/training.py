@@ -23,7 +23,6 @@ sampled, and what is told are the means of the losses and accuracies.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,9 +33,9 @@ from typing import Any
 import networks
 import numpy as np
 import torch
+from measures import Measures
 from networks import SCHEMES, Network
 from rich.console import Console
-from rich.table import Table
 
 import jointopt
 from jointopt import Recipe, SearchSpace, Supernet
@@ -267,12 +266,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    console, rows = Console(), []
+    measures = Measures(arguments.json)
     for name in arguments.cases:
 
         def tell(arm: str, measure: str, value: float, aim: float | None, better: str, name: str = name) -> None:
-            console.print(f"{name}, {arm}: {measure} {value:.4g}", highlight=False)
-            rows.append({"case": f"{name}, {arm}", "measure": measure, "value": value, "aim": aim, "better": better})
+            measures.tell(f"{name}, {arm}", measure, value, aim, better)
 
         if arguments.overhead:
             tell("distilled", "step over its passes", overhead(case(name, arguments)), 1.05, "lower")
@@ -280,13 +278,7 @@ def main() -> None:
             rows_of_seeds(name, arguments, tell)
         else:
             rows_of(case(name, arguments), arguments, tell)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=1))
-    table = Table("case", "measure", "value", "aim")
-    for row in rows:
-        aim = "" if row["aim"] is None else f"{row['aim']:.4g}"
-        table.add_row(row["case"], row["measure"], f"{row['value']:.4g}", aim)
-    console.print(table)
+    Console().print(measures.table())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ wait; batches of 8 for each worker, and asynchronous searches, are what many wor
 from __future__ import annotations
 
 import argparse
-import json
 import queue
 import threading
 import time
@@ -24,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from measures import Measures
 from rich.console import Console
-from rich.table import Table
 
 from jointopt import Gene, SearchSpace
 from jointopt.evaluation import Evaluation
@@ -150,22 +149,15 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=0.5, help="seconds that an evaluation sleeps")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    table = Table(title="Evaluations in a time, as multiples of one worker's")
-    for column in ("case", "measure", "value", "aim"):
-        table.add_column(column)
-    rows = []
+    measures = Measures(given.json)
     for case in given.case or ("digits", "sleeping"):
         if case == "digits":
             found = digits_rows(given.assets, given.work, given.genomes, given.repeats)
         else:
             found = [row for workers in (8, 64) for row in sleeping_rows(workers, given.mean, rounds=3)]
         for measure, value, aim in found:
-            better = "lower" if measure.endswith("(s)") else "higher"
-            rows.append({"case": case, "measure": measure, "value": value, "aim": aim, "better": better})
-            table.add_row(case, measure, f"{value:.4g}", "" if aim is None else f"{aim:g}")
-    Console().print(table)
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1))
+            measures.tell(case, measure, value, aim, "lower" if measure.endswith("(s)") else "higher")
+    Console().print(measures.table("Evaluations in a time, as multiples of one worker's"))
 
 
 if __name__ == "__main__":
