@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 _WORDS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
-_SIZES = (
+_SIZES = {
     "hidden_size",
     "hidden_sizes",
     "embedding_size",
@@ -46,7 +46,7 @@ _SIZES = (
     "image_size",
     "patch_size",
     "num_channels",
-)
+}
 _TASK_OF = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
@@ -172,26 +172,23 @@ def model_config(source: ModelSource) -> Any:
     """The transformers config of a source that is not timm's."""
     from transformers import AutoConfig
 
+    if source.kind == "folder":
+        _check_config(Path(source.location))
     with _explained(source):
-        config = AutoConfig.from_pretrained(source.location, **source.options())
-    _check_config(source, config)
-    return config
+        return AutoConfig.from_pretrained(source.location, **source.options())
 
 
-def _check_config(source: ModelSource, config: Any) -> None:
+def _check_config(folder: Path) -> None:
     """Sizes that transformers builds models of, which then fail wherever they are first used."""
-
-    def refuse(key: str, found: object, allowed: str) -> NoReturn:
-        raise JointoptError(f"model: the config of {source.name!r}: {key}: found {found!r:.60}; allowed: {allowed}")
-
-    architectures = getattr(config, "architectures", None) or []
+    config, file = _read_config(folder), f"model: {folder / 'config.json'}"
+    architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        refuse("architectures", architectures, "a list of names")
-    for key in _SIZES:
-        found = getattr(config, key, None)
-        sizes = found if isinstance(found, list | tuple) else [1 if found is None else found]
+        raise JointoptError(f"{file}: architectures: found {architectures!r:.60}; allowed: a list of names")
+    for key in (key for key in config if key in _SIZES):
+        found = config[key]
+        sizes = found if isinstance(found, list) else [1 if found is None else found]
         if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-            refuse(key, found, "whole numbers from 1")
+            raise JointoptError(f"{file}: {key}: found {found!r:.60}; allowed: whole numbers from 1")
 
 
 def empty_model(source: ModelSource, task: str, dtype: str = "auto") -> nn.Module:

@@ -357,8 +357,8 @@ def test_a_broken_model_folder_is_one_line(tmp_path):
     with pytest.raises(JointoptError, match="cannot be loaded: Error no file named model.safetensors"):
         load_model(str(folder), None, "cpu")
     content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**content, "hidden_size": "two"}))
-    with pytest.raises(JointoptError, match="cannot be loaded: Strict.* Field 'hidden_size' expected int, got str"):
+    (folder / "config.json").write_text(json.dumps({**content, "initializer_range": "two"}))
+    with pytest.raises(JointoptError, match="cannot be loaded: Strict.* Field 'initializer_range' expected float"):
         load_model(str(folder), None, "cpu")
     (folder / "config.json").write_text("{")
     with pytest.raises(JointoptError, match="config.json cannot be read"):
@@ -369,7 +369,8 @@ def test_a_broken_model_folder_is_one_line(tmp_path):
     ("key", "found", "told"),
     [
         ("num_hidden_layers", 0, "num_hidden_layers: found 0; allowed: whole numbers from 1"),
-        ("vocab_size", -1, "vocab_size: found -1; allowed: whole numbers from 1"),
+        ("num_attention_heads", 0, "num_attention_heads: found 0; allowed: whole numbers from 1"),
+        ("vocab_size", "many", "vocab_size: found 'many'; allowed: whole numbers from 1"),
         ("architectures", 3, "architectures: found 3; allowed: a list of names"),
     ],
 )
@@ -378,7 +379,7 @@ def test_a_config_of_an_impossible_model_is_one_line_that_names_its_key(key, fou
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, key: found}))
     for read in (starter_config, lambda name: load_model(name, "causal-lm", "cpu")):
-        with pytest.raises(JointoptError, match=f"model: the config of '.*llama': {told}"):
+        with pytest.raises(JointoptError, match=f"model: .*llama/config.json: {told}"):
             read(str(folder))
 
 
