@@ -30,6 +30,8 @@ Batch = Mapping[str, Any]
 
 MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
 """What transformers calls outputs that are not one class of several: `config.problem_type`."""
+CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+"""How the names of the classes end of which transformers asks it."""
 
 IGNORED = -100
 """The label of what counts for nothing, torch's and transformers'."""
@@ -178,9 +180,11 @@ def row_groups(rows: int, classes: int, device: torch.device) -> Iterator[slice]
 
 
 def problem_of(model: Any) -> str | None:
-    """What a model of transformers says that its outputs are, where they are not one class of several."""
+    """What a classifier of transformers says that its outputs are, where they are not one class of several. What models
+    of other kinds have under `problem_type` means nothing, to transformers either."""
     problem = getattr(getattr(model, "config", None), "problem_type", None)
-    return problem if problem in (MULTI_LABEL, REGRESSION) else None
+    classifies = any(each.__name__.endswith(CLASSIFIERS) for each in type(model).__mro__)
+    return problem if classifies and problem in (MULTI_LABEL, REGRESSION) else None
 
 
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:

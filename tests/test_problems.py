@@ -21,19 +21,19 @@ from torch import Tensor
 
 from jointopt import JointoptError, Study
 from jointopt.cli import main
-from jointopt.evaluation import MULTI_LABEL, REGRESSION
+from jointopt.evaluation import MULTI_LABEL, REGRESSION, problem_of
 from jointopt.models import load_model
 from jointopt.rows import DataSource, read_columns
 from jointopt.sensitivity import estimated_losses
 from jointopt.starter import starter_config
 from jointopt.tasks import TASKS
 from jointopt.tasks.labels import multi_labels, value_labels
-from jointopt.tasks.problems import CLASSIFICATION, SEVERAL_CLASSES, VALUES, Problem
+from jointopt.tasks.problems import CLASSIFICATION, NEXT_TOKEN, SEVERAL_CLASSES, VALUES, Problem
 from tests.saved import WORDS, quality_of, save_bert, save_vit, write_images
 from tests.test_cli import command
 from tests.test_fidelity import Given, Shifted
 from tests.test_training_problems import supernet_for
-from tests.zoo import batches
+from tests.zoo import batches, make
 
 TAGS = ("toxic", "insult", "threat")
 
@@ -379,3 +379,37 @@ def test_a_warm_start_is_told_what_choices_do_to_such_outputs(kind, outputs):
             real.append(score["kl"] if kind == MULTI_LABEL else score["mse"] * outputs / 2)
     assert spearmanr(foreseen, real)[0] > 0.9
     assert 0.5 < np.median(np.array(foreseen) / np.array(real)) < 2
+
+
+@pytest.mark.parametrize("rows", [[[1, 0, 0], []], [[1, 0, 0], [0, 1]], [[1, 0, 0, 0], [0, 0, 0, 1]], [[True], []]])
+def test_lists_that_are_neither_classes_nor_a_number_for_each_are_refused_by_row(rows, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "a", "label": row}) + "\n" for row in rows))
+    source = DataSource(str(path), key="data.evaluate")
+    with pytest.raises(
+        JointoptError, match=r"data.evaluate.label: found .* in row 1; allowed: each class once, .* 3: "
+    ):
+        multi_labels(read_columns(source), source, TAGS)
+
+
+def test_numbers_that_a_data_set_has_names_for_are_classes(tmp_path):
+    classes = datasets.ClassLabel(names=["insult", "toxic"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.Sequence(classes)})
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [[0, 1], [1, 0]]}, features=features).to_parquet(path)
+    source = DataSource(str(path))
+    assert multi_labels(read_columns(source), source, ("toxic", "insult")).tolist() == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("problem", [MULTI_LABEL, REGRESSION])
+def test_a_problem_type_of_what_is_no_classifier_means_nothing(problem):
+    model = make("llama_tied")
+    model.config.problem_type = problem
+    assert problem_of(model) is None
+    assert TASKS["causal-lm"].problem(model) is NEXT_TOKEN
+
+
+def test_divergence_is_never_below_zero():
+    logits, labels = drawn(SEVERAL_CLASSES, 200, 3, 0)
+    found = SEVERAL_CLASSES.quality([{"logits": logits, "labels": labels}], Shifted(torch.full((3,), 1e-7)))(Given())
+    assert 0 <= found["kl"] < 1e-6

@@ -155,6 +155,8 @@ def test_an_outlier_makes_an_axis_logarithmic():
         study.add_evaluation(0, genome, {"perplexity": value, "size": 1e6}, None, 0.1)
     figure = front_figure(study, objectives[1], objectives[0], None)
     assert (figure.layout.yaxis.type, figure.layout.xaxis.type) == ("log", None)
+    study.note("baselines", {"original": {"perplexity": 0.0, "size": 1e6}})  # where a logarithm has no place
+    assert front_figure(study, objectives[1], objectives[0], None).layout.yaxis.type is None
     assert predictions_figure(study) is None
 
 

@@ -96,7 +96,7 @@ def check(model: Any) -> None:
         if not path.endswith("_proj"):
             raise JointoptError(
                 f"export: {path}: target vllm: found it in {layer.scheme.name}; allowed: as it is "
-                "(SearchSpace.for_model(..., unquantized=['embedding', 'head']))"
+                "(of the space: unquantized: [embedding, head])"
             )
     for path in layers:
         parent, _, name = path.rpartition(".")

@@ -59,7 +59,7 @@ def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequenc
     style(figure, label(across.name), f"{label(up.name)} ({_better(up)})", height=470)
     figure.update_xaxes(title_text=f"{label(across.name)} ({_better(across)})")
     for axis, objective in (("xaxis", across), ("yaxis", up)):
-        if _spans(frame, objective):
+        if _spans(frame, study.baselines, objective):
             figure.layout[axis].update(type="log", tickmode="array", tickvals=LOG_TICKS, ticktext=LOG_LABELS)
     return figure
 
@@ -115,12 +115,13 @@ def _better(objective: Objective) -> str:
     return "less is better" if objective.direction == "min" else "more is better"
 
 
-def _spans(frame: pd.DataFrame, objective: Objective) -> bool:
-    """Whether a few bad points would press all others flat."""
-    values = frame[objective.name].dropna().to_numpy(dtype=float) if objective.name in frame else np.empty(0)
-    return (
-        objective.direction == "min" and len(values) > 1 and values.min() > 0 and values.max() > LOG_FROM * values.min()
-    )
+def _spans(frame: pd.DataFrame, baselines: Mapping[str, Mapping[str, float]], objective: Objective) -> bool:
+    """Whether a few bad points would press all others flat, and a logarithm has a place for each: the original's KL
+    divergence from itself has none."""
+    name = objective.name
+    values = frame[name].dropna().to_numpy(dtype=float) if name in frame else np.empty(0)
+    least = min([*values, *(metrics[name] for metrics in baselines.values() if name in metrics)], default=0.0)
+    return objective.direction == "min" and len(values) > 1 and least > 0 and values.max() > LOG_FROM * values.min()
 
 
 def layers_figure(layers: Layers, full: Layers | None) -> go.Figure:

@@ -32,7 +32,7 @@ def multi_labels(
     """Which of the classes each row has, 0 or 1, float32 [rows, classes].
 
     They are read from a column of 0 and 1 for each class; or from a column of lists, of 0 and 1 for each class where
-    all of them are, else of the classes that are there, by name or index.
+    all of them are and the data set has no names for its numbers, else of the classes that are there, by name or index.
 
     Raises:
         JointoptError: a row that is none of these, a class that the model does not have.
@@ -43,7 +43,8 @@ def multi_labels(
         rows = [list(row) for row in zip(*(columns[name] for name in each), strict=True)]
     else:
         name, rows = _lists(columns, source, "a list of classes")
-        if not all(len(row) == len(names) and all(_whole(value) in (0, 1) for value in row) for row in rows):
+        flags = all(len(row) == len(names) and all(_whole(value) in (0, 1) for value in row) for row in rows)
+        if not flags or columns.classes.get(name) is not None:
             return _listed(rows, columns.classes.get(name), names, key)
     for number, row in enumerate(rows, 1):
         for value in row:
@@ -116,6 +117,12 @@ def _is_list(value: Any) -> bool:
 
 def _listed(rows: Sequence[list[Any]], own: Sequence[str] | None, names: Sequence[str], key: str) -> Tensor:
     """Whether each class is listed in each row, float32 [rows, classes]."""
+    for number, row in enumerate(rows, 1):
+        if len(set(map(str, row))) < len(row) or any(isinstance(value, bool | np.bool_) for value in row):
+            raise JointoptError(
+                f"{key}: found {row!r:.200} in row {number}; allowed: each class once, by name or index, or in all "
+                f"rows 0 or 1 for each of {_few(names)}"
+            )
     numbers = [number for number, row in enumerate(rows, 1) for _ in row]
     indices = _indices([value for row in rows for value in row], own, names, key, rows=numbers)
     labels = torch.zeros(len(rows), len(names))

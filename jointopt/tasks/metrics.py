@@ -23,6 +23,7 @@ def class_scores(logits: Tensor, classes: Tensor, reference: Tensor | None) -> T
     if reference is not None:
         target = reference.log_softmax(-1)
         divergence = nn.functional.kl_div(scores, target, reduction="none", log_target=True).sum(-1)
+        divergence = divergence.clamp_min(0)  # as it is but for the last bits of its terms
     return torch.stack([loss, (logits.argmax(-1) == classes).float(), divergence], 1)
 
 
@@ -56,6 +57,7 @@ def choice_scores(logits: Tensor, labels: Tensor, reference: Tensor | None) -> T
         for sign in (1, -1):  # of being right, and of not being it
             target, found = (nn.functional.logsigmoid(sign * each) for each in (reference, logits))
             divergence = divergence + nn.functional.kl_div(found, target, reduction="none", log_target=True).sum(-1)
+        divergence = divergence.clamp_min(0)
     both, either = 2 * (told & right).sum(-1), told.sum(-1) + right.sum(-1)
     return torch.stack([loss, (told == right).all(-1).float(), divergence, both.float(), either.float()], 1)
 
