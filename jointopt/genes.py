@@ -12,6 +12,7 @@ from jointopt.subnetwork import Plan, staying_caches, staying_layers
 from quant.cache import CACHE_FORMATS
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
+from search_spaces.checks import check_leaving
 from search_spaces.family import Family, branch_keep
 from search_spaces.precision import check_whole_model, fitted_scheme, gene_names, possible_columns
 from search_spaces.space import Gene, SearchSpace
@@ -42,7 +43,8 @@ def fitted_schemes(
 
 
 def check_space(model: nn.Module, family: Family, space: SearchSpace) -> None:
-    """Raises JointoptError for a gene that nothing in the model answers to, or a choice that the model lacks."""
+    """Raises JointoptError for a gene that nothing in the model answers to, a choice that the model lacks, or blocks
+    that leave where they cannot be taken out."""
     widths = {width.gene: width for width in family.widths}
     depths = family.stages()
     keeps = {b.keep for b in family.blocks if b.removable}
@@ -70,6 +72,7 @@ def check_space(model: nn.Module, family: Family, space: SearchSpace) -> None:
             _check(gene, (False, True), "False, True")
         elif gene.name in caches:
             _check(gene, tuple(CACHE_FORMATS), ", ".join(CACHE_FORMATS))
+    check_leaving(family, model, space.names)
 
 
 def _check(gene: Gene, allowed: range | tuple, said: str) -> None:

@@ -265,15 +265,18 @@ def _hold_cache(attention: nn.Module, form: CacheFormat, constants: Mapping[str,
 
 
 def _drop(shell: nn.Module, family: Family, plan: Plan, training: bool) -> None:
-    """Takes out branches and blocks; those that stay are counted anew in their lists."""
+    """Takes out branches and blocks; those that stay are counted anew in lists that others left, which are of blocks
+    alone (`search_spaces.checks.check_leaving`)."""
     for branch in plan.dropped:
         for path, replacement in branch.replacements.items():
             holder, _, name = path.rpartition(".")
             shell.get_submodule(holder)._modules[name] = replacement().train(training)
     for blocks in family.stages().values():
-        container = shell.get_submodule(blocks[0].path.rpartition(".")[0])
-        kept = [container._modules[block.path.rpartition(".")[2]] for block in blocks if block in plan.blocks]
-        container._modules = {str(index): module for index, module in enumerate(kept)}
+        kept = [block for block in blocks if block in plan.blocks]
+        if len(kept) < len(blocks):
+            container = shell.get_submodule(blocks[0].path.rpartition(".")[0])
+            modules = [container._modules[block.path.rpartition(".")[2]] for block in kept]
+            container._modules = dict(zip(_names(kept), modules, strict=True))
 
 
 def _count_caches(modules: Mapping[str, nn.Module], plan: Plan, gone: Sequence[str]) -> None:
@@ -291,10 +294,17 @@ def renamed(path: str, family: Family, blocks: Sequence[Block]) -> str:
     """A module's path in the extracted model, where dropped blocks no longer count."""
     for stage in family.stages().values():
         kept = [block for block in stage if block in blocks]
-        for index, block in enumerate(kept):
+        for block, name in zip(kept, _names(kept), strict=True) if len(kept) < len(stage) else ():
             if within(path, block.path):
-                return f"{block.path.rpartition('.')[0]}.{index}{path[len(block.path) :]}"
+                container, dot, _ = block.path.rpartition(".")
+                return f"{container}{dot}{name}{path[len(block.path) :]}"
     return path
+
+
+def _names(kept: Iterable[Block]) -> list[str]:
+    """What the blocks that stay are called in their container: new indices, or their names where these are none."""
+    before = [block.path.rpartition(".")[2] for block in kept]
+    return [str(index) if name.isdecimal() else name for index, name in enumerate(before)]
 
 
 def staying_caches(family: Family, plan: Plan) -> list[Cache]:

@@ -56,16 +56,17 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
 
 def _check_smallest(supernet: Supernet, batch: Mapping[str, Any]) -> None:
     """Raises JointoptError where a declaration does not say all that a width runs through, so that cut layers do not
-    fit into each other."""
+    fit into each other, or says that blocks may leave for which the model's forward pass asks."""
     view = supernet.view_to_train(supernet.plan(supernet.space.smallest), False).eval()
     try:
         with torch.no_grad():
             view(**batch)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        told = in_one_line(error)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__} {in_one_line(error)}"
         raise JointoptError(
             f"{supernet.family.name}: the smallest sub-network does not run: {told}; allowed: a declaration whose "
-            "widths name all that carries them"
+            "widths name all that carries them, and whose removable blocks are run by a loop over their list, none by "
+            "its index or name"
         ) from error
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from quant.cache import by_bytes, cache_format, input_group
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import scheme
+from search_spaces.checks import check_leaving
 from search_spaces.families import Declare, declare
 from search_spaces.family import Block, Family, Layer, Width, branch_keep
 from search_spaces.precision import (
@@ -97,6 +98,7 @@ def space_for_model(
     genes += _cache_genes(clone, declared, caches)
     if not genes:
         raise JointoptError("space: nothing is elastic and no scheme is offered; give schemes, depth, heads, mlp, ...")
+    check_leaving(declared, clone, [gene.name for gene in genes])
     requires = requirements(declared, {gene.name: gene.choices for gene in genes}, default_order(declared))
     return with_extremes(SearchSpace([Gene(g.name, g.choices, requires.get(g.name, {})) for g in genes]))
 

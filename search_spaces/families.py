@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_kind
 from search_spaces import bert, llama, resnet, vit
+from search_spaces.checks import check
 from search_spaces.clones import structural_clone
-from search_spaces.family import Family, check
+from search_spaces.family import Family
 
 WRAPPERS = ("PeftModel", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -52,6 +53,7 @@ def declare(model: nn.Module, family: Declare | None = None) -> tuple[nn.Module,
         _check_tie(model)
     clone = structural_clone(model)
     declared = known(clone)
+    check_kind("family", declared, Family, "a function that returns a Family")
     check(declared, clone)
     return clone, declared
 

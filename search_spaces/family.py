@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.errors import JointoptError
 from search_spaces.clones import is_plain
 
 Model = Any
@@ -70,13 +69,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class Block:
-    """A residual block, one entry of a module list.
+    """A residual block. Where blocks leave, by a depth or a keep gene, their list holds nothing else than the blocks of
+    one stage, all declared in their order, and the forward pass runs through it; elsewhere they may be anywhere.
 
     Attributes:
         name: short name, the first part of its genes' names ("block3", "stage2.block1").
-        path: the module's path; its last component is its index in the list.
+        path: the module's path; its last component is its index in the list, or its name in a ModuleDict.
         stage: name of the depth gene that counts it ("depth", "stage2.depth").
-        removable: False where the residual stream changes its shape.
+        removable: False where the residual stream changes its shape, or the block shall stay.
         branches: what can leave alone.
     """
 
@@ -276,99 +276,6 @@ def has_module(root: nn.Module, path: str) -> bool:
         if not isinstance(module, nn.Module):
             return False
     return True
-
-
-def check(family: Family, model: nn.Module) -> None:
-    """Raises JointoptError where the declaration and the model disagree, naming the path and both sizes."""
-    paths = [block.path for block in family.blocks] + [layer.path for layer in family.layers]
-    for path in paths + [cache.attention for cache in family.caches]:
-        if not has_module(model, path):
-            raise JointoptError(f"{family.name}: the declaration names {path!r}, which the model lacks")
-    _check_layers(family, model)
-    for width in family.widths:
-        if width.size % width.unit:
-            raise JointoptError(f"{width.gene}: {width.size} is not a whole number of units of {width.unit}")
-        for part in width.producers:
-            _check_part(family, model, width, part, "rows")
-        for part in width.consumers:
-            _check_part(family, model, width, part, "columns")
-    for link in (*family.links, *(family.stream.readers if family.stream else ())):
-        _check_link(family, model, link)
-
-
-def _check_part(family: Family, model: nn.Module, width: Width, part: Part, side: str) -> None:
-    if not has_module(model, part.module):
-        raise JointoptError(f"{family.name}: width {width.gene!r} names {part.module!r}, which the model lacks")
-    module = model.get_submodule(part.module)
-    named = f"{family.name}: {part.module}, which width {width.gene!r} names, is a {type(module).__name__}"
-    depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels
-    if isinstance(module, nn.GroupNorm) or (getattr(module, "groups", 1) != 1 and not depthwise):
-        raise JointoptError(
-            f"{named} of groups, which are read together; allowed: one group, one for each channel, or leave the width "
-            "out"
-        )
-    found = extent(module, side)
-    if found is None:
-        allowed = "Linear, Conv2d"
-        if side == "rows":
-            allowed += ", Embedding, or what has one value for each channel in all its own tensors, as norms do"
-        raise JointoptError(f"{named}, whose {side} cannot be cut; allowed: {allowed}")
-    if found != width.units * part.channels:
-        raise JointoptError(
-            f"{family.name}: {part.module} has {found} {side}; width {width.gene!r} declares "
-            f"{width.units} units of {part.channels}"
-        )
-
-
-def _check_layers(family: Family, model: nn.Module) -> None:
-    shared: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        shared.setdefault(id(module._parameters.get("weight")), []).append(path)
-    quantizable = {layer.path for layer in family.layers}
-    for layer in family.layers:
-        if len(layer.readers) > 2 or not quantizable.issuperset(layer.readers):
-            raise JointoptError(
-                f"{layer.path}: found readers {', '.join(layer.readers)}; allowed: paths of one or two declared layers"
-            )
-        module = model.get_submodule(layer.path)
-        if not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-            raise JointoptError(
-                f"{layer.path}: a {type(module).__module__}.{type(module).__name__} cannot be quantized; allowed: "
-                "torch's Linear, Conv2d, Embedding (adapters are merged first)"
-            )
-        weight = module._parameters.get("weight")
-        if weight is None:
-            raise JointoptError(
-                f"{layer.path}: its weight is computed from others (a parametrization, pruning); allowed: a plain one, "
-                "as torch.nn.utils.parametrize.remove_parametrizations and prune.remove leave it"
-            )
-        others = tuple(sorted(set(shared[id(weight)]) - {layer.path, *layer.tied}))
-        if others:
-            raise JointoptError(
-                f"{layer.path}: its weight is also that of {', '.join(others)}, which the declaration does not say; "
-                f"allowed: Layer(..., tied={others})"
-            )
-        stock = {kind.forward for kind in (nn.Linear, nn.Conv2d, nn.Embedding)}
-        if type(module).forward not in stock or "forward" in module.__dict__:
-            raise JointoptError(
-                f"{layer.path}: {type(module).__name__} computes its output in its own way, which quantized would be "
-                "lost; allowed: the forward of Linear, Conv2d, Embedding (leave the layer out of the declaration)"
-            )
-
-
-def _check_link(family: Family, model: nn.Module, link: Link) -> None:
-    for path in (link.producer, *link.consumers):
-        if not has_module(model, path):
-            raise JointoptError(f"{family.name}: a link names {path!r}, which the model lacks")
-        if model.get_submodule(path)._parameters.get("weight") is None:
-            raise JointoptError(f"{family.name}: {path}, which a link names, has no weight that a scale could change")
-    made = (extent(model.get_submodule(link.producer), "rows") or 0) * link.repeats
-    for path in link.consumers:
-        found = extent(model.get_submodule(path), "columns")
-        if found != made or made % (link.head_dim or 1):
-            raise JointoptError(
-                f"{family.name}: {path} reads {found} channels; the link from {link.producer} has {made}"
-            )
 
 
 def extent(module: nn.Module, side: str) -> int | None:
