@@ -24,14 +24,15 @@ def check(family: Family, model: nn.Module) -> None:
         if not has_module(model, path):
             raise JointoptError(f"{family.name}: the declaration names {path!r}, which the model lacks")
     holders = _holders(model)
+    _check_unshared(family, model, holders)
+    _check_layers(family, model, holders)
     for width in family.widths:
         if width.size % width.unit:
             raise JointoptError(f"{width.gene}: {width.size} is not a whole number of units of {width.unit}")
         for part in width.producers:
-            _check_part(family, model, width, part, "rows", holders)
+            _check_part(family, model, width, part, "rows")
         for part in width.consumers:
-            _check_part(family, model, width, part, "columns", holders)
-    _check_layers(family, model, holders)
+            _check_part(family, model, width, part, "columns")
     for link in (*family.links, *(family.stream.readers if family.stream else ())):
         _check_link(family, model, link)
 
@@ -115,7 +116,21 @@ def _check_names(family: Family) -> None:
             )
 
 
-def _check_part(family: Family, model: nn.Module, width: Width, part: Part, side: str, holders: Holders) -> None:
+def _check_unshared(family: Family, model: nn.Module, holders: Holders) -> None:
+    """That what is sorted and cut is no other module's too."""
+    carried = {part.module: width for width in family.widths for part in (*width.producers, *width.consumers)}
+    for path, width in carried.items():
+        own = model.get_submodule(path).parameters(recurse=False) if has_module(model, path) else ()
+        others = {other for parameter in own for other, _ in holders[id(parameter)]} - {path}
+        if others:
+            raise JointoptError(
+                f"{family.name}: {path}, which width {width.gene!r} names, shares a tensor with "
+                f"{', '.join(sorted(others))}, where it would be sorted and cut too; allowed: tensors of its own, or "
+                "leave the width out"
+            )
+
+
+def _check_part(family: Family, model: nn.Module, width: Width, part: Part, side: str) -> None:
     if not has_module(model, part.module):
         raise JointoptError(f"{family.name}: width {width.gene!r} names {part.module!r}, which the model lacks")
     module = model.get_submodule(part.module)
@@ -131,12 +146,6 @@ def _check_part(family: Family, model: nn.Module, width: Width, part: Part, side
         raise JointoptError(
             f"{named} of one group for each channel, and does not count its groups; allowed: "
             f"Width(..., attributes=(({part.module!r}, 'groups', {part.channels}),))"
-        )
-    others = {path for each in module.parameters(recurse=False) for path, _ in holders[id(each)]} - {part.module}
-    if others:
-        raise JointoptError(
-            f"{named} that shares a tensor with {', '.join(sorted(others))}, which would be cut and sorted with it; "
-            "allowed: tensors of its own, or leave the width out"
         )
     found = extent(module, side)
     if found is None:
