@@ -88,6 +88,7 @@ class Supernet:
         latency: what answers for time, energy and memory (`jointopt.Roofline`), which then are costs like any other.
 
     Attributes:
+        own_family: whether the family is a declaration of one's own.
         samples: batches of the first samples that it was calibrated with.
         learned: factors of the ranges of weights and static inputs, where some were trained.
         scores: canonical genome (its bytes) -> metrics that searches have measured; emptied when the weights or the
@@ -120,7 +121,7 @@ class Supernet:
         if latency is not None and not hasattr(latency, "described"):
             raise JointoptError(f"latency: found {latency!r:.60}; allowed: a model of it, such as Roofline(...)")
         self._given, self._given_stamp = model, stamp(model)
-        self._declared = partial(declare, family=family)
+        self._declared, self.own_family = partial(declare, family=family), family is not None
         self.model, self.family = self._declared(own_copy(model))
         self.transforms = checked(transforms, self.family)
         self.model, self.family = rotated(self.model, self.family, self.transforms, self._declared)
@@ -165,7 +166,8 @@ class Supernet:
             batches: dicts of what the model's forward takes; some 100 samples do. Tensors are moved to its device.
 
         Raises:
-            JointoptError: there is no batch, or one is not a dict, or the model does not run on it.
+            JointoptError: there is no batch, or one is not a dict, or the model does not run on it; or, as declared, its
+                smallest sub-network does not run, or the whole one, sorted, computes something else.
         """
         calibrate(self, batches)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from jointopt.batch_norm import SAMPLES, first_samples, none_alone, on_device, sample_count
 from jointopt.cost.shapes import measure_positions
@@ -14,13 +16,18 @@ from jointopt.importance import CalibrationPass, check_sortable, sort_widths
 from jointopt.learned_ranges import settle
 from jointopt.ranges import Ranges
 from jointopt.repair import Repairs
+from jointopt.subnetwork import Plan
 from jointopt.supernet_state import stamp
 from jointopt.transforms import reread, scale_links
 from jointopt.typical import lengths, of_average_length
 from quant.errors import JointoptError, in_one_line
+from search_spaces.clones import structural_clone, without_autocast
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
+
+LARGEST_MOVE = 0.01
+"""Of the output's norm; sums in another order move it by some 1e-6 in float32."""
 
 
 @torch.inference_mode(False)  # what is kept of it is trained
@@ -45,26 +52,51 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
         raise JointoptError("calibrate: found one sample; allowed: two or more, of which BatchNorm's statistics are")
     supernet._positions = measure_positions(supernet.model, of_average_length(kept[0], tokens))
     supernet.samples = none_alone(kept) if supernet._has_batch_norm else kept
+    before = _answer(structural_clone(supernet.model), kept[0]) if supernet.own_family else None
     if not supernet.trained:
         _sort(supernet, calibration, ranges, repairs)
     supernet._statistics = ranges.constants()
     supernet._repaired = repairs.solved()
     supernet._forget()
-    _check_smallest(supernet, kept[0])
+    if before is not None:
+        _check_whole(supernet, kept[0], before)
+    _ran(supernet, "smallest", supernet.plan(supernet.space.smallest), kept[0])
     supernet.calibrated, supernet._stamp = True, stamp(supernet.model)
 
 
-def _check_smallest(supernet: Supernet, batch: Mapping[str, Any]) -> None:
-    """Raises JointoptError where a declaration does not say all that a width runs through, so that cut layers do not
-    fit into each other, or says that blocks may leave for which the model's forward pass asks."""
-    view = supernet.view_to_train(supernet.plan(supernet.space.smallest), False).eval()
+def _answer(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """The first floating-point tensor of what a model returns in eval mode."""
+    with torch.no_grad():
+        output = without_autocast(model).eval()(**batch)
+    given = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+    return next((each for each in given if isinstance(each, Tensor) and each.is_floating_point()), None)
+
+
+def _check_whole(supernet: Supernet, batch: Mapping[str, Any], before: Tensor) -> None:
+    """Raises JointoptError where the whole sub-network, sorted, does not compute what the model did."""
+    after = _ran(supernet, "whole", Plan(supernet.family.blocks, (), {}, {}), batch)
+    moved = math.inf
+    if after is not None and after.shape == before.shape:
+        moved = float((after - before).norm() / before.norm())
+    if moved > max(LARGEST_MOVE, torch.finfo(before.dtype).eps ** 0.5):
+        raise JointoptError(
+            f"{supernet.family.name}: with its widths sorted by importance the whole model computes something else, "
+            f"{moved:.1%} away; allowed: widths that name all that carries them, the channels of a unit in a row, and "
+            "a configure that changes nothing where all blocks stay"
+        )
+
+
+def _ran(supernet: Supernet, which: str, plan: Plan, batch: Mapping[str, Any]) -> Tensor | None:
+    """The `_answer` of an unquantized sub-network. Raises JointoptError where a declaration does not say all that a
+    width runs through, so that cut layers do not fit into each other, or says that blocks may leave for which the
+    model's forward pass asks."""
+    view = supernet.view_to_train(plan, False)
     try:
-        with torch.no_grad():
-            view(**batch)
+        return _answer(view, batch)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         told = f"{type(error).__name__} {in_one_line(error)}"
         raise JointoptError(
-            f"{supernet.family.name}: the smallest sub-network does not run: {told}; allowed: a declaration whose "
+            f"{supernet.family.name}: the {which} sub-network does not run: {told}; allowed: a declaration whose "
             "widths name all that carries them, and whose removable blocks are run by a loop over their list, none by "
             "its index or name"
         ) from error

@@ -257,3 +257,33 @@ def test_a_width_through_a_depthwise_convolution_counts_its_groups():
         return Family("own", (), (width,), tuple(Layer(name, name, name) for name in ("up", "each", "down")))
 
     assert "allowed: Width(..., attributes=(('each', 'groups', 1),))" in refusal(Depthwise(), declare, mlp=[10, 20])
+
+
+class Gated(nn.Module):
+    """The gate's rows follow all of the hidden channels' in one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 96), nn.Linear(48, 32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden, gate = self.up(input).chunk(2, -1)
+        return self.down(hidden * torch.sigmoid(gate))
+
+
+def test_a_width_whose_sorting_changes_the_function_is_refused():
+    def declare(model: nn.Module) -> Family:
+        width = Width("hidden", "mlp", 48, (Part("up", 2),), (Part("down"),))
+        return Family("own", (), (width,), (Layer("up", "up", "up"), Layer("down", "down", "down")))
+
+    found = refusal(Gated(), declare)
+    assert found.startswith("own: with its widths sorted by importance the whole model computes something else")
+
+
+def test_a_configure_that_changes_the_whole_model_is_refused():
+    def halved(model: Any, kept: Sequence[Block]) -> None:
+        model.lists = ("a",)
+
+    declare = declaring(["a.0", "a.1"])
+    found = refusal(Looped("a", "b", blocks=2), lambda model: replace(declare(model), configure=halved))
+    assert "a configure that changes nothing where all blocks stay" in found
