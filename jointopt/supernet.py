@@ -166,8 +166,8 @@ class Supernet:
             batches: dicts of what the model's forward takes; some 100 samples do. Tensors are moved to its device.
 
         Raises:
-            JointoptError: there is no batch, or one is not a dict, or the model does not run on it; or, as declared, its
-                smallest sub-network does not run, or the whole one, sorted, computes something else.
+            JointoptError: there is no batch, or one is not a dict, or the model does not run on it; or, as declared,
+                its smallest sub-network does not run, or the whole one, sorted, computes something else.
         """
         calibrate(self, batches)
 
