@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -395,10 +396,10 @@ def test_an_embedding_in_fp8_is_looked_up_as_bytes(name, scheme, place):
 
 
 class Residual(nn.Module):
-    def __init__(self, padding: int | str, mode: str):
+    def __init__(self, padding: int | str, mode: str, channels: int):
         super().__init__()
-        self.up = nn.Conv2d(9, 32, 3, padding=padding, padding_mode=mode)
-        self.down = nn.Conv2d(32, 9, 1)
+        self.up = nn.Conv2d(channels, 32, 3, padding=padding, padding_mode=mode)
+        self.down = nn.Conv2d(32, channels, 1)
 
     def forward(self, x):
         return x + self.down(self.up(x).relu())
@@ -407,11 +408,11 @@ class Residual(nn.Module):
 class Grey(nn.Module):
     """Convolutions over one and over nine channels, so that kernels have an odd number of columns."""
 
-    def __init__(self, padding: int | str, mode: str):
+    def __init__(self, padding: int | str, mode: str, channels: int = 9):
         super().__init__()
-        self.stem = nn.Conv2d(1, 9, 3, padding=1)
-        self.blocks = nn.ModuleList([Residual(padding, mode)])
-        self.head = nn.Linear(9, 5)
+        self.stem = nn.Conv2d(1, channels, 3, padding=1)
+        self.blocks = nn.ModuleList([Residual(padding, mode, channels)])
+        self.head = nn.Linear(channels, 5)
 
     def forward(self, x):
         return self.head(self.blocks[0](self.stem(x)).mean((2, 3)))
@@ -433,5 +434,31 @@ def test_convolutions_of_any_padding_and_number_of_columns_export(scheme, paddin
     supernet.calibrate([{"x": images}])
     expected = supernet.extract(supernet.space.largest)(images).detach()
     folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "grey", target="onnxruntime")
+    found = OnnxModel(folder / "model.onnx", 1)(x=images)
+    torch.testing.assert_close(found, expected, atol=0.01 * float(expected.abs().max()), rtol=0)
+
+
+class Twice(Grey):
+    """The same, every layer but the first applied two times, the last to the tokens of an image."""
+
+    def forward(self, x):
+        tokens = self.blocks[0](self.blocks[0](self.stem(x))).flatten(2).transpose(1, 2)
+        return self.head(tokens).mean(1) + self.head(tokens.relu()).mean(1)
+
+
+def declare_twice(model: nn.Module) -> Family:
+    family = declare(model)
+    return replace(family, layers=tuple(replace(each, tokens=True) for each in family.layers))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC"])
+def test_layers_that_run_twice_load_though_two_integer_products_read_one_weight(scheme, tmp_path):
+    torch.manual_seed(0)
+    net, images = Twice(1, "zeros", channels=16).eval(), torch.randn(8, 1, 8, 8)
+    space = SearchSpace.for_model(net, [scheme], family=declare_twice, mlp=[32])
+    supernet = Supernet(net, space, family=declare_twice)
+    supernet.calibrate([{"x": images}])
+    expected = supernet.extract(space.largest)(images).detach()
+    folder = jointopt.export(supernet, space.largest, tmp_path / "twice", target="onnxruntime")
     found = OnnxModel(folder / "model.onnx", 1)(x=images)
     torch.testing.assert_close(found, expected, atol=0.01 * float(expected.abs().max()), rtol=0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jointopt.batch_norm import sample_count
 from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
+from jointopt.checkpoint.onnx.shared_weights import write_shared_weights
 from quant.errors import JointoptError, first_line
 from search_spaces.clones import structural_clone
 
@@ -188,6 +189,7 @@ def traced(graph: nn.Module, arguments: tuple, inputs: dict[str, Any] | None = N
             logging.disable(before)
     assert program is not None
     write_convolutions(program.model)
+    write_shared_weights(program.model)
     for node in program.model.graph:
         # Where in the source each node came from: several times the size of a small model's weights.
         node.metadata_props.clear()
