@@ -45,7 +45,7 @@ from jointopt.batch_norm import (
     shift_by_whole_products,
 )
 from jointopt.cost.operators import LatencyModel
-from jointopt.cost.shapes import ShapeCosts, measure_positions
+from jointopt.cost.shapes import Positions, ShapeCosts, measure_positions
 from jointopt.genes import check_space, fitted_schemes, plan_of, precision_genes
 from jointopt.given import own_copy, warn_of_what_is_lost
 from jointopt.learned_ranges import NAME, LearnedRanges, learn
@@ -144,7 +144,7 @@ class Supernet:
         self._has_batch_norm = has_batch_norm(self.model)
         self.samples: list[Mapping[str, Any]] = []
         self._repaired: Mapping[tuple[str, int], Repaired] = {}
-        self._positions: dict[str, float] | None = None
+        self._positions: Positions | None = None
         self.learned: LearnedRanges | None = None
         self.scores: dict[bytes, dict[str, float]] = {}
         self._place = self.device, next(self.model.parameters()).dtype
@@ -397,7 +397,7 @@ class Supernet:
     def _original_tables(self, latency: LatencyModel | None) -> ShapeCosts:
         model, family = self._declared(self._given)
         only = SearchSpace([Gene(gene_names(family.layers[0])[0], ("none",))])
-        positions = self._costs.positions
+        positions = self._costs.measured
         return ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), self._leaving, latency)
 
     def breakdown(self, genome: Any) -> list[dict[str, Any]]:
@@ -418,11 +418,13 @@ class Supernet:
 
     def shapes(self) -> dict[str, Any]:
         """What costs depend on beside model and space, for a study to keep: `take_shapes` gives it to another."""
-        return {"leaving": self._leaving, "positions": self._costs.positions}
+        measured = self._costs.measured
+        return {"leaving": self._leaving, "positions": dict(measured.of), "once": sorted(measured.once)}
 
     def take_shapes(self, record: Mapping[str, Any]) -> None:
         """Orders blocks, and counts positions, as the super-network that gave the record."""
-        self._leaving, self._positions = dict(record["leaving"]), dict(record["positions"])
+        self._leaving = dict(record["leaving"])
+        self._positions = Positions(dict(record["positions"]), frozenset(record.get("once", ())))
         self._condition_space()
         self.__dict__.pop("_costs", None)
 

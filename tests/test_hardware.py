@@ -25,6 +25,7 @@ from jointopt.cost.operators import Answer, Operator
 from jointopt.report.devices import device_figure, on_device
 from jointopt.report.terminal import device_table
 from jointopt.timing.hardware import latency_of
+from jointopt.timing.lookup import operators_of
 from quant.formats import scheme
 from tests import zoo
 from tests.saved import save_vit
@@ -124,6 +125,19 @@ def test_a_roofline_of_no_whole_number_is_refused(options):
     ((name, value),) = options.items()
     with pytest.raises(JointoptError, match=f"roofline: {name}: found {value}; allowed: a whole number from 1"):
         Roofline(FAST.device, **options)
+
+
+def test_a_bert_looks_up_its_positions_once_whatever_the_batches_of_calibration_and_of_the_device():
+    model = make("bert")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"])
+    found = []
+    for size in (1, 2, 6):
+        supernet = Supernet(model, space, latency=Roofline(load_device("cpu-avx2"), batch=8, context=60))
+        supernet.calibrate([{"input_ids": torch.randint(3, 96, (size, 16))} for _ in range(2)])
+        found.append(supernet.costs(space.largest))
+        looked_up = [each for each in operators_of(supernet, batch=8, context=60) if each.kind == "embedding"]
+        assert {(each.positions, each.samples(8)) for each in looked_up} == {(60.0, 8), (60.0, 1)}
+    assert found[0] == found[1] == found[2]
 
 
 def test_norms_within_heads_follow_the_context_and_decode_one_token():

@@ -35,6 +35,7 @@ class Operator:
         bits: of the model's own numbers, 32 or 16.
         reduces: whether its outputs are partial sums where the width that it reads is spread over several devices.
         cache_bytes: of keys and values that it reads, for the whole context.
+        once: whether it runs once for all samples of a batch.
     """
 
     kind: str
@@ -51,6 +52,11 @@ class Operator:
     bits: int = 32
     reduces: bool = False
     cache_bytes: float = 0.0
+    once: bool = False
+
+    def samples(self, batch: int) -> int:
+        """How many times its work is done for a batch."""
+        return 1 if self.once else batch
 
     @property
     def macs(self) -> float:

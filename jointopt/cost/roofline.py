@@ -76,11 +76,12 @@ class Roofline:
         rate = device.kernels.get(operator.kernel)
         if rate is None:
             rate = device.peak[device.computes(operator.scheme, operator.bits)] * device.efficiency.compute
-        operations = 2 * operator.macs * self.batch / self.parallel
-        moved = (operator.input_bytes + operator.output_bytes) * self.batch / self.parallel
-        stored = (operator.weight_bytes + operator.cache_bytes * self.batch) / self.parallel
+        batch = operator.samples(self.batch)
+        operations = 2 * operator.macs * batch / self.parallel
+        moved = (operator.input_bytes + operator.output_bytes) * batch / self.parallel
+        stored = (operator.weight_bytes + operator.cache_bytes * batch) / self.parallel
         if operator.kind == "embedding":  # only the rows that are looked up are read
-            stored = operator.output_bytes * self.batch / self.parallel
+            stored = operator.output_bytes * batch / self.parallel
         reach = device.bandwidth * device.efficiency.memory
         beyond = max(moved - device.cache.capacity, 0.0)
         reading, moving = stored / reach, beyond / reach + (moved - beyond) / device.cache.bandwidth
@@ -111,5 +112,5 @@ class Roofline:
         if self.parallel == 1 or not operator.reduces or network is None:
             return 0.0
         share = 2 * (self.parallel - 1) / self.parallel
-        moved = operator.output_bytes * self.batch * share
+        moved = operator.output_bytes * operator.samples(self.batch) * share
         return moved / network.bandwidth + 2 * (self.parallel - 1) * network.latency

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.adapters import NAMES as ADAPTERS
+from jointopt.batch_norm import sample_count
 from jointopt.cost.operators import Answer, LatencyModel, Operator
 from jointopt.cost.tables import Axis, Table, Tables
 from jointopt.learned_ranges import NAME as RANGES
 from quant.cache import cache_format
-from quant.errors import JointoptError
+from quant.errors import JointoptError, in_one_line
 from quant.formats import Scheme
 from quant.packing import statistics_bytes, storage_bytes
 from search_spaces.clones import structural_clone
@@ -40,25 +41,68 @@ DECODED = ("decode_latency", "decode_energy")
 """The same for one more token of every sequence of a batch, after the whole context."""
 
 
-def measure_positions(model: nn.Module, inputs: Mapping[str, object]) -> dict[str, float]:
-    """Path of a layer or normalization -> number of positions it is applied to (tokens, pixels) for one sample of
-    `inputs`."""
+@dataclass(frozen=True)
+class Positions:
+    """How often the modules of a model are applied.
+
+    Attributes:
+        of: path of a layer or normalization -> number of positions it is applied to (tokens, pixels) for one sample; of
+            one that runs once, for all.
+        once: paths of those that run once for all samples of a batch, as BERT looks up its positions.
+    """
+
+    of: Mapping[str, float]
+    once: frozenset[str] = frozenset()
+
+
+def measure_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Positions:
+    """The positions of samples such as those of `inputs`, however many these are.
+
+    Raises:
+        JointoptError: the model does not run on one sample, or not on two.
+    """
     shell = structural_clone(model).eval()
+    count = sample_count(inputs)
+    several = inputs if count > 1 else _first(inputs, 2)
+    totals, alone = _applied(shell, several), _applied(shell, _first(inputs, 1))
+    once = frozenset(path for path, total in totals.items() if total == alone.get(path))
+    return Positions({path: alone[path] if path in once else totals[path] / max(count, 2) for path in totals}, once)
+
+
+def _first(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The first one or two samples, the only one twice; what has another length than the samples stays."""
+    given = sample_count(inputs)
+    batched = [name for name, each in inputs.items() if isinstance(each, Tensor) and each.dim() and len(each) == given]
+    return {**inputs, **{name: torch.cat([inputs[name][:count]] * count)[:count] for name in batched}}
+
+
+def _applied(shell: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
+    """Path -> positions it is applied to, for all samples."""
     positions: dict[str, float] = {}
-    batch = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
 
     def counter(path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             channels = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
-            positions[path] = positions.get(path, 0.0) + output.numel() / channels / batch
+            positions[path] = positions.get(path, 0.0) + output.numel() / channels
 
         return hook
 
-    for path, module in shell.named_modules():
-        if kind_of(module) is not None:
-            module.register_forward_hook(counter(path))
-    with torch.no_grad():
-        shell(**inputs)
+    hooks = [
+        module.register_forward_hook(counter(path))
+        for path, module in shell.named_modules()
+        if kind_of(module) is not None
+    ]
+    try:
+        with torch.no_grad():
+            shell(**inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        count, told = sample_count(inputs), in_one_line(error)
+        raise JointoptError(
+            f"costs: the model does not run on {count} samples: {told}; allowed: one that takes any number of them"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     return positions
 
 
@@ -76,7 +120,7 @@ class ShapeCosts:
 
     Args:
         model: the super-network's prepared model.
-        positions: see `measure_positions`; it gives `macs` its meaning: those of one such sample.
+        positions: see `measure_positions`; they give `macs` its meaning: those of one such sample.
         scheme_of: (layer, choice) -> the scheme as the layer stores it.
         leaving: depth gene -> names of its removable blocks in the order of leaving.
         latency: what answers for time and energy; None leaves them out.
@@ -87,7 +131,7 @@ class ShapeCosts:
         model: nn.Module,
         family: Family,
         space: SearchSpace,
-        positions: Mapping[str, float],
+        positions: Positions,
         precision_gene: Mapping[str, str],
         scheme_of: Callable[[Layer, str], Scheme],
         leaving: Mapping[str, Sequence[str]],
@@ -96,7 +140,7 @@ class ShapeCosts:
         self.latency = latency
         self.space, self.family, self.leaving = space, family, leaving
         self._index = {name: i for i, name in enumerate(space.names)}
-        self._model, self.positions = model, positions
+        self._model, self.measured, self.positions = model, positions, positions.of
         self._precision_gene, self._scheme_of = precision_gene, scheme_of
         self._layers = {layer.path: layer for layer in family.layers}
         self._tied = {path: layer for layer in family.layers for path in layer.tied}
@@ -282,6 +326,7 @@ class ShapeCosts:
             weight_bytes=stored,
             bits=weight.element_size() * 8,
             reduces=path in self._consumer and self._consumer[path][0].block is not None,
+            once=path in self.measured.once,
         )
 
     def _by_token(self, positions: float) -> bool:
@@ -293,7 +338,7 @@ class ShapeCosts:
         """What an operator takes: of the whole context and, where there is a cache, of one more token."""
         assert self.latency is not None
         answer = self.latency.answer(operator)
-        moved = (operator.input_bytes + operator.output_bytes) * self.latency.batch
+        moved = (operator.input_bytes + operator.output_bytes) * operator.samples(self.latency.batch)
         found = {"latency": answer.seconds, "energy": answer.joules, "activation": moved}
         if self.family.caches:
             one = operator

@@ -241,7 +241,7 @@ def _record(operator: Operator, batch: int) -> dict[str, Any]:
         "area": operator.area,
         "heads": operator.heads,
         "scheme": operator.scheme.name if operator.scheme else "none",
-        "batch": batch,
+        "batch": operator.samples(batch),
         **({"fused": operator.fused} if operator.kind == "conv" else {}),
     }
 

@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 def module_of(operator: Operator, batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A module that does an operator's work, with random weights, and inputs for it."""
-    positions = max(1, round(operator.positions))
+    batch, positions = operator.samples(batch), max(1, round(operator.positions))
     rows, columns = operator.rows, operator.columns
     if operator.kind == "attention":
         groups = max(1, operator.heads * columns // rows)
@@ -127,7 +127,7 @@ def time_operators(operators: Sequence[Operator], batch: int, backend: Backend, 
     spared = [at for at, operator in enumerate(operators) if operator.fused]
     for at in spared:
         modules.append(_Rounding(modules[at].convolution))  # type: ignore[arg-type]
-        inputs.append((torch.randn(batch, operators[at].rows, *inputs[at][0].shape[2:]),))
+        inputs.append((torch.randn(len(inputs[at][0]), operators[at].rows, *inputs[at][0].shape[2:]),))
     make = _torch_calls if backend.name == TORCH else _sessions
     calls = [*make(modules, inputs, backend), *make((nn.Identity(),), ((torch.zeros(1),),), backend)]
     with _as_deployed(backend):
