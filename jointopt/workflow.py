@@ -157,6 +157,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     """
     check_output(config)
     stay_offline(config)
+    _check_export(config, overwrite)
     console.print(f"model {config.model}", highlight=False)
     prepared = prepare(config)
     with taken(config):
@@ -209,9 +210,9 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
                 lambda line: console.print(line, highlight=False),
             )
             console.print(finished_table(study, genome))
-        note_choice(study, supernet, genome, wanted, finished)
-        write_report(study, output / REPORT)
+        write_report(study, output / REPORT)  # there even where the export is refused
         export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite, config.target)
+        note_choice(study, supernet, genome, wanted, finished)  # only now: what was refused is no choice
         verification = verify_export(output / EXPORT, prepared)
         study.note("verified", "verified" if verification.ok else "differs")
         if config.hardware is not None and config.hardware.device == THIS:
@@ -287,15 +288,12 @@ def export_genome(
     Raises:
         JointoptError: the folder holds something else and `overwrite` is not set.
     """
-    from jointopt.checkpoint.writer import RECORD, export
+    from jointopt.checkpoint.writer import export
 
     if folder.exists() and not overwrite:
-        record = found if isinstance(found := _read_json(folder / RECORD), dict) else {}
-        rounding = finished.rounding if finished else NEAREST
-        there = [record.get("genome"), record.get("rounding"), record.get("target", "transformers")]
-        if there == [genome.tolist(), rounding, target]:
+        if _held(folder) == (genome.tolist(), finished.rounding if finished else NEAREST, target):
             return
-        raise JointoptError(f"export: {str(folder)!r} exists and holds another model; --overwrite replaces it")
+        raise _in_the_way(folder)
     source = prepared.loaded.source
     export(
         supernet,
@@ -307,6 +305,33 @@ def export_genome(
         overwrite=overwrite,
         target=target,
     )
+
+
+def _check_export(config: Config, overwrite: bool) -> None:
+    """Refuses, before the search, what is in the export's place and can be none of the run's choices, whichever it is:
+    no export, one for another target, or of a finishing that the config does not have."""
+    from jointopt.checkpoint.writer import check_place
+
+    folder = Path(config.output) / EXPORT
+    if overwrite:
+        check_place(folder, overwrite)
+    elif folder.exists():
+        genome, rounding, target = _held(folder)
+        unfinished = config.finish is None and rounding != NEAREST
+        if genome is None or unfinished or target != config.target:
+            raise _in_the_way(folder)
+
+
+def _held(folder: Path) -> tuple[list[int] | None, str | None, str]:
+    """Genome, rounding and target of the export in a folder; no genome where it is none."""
+    from jointopt.checkpoint.writer import RECORD
+
+    record = found if isinstance(found := _read_json(folder / RECORD), dict) else {}
+    return record.get("genome"), record.get("rounding"), record.get("target", "transformers")
+
+
+def _in_the_way(folder: Path) -> JointoptError:
+    return JointoptError(f"export: {str(folder)!r} exists and holds another model; --overwrite replaces it")
 
 
 def verify_export(folder: Path, prepared: Prepared | None) -> Verification:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -410,6 +411,50 @@ def test_an_export_that_is_refused_leaves_the_choice_as_it_was(finished, capsys,
     words = ("export", "runs/vit", "--pick", "1", "--target", "gguf", "--overwrite")
     assert "target gguf: found a vit" in refused(capsys, finished.parents[1], monkeypatch, *words)
     assert (study.fact("choice"), study.fact("verified")) == before
+
+
+@pytest.fixture
+def copied(finished, capsys, monkeypatch) -> Path:
+    """The output of a run whose export is another evaluation than the run itself chooses."""
+    place = finished.parents[1]
+    monkeypatch.chdir(place)
+    shutil.rmtree("runs/copied", ignore_errors=True)
+    shutil.copytree(finished, "runs/copied")
+    write_config(place, output="runs/copied")
+    rows = Study.open("runs/copied/study.db")
+    genome = rows.fact("choice")["genome"]
+    other = next(int(row.number) for row in rows.evaluations().itertuples() if list(row.genome) != genome)
+    assert main(["export", "runs/copied", "--pick", str(other), "--overwrite"]) == 0
+    capsys.readouterr()
+    return place / "runs/copied"
+
+
+def test_a_run_whose_export_is_refused_leaves_the_choice_as_it_was(copied, capsys, monkeypatch):
+    before = Study.open(copied / "study.db").fact("choice")
+    said = refused(capsys, copied.parents[1], monkeypatch, "run", "config.yaml")
+    assert "'runs/copied/export' exists and holds another model; --overwrite replaces it" in said
+    assert Study.open(copied / "study.db").fact("choice") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "said"),
+    [
+        ((), {"target": "onnxruntime"}, "exists and holds another model; --overwrite replaces it"),
+        ((), {"rounding": "gptq"}, "exists and holds another model; --overwrite replaces it"),
+        (("--overwrite",), None, "holds no jointopt.json"),
+    ],
+)
+def test_an_export_that_no_choice_can_replace_is_refused_before_the_search(
+    words, changes, said, copied, capsys, monkeypatch
+):
+    record = copied / "export/jointopt.json"
+    if changes is None:
+        record.unlink()
+    else:
+        record.write_text(json.dumps(json.loads(record.read_text()) | changes))
+    (copied / "study.db").unlink()
+    assert said in refused(capsys, copied.parents[1], monkeypatch, "run", "config.yaml", *words)
+    assert not (copied / "study.db").exists()
 
 
 def test_init_writes_a_config_that_can_be_run(place, capsys, monkeypatch):
