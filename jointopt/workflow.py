@@ -209,7 +209,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
                 config.finish.top,
                 lambda line: console.print(line, highlight=False),
             )
-            console.print(finished_table(study, genome))
+            console.print(finished_table(study, genome if finished else None))  # marks what is exported
         write_report(study, output / REPORT)  # there even where the export is refused
         export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite, config.target)
         note_choice(study, supernet, genome, wanted, finished)  # only now: what was refused is no choice

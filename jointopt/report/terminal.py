@@ -79,7 +79,8 @@ def device_table(on: OnDevice) -> Table:
 
 
 def finished_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) -> Table:
-    """Sub-networks that were finished: what they measured before and after. Sizes stay what they were."""
+    """Sub-networks that were finished: what they measured before and after. Sizes stay what they were. The `chosen` one
+    is marked, if any is."""
     names = [objective.name for objective in study.measured]
     picked = None if chosen is None else tuple(map(int, chosen))
     numbers = {row["genome"]: row for row in study.evaluations().to_dict("records")}
