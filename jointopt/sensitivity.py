@@ -302,8 +302,8 @@ def _pushed(
     """
     if logits.shape[-1] < 2 and problem is None:
         raise JointoptError(
-            "sensitivity: the model has a single output; allowed: two classes or more, or a config.problem_type, "
-            f"{MULTI_LABEL!r} or {REGRESSION!r}"
+            "sensitivity: the model has a single output; allowed: two classes or more, or a classifier of transformers "
+            f"whose config.problem_type is {MULTI_LABEL!r} or {REGRESSION!r}"
         )
     with torch.no_grad():
         push = torch.randint(0, 2, logits.shape, generator=generator).to(logits.device).float() * 2 - 1

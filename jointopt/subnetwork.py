@@ -126,7 +126,7 @@ def build(
             if width.gene in plan.units and not _is_in(path, gone):
                 setattr(modules[path], name, plan.units[width.gene] * per_unit)
     _drop(shell, family, plan, training)
-    _count_caches(modules, plan, gone)
+    _count_caches(modules, gone)
     if training and not plan.whole(family):
         keep_statistics(modules.values())
     family.configure(shell, plan.blocks)
@@ -279,15 +279,13 @@ def _drop(shell: nn.Module, family: Family, plan: Plan, training: bool) -> None:
             container._modules = dict(zip(_names(kept), modules, strict=True))
 
 
-def _count_caches(modules: Mapping[str, nn.Module], plan: Plan, gone: Sequence[str]) -> None:
-    """The indices of KV caches, counted anew over the blocks that still have one."""
-    indexed = {path: module for path, module in modules.items() if isinstance(module.__dict__.get("layer_idx"), int)}
-    caches = 0
-    for block in plan.blocks if indexed else ():
-        held = [each for path, each in indexed.items() if within(path, block.path) and not _is_in(path, gone)]
-        for module in held:
-            module.__dict__["layer_idx"] = caches
-        caches += bool(held)
+def _count_caches(modules: Mapping[str, nn.Module], gone: Sequence[str]) -> None:
+    """The indices of KV caches, counted anew over those that are left where some are gone."""
+    indexed = [(path, module) for path, module in modules.items() if isinstance(module.__dict__.get("layer_idx"), int)]
+    left = [module.__dict__ for path, module in indexed if not _is_in(path, gone)]
+    ranks = {index: rank for rank, index in enumerate(sorted({each["layer_idx"] for each in left}))}
+    for each in left if len(left) < len(indexed) else ():
+        each["layer_idx"] = ranks[each["layer_idx"]]
 
 
 def renamed(path: str, family: Family, blocks: Sequence[Block]) -> str:

@@ -56,7 +56,7 @@ from jointopt.supernet_state import fingerprint, follow, for_workers, load, noti
 from jointopt.transforms import checked, rotated
 from jointopt.weight_bank import BankedWeight, WeightBank
 from quant.calibration import check_activation_method, check_weight_method, choose_clip
-from quant.errors import JointoptError, check_kind, in_one_line
+from quant.errors import DOES_NOT_RUN, JointoptError, check_kind, in_one_line
 from quant.formats import Scheme, scheme
 from quant.kernels import quantize_and_hold
 from quant.learned_ranges import widened
@@ -363,7 +363,7 @@ class Supernet:
                 raise JointoptError(f"costs: the {self.family.name} family declares no example; call calibrate first")
             try:
                 positions = measure_positions(self.model, self.family.example(self.model))
-            except (RuntimeError, ArithmeticError) as error:
+            except DOES_NOT_RUN as error:
                 raise JointoptError(
                     f"model: it cannot compute one sample, as the {self.family.name} family gives it: "
                     f"{in_one_line(error)}"

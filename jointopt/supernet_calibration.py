@@ -20,7 +20,7 @@ from jointopt.subnetwork import Plan
 from jointopt.supernet_state import stamp
 from jointopt.transforms import reread, scale_links
 from jointopt.typical import lengths, of_average_length
-from quant.errors import JointoptError, in_one_line
+from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
 from search_spaces.clones import structural_clone, without_autocast
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _ran(supernet: Supernet, which: str, plan: Plan, batch: Mapping[str, Any]) -
     view = supernet.view_to_train(plan, False)
     try:
         return _answer(view, batch)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except DOES_NOT_RUN as error:
         told = f"{type(error).__name__} {in_one_line(error)}"
         raise JointoptError(
             f"{supernet.family.name}: the {which} sub-network does not run: {told}; allowed: a declaration whose "

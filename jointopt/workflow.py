@@ -51,6 +51,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         supernet.calibrate(prepared.inputs)
         if config.hardware is not None and config.hardware.device == THIS:
             _check_wishes(config, prepared, supernet)
+        _take_shapes(config, supernet)
         look_up(config, prepared.inputs, supernet)
         return supernet
     output = Path(config.output)
@@ -72,8 +73,31 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         _train(config, prepared, supernet, wanted["contents"])
         _keep(output, supernet, wanted)
     supernet.calibrate(prepared.inputs)
+    _take_shapes(config, supernet)
     look_up(config, prepared.inputs, supernet)
     return supernet
+
+
+def _recorded(config: Config, name: str) -> Any:
+    """A fact of the run's study; None where there is none yet."""
+    from jointopt.study import Study
+
+    path = Path(config.output) / STUDY
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    study = Study.open(path)
+    try:
+        return study.fact(name)
+    finally:
+        study.close()
+
+
+def _take_shapes(config: Config, supernet: Supernet) -> None:
+    """Counts positions as the study that goes on did, so that its costs stay of one kind."""
+    shapes = _recorded(config, "shapes")
+    own = supernet.shapes() if shapes else {}
+    if shapes and shapes.get("leaving") == own["leaving"] and shapes["positions"].keys() == own["positions"].keys():
+        supernet.take_shapes(shapes)
 
 
 def _trained_from(prepared: Prepared) -> dict[str, str]:
@@ -96,7 +120,7 @@ def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> Non
         supernet,
         [{name: direction} for name, direction in prepared.objectives.items() if name not in timed_later] or ["size"],
         {name: limit for name, limit in (config.constraints or {}).items() if name not in timed_later},
-        prepared.quality if config.quality and not (Path(config.output) / STUDY).is_file() else None,
+        prepared.quality if config.quality and not _recorded(config, "baselines") else None,
         config.search.warm_start,
     )
 
@@ -233,9 +257,6 @@ def note_choice(
     rounding = finished.rounding if finished else NEAREST
     layers = {"layers": supernet.layout(genome), "full_layers": supernet.layout(supernet.space.largest)}
     spent = {"spent": supernet.breakdown(genome), "full_spent": supernet.original_breakdown()}
-    before = study.fact("choice") or {}
-    if (before.get("genome"), before.get("rounding")) != (genome.tolist(), rounding):
-        study.note("verified", None)  # which another model was
     study.note("choice", {"genome": genome.tolist(), "wanted": dict(wanted), "rounding": rounding, **layers, **spent})
 
 
@@ -305,11 +326,13 @@ def export_genome(
         overwrite=overwrite,
         target=target,
     )
+    if folder == Path(str(study.path)).parent / EXPORT:
+        study.note("verified", None)  # which another model was
 
 
 def _check_export(config: Config, overwrite: bool) -> None:
     """Refuses, before the search, what is in the export's place and can be none of the run's choices, whichever it is:
-    no export, one for another target, or of a finishing that the config does not have."""
+    no export, one for another target, or a finished one where the config finishes nothing."""
     from jointopt.checkpoint.writer import check_place
 
     folder = Path(config.output) / EXPORT

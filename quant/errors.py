@@ -13,6 +13,10 @@ class JointoptError(ValueError):
     """Something the user gave cannot be used: one line that names it, what was found, and what is allowed."""
 
 
+DOES_NOT_RUN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a forward pass raises whose layers or inputs do not fit into each other."""
+
+
 def in_one_line(error: BaseException) -> str:
     """What another library's error says, cut off where it goes on for long."""
     return " ".join(str(error).split())[:300] or type(error).__name__

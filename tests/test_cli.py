@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from jointopt import Study
+from jointopt import Gene, Objective, SearchSpace, Study
 from jointopt.cli import main
 from jointopt.config import load_config
 from jointopt.files import locked
@@ -241,9 +241,9 @@ def test_a_function_of_ones_own_scores_the_model(place):
     assert all("no thanks" in reason for reason in failed)
 
 
-@pytest.mark.parametrize("searched", [False, True])
+@pytest.mark.parametrize("known", ["nothing", "an empty study", "its score"])
 def test_the_original_is_scored_by_a_function_of_ones_own_before_training_unless_a_study_has_its_score(
-    place, tmp_path, searched
+    place, tmp_path, known
 ):
     own = {"task": None, "objectives": ["quality"], "quality": "math.sqrt"}
     data = {name: str(place / "images") for name in ("calibrate", "train")}
@@ -251,10 +251,14 @@ def test_the_original_is_scored_by_a_function_of_ones_own_before_training_unless
     config = load_config(write_config(place, **own, **changes))
     scored: list[torch.nn.Module] = []
     prepared = replace(prepare(config), quality=lambda model: scored.append(model) or 1.0)
-    if searched:
+    if known == "an empty study":
         (tmp_path / STUDY).touch()
+    if known == "its score":
+        space = SearchSpace([Gene("depth", (1, 2))])
+        with contextlib.closing(Study.create(tmp_path / STUDY, space, [Objective("quality", "max")], {})) as study:
+            study.note("baselines", {"original": {"quality": 1.0}})
     make_supernet(config, prepared, Console(quiet=True))
-    assert len(scored) == (not searched)
+    assert len(scored) == (known != "its score")
 
 
 def refused(capsys, place: Path, monkeypatch, *words: str) -> str:

@@ -287,3 +287,35 @@ def test_a_configure_that_changes_the_whole_model_is_refused():
     declare = declaring(["a.0", "a.1"])
     found = refusal(Looped("a", "b", blocks=2), lambda model: replace(declare(model), configure=halved))
     assert "a configure that changes nothing where all blocks stay" in found
+
+
+def counting(model: Looped) -> Looped:
+    """With blocks that each know the number of their cache."""
+    for index, block in enumerate(model.get_submodule("blocks")):
+        block.layer_idx = index
+    return model
+
+
+def cache_numbers(supernet: Supernet) -> list[int]:
+    return [block.layer_idx for block in supernet.extract(supernet.space.smallest).blocks]
+
+
+@pytest.mark.parametrize("declared", [(1, 2, 3), (2, 0, 3, 1)])
+def test_caches_are_numbered_as_they_were_where_no_block_leaves(declared):
+    declare = declaring([f"blocks.{index}" for index in declared])
+    assert cache_numbers(calibrated(counting(Looped("blocks")), declare)) == [0, 1, 2, 3]
+
+
+def test_caches_are_numbered_anew_where_blocks_leave():
+    declare = declaring([f"blocks.{index}" for index in range(4)])
+    assert cache_numbers(calibrated(counting(Looped("blocks")), declare, depth=[2, 4])) == [0, 1]
+
+
+class OfSixteen(Looped):
+    def forward(self, input: Tensor) -> Tensor:
+        assert len(input) == 16
+        return super().forward(input)
+
+
+def test_a_model_that_asserts_how_many_samples_it_takes_is_calibrated():
+    assert calibrated(OfSixteen("blocks"), declaring(["blocks.0", "blocks.1"])).calibrated

@@ -21,7 +21,7 @@ from jointopt.cost.operators import Answer, LatencyModel, Operator
 from jointopt.cost.tables import Axis, Table, Tables
 from jointopt.learned_ranges import NAME as RANGES
 from quant.cache import cache_format
-from quant.errors import JointoptError
+from quant.errors import DOES_NOT_RUN, JointoptError
 from quant.formats import Scheme
 from quant.packing import statistics_bytes, storage_bytes
 from search_spaces.clones import structural_clone
@@ -62,14 +62,15 @@ def measure_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Positions:
     count, totals = sample_count(inputs), _applied(shell, inputs)
     try:
         others = _applied(shell, _first(inputs, 1 if count > 1 else 2))
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except DOES_NOT_RUN:
         others = {}
     once = frozenset(path for path, total in totals.items() if total == others.get(path))
     return Positions({path: total if path in once else total / count for path, total in totals.items()}, once)
 
 
 def _first(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The first one or two samples, the only one twice; what has another length than the samples stays."""
+    """The first one or two samples, the only one twice. Tensors that are as long as there are samples are taken to hold
+    one entry for each, others stay."""
     given = sample_count(inputs)
     batched = [name for name, each in inputs.items() if isinstance(each, Tensor) and each.dim() and len(each) == given]
     return {**inputs, **{name: torch.cat([inputs[name][:count]] * count)[:count] for name in batched}}

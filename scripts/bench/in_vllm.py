@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measures import Measures
 from rich.console import Console
-from rich.table import Table
 
 import jointopt
 from jointopt import SearchSpace, Supernet
@@ -119,7 +119,7 @@ def main() -> None:
     ids = torch.tensor([loaded.processor(text)["input_ids"][:TOKENS]])
     with supernet.original() as model, torch.no_grad():
         original = model(ids).logits[0, :-1]
-    table, rows = Table("sub-network", *MEASURES, "not run, as"), []
+    measures, failed = Measures(arguments.json), False
     for name, genome in genomes(supernet.space, schemes).items():
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
@@ -129,18 +129,16 @@ def main() -> None:
             )
             theirs, reason = run(arguments.python, place, name)
         if theirs is None:
-            table.add_row(name, *[""] * len(MEASURES), reason)
+            print(f"{name}: vLLM did not run it: {reason}", flush=True)
+            failed = True
             continue
         model = supernet.extract(genome)
         with torch.no_grad():
             found = compared(theirs, model(ids).logits[0, :-1], moved(model, ids), original)
-        table.add_row(name, *(f"{value:.4g}" for value in found.values()), "")
         for measure, value in found.items():
-            better = "higher" if measure == "same next token" else "lower"
-            rows.append({"case": name, "measure": measure, "value": value, "aim": None, "better": better})
-    Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+            measures.tell(name, measure, value, None, "higher" if measure == "same next token" else "lower")
+    Console().print(measures.table())
+    raise SystemExit(int(failed))
 
 
 if __name__ == "__main__":
