@@ -58,9 +58,9 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     supernet._statistics = ranges.constants()
     supernet._repaired = repairs.solved()
     supernet._forget()
+    _ran(supernet, "smallest", supernet.plan(supernet.space.smallest), kept[0])
     if before is not None:
         _check_whole(supernet, kept[0], before)
-    _ran(supernet, "smallest", supernet.plan(supernet.space.smallest), kept[0])
     supernet.calibrated, supernet._stamp = True, stamp(supernet.model)
 
 
