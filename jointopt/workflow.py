@@ -82,10 +82,10 @@ def _recorded(config: Config, name: str) -> Any:
     """A fact of the run's study; None where there is none yet."""
     from jointopt.study import Study
 
-    path = Path(config.output) / STUDY
-    if not path.is_file() or not path.stat().st_size:
+    try:
+        study = Study.open(Path(config.output) / STUDY)
+    except JointoptError:  # not begun; what else may be wrong with it is the search's to say
         return None
-    study = Study.open(path)
     try:
         return study.fact(name)
     finally:
