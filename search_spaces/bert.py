@@ -1,4 +1,4 @@
-"""BERT, and RoBERTa, XLM-RoBERTa and CamemBERT, whose encoders have the same layout."""
+"""BERT, and RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA, whose encoders have the same layout."""
 
 from __future__ import annotations
 
@@ -21,16 +21,21 @@ from search_spaces.family import (
     has_module,
 )
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 # Layers behind the encoder, where the task puts them: name, path, whether a whole sequence of tokens comes in.
 _HEADS = (
+    ("pre_classifier", False),
     ("classifier", False),
     ("classifier.dense", False),
     ("classifier.out_proj", False),
     ("qa_outputs", True),
     ("cls.predictions.transform.dense", True),
     ("lm_head.dense", True),
+    ("vocab_transform", True),
+    ("generator_predictions.dense", True),
+    ("discriminator_predictions.dense", True),
+    ("discriminator_predictions.dense_prediction", True),
 )
 
 
@@ -38,14 +43,11 @@ def declare(model: Model) -> Family:
     """The declaration of a BERT-like encoder under any head of transformers."""
     if model.config.is_decoder or getattr(model.config, "add_cross_attention", False):
         raise JointoptError("model: a BERT used as a decoder is not a known layout; allowed: encoders")
-    if type(model).__name__.endswith("ForMultipleChoice"):
-        raise JointoptError(
-            "model: a head of multiple choice reads several texts a sample; allowed: heads that read one"
-        )
-    root = next((f"{base}." for base in ("bert", "roberta") if has_module(model, base)), "")
+    check_head(model)
+    root = next((f"{base}." for base in ("bert", "roberta", "electra") if has_module(model, base)), "")
     blocks: list[Block] = []
     widths: list[Width] = []
-    layers = [_embedding(model, root)]
+    layers = [embedding_layer(model, root)]
     links: list[Link] = []
     for index in range(len(model.get_submodule(f"{root}encoder.layer"))):
         name, path = f"block{index}", f"{root}encoder.layer.{index}"
@@ -71,9 +73,11 @@ def declare(model: Model) -> Family:
         layers.extend(block_layers(name, inputs, out, up, down))
         # The normalizations of a post-norm encoder feed the residual as well, so that their channels are no link.
         links.append(Link(inputs[2], (out,), head_dim))
+    if has_module(model, f"{root}embeddings_project"):
+        layers.append(Layer("project", f"{root}embeddings_project", "project"))
     if has_module(model, f"{root}pooler.dense"):
         layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
-    layers.extend(_heads(model))
+    layers.extend(head_layers(model))
     return Family(
         "bert",
         tuple(blocks),
@@ -86,7 +90,16 @@ def declare(model: Model) -> Family:
     )
 
 
-def _embedding(model: Model, root: str) -> Layer:
+def check_head(model: Model) -> None:
+    """Raises JointoptError for a head that reads several texts a sample."""
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        raise JointoptError(
+            "model: a head of multiple choice reads several texts a sample; allowed: heads that read one"
+        )
+
+
+def embedding_layer(model: Model, root: str) -> Layer:
+    """The embedding of words under `root`, with the head that has its weight."""
     path = f"{root}embeddings.word_embeddings"
     weight = model.get_submodule(path).weight
     tied = tuple(
@@ -97,7 +110,8 @@ def _embedding(model: Model, root: str) -> Layer:
     return Layer("embedding", path, "embedding", tied=tied)
 
 
-def _heads(model: Model) -> list[Layer]:
+def head_layers(model: Model) -> list[Layer]:
+    """The layers behind the encoder."""
     per_token = "TokenClassification" in type(model).__name__
     heads = []
     for path, tokens in _HEADS:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from quant.errors import JointoptError, check_kind
-from search_spaces import bert, llama, resnet, vit
+from search_spaces import bert, distilbert, llama, resnet, vit
 from search_spaces.checks import check
 from search_spaces.clones import structural_clone
 from search_spaces.family import Family
@@ -17,7 +17,7 @@ WRAPPERS = ("PeftModel", "DistributedDataParallel", "DataParallel", "FullySharde
 Declare = Callable[[nn.Module], Family]
 
 _TRANSFORMERS: dict[str, Declare] = {
-    kind: module.declare for module in (llama, bert, vit, resnet) for kind in module.MODEL_TYPES
+    kind: module.declare for module in (llama, bert, distilbert, vit, resnet) for kind in module.MODEL_TYPES
 }
 _TIMM: dict[str, Declare] = {"VisionTransformer": vit.declare_timm, "ResNet": resnet.declare_timm}
 

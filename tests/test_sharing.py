@@ -23,7 +23,20 @@ from search_spaces.clones import structural_clone
 from tests import zoo
 from tests.zoo import batches, logits
 
-SEQUENTIAL = ("vit", "timm_vit", "deit", "bert", "roberta", "llama_tied", "llama_untied", "mistral", "qwen2", "qwen3")
+SEQUENTIAL = (
+    "vit",
+    "timm_vit",
+    "deit",
+    "bert",
+    "roberta",
+    "electra",
+    "distilbert",
+    "llama_tied",
+    "llama_untied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)
 
 
 @cache

@@ -20,7 +20,7 @@ from tests.zoo import MODELS, RELATIVES, batches, logits, make
 
 ALLOWED = {
     **dict.fromkeys(("llama_tied", "llama_untied", "mistral", "qwen2", "qwen3", "vit", "deit", "timm_vit"), TRANSFORMS),
-    **dict.fromkeys(("bert", "roberta"), ("rotate_heads", "smooth", "awq")),
+    **dict.fromkeys(("bert", "roberta", "electra", "distilbert"), ("rotate_heads", "smooth", "awq")),
     **dict.fromkeys(("resnet", "resnet_basic", "timm_resnet", "timm_resnet_basic"), ("smooth", "awq")),
 }
 CASES = [(name, each) for name, allowed in ALLOWED.items() for each in allowed if each != "awq"]

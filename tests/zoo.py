@@ -13,6 +13,10 @@ from transformers import (
     BertForSequenceClassification,
     DeiTConfig,
     DeiTForImageClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -49,6 +53,15 @@ _ENCODER = {
     "intermediate_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+    "num_labels": 3,
+}
+_DISTILLED = {
+    "vocab_size": 96,
+    "dim": 128,
+    "hidden_dim": 256,
+    "n_layers": 3,
+    "n_heads": 4,
     "max_position_embeddings": 66,
     "num_labels": 3,
 }
@@ -93,6 +106,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 RELATIVES: dict[str, Callable[[], nn.Module]] = {
     "deit": lambda: DeiTForImageClassification(DeiTConfig(**_IMAGE)),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_ENCODER, pad_token_id=1)),
+    "electra": lambda: ElectraForSequenceClassification(ElectraConfig(**_ENCODER, embedding_size=64)),
+    "distilbert": lambda: DistilBertForSequenceClassification(DistilBertConfig(**_DISTILLED)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_DECODER, sliding_window=8)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in _DECODER.items() if k != "head_dim"})),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_DECODER)),
@@ -122,7 +137,7 @@ def batches(name: str, count: int = 2, size: int = 6, seed: int = 0) -> list[dic
     generator = torch.Generator().manual_seed(seed)
     if name in ("llama_tied", "llama_untied", "mistral", "qwen2", "qwen3"):
         return [{"input_ids": torch.randint(3, 96, (size, 16), generator=generator)} for _ in range(count)]
-    if name in ("bert", "roberta"):
+    if name in ("bert", "roberta", "electra", "distilbert"):
         return [_padded(size, generator) for _ in range(count)]
     key = "x" if name.startswith("timm") else "pixel_values"
     side = 32 if "resnet" in name else 16

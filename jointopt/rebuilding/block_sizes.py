@@ -64,7 +64,9 @@ def sizes_of_blocks(model: nn.Module, config: Any) -> list[dict[str, int]]:
     """
     found = []
     for path, container in model.named_modules():
-        if not isinstance(container, nn.ModuleList) or not path.endswith(("layers", "encoder.layer")):
+        if not isinstance(container, nn.ModuleList) or not path.endswith(
+            ("layers", "encoder.layer", "transformer.layer")
+        ):
             continue
         for block in container:
             found.append(_sizes_of(block, config))
@@ -79,6 +81,8 @@ def _sizes_of(block: nn.Module, config: Any) -> dict[str, int]:
             continue
         if name.endswith(("up_proj", "fc1", "intermediate.dense")):
             sizes["intermediate_size"] = module.out_features
+        if name == "ffn.lin1":
+            sizes["hidden_dim"] = module.out_features
         head_dim = getattr(block.get_submodule(name.rpartition(".")[0]), "head_dim", None)
         if name.endswith("q_proj") and head_dim:
             sizes["num_attention_heads"] = module.out_features // head_dim
