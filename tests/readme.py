@@ -1,4 +1,4 @@
-"""The README's code blocks, by section and language."""
+"""The READMEs' code blocks, by section and language."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+README, MEASURED = "README.md", "scripts/bench/README.md"
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Block:
     line: int
 
 
-def blocks(language: str) -> list[Block]:
+def blocks(language: str, file: str = README) -> list[Block]:
     """The blocks of a language, in their order."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / file).read_text(encoding="utf-8")
     found = []
     for fence in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         heading = re.findall(r"^## (.*)$", text[: fence.start()], re.MULTILINE)

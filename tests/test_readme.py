@@ -29,7 +29,7 @@ from jointopt.models import empty_model, find_source
 from quant.formats import SCHEMES
 from search_spaces import family
 from search_spaces.families import _TIMM, _TRANSFORMERS
-from tests.readme import ROOT, Block, blocks, table
+from tests.readme import MEASURED, README, ROOT, Block, blocks, table
 from tests.zoo import batches, logits, make
 
 CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -104,7 +104,10 @@ def test_the_config_is_read_and_shows_every_key(tmp_path):
             assert re.search(rf"\b{key}\b", shown.text), f"{key} is not in the README's config"
 
 
-@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.text.splitlines()])
+COMMANDS = [line for file in (README, MEASURED) for block in blocks("bash", file) for line in block.text.splitlines()]
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(COMMANDS))
 def test_a_command_is_one_that_there_is(line):
     words = shlex.split(line, comments=True)
     if words[:3] == ["python", "-m", "jointopt"]:
@@ -116,10 +119,13 @@ def test_a_command_is_one_that_there_is(line):
         assert f'"{flag}"' in script.read_text()
 
 
-def test_links_and_pictures_lead_somewhere():
-    text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("file", [README, MEASURED])
+def test_links_and_pictures_lead_somewhere(file):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / file).read_text()):
+        assert ((ROOT / file).parent / target).exists(), target
+
+
+def test_the_picture_of_the_front_is_light():
     assert (ROOT / "scripts/figures/front.png").stat().st_size < 150_000
 
 
