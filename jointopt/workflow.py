@@ -237,12 +237,14 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
         write_report(study, output / REPORT)  # there even where the export is refused
         export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite, config.target)
         note_choice(study, supernet, genome, wanted, finished)  # only now: what was refused is no choice
-        verification = verify_export(output / EXPORT, prepared)
-        study.note("verified", "verified" if verification.ok else "differs")
-        if config.hardware is not None and config.hardware.device == THIS:
-            line = measured_beside(config, prepared.inputs, supernet, study, genome, output / EXPORT)
-            console.print(line, highlight=False, soft_wrap=True)
-        write_report(study, output / REPORT)
+        try:
+            verification = verify_export(output / EXPORT, prepared)
+            study.note("verified", "verified" if verification.ok else "differs")
+            if config.hardware is not None and config.hardware.device == THIS:
+                line = measured_beside(config, prepared.inputs, supernet, study, genome, output / EXPORT)
+                console.print(line, highlight=False, soft_wrap=True)
+        finally:
+            write_report(study, output / REPORT)  # with the choice, even where it could not be verified
         console.print(f"report: {output / REPORT}", f"export: {output / EXPORT}", sep="\n", highlight=False)
         console.print(verdict(verification, study, output / EXPORT), highlight=False, soft_wrap=True)
     finally:

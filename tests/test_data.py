@@ -156,6 +156,13 @@ def test_labels_are_names_or_indices_in_numbers_or_text():
     assert class_indices(["b", "a"], ["LABEL_0", "LABEL_1"], "k", ["a", "b"]) == [1, 0]
 
 
+def test_names_of_classes_match_in_capitals_unless_there_is_a_closer_one():
+    assert class_indices(["TOXIC", "Insult"], ["Toxic", "insult"], "k") == [0, 1]
+    assert class_indices(["a", "A"], ["A", "a"], "k") == [1, 0]
+    with pytest.raises(JointoptError, match="which several classes of the model are called"):
+        class_indices(["TOXIC"], ["Toxic", "toxic"], "k")
+
+
 def test_a_name_that_two_classes_have_is_refused():
     labels = ["crane", "maillot", "crane"]
     assert class_indices([2, 0], labels, "k") == [2, 0]

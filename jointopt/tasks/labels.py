@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
@@ -173,10 +172,14 @@ def _indices(
 
 def _index_of(own: str, labels: Sequence[str]) -> int | None:
     """Of the model's labels the one of the same name, be it in capitals; None where there is none, or are several."""
-    for same in ([name == own for name in labels], [name.lower() == own.lower() for name in labels]):
-        if any(same):
-            return same.index(True) if sum(same) == 1 else None
-    return None
+    found = _called(own, labels)
+    return found[0] if len(found) == 1 else None
+
+
+def _called(own: str, labels: Sequence[str]) -> list[int]:
+    """The model's labels of the same name; where there are none, of the same in capitals."""
+    exact = [index for index, name in enumerate(labels) if name == own]
+    return exact or [index for index, name in enumerate(labels) if name.lower() == own.lower()]
 
 
 def _nameless(labels: Sequence[str]) -> bool:
@@ -197,7 +200,7 @@ def class_indices(
     """Labels as the model counts them.
 
     Args:
-        values: names of the model's labels, or their indices, as numbers or as text.
+        values: names of the model's labels, be it in capitals, or their indices, as numbers or as text.
         labels: the model's, by index.
         folders: which the values are names of, in the order in which they number the classes where the model's labels
             have no names.
@@ -206,16 +209,15 @@ def class_indices(
     Raises:
         JointoptError: a label that the model does not have; more or fewer folders than classes without names.
     """
-    known = {name: index for index, name in enumerate(labels)}
-    if all(str(value) in known for value in values):
-        several = {name for name, count in Counter(labels).items() if count > 1}
+    called = {name: _called(name, labels) for name in {str(value) for value in values}}
+    if all(called.values()):
         for row, value in zip(rows or count(1), values, strict=False):
-            if str(value) in several:
+            if len(called[str(value)]) > 1:
                 raise JointoptError(
                     f"{key}: found label {value!r} in row {row}, which several classes of the model are called; "
                     f"allowed: their indices, 0 to {len(labels) - 1}"
                 )
-        return [known[str(value)] for value in values]
+        return [called[str(value)][0] for value in values]
     if folders is not None and _nameless(labels):
         if len(folders) != len(labels):
             raise JointoptError(
@@ -223,9 +225,9 @@ def class_indices(
                 "folders number alphabetically; allowed: one for each class, be it empty"
             )
         return [folders.index(str(value)) for value in values]
-    named, indices = any(str(value) in known for value in values), []
+    named, indices = any(called.values()), []
     for row, value in zip(rows or count(1), values, strict=False):
-        index = known.get(str(value)) if named else _whole(value)
+        index = next(iter(called[str(value)]), None) if named else _whole(value)
         if index is None or not 0 <= index < len(labels):
             raise JointoptError(
                 f"{key}: found label {value!r} in row {row}; the model has {_few(labels)}, or 0 to {len(labels) - 1}"
