@@ -7,7 +7,6 @@ latency.json, what was timed of this machine, where the config asks for that.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -61,6 +60,8 @@ def taken(config: Config) -> Iterator[None]:
     Raises:
         JointoptError: another run is in it, what `check_output` refuses, it cannot be written.
     """
+    from jointopt.checkpoint.writer import clear_killed
+
     output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,5 @@ def taken(config: Config) -> Iterator[None]:
     with closing(locked(output / LOCK, f"output {str(output)!r}")):
         check_output(config)
         write_whole(output / CONFIG, config.to_yaml(), "output")
-        for left in output.glob(f".{EXPORT}-*"):  # what an export was written in that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        clear_killed(output / EXPORT)
         yield

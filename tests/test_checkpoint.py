@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,11 @@ from transformers import BertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaske
 import jointopt
 from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
 from jointopt.checkpoint.reload import load_model
-from jointopt.checkpoint.writer import stored_bytes
+from jointopt.checkpoint.writer import LOCK, REPLACED, stored_bytes
+from jointopt.config import Config
 from jointopt.evaluation import logits_of
+from jointopt.files import locked
+from jointopt.run_folder import EXPORT, taken
 from quant.formats import ELEMENTS, Element, Format, Scheme
 from quant.formats import SCHEMES as FORMATS
 from tests.zoo import SCHEMES, batches, logits, make, supernet_of
@@ -215,6 +219,19 @@ def test_what_a_killed_export_left_is_cleared_by_the_next_and_a_living_ones_is_n
     jointopt.export(supernet, genome, folder, processor=Processor(export_too))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".small-mine-own", "small"]
     assert not list(folder.glob("*.lock"))
+
+
+def test_a_run_leaves_to_an_export_in_its_folder_what_that_writes_and_what_it_has_put_aside(tmp_path):
+    config = Config(model="bert", quality="my.function", data={"calibrate": "rows.csv"}, output=str(tmp_path / "run"))
+    writing, aside = (tmp_path / "run" / f".{EXPORT}-{name}" for name in ("abcdefgh", "ijklmnop"))
+    with taken(config):
+        writing.mkdir()
+        (aside / REPLACED).mkdir(parents=True)  # by an export that was killed between its two renames
+        (aside / LOCK).touch()
+    with closing(locked(writing / LOCK, "export")), taken(config):
+        assert writing.is_dir() and (aside / REPLACED).is_dir()
+    with taken(config):
+        assert not writing.exists() and (aside / REPLACED).is_dir()
 
 
 @pytest.mark.parametrize("mine", ["study.db", "config.json"])

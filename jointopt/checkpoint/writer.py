@@ -114,7 +114,7 @@ def export(
         metrics = {k: v for k, v in (finished.metrics or {}).items() if k not in record["costs"]}
         record |= {"metrics": metrics, "rounding": finished.rounding}
     try:
-        _clear_killed(folder)
+        clear_killed(folder)
         with (
             tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place,
             closing(locked(Path(place) / LOCK, f"export: {place!r}")),
@@ -152,7 +152,7 @@ def _check_study(study: Any, supernet: Supernet) -> None:
         )
 
 
-def _clear_killed(folder: Path) -> None:
+def clear_killed(folder: Path) -> None:
     """Removes what exports to this folder that were killed have left beside it: what no living one has locked."""
     for left in folder.parent.glob(f".{escape(folder.name)}-????????"):
         alone = (left / REPLACED).exists() and not folder.exists()  # killed between two renames: the only one there is
