@@ -142,12 +142,13 @@ class Strategy:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that future asks depend on, as JSON can hold it."""
-        asked = [np.frombuffer(key, dtype=np.int64).tolist() for key in sorted(self._seen)]
+        waiting = self._seen - {genome.tobytes() for genome in self.told}
+        asked = [np.frombuffer(key, dtype=np.int64).tolist() for key in sorted(waiting)]
         return {
             "random": self.random.bit_generator.state,
             "told": self.told.tolist(),
             "values": self.values.tolist(),
-            "asked": asked,
+            "asked": asked,  # and not told
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,7 +156,7 @@ class Strategy:
         self.random.bit_generator.state = state["random"]
         self.told = np.array(state["told"], dtype=np.int64).reshape(-1, len(self.space))
         self.values = np.array(state["values"], dtype=float).reshape(-1, len(self.objectives))
-        self._seen = {np.array(genome, dtype=np.int64).tobytes() for genome in state["asked"]}
+        self._seen = {np.array(genome, dtype=np.int64).tobytes() for genome in [*state["told"], *state["asked"]]}
 
 
 def _with_rows(known: np.ndarray, at: np.ndarray, rows: np.ndarray) -> np.ndarray:

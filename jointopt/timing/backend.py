@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from jointopt.checkpoint.onnx.session import saturates
 from jointopt.cost.operators import Operator
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError, check_count
@@ -79,7 +80,8 @@ class Backend:
     def machine(self) -> str:
         """This machine, as far as its times depend on it: processor, cores, library, threads."""
         if self.name == ONNXRUNTIME:
-            return f"{host()}, ONNX Runtime {version('onnxruntime')}, {self.threads} threads"
+            sums = ", told to be exact" if saturates() else ""
+            return f"{host()}, ONNX Runtime {version('onnxruntime')}{sums}, {self.threads} threads"
         library = f"torch {version('torch')} {str(self.dtype).removeprefix('torch.')}"
         on = f"on {torch.cuda.get_device_name()}" if self.device == "cuda" else f"{self.threads} threads"
         return f"{host()}, {library}, {on}"

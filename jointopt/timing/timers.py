@@ -188,23 +188,20 @@ def _sessions(
 ) -> list[Callable[[], Any]]:
     """A call for each module, which runs it alone in ONNX Runtime."""
     import onnx
-    import onnxruntime
 
     from jointopt.checkpoint.onnx.graph import traced, with_twins
+    from jointopt.checkpoint.onnx.session import session_of
 
     graph: Any = with_twins(_Each(modules).eval())
     program = traced(graph, ([list(each) for each in inputs],))
     whole = program.model_proto
     names = iter([each.name for each in whole.graph.input])
     extractor = onnx.utils.Extractor(whole)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = backend.threads, 3
     calls: list[Callable[[], Any]] = []
     for given, output in zip(inputs, whole.graph.output, strict=True):
         feed = {next(names): each.numpy() for each in given}
         part = extractor.extract_model(list(feed), [output.name])
-        session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        calls.append(partial(session.run, None, feed))
+        calls.append(partial(session_of(part.SerializeToString(), backend.threads).run, None, feed))
     return calls
 
 

@@ -17,6 +17,21 @@ def saturates():
     return torch.cpu._is_avx2_supported() and not torch.cpu._is_vnni_supported()
 
 
+def session_of(model, threads):
+    """A session of ONNX Runtime on the CPU, whose sums are exact.
+
+    Args:
+        model: the path of a file, or its bytes.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, threads
+    if saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxModel(nn.Module):
     """A session of ONNX Runtime behind the call of a torch model.
 
@@ -25,15 +40,8 @@ class OnnxModel(nn.Module):
     """
 
     def __init__(self, path, threads=None):
-        import onnxruntime
-
         super().__init__()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if saturates():
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        self.session = session_of(os.fspath(path), threads or torch.get_num_threads())
         self.wanted = {each.name: each for each in self.session.get_inputs()}
         self.names = [each.name for each in self.session.get_outputs()]
         told = self.session.get_modelmeta().custom_metadata_map
