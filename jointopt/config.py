@@ -71,7 +71,7 @@ class Config(Section):
     finish: Finish | None = None
     target: TargetName = "transformers"
     hardware: Hardware | None = None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     output: Annotated[str, Field(min_length=1)]
 

@@ -69,7 +69,7 @@ def _bound(error: Any) -> str | None:
 _WORDS = {
     "model": MODELS,
     "output": "a folder",
-    "device": "auto, cpu, cuda, mps",
+    "device": "auto, cpu, cuda",
     "objectives": "a list of names",
     "choose": "{size_mb: 20}, {drop: 0.01} or knee",
     "constraints": "{size_mb: '<= 20'} and the like",

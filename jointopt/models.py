@@ -28,7 +28,7 @@ from jointopt.tasks import TASKS
 from quant.errors import JointoptError, did_you_mean, first_line, in_one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda")
 
 _WORDS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
 _SIZES = {
@@ -209,7 +209,7 @@ def load_model(name: str, task: str | None, device: str = "auto", dtype: str = "
 
     Args:
         task: which head is loaded; None reads it off the model's config.
-        device: "cpu", "cuda", "cuda:1", "mps", or "auto": the first of cuda, mps, cpu that is there.
+        device: "cpu", "cuda", "cuda:1", or "auto": cuda where it is there, else cpu.
         dtype: "float32", "bfloat16", or "auto": the checkpoint's own if it is one of these, else float32.
 
     Raises:
@@ -230,9 +230,9 @@ def load_model(name: str, task: str | None, device: str = "auto", dtype: str = "
 
 def chosen_device(device: str) -> torch.device:
     """The device of a name. Raises JointoptError where it is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cuda": torch.cuda.is_available(), "cpu": True}
     if device == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+        return torch.device(next(kind for kind in there if there[kind]))
     kind, _, index = device.partition(":")
     if kind not in there or (index and not index.isdigit()):
         raise JointoptError(f"device: found {device!r}; allowed: {', '.join(DEVICES)}")

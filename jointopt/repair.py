@@ -45,15 +45,14 @@ def repaired(layer: nn.Module, halves: Halves, channels: int, dampings: Sequence
         JointoptError: there were no inputs, or some that are not finite.
     """
     weight = layer.get_parameter("weight").detach()
-    place = "cpu" if weight.device.type == "mps" else weight.device  # Apple's GPUs have no float64
     bias = layer._parameters.get("bias")
     kept = channels * weight[0, 0].numel()
 
     def hessian(moments: InputMoments) -> Tensor:
-        return moments.hessian(centred=bias is not None)[0].to(place).double()
+        return moments.hessian(centred=bias is not None)[0].to(weight.device).double()
 
     both, parts = joined(halves), [hessian(half) for half in halves if half.count]
-    whole = weight.flatten(1).to(place).double()
+    whole = weight.flatten(1).double()
     stay, leave = whole[:, :kept], whole[:, kept:]
     damping, share = _that_holds(parts, leave, dampings) if len(parts) > 1 else (dampings[0], 1.0)
     change = share * _least_squares(hessian(both), leave, damping)
@@ -61,9 +60,9 @@ def repaired(layer: nn.Module, halves: Halves, channels: int, dampings: Sequence
     repaired_weight = (stay + change).reshape(shape).to(weight)
     if bias is None:
         return repaired_weight, None
-    mean = both.mean()[0].to(place).double()
+    mean = both.mean()[0].to(weight.device).double()
     shift = leave @ mean[kept:] - change @ mean[:kept]
-    return repaired_weight, (bias.detach().to(place).double() + shift).to(bias)
+    return repaired_weight, (bias.detach().double() + shift).to(bias)
 
 
 def _least_squares(hessian: Tensor, leave: Tensor, damping: float) -> Tensor:

@@ -112,7 +112,7 @@ def starter_config(name: str) -> str:
         "# finish: {rounding: gptq}  # the choice rounded anew; or {steps: 500}: trained alone on data.train",
         "target: transformers  # or onnxruntime (model.onnx); gguf (llama.cpp; blocks of one size), vllm",
         "# hardware: {device: h100, batch: 8}  # then latency, energy and peak_memory are objectives, too",
-        "device: auto  # cpu, cuda, mps",
+        "device: auto  # cpu, cuda",
         "dtype: auto  # float32, bfloat16",
         f"output: {_quoted('runs/' + Path(name).resolve().name)}",
     ]

@@ -168,9 +168,8 @@ def rotate_heads(model: nn.Module, family: Family) -> None:
 
 
 def _change(tensor: Any, function: Callable[[Tensor], Tensor]) -> None:
-    """In place, computed in float64 (float32 where the device has none) and rounded once."""
-    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
-    tensor.copy_(function(tensor.detach().to(wide)).to(tensor.dtype))
+    """In place, computed in float64 and rounded once."""
+    tensor.copy_(function(tensor.detach().double()).to(tensor.dtype))
 
 
 def _like(turn: Tensor, tensor: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def test_an_output_that_looks_like_a_number_reads_back_as_text(tmp_path):
         ),
         ("choose: {size_mb: 2, drop: 0.1}", "choose: found size_mb, drop; allowed: one of"),
         ("dtype: float16", "dtype: found 'float16'; allowed: auto, float32, bfloat16"),
-        ("device: tpu", "device: found 'tpu'; allowed: auto, cpu, cuda, mps"),
+        ("device: tpu", "device: found 'tpu'; allowed: auto, cpu, cuda"),
         ("quality: accuracy", "quality: found 'accuracy'; allowed: my_package.my_function"),
         ("train: {epochs: 1}", "train without data.train"),
         ("train: {batch_size: 8}", "train: found neither of steps and epochs"),

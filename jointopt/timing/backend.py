@@ -74,7 +74,7 @@ class Backend:
             raise JointoptError(f"{cached}: quantized caches are not timed in torch; allowed: none")
         for (path, _), scheme in supernet._schemes.items():
             _check_timed(scheme, isinstance(supernet.model.get_submodule(path), nn.Embedding))
-        return cls(name, threads, supernet.device.type, next(supernet.model.parameters()).dtype)
+        return cls(name, threads, str(supernet.device), next(supernet.model.parameters()).dtype)
 
     @property
     def machine(self) -> str:
@@ -83,8 +83,19 @@ class Backend:
             sums = ", told to be exact" if saturates() else ""
             return f"{host()}, ONNX Runtime {version('onnxruntime')}{sums}, {self.threads} threads"
         library = f"torch {version('torch')} {str(self.dtype).removeprefix('torch.')}"
-        on = f"on {torch.cuda.get_device_name()}" if self.device == "cuda" else f"{self.threads} threads"
+        on = f"on {torch.cuda.get_device_name(self.device)}" if self.on_gpu else f"{self.threads} threads"
         return f"{host()}, {library}, {on}"
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def memory(self) -> float:
+        """Bytes that the device has."""
+        if self.on_gpu:
+            return float(torch.cuda.get_device_properties(self.device).total_memory)
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     def computed(self, operator: Operator) -> Operator:
         """The operator as it is computed: in torch unquantized, whatever format its weights have."""

@@ -102,7 +102,7 @@ class Lookup:
 
     @property
     def capacity(self) -> float:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return self.backend.memory
 
     def described(self) -> dict[str, Any]:
         return {

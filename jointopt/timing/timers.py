@@ -173,7 +173,8 @@ def _torch_calls(
 
 def _finished(call: Callable[[], Any], backend: Backend) -> Callable[[], Any]:
     """The call, and waiting for what it left a GPU to do."""
-    wait = torch.cuda.synchronize if backend.device == "cuda" else None
+    device = torch.device(backend.device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
 
     def finished() -> None:
         call()
