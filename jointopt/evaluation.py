@@ -96,12 +96,16 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
             is negative or of no metric.
         ChangedWeights: it wrote to the model's weights, whatever it returned or raised.
     """
-    before = [(name, tensor, _state(tensor)) for name, tensor in chain(model.named_parameters(), model.named_buffers())]
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    before = [(name, tensor, _state(tensor), tensor.detach()) for name, tensor in tensors]
     try:
         with torch.no_grad():
             found = quality(model)
     finally:
-        changed = [name for name, tensor, state in before if _state(tensor) != state]
+        changed = [name for name, tensor, state, _ in before if _state(tensor) != state]
+        for _, tensor, state, held in before:
+            if _state(tensor)[:2] != state[:2]:  # moved, as by model.half(): whose model it is goes on with its own
+                tensor.data = held
         if changed:
             raise ChangedWeights(
                 f"quality changed weights that sub-networks share: {', '.join(changed[:3])}"

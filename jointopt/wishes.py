@@ -51,8 +51,8 @@ def check_wishes(
 
 
 def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[str, float]) -> list[Objective]:
-    if isinstance(objectives, str) or not objectives:
-        raise JointoptError(f"objectives: found {objectives!r}; allowed: a list of one or more")
+    if not isinstance(objectives, list | tuple) or not objectives:
+        raise JointoptError(f"objectives: found {objectives!r}; allowed: a list of one or more: [{{'mine': 'max'}}]")
     found = [named(objective) for objective in objectives]
     if len({objective.name for objective in found}) < len(found):
         raise JointoptError(f"objectives: found one twice in {', '.join(o.name for o in found)}")

@@ -217,6 +217,18 @@ def test_a_function_that_writes_to_the_weights_ends_the_search(quality, workers)
         search(supernet, quality, evaluations=10, workers=workers)
 
 
+def test_a_model_that_the_function_moved_to_another_dtype_is_as_it_was():
+    model = make("bert")
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+    supernet.calibrate(batches("bert"))
+    with pytest.raises(JointoptError, match="quality changed weights"):
+        search(supernet, halved, evaluations=10)
+    for name, each in model.state_dict().items():
+        assert each.dtype == before[name].dtype and torch.equal(each, before[name]), name
+    assert search(supernet, lambda _: 1.0, evaluations=2).evaluations()["failed"].isna().all()
+
+
 @pytest.mark.parametrize(("size", "samples"), [(300, SAMPLES), (50, 150), (96, 192), (140, SAMPLES)])
 def test_batch_norm_is_estimated_from_the_first_batches_each_sample_alike(size, samples):
     images = torch.randn(300, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -86,6 +86,12 @@ def test_a_cost_of_one_s_own_named_first_is_not_taken_for_the_quality(supernet):
     assert smallest["size"] == study.evaluations()["size"].min()
 
 
+@pytest.mark.parametrize("objectives", [{"loss": "max", "size": "min"}, {"loss", "size"}, "size", []])
+def test_objectives_are_a_list_since_a_mapping_would_lose_its_directions(supernet, objectives):
+    with pytest.raises(JointoptError, match=r"objectives: found .*; allowed: a list of one or more"):
+        jointopt.search(supernet, agreement, objectives, evaluations=4)
+
+
 def test_without_a_measured_objective_the_first_stands_for_the_quality(supernet):
     few = Objective("few", "min", compute=lambda genomes: genomes.sum(1) + 0.0)
     study = jointopt.search(supernet, agreement, [few, "size"], evaluations=3)

@@ -235,6 +235,20 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
         ElasticTrainer(model=model, args=arguments(tmp_path), train_dataset=data(), compute_loss_func=print)
 
 
+def test_a_subclass_whose_loss_has_no_sub_network_in_it_is_refused_at_its_first_step(tmp_path):
+    class Weighted(ElasticTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **options):
+            return model(**inputs).loss
+
+    class Doubled(ElasticTrainer):
+        def compute_loss(self, *given, **options):
+            return 2 * super().compute_loss(*given, **options)
+
+    with pytest.raises(JointoptError, match=r"Weighted.compute_loss takes the place of ElasticTrainer's"):
+        Weighted(model=make("vit"), args=arguments(tmp_path), train_dataset=data()).train()
+    assert Doubled(model=make("vit"), args=arguments(tmp_path), train_dataset=data()).train().global_step == 6
+
+
 def test_an_evaluation_that_scores_nothing_is_refused_and_a_prediction_needs_no_labels(tmp_path):
     made = trainer(tmp_path)
     unlabelled = [{"pixel_values": each["pixel_values"]} for each in data(4)]

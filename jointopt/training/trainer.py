@@ -223,6 +223,17 @@ class ElasticTrainer(Trainer):
         if self._use_cache is not None:
             model.config.use_cache = self._use_cache
 
+    def training_step(self, *args: Any, **options: Any) -> Any:
+        """The Trainer's. Raises JointoptError where a subclass computes a loss in which no sub-network is."""
+        self._elastic = False
+        found = super().training_step(*args, **options)
+        if not self._elastic:
+            raise JointoptError(
+                f"train: {type(self).__name__}.compute_loss takes the place of ElasticTrainer's, so that no "
+                "sub-network is trained; allowed: Recipe(loss=...), or super().compute_loss(...) in training"
+            )
+        return found
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -233,6 +244,7 @@ class ElasticTrainer(Trainer):
         """In training the loss of all sub-networks of the step, otherwise the largest one's."""
         batch = self._labelled(inputs)
         if model.training:
+            self._elastic = True
             step = self.state.global_step
             if self.sort_every and step == 1:
                 check_sortable(self._inner_optimizer())
