@@ -50,7 +50,7 @@ _HOME = {
     "load_device": "jointopt.cost.device",
     "train_supernet": "jointopt.training.loop",
     "elastic_loss": "jointopt.training.elastic",
-    "Recipe": "jointopt.training.elastic",
+    "Recipe": "jointopt.training.recipe",
     "Distillation": "jointopt.training.distillation",
     "ElasticTrainer": "jointopt.training.trainer",
 }

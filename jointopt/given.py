@@ -7,7 +7,7 @@ import warnings
 
 from torch import Tensor, nn
 
-from jointopt.cost.shapes import kind_of
+from jointopt.cost.positions import kind_of
 from jointopt.rebuilding.loadable import check_loadable
 from jointopt.rebuilding.timm_recipe import by_library
 from quant.errors import JointoptError

@@ -45,7 +45,8 @@ from jointopt.batch_norm import (
     shift_by_whole_products,
 )
 from jointopt.cost.operators import LatencyModel
-from jointopt.cost.shapes import Positions, ShapeCosts, measure_positions
+from jointopt.cost.positions import Positions, measure_positions
+from jointopt.cost.shapes import ShapeCosts
 from jointopt.genes import check_space, fitted_schemes, plan_of, precision_genes
 from jointopt.given import own_copy, warn_of_what_is_lost
 from jointopt.learned_ranges import NAME, LearnedRanges, learn

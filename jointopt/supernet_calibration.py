@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batch_norm import SAMPLES, first_samples, none_alone, on_device, sample_count
-from jointopt.cost.shapes import measure_positions
+from jointopt.cost.positions import measure_positions
 from jointopt.evaluation import check_batch
 from jointopt.importance import CalibrationPass, check_sortable, sort_widths
 from jointopt.learned_ranges import settle

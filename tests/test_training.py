@@ -14,7 +14,7 @@ from jointopt import Distillation, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.evaluation import logits_of
 from jointopt.training import loop
 from jointopt.training.distillation import soft_labels
-from jointopt.training.elastic import task_loss
+from jointopt.training.recipe import task_loss
 from jointopt.training.sampling import Sandwich
 from tests.zoo import MODELS, batches, logits, make
 

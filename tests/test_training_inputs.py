@@ -13,7 +13,7 @@ from transformers import BertForTokenClassification
 import jointopt
 from jointopt import Distillation, ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.training.distillation import soft_labels
-from jointopt.training.elastic import task_loss
+from jointopt.training.recipe import task_loss
 from jointopt.training.sampling import Attentive, Progressive, Sandwich, Uniform, step_seed
 from tests.test_trainer import arguments
 from tests.test_training import calibrated, gradients, labelled, still

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from jointopt.training.distillation import NUMBERS, Distillation
-from jointopt.training.elastic import Recipe
 from jointopt.training.lora import check_targets
+from jointopt.training.recipe import Recipe
 from jointopt.training.sampling import STRATEGIES, Attentive, Sampling
 from jointopt.training.sampling.attentive import beyond_limits
 from quant.errors import JointoptError

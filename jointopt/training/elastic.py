@@ -10,10 +10,9 @@ itself gone back from: accumulation, loss scaling and clipping work as with any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -22,160 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device, running_statistics
-from jointopt.evaluation import IGNORED, MULTI_LABEL, REGRESSION, Batch, check_batch, check_supernet, problem_of
+from jointopt.evaluation import IGNORED, Batch, check_batch, check_supernet, problem_of
 from jointopt.learned_ranges import NAME
 from jointopt.subnetwork import Plan
 from jointopt.training.distillation import (
     Distillation,
     Seen,
     Target,
-    are_probabilities,
     check_one_class,
     loss_of,
     seen,
     target,
     teacher_logits,
 )
-from jointopt.training.sampling import Sampling, step_seed, strategy_of
-from quant.errors import JointoptError, check_count, check_number, check_whole
+from jointopt.training.recipe import Recipe, checked
+from jointopt.training.sampling import step_seed
+from quant.errors import JointoptError, check_count, check_whole
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
-
-Loss = Callable[[Tensor, Batch], Tensor]
-
-
-def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0, problem: str | None = None) -> Tensor:
-    """Cross-entropy of `logits` and batch["labels"]: one label a sample, or a probability of each class, or for [batch,
-    tokens] of labels the next token's, where -100 counts for nothing.
-
-    Args:
-        smoothing: share of each label that is spread over all classes.
-        problem: "multi_label_classification": labels [samples, classes] from 0 to 1, of each class by itself, and the
-            mean of their cross-entropies; "regression": measured values, and the mean squared difference.
-    """
-    if problem is not None:
-        return _loss_of_each(logits, batch["labels"], problem)
-    given = labels = batch["labels"]
-    if labels.dim() == 2 and logits.dim() == 3:
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    real = labels.is_floating_point() or labels.is_complex()
-    classes = logits.shape[1] if logits.dim() > 1 else 1
-    fitting = logits.shape if real else logits.shape[:1] + logits.shape[2:]
-    if labels.shape != fitting or (real and classes == 1):
-        raise JointoptError(
-            f"train: labels are {str(given.dtype)[6:]} {list(given.shape)}, logits {list(logits.shape)}; allowed: "
-            "classes, whole numbers, or a probability of each; for what is no classification Recipe(loss=...), a "
-            "function of logits and batch"
-        )
-    if real and not are_probabilities(labels):
-        raise JointoptError(
-            f"train: labels are {str(given.dtype)[6:]} {list(given.shape)} of which a sample's do not add up to 1; "
-            "allowed: classes, or a probability of each; for several classes at once or measured values "
-            f"config.problem_type {MULTI_LABEL!r} or {REGRESSION!r}, or Recipe(loss=...), a function of logits and "
-            "batch"
-        )
-    if not real:
-        labels = labels.long()
-        counted = labels != IGNORED
-        if wrong := labels[counted & ((labels < 0) | (labels >= classes))].tolist():
-            raise JointoptError(
-                f"train: labels: found {wrong[0]}; allowed: 0 to {classes - 1}, and {IGNORED} for what does not count"
-            )
-        if not counted.any():
-            return logits.float().sum() * 0.0  # a mean over nothing is no number
-    return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-
-
-def _loss_of_each(logits: Tensor, labels: Tensor, problem: str) -> Tensor:
-    """Where each output has a label of its own."""
-    single = problem == REGRESSION and logits.shape[-1] == 1 and labels.numel() == logits.numel()
-    if labels.shape != logits.shape and not single:
-        raise JointoptError(
-            f"train: labels are {str(labels.dtype)[6:]} {list(labels.shape)}, logits {list(logits.shape)}, of a model "
-            f"whose problem_type is {problem!r}; allowed: one label for each of the logits"
-        )
-    labels = labels.float().view_as(logits)
-    if problem == REGRESSION:
-        return nn.functional.mse_loss(logits.float(), labels)
-    if wrong := labels[(labels < 0) | (labels > 1)].tolist():
-        raise JointoptError(f"train: labels: found {wrong[0]:g}; allowed: 0 to 1, for each class by itself")
-    return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a super-network is trained.
-
-    Attributes:
-        sampling: "sandwich", "random", "attentive", "progressive", or a strategy with its options.
-        distillation: what the sampled sub-networks learn from the largest; None has each learn the task itself.
-        precision_from: share of the steps after which sampled sub-networks compute in their number formats (the
-            largest never does); None for never. Scales are those of the weights as they are, as the search has them.
-        learned_ranges: whether ranges of quantized weights and static inputs are trained with these (LSQ, arXiv
-            1902.08153): a factor for each layer and scheme. In one's own loop call `supernet.learn_ranges()` before the
-            optimizer is made.
-        loss: (logits, batch) -> scalar, of the task; the usual one follows the model's `config.problem_type`.
-        seed: of the sub-networks sampled.
-    """
-
-    sampling: str | Sampling = "sandwich"
-    distillation: Distillation | None = field(default_factory=Distillation)
-    precision_from: float | None = None
-    learned_ranges: bool = False
-    loss: Loss = task_loss
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sampling", strategy_of(self.sampling))
-        if not isinstance(self.distillation, Distillation | None):
-            raise JointoptError(f"distillation: found {self.distillation!r}; allowed: a Distillation, or None")
-        if self.precision_from is not None:
-            check_number("precision_from", self.precision_from, 1)
-        if not callable(self.loss):
-            raise JointoptError(f"loss: found {self.loss!r}; allowed: a function of logits and batch")
-        check_whole("recipe: seed", self.seed)
-        if self.learned_ranges and self.precision_from is None:
-            raise JointoptError("learned_ranges: found no precision_from; allowed: with number formats in training")
-
-    def check(self, supernet: Supernet) -> None:
-        """Raises JointoptError for what this super-network cannot be trained with, before any step."""
-        check_supernet("train", supernet)
-        if not (supernet.calibrated or supernet.trained):
-            raise JointoptError(
-                "train: call supernet.calibrate(batches) first; training follows the order of importance"
-            )
-        kind = getattr(supernet.model, "loss_type", None)
-        if kind in ("ForTokenClassification", "ForMaskedLM") and self.is_usual:
-            raise JointoptError(
-                f"loss: found a {type(supernet.model).__name__}, whose labels are each token's own, not the next's; "
-                "allowed: Recipe(loss=...), a function of logits and batch"
-            )
-        for path, module in supernet.model.named_modules():
-            wrapping = getattr(module, "_gradient_checkpointing_func", None)  # transformers' name
-            if getattr(wrapping, "keywords", {}).get("use_reentrant"):
-                raise JointoptError(
-                    f"{path}: its activations are checkpointed with use_reentrant=True, which gradients of some "
-                    "parameters alone cannot go back through; allowed: use_reentrant=False"
-                )
-        if self.distillation is not None:
-            self.distillation.check(supernet.family, supernet.space, supernet.model)
-        quantized = any(wanted.weights is not None for wanted in supernet._schemes.values())
-        if self.precision_from is not None and not quantized:
-            raise JointoptError("precision_from: found no number format in the space; allowed: leave it out")
-        for (path, _), wanted in supernet._schemes.items() if self.precision_from is not None else ():
-            supernet.statistics(path, wanted)
-        self.sampling.genomes(supernet.space, 0.0, self.seed)  # type: ignore[union-attr]
-
-    @property
-    def is_usual(self) -> bool:
-        """Whether the loss is `task_loss`, as it is or with settings of its own."""
-        return getattr(self.loss, "func", self.loss) is task_loss
-
-    def suited(self, model: nn.Module) -> Recipe:
-        """With the loss that the model's `config.problem_type` asks for, in place of the usual one."""
-        problem = problem_of(model)
-        return replace(self, loss=partial(task_loss, problem=problem)) if problem and self.loss is task_loss else self
 
 
 def elastic_loss(
@@ -217,13 +81,6 @@ def elastic_loss(
 USUAL = Recipe()
 _CHECKED: WeakKeyDictionary[Supernet, Recipe] = WeakKeyDictionary()
 """What each super-network was found to be trainable with."""
-
-
-def checked(recipe: Recipe | None) -> Recipe | None:
-    """Raises JointoptError for what is no recipe."""
-    if not isinstance(recipe, Recipe | None):
-        raise JointoptError(f"recipe: found {recipe!r}; allowed: a Recipe, such as Recipe(sampling='random')")
-    return recipe
 
 
 def _progress(step: int, steps: int | None, recipe: Recipe) -> float:

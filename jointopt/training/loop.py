@@ -23,8 +23,9 @@ from jointopt.files import check_path
 from jointopt.learned_ranges import learn, settle
 from jointopt.supernet_state import distinct_tensors
 from jointopt.training.distillation import NUMBERS
-from jointopt.training.elastic import Recipe, checked, gradients_of, processes
+from jointopt.training.elastic import gradients_of, processes
 from jointopt.training.lora import attach, merge
+from jointopt.training.recipe import Recipe, checked
 from quant.errors import JointoptError, check_above_0, check_count, check_kind, check_number, check_whole
 
 if TYPE_CHECKING:

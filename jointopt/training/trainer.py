@@ -34,8 +34,9 @@ from jointopt.importance import check_sortable
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.supernet import Supernet
-from jointopt.training.elastic import Recipe, checked, elastic_loss, task_loss
+from jointopt.training.elastic import elastic_loss
 from jointopt.training.lora import attach, merge
+from jointopt.training.recipe import Recipe, checked, task_loss
 from quant.errors import JointoptError, check_count, check_kind, in_one_line
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace

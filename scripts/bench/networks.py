@@ -16,7 +16,7 @@ from jointopt.evaluation import Batch, Quality
 from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
-from jointopt.training.elastic import task_loss
+from jointopt.training.recipe import task_loss
 
 SCHEMES = ("none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4")
 

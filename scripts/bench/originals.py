@@ -17,7 +17,7 @@ from jointopt.evaluation import Quality, logits_of
 from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
-from jointopt.training.elastic import task_loss
+from jointopt.training.recipe import task_loss
 
 CLASSES = {number: str(number) for number in range(10)}
 NAMES = {"num_labels": 10, "id2label": CLASSES, "label2id": {name: number for number, name in CLASSES.items()}}

@@ -43,8 +43,9 @@ from jointopt.evaluation import Batch, Quality, logits_of
 from jointopt.models import load_model
 from jointopt.objectives import hypervolume
 from jointopt.tasks import TASKS
-from jointopt.training.elastic import gradients_of, task_loss
+from jointopt.training.elastic import gradients_of
 from jointopt.training.loop import endless, schedule
+from jointopt.training.recipe import task_loss
 from jointopt.training.sampling import Sandwich, Uniform, step_seed
 from search_spaces.precision import is_precision
 
