@@ -19,8 +19,8 @@ def check_path(path: str | Path, what: str) -> None:
     """
     try:
         Path(path).exists()
-    except OSError as error:
-        raise JointoptError(f"{what}: {str(path)!r} cannot be looked up: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a character that no path has
+        raise JointoptError(f"{what}: {str(path)!r} cannot be looked up: {getattr(error, 'strerror', error)}") from None
 
 
 def write_whole(path: Path, text: str, what: str) -> None:

@@ -65,6 +65,8 @@ class Objective:
     compute: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise JointoptError(f"objective: found the name {self.name!r}; allowed: text")
         if is_column(self.name):
             raise JointoptError(f"objective {self.name!r}: every study has a column of this name; allowed: another")
         if self.direction not in ("min", "max"):

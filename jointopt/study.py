@@ -7,6 +7,7 @@ ends, so that whatever moment the process dies at, the next one finds what is le
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -488,16 +489,27 @@ def _without_exploded(costs: np.ndarray, columns: Sequence[int]) -> np.ndarray:
 
 def _connect(path: Path | None, new: bool) -> sqlite3.Connection:
     """Raises JointoptError before it writes anything into another program's database, or into none where not `new`."""
+    writable = path is None or new or (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
     with _explained(path):
-        connection = sqlite3.connect(":memory:" if path is None else path, timeout=30)
+        connection = sqlite3.connect(_address(path, writable), timeout=30, uri=True)
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables - set(TABLES) or not (new or "facts" in tables):
             connection.close()
             found = ", ".join(sorted(tables)) or "none"
             raise JointoptError(f"study: {str(path)!r} is no study; found tables {found}; allowed: {', '.join(TABLES)}")
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.executescript(_TABLES)
+        if writable:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.executescript(_TABLES)
     return connection
+
+
+def _address(path: Path | None, writable: bool) -> str:
+    """As sqlite3 takes it. What cannot be written to is read as it is, unless a writer's log lies beside it."""
+    if path is None:
+        return ":memory:"
+    log = Path(f"{path}-wal")
+    options = "" if writable else "?mode=ro" if log.is_file() and log.stat().st_size else "?immutable=1"
+    return path.absolute().as_uri() + options
 
 
 def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -335,7 +335,7 @@ def layout(shell: nn.Module, family: Family, plan: Plan) -> list[dict[str, Any]]
                 "rows": weight.shape[0],
                 "columns": weight[0].numel(),
                 "scheme": kept.name if kept else "none",
-                "bits": kept.weights.bits if kept and kept.weights else weight.element_size() * 8,
+                "bits": kept.bits if kept and kept.weights else weight.element_size() * 8,
             }
         )
     return records

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -562,3 +563,34 @@ def test_a_study_that_goes_on_by_another_quality_function_is_told(supernet, tmp_
         study = jointopt.search(supernet, lambda model: 7.0, evaluations=8, storage=path)
     assert len(study) == 8
     study.close()
+
+
+READ_BY_ANOTHER = """
+import os, sys
+import jointopt.report.page, jointopt
+
+if not os.getuid():
+    os.setgid(65534)
+    os.setuid(65534)
+study = jointopt.Study.open(sys.argv[1])
+print(len(study.evaluations()), len(study.front()) > 0)
+"""
+
+
+def test_a_study_that_cannot_be_written_to_can_be_read():
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        space = SearchSpace([Gene("a", (1, 2, 3)), Gene("b", (1, 2))])
+        study = Study.create(folder / "s?%20.db", space, [Objective("error", "min")], {})
+        genomes = space.sample(4, seed=0)
+        study.add_generation(genomes, np.full((4, 1), np.nan), {})
+        for error, genome in enumerate(genomes):
+            study.add_evaluation(0, genome, {"error": float(error)}, None, 0.1)
+        study.close()
+        (folder / "s?%20.db.lock").unlink()
+        for path, mode in ((folder / "s?%20.db", 0o444), (folder, 0o555)):
+            path.chmod(mode)
+        command = [sys.executable, "-c", READ_BY_ANOTHER, str(folder / "s?%20.db")]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=100)
+        folder.chmod(0o755)
+        assert done.stdout.split() == ["4", "True"], done.stderr

@@ -231,6 +231,10 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
         trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(JointoptError, match="label_smoothing_factor 0.1 beside a loss that is not of one class"):
         trainer(tmp_path, recipe=Recipe(loss=lambda logits, batch: logits.mean()), label_smoothing_factor=0.1)
+    with pytest.raises(JointoptError, match="model_init: found one; allowed: model=, or supernet="):
+        ElasticTrainer(args=arguments(tmp_path), train_dataset=data(), model_init=lambda: model)
+    with pytest.raises(JointoptError, match="hyperparameter_search: makes models of its own"):
+        trainer(tmp_path).hyperparameter_search()
     with pytest.raises(JointoptError, match="compute_loss_func"):
         ElasticTrainer(model=model, args=arguments(tmp_path), train_dataset=data(), compute_loss_func=print)
 

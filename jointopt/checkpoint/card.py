@@ -42,7 +42,7 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
             *table,
             "",
             *_weighed(record),
-            *([time_source(record["latency"])] if record.get("latency") else []),
+            *([f"Times are by the {time_source(record['latency'])}."] if record.get("latency") else []),
             "",
             "Layers by number format: " + ", ".join(f"{count} {name}" for name, count in schemes.most_common()) + ".",
             _weights_made(record["rounding"]),

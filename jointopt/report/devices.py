@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from jointopt.choice import best_of, front_of, within
 from jointopt.objectives import ON_HARDWARE, Objective
 from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, style
-from jointopt.report.quantities import label, scale, written
+from jointopt.report.quantities import label, scale, time_source, written
 from jointopt.study import Study
 from quant.errors import JointoptError
 
@@ -29,7 +29,7 @@ class OnDevice:
 
     Attributes:
         name: as it was asked for.
-        source: where its times come from.
+        source: where its times come from, with the batch and context that they are of.
         objectives: those of the study, and where none of them is a time, the device's latency: of language models that
             of one more token.
         measures: the device's costs, the time that is an objective first.
@@ -84,11 +84,11 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
     there = supernet.original_costs(model)
     if there["peak_memory"] <= model.capacity:
         original |= there
-    return OnDevice(name, model.source, wanted, measures, rows, front, chosen, original)
+    return OnDevice(name, time_source(model.described()), wanted, measures, rows, front, chosen, original)
 
 
 def device_figure(study: Study, on: OnDevice) -> go.Figure:
-    """All evaluations in quality and the device's first measure, the front, the original, and the choice."""
+    """All evaluations in quality and the device's first measure, the front, the original, and the front's knee."""
     across, up = on.measures[0], study.quality.name
     figure = go.Figure()
     original = pd.DataFrame([{"number": "the original", **on.original}])
@@ -98,7 +98,7 @@ def device_figure(study: Study, on: OnDevice) -> go.Figure:
         (on.rows, f"evaluated ({len(on.rows)})", "markers", {"color": GRAY, "size": 7}),
         (on.front, f"front ({len(on.front)})", line, {"color": BLUE, "size": 9}),
         (original, "the original", "markers", {"color": GREEN, "size": 14, "symbol": "star"}),
-        (picked, "chosen", "markers", {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}),
+        (picked, "the knee", "markers", {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}),
     ):
         if across in rows and up in rows:
             told = [

@@ -181,13 +181,13 @@ def _time_source(study: Study) -> str:
     given = study.config.get("latency")
     if not given:
         return " Times were not asked for; MACs stand for them."
-    return f" {escape(time_source(given))}"
+    return f" Times are by the {escape(time_source(given))}."
 
 
 def _device_section(study: Study, on: OnDevice, at: int) -> str:
     return (
         f"<h2>On another device: {escape(on.name)}</h2><p>The {escape(on.source)}: the same evaluations, with the "
-        "times that they would take there. Quality was not measured again.</p>"
+        "times that they would take there. Quality was not measured again. What is chosen here is the front's knee.</p>"
         + _plot(device_figure(study, on), f"device{at}")
     )
 

@@ -45,9 +45,9 @@ def written(name: str, value: float) -> str:
 
 
 def time_source(given: Mapping[str, Any]) -> str:
-    """By what times, energies and memory were told, of a model of latency as it describes itself."""
+    """By what times, energies and memory are told, of a model of latency as it describes itself."""
     context = f", context {given['context']}" if given.get("context") else ""
-    return f"Times are by the {given['source']}, batch {given['batch']}{context}."
+    return f"{given['source']}, batch {given['batch']}{context}"
 
 
 def on_unseen(record: Mapping[str, Any] | None, name: str) -> str:

@@ -224,6 +224,10 @@ class ElasticTrainer(Trainer):
         if self._use_cache is not None:
             model.config.use_cache = self._use_cache
 
+    def hyperparameter_search(self, *args: Any, **options: Any) -> Any:
+        """Refused: the Trainer would train models that are no super-network's."""
+        raise JointoptError("hyperparameter_search: makes models of its own; allowed: an ElasticTrainer for each trial")
+
     def training_step(self, *args: Any, **options: Any) -> Any:
         """The Trainer's. Raises JointoptError where a subclass computes a loss in which no sub-network is."""
         self._elastic = False
@@ -443,6 +447,8 @@ def _check_args(args: TrainingArguments, options: Mapping[str, Any]) -> None:
         raise JointoptError("args: torch_compile, which compiles blocks anew for each width; allowed: False")
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise JointoptError("args: gradient_checkpointing_kwargs use_reentrant True; allowed: False")
+    if options.get("model_init") is not None:
+        raise JointoptError("model_init: found one; allowed: model=, or supernet=, of which the trainer is made")
     if options.get("compute_loss_func") is not None:
         raise JointoptError("compute_loss_func: is not called here; allowed: recipe=Recipe(loss=...)")
 
