@@ -10,8 +10,6 @@ next. Where they differ, it is said how far apart the two classes are for the Hu
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import networks
 import torch
 from deployment import all_in
+from measures import Measures, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -82,15 +81,14 @@ def compared(supernet: Supernet, scheme: str, batches: list, work: Path) -> tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/agreement"))
     parser.add_argument("--cases", nargs="+", default=["digits_vit", "digits_resnet", "minilm", "smollm2"])
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    console, rows = Console(), []
+    measures = Measures(arguments.json)
     table = Table("case", "scheme", f"same class, of {INPUTS}", "apart at most")
     for name in arguments.cases:
         ready = networks.prepare(name, arguments.assets, arguments.work)
@@ -105,13 +103,9 @@ def main() -> None:
         for scheme in arguments.schemes:
             same, apart = compared(supernet, scheme, batches, arguments.work)
             table.add_row(name, scheme, str(same), f"{apart:.1e}")
-            console.print(f"{name}: {scheme} {same} of {INPUTS}, {apart:.1e} apart", highlight=False)
-            rows.append(
-                {"case": name, "measure": f"{scheme}, same class", "value": same, "aim": INPUTS, "better": "higher"}
-            )
-        if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=1))
-    console.print(table)
+            print(f"{name}: {scheme} {same} of {INPUTS}, {apart:.1e} apart", flush=True)
+            measures.keep(name, f"{scheme}, same class", same, INPUTS, "higher")
+    Console().print(table)
 
 
 if __name__ == "__main__":

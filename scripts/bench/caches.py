@@ -8,10 +8,9 @@ Ranges of keys come from one text, perplexity and divergence from another. Weigh
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
+from measures import Measures, command_line
 from rich.console import Console
 from rich.table import Table
 
@@ -25,9 +24,8 @@ from search_spaces.precision import is_cache
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--pieces", type=int, default=8, help="of 512 tokens, to score on")
     arguments = parser.parse_args()
     loaded = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
@@ -42,27 +40,17 @@ def main() -> None:
         loaded.model, SearchSpace.for_model(loaded.model, preset="fixed", schemes=["none"], caches=list(CACHE_FORMATS))
     )
     supernet.calibrate([{"input_ids": batch["input_ids"]} for batch in batches("calibrate.txt", 8)])
-    rows = []
+    measures = Measures(arguments.json)
+    table = Table("cache", "perplexity", "KL to the original", "kB a token", "million MACs of one more token")
     for choice, form in enumerate(CACHE_FORMATS.values()):
         genome = supernet.space.largest
         genome[[is_cache(name) for name in supernet.space.names]] = choice
         with supernet.active(genome) as model:
             found = {**measured(quality, model), **supernet.costs(genome)}
         for measure in ("perplexity", "kl", "cache", "decode_macs"):
-            row = {"case": form.name, "measure": measure, "value": found[measure], "aim": None, "better": "lower"}
-            rows.append(row)
-    show(rows)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
-
-
-def show(rows: list[dict]) -> None:
-    table = Table("cache", "perplexity", "KL to the original", "kB a token", "million MACs of one more token")
-    for at in range(0, len(rows), 4):
-        perplexity, divergence, cache, macs = (row["value"] for row in rows[at : at + 4])
-        table.add_row(
-            rows[at]["case"], f"{perplexity:.3f}", f"{divergence:.4f}", f"{cache / 1e3:.2f}", f"{macs / 1e6:.0f}"
-        )
+            measures.tell(form.name, measure, found[measure], None, "lower")
+        cost = (f"{found['cache'] / 1e3:.2f}", f"{found['decode_macs'] / 1e6:.0f}")
+        table.add_row(form.name, f"{found['perplexity']:.3f}", f"{found['kl']:.4f}", *cost)
     Console().print(table)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import networks
 import numpy as np
 import torch
-from measures import Measures
+from measures import Measures, command_line
 from rich.console import Console
 from torch import nn
 
@@ -203,13 +203,12 @@ def decoded(name: str, inputs: dict, sessions: dict[str, OnnxModel], arguments: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/deployment"))
     parser.add_argument("--cases", nargs="+", default=["minilm", "vit_b", "resnet50", "smollm2"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from measures import Measures
+from measures import Measures, command_line
 from networks import SCHEMES, Ready, prepare
 from rich.console import Console
 from torch import Tensor, nn
@@ -274,11 +274,10 @@ def shared_rows(ready: Ready, kind: str, genomes: np.ndarray, aim: float | None,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--genomes", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=7, help="pairs of timings for each genome")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--shared", choices=SCORES, action="append", help="time shared prefixes, and nothing else")
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
     parser.add_argument("--work", type=Path, default=Path("runs/networks"), help="where tuned super-networks are kept")

@@ -14,21 +14,19 @@ our kernels takes a machine once, and a process that finds them compiled.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize as compressed_fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from measures import Measures, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -192,15 +190,14 @@ def compiling() -> list[tuple[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     names = ("ours", "reference", "torchao", "compressed-tensors")
     table = Table(title=f"time / copy, {torch.get_num_threads()} threads, float32")
     for column in ("format", "shape", *names):
         table.add_column(column)
-    rows, missed, slower = [], [], []
+    measures, missed, slower = Measures(arguments.json), [], []
     for shape in SHAPES:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         for case, format in cases().items():
@@ -211,16 +208,13 @@ def main() -> None:
             table.add_row(case, named(x), *(f"{found[name]:.2f}" if name in found else "-" for name in names))
             for name, value in found.items():
                 aim = AIM if name == "ours" else None
-                rows.append({"case": what, "measure": f"{name} / copy", "value": value, "aim": aim, "better": "lower"})
+                measures.keep(what, f"{name} / copy", value, aim, "lower")
             if found["ours"] > AIM:
                 missed.append(f"{what}: {found['ours']:.2f}")
             slower += [f"{what}: {name}" for name in names[1:] if found.get(name, 1e9) <= found["ours"]]
         table.add_section()
-    for measure, value in compiling():
-        rows.append({"case": "kernels", "measure": measure, "value": value, "aim": None, "better": "lower"})
     Console(width=110).print(table)
-    print(*(f"{row['measure']}: {row['value']:.2f}" for row in rows if row["case"] == "kernels"), sep="\n")
+    for measure, value in compiling():
+        measures.tell("kernels", measure, value, None, "lower")
     print(f"beyond {AIM} of a copy: {len(missed)}", *missed, sep="\n  ")
     print(f"slower than a neighbour: {len(slower)}", *slower, sep="\n  ")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))

@@ -11,16 +11,14 @@ from the sub-network's, over the tokens of one text; llama.cpp rounds inputs of 
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from llama_cpp import Llama
+from measures import Measures, command_line
 from rich.console import Console
-from rich.table import Table
 
 import jointopt
 from jointopt import SearchSpace, Supernet
@@ -57,9 +55,8 @@ def compared(file: Path, text: str, ids: list[int], logits: np.ndarray) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     loaded = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
@@ -69,7 +66,7 @@ def main() -> None:
     supernet.calibrate([{k: v for k, v in batch.items() if k != "labels"} for batch in batches])
     text = (arguments.assets / "text" / "evaluate.txt").read_text()[: 8 * TOKENS]
     ids = loaded.processor(text)["input_ids"][:TOKENS]
-    table, rows = Table("sub-network", "same tokens", "same next token", "KL"), []
+    measures = Measures(arguments.json)
     for name, genome in genomes(supernet.space).items():
         with tempfile.TemporaryDirectory() as place:
             folder = jointopt.export(
@@ -78,13 +75,9 @@ def main() -> None:
             with supernet.active(genome) as model, torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0].float().numpy()
             found = compared(folder / "model.gguf", text, ids, logits)
-        table.add_row(name, *(f"{value:.4g}" for value in found.values()))
         for measure, value in found.items():
-            better = "lower" if measure == "KL" else "higher"
-            rows.append({"case": name, "measure": measure, "value": value, "aim": None, "better": better})
-    Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+            measures.tell(name, measure, value, None, "lower" if measure == "KL" else "higher")
+    Console().print(measures.table())
 
 
 if __name__ == "__main__":

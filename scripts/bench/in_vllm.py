@@ -14,7 +14,6 @@ left out.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measures import Measures
+from measures import Measures, command_line
 from rich.console import Console
 
 import jointopt
@@ -106,10 +105,9 @@ def compared(found: torch.Tensor, ours: torch.Tensor, moved: torch.Tensor, origi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
     parser.add_argument("--python", type=Path, required=True, help="of an environment with vLLM for CPUs")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     loaded = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")

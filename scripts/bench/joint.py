@@ -16,12 +16,12 @@ Medians over the seeds. Studies are kept in --work, so that a bench that was sto
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from measures import Measures, command_line
 from rich.console import Console
 from rich.table import Table
 
@@ -238,13 +238,12 @@ SEARCHES = ("joint", "architecture only", "precision only", "one after the other
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--case", choices=["minilm", "smollm2"], default="minilm")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/joint"))
     parser.add_argument("--evaluations", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     bench = Bench(arguments.case, cases(arguments.assets)[arguments.case], arguments)
     base = f"{bench.case.metric} {bench.base[0]:.4g} (unseen {bench.base[1]:.4g}), {bench.base[2] / 1e6:.4g} MB"
@@ -259,8 +258,12 @@ def main() -> None:
         for name, found in measured.items()
     }
     show(bench, medians)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows(bench, medians), indent=1))
+    measures = Measures(arguments.json)
+    for name, found in medians.items():
+        for measure, value in found.items():
+            better = "higher" if measure == "hypervolume" else "lower"
+            measures.keep(f"{arguments.case} {name}", measure, value, None, better)
+    measures.keep(arguments.case, "better half's size / joint size", better_half(medians), 1.5, "higher")
 
 
 def better_half(medians: dict[str, dict[str, float]]) -> float:
@@ -281,18 +284,6 @@ def show(bench: Bench, medians: dict[str, dict[str, float]]) -> None:
     console = Console()
     console.print(table)
     console.print(f"the better half alone is {better_half(medians):.2f}x the joint size at equal quality (aim 1.5)")
-
-
-def rows(bench: Bench, medians: dict[str, dict[str, float]]) -> list[dict]:
-    better = {"hypervolume": "higher", "size_mb": "lower", "unseen_loss": "lower"}
-    case = bench.arguments.case
-    flat = [
-        {"case": f"{case} {name}", "measure": measure, "value": value, "aim": None, "better": better[measure]}
-        for name, found in medians.items()
-        for measure, value in found.items()
-    ]
-    ratio = {"case": case, "measure": "better half's size / joint size", "value": better_half(medians)}
-    return [*flat, {**ratio, "aim": 1.5, "better": "higher"}]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ With --backend torch sub-networks are extracted and timed in torch, and the look
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from dataclasses import replace
@@ -27,6 +26,7 @@ from typing import Any
 import networks
 import numpy as np
 import torch
+from measures import Measures, command_line
 from networks import Network
 from rich.console import Console
 from rich.table import Table
@@ -123,7 +123,7 @@ def predicted(supernet: Supernet, model: Lookup | Roofline, genomes: np.ndarray)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/latency"))
     parser.add_argument("--cases", nargs="+", choices=list(BATCHES), default=list(BATCHES))
@@ -132,9 +132,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="of timing, at least")
     parser.add_argument("--export-only", action="store_true", help="times nothing: for later, on a quiet machine")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    console, rows = Console(), []
+    console, measures = Console(), Measures(arguments.json)
     table = Table("case", "genomes", "end to end, ms", "look-up MAPE", "tau", "roofline MAPE", "tau")
     for name in arguments.cases:
         supernet, batch = supernet_of(name, networks.networks(arguments.assets)[name], arguments)
@@ -169,12 +168,10 @@ def main() -> None:
             tau = float(kendalltau(found, seconds[FIT:]).statistic)
             cells += [f"{mape:.1%}", f"{tau:.3f}"]
             case = f"{name}, torch" if in_torch else name
-            rows.append({"case": case, "measure": f"{kind}, MAPE", "value": mape, "aim": aims[0], "better": "lower"})
-            rows.append({"case": case, "measure": f"{kind}, tau", "value": tau, "aim": aims[1], "better": "higher"})
+            measures.tell(case, f"{kind}, MAPE", mape, aims[0], "lower")
+            measures.tell(case, f"{kind}, tau", tau, aims[1], "higher")
         console.print(name, {key: f"{value:.3g}" for key, value in lookup.factors.items()}, highlight=False)
         table.add_row(*cells)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=1))
     if not arguments.export_only:
         console.print(table)
 

@@ -11,10 +11,9 @@ ranges as they were calibrated, and with learned ones. The aim of the last is th
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
+from measures import Measures, command_line
 from originals import Case, Original, cases, original
 from quantizers import subject
 from rich.console import Console
@@ -30,16 +29,15 @@ LEARNING_RATE = 2e-5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/originals"), help="where fine-tuned models are kept")
     parser.add_argument("--cases", nargs="+", default=["vit", "resnet", "minilm", "smollm2"])
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = []
+    measures = Measures(arguments.json)
     table = Table("model, format", "ranges", "quality", "KL to the original", "seconds")
     for name in arguments.cases:
         case = cases(arguments.assets)[name]
@@ -50,11 +48,8 @@ def main() -> None:
                 quality = f"{case.metric} {metrics[case.metric]:.4g}"
                 table.add_row(f"{name}, {scheme}", way, quality, f"{metrics['kl']:.3g}", f"{seconds:.0f}")
                 aim = found["trained, calibrated"][0]["kl"] if way == "trained, learned" else None
-                said = {"case": f"{name}/{scheme}/{way}", "measure": "kl", "value": metrics["kl"], "aim": aim}
-                rows.append({**said, "better": "lower"})
+                measures.keep(f"{name}/{scheme}/{way}", "kl", metrics["kl"], aim, "lower")
             Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
 
 
 def ways(made: Original, case: Case, scheme: str, steps: int) -> dict[str, tuple[dict[str, float], float]]:

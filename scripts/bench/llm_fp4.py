@@ -11,13 +11,12 @@ errors are not those of other models; its activations' are.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measures import Measures, command_line
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -72,9 +71,8 @@ def formats(variant: str, weight: Tensor, x: Tensor, ratios: list[float], rounds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--ratios", type=int, default=100, help="clipping ranges tried, up to 1.2 of the largest")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=256, help="inputs of each layer that are searched on")
@@ -95,7 +93,7 @@ def main() -> None:
     kept = set(torch.linspace(0, count - 1, options.blocks or count).round().int().tolist())
     layers = {path: model.get_submodule(path) for path in seen if int(path.split(".layers.")[1].split(".")[0]) in kept}
     ratios = torch.linspace(1.2 / options.ratios, 1.2, options.ratios).tolist()
-    losses, rows = {"unquantized": measured(quality, model)["loss"]}, []
+    losses, measures = {"unquantized": measured(quality, model)["loss"]}, Measures(options.json)
     table = Table("W4A4", "perplexity", "won back", "seconds", "layers with a home in an export")
     table.add_row("unquantized", f"{measured(quality, model)['perplexity']:.2f}", "100%", "", "")
     for variant in VARIANTS:
@@ -110,13 +108,8 @@ def main() -> None:
         won = (first - scored["loss"]) / (first - losses["unquantized"])
         table.add_row(variant, f"{scored['perplexity']:.2f}", f"{won:.1%}", f"{seconds:.0f}", f"{homes}/{len(layers)}")
         case = f"SmolLM2-135M, {len(kept)} of {count} blocks in W4A4, {variant}"
-        rows += [
-            {"case": case, "measure": "perplexity", "value": scored["perplexity"], "aim": None, "better": "lower"},
-            {"case": case, "measure": "won back", "value": won, "aim": None, "better": "higher"},
-        ]
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=1))
-        print(f"{variant}: perplexity {scored['perplexity']:.2f}, won back {won:.1%}", flush=True)
+        measures.tell(case, "perplexity", scored["perplexity"], None, "lower")
+        measures.tell(case, "won back", won, None, "higher")
         for path, layer in layers.items():
             model.set_submodule(path, layer)
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,17 @@ from typing import Any
 from rich.table import Table
 
 
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the option that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where the rows go: case, measure, value, aim, better")
+    return parser
+
+
 class Measures:
     """One row a measure of a case: its value, what is aimed at if anything, and whether "lower" or "higher" is better.
+
+    A value is a number, or words where there is none ("over 100").
 
     Args:
         path: of the JSON file, written anew with each row; None for none.
@@ -20,8 +30,12 @@ class Measures:
         self.path = path
         self.rows: list[dict[str, Any]] = []
 
-    def tell(self, case: str, measure: str, value: float, aim: float | None, better: str) -> None:
-        print(f"{case}: {measure} {value:.4g}", flush=True)
+    def tell(self, case: str, measure: str, value: float | str, aim: float | None, better: str) -> None:
+        print(f"{case}: {measure} {shown(value)}", flush=True)
+        self.keep(case, measure, value, aim, better)
+
+    def keep(self, case: str, measure: str, value: float | str, aim: float | None, better: str) -> None:
+        """A row that the benchmark itself shows."""
         self.rows.append({"case": case, "measure": measure, "value": value, "aim": aim, "better": better})
         if self.path is not None:
             self.path.write_text(json.dumps(self.rows, indent=1))
@@ -29,6 +43,10 @@ class Measures:
     def table(self, title: str | None = None) -> Table:
         table = Table("case", "measure", "value", "aim", title=title)
         for row in self.rows:
-            aim = "" if row["aim"] is None else f"{row['aim']:.4g}"
-            table.add_row(row["case"], row["measure"], f"{row['value']:.4g}", aim)
+            aim = "" if row["aim"] is None else shown(row["aim"])
+            table.add_row(row["case"], row["measure"], shown(row["value"]), aim)
         return table
+
+
+def shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"

@@ -10,12 +10,11 @@ on two cores; --blocks finishes the first of its blocks only, and leaves the oth
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
+from measures import Measures, command_line
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,15 +55,15 @@ def random_llama(case: str) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--case", choices=tuple(CASES), action="append")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512, help="of each batch")
     parser.add_argument("--blocks", type=int, help="that are quantized and finished (default: all)")
     parser.add_argument("--rounding", choices=tuple(ROUNDINGS), default="gptq")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    table, rows = Table("case", "phase", "models (GB)", "peak (GB)", "beyond the models (GB)", "seconds"), []
+    measures = Measures(options.json)
+    table = Table("case", "phase", "models (GB)", "peak (GB)", "beyond the models (GB)", "seconds")
     for case in options.case or ("135m",):
         torch.manual_seed(0)
         started = resident("VmRSS")
@@ -99,16 +98,8 @@ def main() -> None:
             table.add_row(
                 label, phase, f"{models / GB:.2f}", f"{peak / GB:.2f}", f"{(peak - models) / GB:.2f}", f"{seconds:.0f}"
             )
-            rows += [
-                {"case": f"{label}, {phase}", "measure": name, "value": value / GB, "aim": aim, "better": "lower"}
-                for name, value, aim in (
-                    ("peak GB", peak, LIMITS[case]),
-                    ("GB beyond the models", peak - models, None),
-                )
-            ]
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1))
-            print(f"{label}, {phase}: peak {peak / GB:.2f} GB, models {models / GB:.2f} GB", flush=True)
+            measures.tell(f"{label}, {phase}", "peak GB", peak / GB, LIMITS[case], "lower")
+            measures.tell(f"{label}, {phase}", "GB beyond the models", (peak - models) / GB, None, "lower")
         del model, supernet, finished
     Console().print(table)
 

@@ -9,12 +9,11 @@ format that is dequantized when it is loaded takes 1 or more.
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+from measures import Measures, command_line
 from rich.console import Console
 from rich.table import Table
 
@@ -70,10 +69,9 @@ def resident() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = command_line(__doc__)
     arguments = parser.parse_args()
-    console, rows = Console(), []
+    measures = Measures(arguments.json)
     names = TARGETS["onnxruntime"].schemes
     layers = {count: [layer(name, 1024, count) for name in names] for count in (1, 16, 256)}
     times = {count: time_operators(each, 1, Backend()) for count, each in layers.items()}
@@ -83,13 +81,9 @@ def main() -> None:
         memory = grown(name)
         table.add_row(name, *(f"{each:.2f}" for each in ratios.values()), f"{memory:.2f}")
         for count, value in ratios.items():
-            rows.append(
-                {"case": name, "measure": f"time, {count} rows", "value": value, "aim": None, "better": "lower"}
-            )
-        rows.append({"case": name, "measure": "memory", "value": memory, "aim": None, "better": "lower"})
-    console.print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+            measures.tell(name, f"time, {count} rows", value, None, "lower")
+        measures.tell(name, "memory", memory, None, "lower")
+    Console().print(table)
 
 
 if __name__ == "__main__":

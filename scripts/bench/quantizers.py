@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measures import Measures, command_line
 from originals import Case, Original, cases, original
 from rich.console import Console
 from rich.table import Table
@@ -269,7 +270,7 @@ class Results:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--case", choices=["minilm", "vit", "resnet", "smollm2"], action="append", help="default: all")
     parser.add_argument("--format", choices=FORMATS, action="append", help="default: all")
     parser.add_argument("--tool", choices=[*OWN, *NEIGHBOURS], action="append", help="default: all")
@@ -280,7 +281,6 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, default=Path("runs/quantizers/environments"))
     parser.add_argument("--limit", type=int, default=480, help="seconds that a neighbour may take for a case")
     parser.add_argument("--iterations", type=int, default=200, help="auto-round's; 200 is its default")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.work = arguments.work.resolve()
@@ -299,8 +299,7 @@ def main() -> None:
                 elif name in NEIGHBOURS[tool]:
                     results.measured(f"{model}/{name}/{tool}", lambda: theirs(tool, name, given, arguments))  # noqa: B023
     show(results.found, cases(arguments.assets))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows(results.found, cases(arguments.assets)), indent=1))
+    keep(results.found, cases(arguments.assets), Measures(arguments.json))
 
 
 def best_neighbour(found: dict[str, Any], case: str, measure: str, better: Callable) -> float | None:
@@ -309,11 +308,6 @@ def best_neighbour(found: dict[str, Any], case: str, measure: str, better: Calla
     others = [f"{model}/{name}/{tool}" for tool in NEIGHBOURS]
     values = [found[other][measure] for other in others if isinstance(found.get(other), dict)]
     return better(values) if values else None
-
-
-def measures(case: Case) -> dict[str, str]:
-    """Measure -> which is better."""
-    return {case.metric: "lower" if case.metric == "perplexity" else "higher", "kl": "lower"}
 
 
 def show(found: dict[str, Any], known: dict[str, Case]) -> None:
@@ -335,20 +329,19 @@ def show(found: dict[str, Any], known: dict[str, Case]) -> None:
         console.print(f"no row: {line}", markup=False)
 
 
-def rows(found: dict[str, Any], known: dict[str, Case]) -> list[dict]:
-    flat = []
+def keep(found: dict[str, Any], known: dict[str, Case], measures: Measures) -> None:
     for case, result in found.items():
         if not isinstance(result, dict):
             continue
-        wanted = {**measures(known[case.split("/")[0]]), **dict.fromkeys(("KL error", "seconds", "MB"), "lower")}
+        model, *_, tool = case.split("/")
+        metric = known[model].metric
+        wanted = {metric: "lower" if metric == "perplexity" else "higher"}
+        wanted |= dict.fromkeys(("kl", "KL error", "seconds", "MB"), "lower")
         for measure, better in wanted.items():
-            if measure not in result:
-                continue
-            aim = None
-            if case.split("/")[2] in OWN and measure in (known[case.split("/")[0]].metric, "kl"):
-                aim = best_neighbour(found, case, measure, min if better == "lower" else max)
-            flat.append({"case": case, "measure": measure, "value": result[measure], "aim": aim, "better": better})
-    return flat
+            if measure in result:
+                aimed = tool in OWN and measure in (metric, "kl")
+                aim = best_neighbour(found, case, measure, min if better == "lower" else max) if aimed else None
+                measures.keep(case, measure, result[measure], aim, better)
 
 
 if __name__ == "__main__":

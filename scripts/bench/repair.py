@@ -9,14 +9,13 @@ Sub-networks of all blocks, unquantized, each width drawn from its choices: the 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from measures import Measures, command_line
 from originals import cases, original
 from rich.console import Console
-from rich.table import Table
 
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import measured
@@ -24,32 +23,25 @@ from search_spaces.family import is_depth
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/originals"), help="where fine-tuned models are kept")
     parser.add_argument("--cases", nargs="+", default=["vit", "resnet", "minilm", "smollm2"])
     parser.add_argument("--genomes", type=int, default=10)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = [row for name in arguments.cases for row in measure(name, arguments)]
-    table = Table("model", "repair", "quality", "KL to the original")
-    for at in range(0, len(rows), 2):
-        quality, divergence = rows[at : at + 2]
-        name, repair = quality["case"].split("/")
-        table.add_row(name, repair, f"{quality['measure']} {quality['value']:.4g}", f"{divergence['value']:.4g}")
-    Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    measures = Measures(arguments.json)
+    for name in arguments.cases:
+        measure(name, arguments, measures)
+    Console().print(measures.table())
 
 
-def measure(name: str, arguments: argparse.Namespace) -> list[dict]:
+def measure(name: str, arguments: argparse.Namespace, measures: Measures) -> None:
     case = cases(arguments.assets)[name]
     few = 4 if case.task == "causal-lm" else 300
     case = replace(case, evaluate=replace(case.evaluate, samples=few))
     made = original(name, case, arguments.assets, arguments.work)
     space = SearchSpace.for_model(made.model, schemes=["none"])
-    rows = []
     for repair in (False, True):
         supernet = Supernet(made.model, space, repair=repair)
         supernet.calibrate(made.calibrate)
@@ -61,9 +53,7 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict]:
         for metric in (case.metric, "kl"):
             value = float(np.median([each[metric] for each in found]))
             better = "higher" if metric == "accuracy" else "lower"
-            said = f"{name}/{'least squares' if repair else 'none'}"
-            rows.append({"case": said, "measure": metric, "value": value, "aim": None, "better": better})
-    return rows
+            measures.tell(f"{name}/{'least squares' if repair else 'none'}", metric, value, None, better)
 
 
 if __name__ == "__main__":

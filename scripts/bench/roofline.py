@@ -10,13 +10,11 @@ device.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from measures import Measures, command_line
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,7 +58,7 @@ def llama(name: str) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def compared(console: Console, rows: list[dict]) -> None:
+def compared(console: Console, measures: Measures) -> None:
     table = Table("model", "devices", "batch", "context", "prefill ms", "GenZ", "one token ms", "GenZ")
     models = {name: llama(name) for name in ("llama2-7b", "llama2-70b")}
     for (name, parallel, device, batch, context), (prefill, token) in GENZ.items():
@@ -73,14 +71,14 @@ def compared(console: Console, rows: list[dict]) -> None:
         case = f"{name}, {parallel} x {device}, batch {batch}, context {context}"
         for measure, value, expected in zip(("prefill", "one token"), ours, (prefill, token), strict=True):
             off = abs(value / expected - 1)
-            rows.append({"case": case, "measure": f"{measure}, off", "value": off, "aim": 0.15, "better": "lower"})
+            measures.keep(case, f"{measure}, off", off, 0.15, "lower")
         cells = [name, f"{parallel} x {device}", str(batch), str(context)]
         table.add_row(*cells, f"{ours[0]:.4g}", f"{prefill:.4g}", f"{ours[1]:.4g}", f"{token:.4g}")
     console.print(table)
-    console.print(f"at most {max(row['value'] for row in rows):.1%} off", highlight=False)
+    console.print(f"at most {max(row['value'] for row in measures.rows):.1%} off", highlight=False)
 
 
-def front(console: Console, rows: list[dict], genomes: int = 10_000) -> None:
+def front(console: Console, measures: Measures, genomes: int = 10_000) -> None:
     """Size against prefill of random sub-networks of LLaMA-3-70B on eight H100."""
     model = llama("llama3-70b")
     started = time.perf_counter()
@@ -100,18 +98,15 @@ def front(console: Console, rows: list[dict], genomes: int = 10_000) -> None:
         highlight=False,
     )
     for measure, value in ((f"{genomes} genomes, seconds", seconds), ("with the tables, seconds", seconds + made)):
-        rows.append({"case": "llama3-70b, 8 x h100", "measure": measure, "value": value, "aim": 10, "better": "lower"})
+        measures.keep("llama3-70b, 8 x h100", measure, value, 10, "lower")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = command_line(__doc__)
     arguments = parser.parse_args()
-    console, rows = Console(), []
-    compared(console, rows)
-    front(console, rows)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    console, measures = Console(), Measures(arguments.json)
+    compared(console, measures)
+    front(console, measures)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ its own time an evaluation (of the processor, all threads) by genes and evaluati
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from measures import Measures, command_line, shown
 from peers import PEERS
 from problems import Problem, families, transformer
 from rich.console import Console
@@ -46,6 +46,9 @@ EVALUATIONS = {"pymoo_nsga2": 500, "optuna_nsga2": 500, "evolutionary": 500, "li
 DEFAULT_SEARCHES = ("guided", "random", "evolutionary", "pymoo_nsga2", "linas", "optuna_nsga2", "optuna_tpe")
 SPEED_BLOCKS = (7, 14, 29, 57)
 """Of seven genes each: 49, 98, 203 and 399 genes."""
+
+Keep = Callable[[str, float | str, float | None, str], None]
+"""(measure, value, aim, better) of one case."""
 
 
 class FromTheFront(Beliefs):
@@ -164,10 +167,10 @@ def after(curves: np.ndarray, evaluations: int) -> np.ndarray:
 
 
 def compared(
-    name: str, problem: Problem, evaluations_of: dict[str, int], seeds: int, minutes: float, console: Console
-) -> list[dict]:
-    """Runs the searches on one problem, prints their table and returns its rows."""
-    rows, medians = [], {}
+    name: str, problem: Problem, evaluations_of: dict[str, int], seeds: int, minutes: float, keep: Keep
+) -> Table:
+    """Runs the searches on one problem, and keeps what each has reached."""
+    medians = {}
     table = Table(
         title=f"{name}: {len(problem.space)} genes, {len(problem.objectives)} objectives; hypervolume, quartiles"
     )
@@ -183,21 +186,20 @@ def compared(
                 continue
             low, middle, high = np.quantile(after(curves, mark), [0.25, 0.5, 0.75])
             cells.append(f"{middle:.3f} [dim]{low:.3f}-{high:.3f}[/]")
-            measure = f"{search}, hypervolume after {mark}"
-            rows.append(row(name, measure, middle, None, "higher"))
-            rows += [row(name, f"{measure}, {q} quartile", v, None, "higher") for q, v in (("1st", low), ("3rd", high))]
+            for which, value in (("", middle), (", 1st quartile", low), (", 3rd quartile", high)):
+                keep(f"{search}, hypervolume after {mark}{which}", value, None, "higher")
         table.add_row(search, str(len(curves)), *cells, f"{1e3 * seconds:.1f}")
-        rows.append(row(name, f"{search}, seeds", len(curves), None, "higher"))
-        rows.append(row(name, f"{search}, own seconds an evaluation", seconds, None, "lower"))
-    console.print(table)
-    return rows + derived(name, medians)
+        keep(f"{search}, seeds", len(curves), None, "higher")
+        keep(f"{search}, own seconds an evaluation", seconds, None, "lower")
+    derived(medians, keep)
+    return table
 
 
-def derived(name: str, medians: dict[str, np.ndarray]) -> list[dict]:
+def derived(medians: dict[str, np.ndarray], keep: Keep) -> None:
     """What the curves of one problem say about guided against the others."""
     if "guided" not in medians:
-        return []
-    guided, rows = medians["guided"], []
+        return
+    guided = medians["guided"]
     for own in ("guided", "guided_one_by_one"):
         for peer, count, aim in (
             ("pymoo_nsga2", 500, 25),
@@ -208,43 +210,35 @@ def derived(name: str, medians: dict[str, np.ndarray]) -> list[dict]:
             if {own, peer} <= medians.keys() and STEP * len(medians[peer]) >= count:
                 needed = first_with(medians[own], after(medians[peer], count))
                 how = "" if own == "guided" else ", one by one"
-                rows.append(row(name, f"evaluations for {peer}'s {count}{how}", needed, aim, "lower"))
+                keep(f"evaluations for {peer}'s {count}{how}", needed, aim, "lower")
     for peer in ("optuna_tpe", "optuna_gp"):
         if peer in medians:
             marks = [mark for mark in MARKS if mark <= STEP * min(len(guided), len(medians[peer]))]
             lead = float(min(after(guided, mark) - after(medians[peer], mark) for mark in marks))
-            rows.append(row(name, f"smallest lead over {peer}", lead, 0.0, "higher"))
+            keep(f"smallest lead over {peer}", lead, 0.0, "higher")
     for ablated in ABLATIONS.keys() & medians.keys():
         needed = first_with(medians[ablated], after(guided, 50))
-        rows.append(row(name, f"evaluations {ablated} needs for guided's 50", needed, None, "lower"))
-    return rows
+        keep(f"evaluations {ablated} needs for guided's 50", needed, None, "lower")
 
 
-def row(case: str, measure: str, value, aim, better: str) -> dict:
-    return {"case": case, "measure": measure, "value": value, "aim": aim, "better": better}
-
-
-def own_speed(blocks: int, evaluations: int = 500) -> tuple[list[dict], list]:
+def own_speed(blocks: int, keep: Keep, evaluations: int = 500) -> list:
     """Guided's own time as evaluations come in, batches picked for sharing, and how many genomes its predictors take a
     second in the end."""
     problem = transformer("speed", blocks, 4, interactions=0.2, noise=0.03)
-    genes = len(problem.space)
     _, clock = followed(problem, with_sharing, 0, evaluations, STEP)
-    rows = []
     for mark in (50, 100, 200, evaluations):
-        seconds = dict(clock)[mark] / mark
-        rows.append(row(f"{genes} genes", f"own seconds an evaluation, {mark} evaluations", seconds, 1.0, "lower"))
+        keep(f"own seconds an evaluation, {mark} evaluations", dict(clock)[mark] / mark, 1.0, "lower")
     search = GuidedSearch(problem.space, problem.objectives)
     genomes = problem.space.sample(evaluations, 0)
     search.tell(genomes, problem.exact(genomes))
     predictors = Beliefs(search, search.told, search.costs()).predictors.values()
-    drawn = np.random.default_rng(0).integers(0, problem.space.sizes, (20000, genes))
+    drawn = np.random.default_rng(0).integers(0, problem.space.sizes, (20000, len(problem.space)))
     many = problem.space.canonical(drawn)
     started = time.perf_counter()
     for predictor in predictors:
         predictor(many)
-    rate = len(many) / (time.perf_counter() - started)
-    return [*rows, row(f"{genes} genes", "predictions a second", rate, 1e5, "higher")], clock
+    keep("predictions a second", len(many) / (time.perf_counter() - started), 1e5, "higher")
+    return clock
 
 
 def plot(clocks: dict[int, list], path: Path) -> None:
@@ -266,7 +260,7 @@ def plot(clocks: dict[int, list], path: Path) -> None:
 
 def main() -> None:
     known = families()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--problems", nargs="*", choices=[*known], default=[*known], help="(default all)")
     parser.add_argument("--searches", nargs="+", choices=[*makers()], default=DEFAULT_SEARCHES)
     parser.add_argument("--seeds", type=int, default=10, help="of each search (default 10)")
@@ -275,33 +269,26 @@ def main() -> None:
     parser.add_argument("--problem-seed", type=int, default=0, help="draws other problems of the same kinds")
     parser.add_argument("--no-speed", action="store_true", help="leave out the run that measures guided's own time")
     parser.add_argument("--plot", type=Path, help="where the figure of guided's own time goes (needs matplotlib)")
-    parser.add_argument("--json", type=Path, help="where the rows go: case, measure, value, aim, better")
     given = parser.parse_args()
     evaluations_of = {search: EVALUATIONS.get(search, given.evaluations) for search in given.searches}
-    console, rows = Console(width=160), []
+    console, measures = Console(width=160), Measures(given.json)
     for name in given.problems:
-        problem = families(given.problem_seed)[name]()
-        rows += compared(name, problem, evaluations_of, given.seeds, given.minutes, console)
-        if given.json:
-            given.json.write_text(json.dumps(rows, indent=1))
+        problem, keep = families(given.problem_seed)[name](), partial(measures.keep, name)
+        console.print(compared(name, problem, evaluations_of, given.seeds, given.minutes, keep))
     if not given.no_speed:
         clocks = {}
         for blocks in SPEED_BLOCKS:
-            found, clocks[7 * blocks] = own_speed(blocks)
-            rows += found
+            clocks[7 * blocks] = own_speed(blocks, partial(measures.keep, f"{7 * blocks} genes"))
         if given.plot:
             plot(clocks, given.plot)
     aims = Table(title="against the aims")
     for column in ("case", "measure", "value", "aim"):
         aims.add_column(column)
-    for each in rows:
+    for each in measures.rows:
         if each["aim"] is not None or "guided's 50" in each["measure"]:
-            value = each["value"] if isinstance(each["value"], str) else f"{each['value']:.4g}"
             aim = "" if each["aim"] is None else f"{each['aim']:g}, {each['better']}"
-            aims.add_row(each["case"], each["measure"], value, aim)
+            aims.add_row(each["case"], each["measure"], shown(each["value"]), aim)
     console.print(aims)
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -18,16 +18,15 @@ SmolLM2's searches are left out: it is not fine-tuned here, and an evaluation ta
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
+from measures import Measures, command_line
 from networks import Ready, prepare
 from problems import Problem, recorded
 from record import diagonal
 from rich.console import Console
-from rich.table import Table
 from scipy.stats import spearmanr
 
 from jointopt import Objective, strategies
@@ -148,26 +147,19 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/networks"))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--objective", choices=["loss", "accuracy", "kl"], default="loss")
     parser.add_argument("--genomes", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = []
+    measures = Measures(arguments.json)
     for name in arguments.networks:
-        found = measured(name, arguments)
-        table = Table("measure", "value", title=name)
-        for measure, value in found.items():
-            table.add_row(measure, f"{value:.4g}")
-            better = "lower" if measure.startswith("price") else "higher"
-            rows.append({"case": name, "measure": measure, "value": value, "aim": None, "better": better})
-        Console().print(table)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=1))
+        for measure, value in measured(name, arguments).items():
+            measures.tell(name, measure, value, None, "lower" if measure.startswith("price") else "higher")
+    Console().print(measures.table())
 
 
 if __name__ == "__main__":

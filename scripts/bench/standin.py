@@ -9,12 +9,11 @@ model, on batches that neither saw. "formats" draws number formats alone, at the
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from measures import Measures, command_line
 from networks import Ready, networks, prepare
 from rich.console import Console
 from rich.progress import track
@@ -51,14 +50,16 @@ def genomes(space: SearchSpace, count: int, formats_only: bool) -> list[np.ndarr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--case", choices=("digits_vit", "digits_resnet", "minilm", "smollm2"), action="append")
     parser.add_argument("--genomes", type=int, default=40)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/networks"))
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows, table = [], Table(title=f"KL to the original, rounded to nearest and by GPTQ, {options.genomes} genomes")
+    measures, table = (
+        Measures(options.json),
+        Table(title=f"KL to the original, rounded to nearest and by GPTQ, {options.genomes} genomes"),
+    )
     for text in ("case", "genes", "rank correlation", "median nearest", "median GPTQ", "better by GPTQ"):
         table.add_column(text, justify="right")
     for name in options.case or ("digits_vit", "digits_resnet", "minilm"):
@@ -77,12 +78,8 @@ def main() -> None:
                 name, kind, f"{rank:.3f}", f"{np.median(near):.4g}", f"{np.median(fine):.4g}", f"{better:.0%}"
             )
             case = f"{name}, {kind}, {options.genomes} genomes"
-            rows += [
-                {"case": case, "measure": "rank correlation", "value": rank, "aim": None, "better": "higher"},
-                {"case": case, "measure": "better by GPTQ", "value": better, "aim": None, "better": "higher"},
-            ]
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1))
+            measures.tell(case, "rank correlation", rank, None, "higher")
+            measures.tell(case, "better by GPTQ", better, None, "higher")
     Console().print(table)
 
 

@@ -33,7 +33,7 @@ from typing import Any
 import networks
 import numpy as np
 import torch
-from measures import Measures
+from measures import Measures, command_line
 from networks import SCHEMES, Network
 from rich.console import Console
 
@@ -256,7 +256,7 @@ def finished(made: Case, supernet: Supernet, study: jointopt.Study, tell: Callab
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--work", type=Path, default=Path("runs/training"))
     parser.add_argument("--cases", nargs="+", choices=list(STEPS), default=list(STEPS))
@@ -264,7 +264,6 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=40, help="of each search")
     parser.add_argument("--seeds", type=int, help="only losses and accuracies of every arm, means of so many trainings")
     parser.add_argument("--overhead", action="store_true", help="only the price of a step; on a quiet machine")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     measures = Measures(arguments.json)

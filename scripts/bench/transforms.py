@@ -15,16 +15,15 @@ inputs of a block's layers: the mean over layers, and over those that read a nor
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from measures import Measures, command_line
 from originals import cases, original
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from jointopt import SearchSpace, Supernet
@@ -174,7 +173,10 @@ def uniform(supernet: Supernet, scheme: str) -> object:
     return space.encode(chosen)
 
 
-def rows(name: str, case: Case, options: argparse.Namespace) -> Iterable[dict[str, object]]:
+def measure(name: str, case: Case, options: argparse.Namespace, measures: Measures) -> None:
+    def tell(measure: str, value: float, better: str = "lower") -> None:
+        measures.tell(name, measure, float(value), None, better)
+
     only = [tuple(each.split()) for each in options.transforms or ()]
     space = SearchSpace.for_model(case.model, schemes=case.schemes, preset="fixed")
     tried = [(each, False) for each in only or case.transforms] + ([((), True)] if case.fold else [])
@@ -184,31 +186,26 @@ def rows(name: str, case: Case, options: argparse.Namespace) -> Iterable[dict[st
             fold_batch_norm(supernet.model)
         supernet.calibrate(case.inputs)
         said = "BatchNorm folded" if fold else " ".join(transforms) or "as it is"
-        yield row(name, f"{said}: MB", supernet.costs(space.largest)["size"] / 1e6)
+        tell(f"{said}: MB", supernet.costs(space.largest)["size"] / 1e6)
         every_layer, behind_norms = kurtosis(supernet, case.inputs)
-        yield row(name, f"{said}: kurtosis", every_layer)
-        yield row(name, f"{said}: kurtosis behind normalizations", behind_norms)
+        tell(f"{said}: kurtosis", every_layer)
+        tell(f"{said}: kurtosis behind normalizations", behind_norms)
         for scheme in INPUTS if "W4A4" in case.schemes else ():
             form, paths = SCHEMES[scheme].activations, [layer.path for layer in supernet.family.layers if layer.block]
             assert form is not None
             with supernet.active(uniform(supernet, "none")) as view, torch.no_grad():
                 metrics = case.quality(with_inputs_in(view, paths, form))
-            yield row(name, f"{said}: inputs alone as in {scheme}: kl", metrics["kl"])
+            tell(f"{said}: inputs alone as in {scheme}: kl", metrics["kl"])
         for scheme in options.schemes or case.schemes:
             with supernet.active(uniform(supernet, scheme)) as view, torch.no_grad():
                 metrics = case.quality(view)
             better = "higher" if case.metric == "accuracy" else "lower"
-            yield row(name, f"{said}: {scheme}: {case.metric}", metrics[case.metric], better)
-            yield row(name, f"{said}: {scheme}: kl", metrics["kl"])
-
-
-def row(case: str, measure: str, value: float, better: str = "lower") -> dict[str, object]:
-    print(f"{case}: {measure}: {value:.5g}", flush=True)
-    return {"case": case, "measure": measure, "value": float(value), "aim": None, "better": better}
+            tell(f"{said}: {scheme}: {case.metric}", metrics[case.metric], better)
+            tell(f"{said}: {scheme}: kl", metrics["kl"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--tokens", type=int, default=1024, help="of SmolLM2's evaluation")
@@ -216,19 +213,11 @@ def main() -> None:
     parser.add_argument("--transforms", action="append", help="as in 'rotate smooth'; default: a case's own sets")
     parser.add_argument("--schemes", nargs="+", help="default: a case's own")
     parser.add_argument("--smollm2", type=Path, help="folder of a fine-tuned one in place of the asset")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found: list[dict[str, object]] = []
+    measures = Measures(options.json)
     for name in options.case or CASES:
-        found += rows(name, CASES[name](options), options)
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=1))
-    table = Table(title="transforms")
-    for column in ("case", "measure", "value"):
-        table.add_column(column)
-    for each in found:
-        table.add_row(str(each["case"]), str(each["measure"]), f"{each['value']:.5g}")
-    Console().print(table)
+        measure(name, CASES[name](options), options, measures)
+    Console().print(measures.table())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ wait; batches of 8 for each worker, and asynchronous searches, are what many wor
 
 from __future__ import annotations
 
-import argparse
 import queue
 import threading
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measures import Measures
+from measures import Measures, command_line
 from rich.console import Console
 
 from jointopt import Gene, SearchSpace
@@ -138,7 +137,7 @@ def taken(evaluator: Evaluator, genomes: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--case", choices=("digits", "sleeping"), action="append", help="default: all")
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
     parser.add_argument(
@@ -147,7 +146,6 @@ def main() -> None:
     parser.add_argument("--genomes", type=int, default=10, help="real evaluations in a batch")
     parser.add_argument("--repeats", type=int, default=15, help="pairs of timings of real batches")
     parser.add_argument("--mean", type=float, default=0.5, help="seconds that an evaluation sleeps")
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     measures = Measures(given.json)
     for case in given.case or ("digits", "sleeping"):
