@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import networks
 import torch
-from deployment import all_in
+from loading import Loaded
 from measures import Measures, command_line
+from networks import all_in
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -25,19 +25,16 @@ from torch import Tensor
 import jointopt
 from jointopt import SearchSpace, Supernet
 from jointopt.checkpoint.verification import reloaded
-from jointopt.models import load_model
 from jointopt.rows import DataSource
-from jointopt.tasks import TASKS
 
 SCHEMES = ("W8A8", "W8A8_STATIC", "W8A8_STATIC_ASYM", "W8A16_CHANNEL", "W4A16")
 INPUTS = 1000
 SHORT, BATCH = 16, 50
 
 
-def inputs_of(name: str, loaded: Any, assets: Path) -> list[dict[str, Tensor]]:
+def inputs_of(name: str, loaded: Loaded, assets: Path) -> list[dict[str, Tensor]]:
     """1,000 inputs in batches: of images all that there are, evaluation's first."""
     network = networks.networks(assets)[name]
-    task = TASKS[network.task]
     if name == "smollm2":
         text = (assets / "text" / "test.txt").read_text() + (assets / "text" / "evaluate.txt").read_text()
         ids = loaded.processor(text)["input_ids"]
@@ -48,7 +45,7 @@ def inputs_of(name: str, loaded: Any, assets: Path) -> list[dict[str, Tensor]]:
         places.insert(1, DataSource(str(assets / "digits" / "test")))
     batches, missing = [], INPUTS
     for place in places:
-        for batch in task.batches(replace(place, samples=None), loaded.processor, loaded.model, BATCH):
+        for batch in loaded.batches(replace(place, samples=None), BATCH):
             part = {key: value[:missing] for key, value in batch.items() if key != "labels"}
             missing -= len(next(iter(part.values())))
             batches.append(part)
@@ -72,7 +69,7 @@ def compared(supernet: Supernet, scheme: str, batches: list, work: Path) -> tupl
     """How many of the inputs agree; where others do, the largest distance of the two classes."""
     logits = {}
     for target in ("transformers", "onnxruntime"):
-        folder = jointopt.export(supernet, all_in(supernet, scheme), work / target, target=target, overwrite=True)
+        folder = jointopt.export(supernet, all_in(supernet.space, scheme), work / target, target=target, overwrite=True)
         logits[target] = chosen(folder, batches)
     expected, found = logits.values()
     picked = expected.gather(-1, found.argmax(-1, keepdim=True))[:, 0]
@@ -92,14 +89,11 @@ def main() -> None:
     table = Table("case", "scheme", f"same class, of {INPUTS}", "apart at most")
     for name in arguments.cases:
         ready = networks.prepare(name, arguments.assets, arguments.work)
-        network = networks.networks(arguments.assets)[name]
-        place = arguments.assets / network.model
-        if not place.is_dir():
-            place = arguments.work / network.model
-        model = ready.supernet.extract(all_in(ready.supernet, "none"))
+        model = ready.supernet.extract(all_in(ready.supernet.space, "none"))
         supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", *arguments.schemes], preset="fixed"))
         supernet.calibrate(ready.inputs)
-        batches = inputs_of(name, load_model(str(place), network.task, device="cpu", dtype="float32"), arguments.assets)
+        loaded = networks.start(networks.networks(arguments.assets)[name], arguments.assets, arguments.work)
+        batches = inputs_of(name, loaded, arguments.assets)
         for scheme in arguments.schemes:
             same, apart = compared(supernet, scheme, batches, arguments.work)
             table.add_row(name, scheme, str(same), f"{apart:.1e}")

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loading import Loaded
 from measures import Measures, command_line
 from rich.console import Console
 from rich.table import Table
 
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import measured
-from jointopt.models import load_model
 from jointopt.rows import DataSource
-from jointopt.tasks import TASKS
 from quant import CACHE_FORMATS
 from search_spaces.precision import is_cache
 
@@ -28,18 +27,13 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--pieces", type=int, default=8, help="of 512 tokens, to score on")
     arguments = parser.parse_args()
-    loaded = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
-    task, text = TASKS["causal-lm"], arguments.assets / "text"
-
-    def batches(name: str, samples: int) -> list:
-        source = DataSource(str(text / name), samples=samples, length=512)
-        return task.batches(source, loaded.processor, loaded.model, 2)
-
-    quality = task.problem(loaded.model).quality(batches("evaluate.txt", arguments.pieces), loaded.model)
+    loaded, text = Loaded(arguments.assets / "smollm2", "causal-lm"), arguments.assets / "text"
+    scored = DataSource(str(text / "evaluate.txt"), samples=arguments.pieces, length=512)
+    quality = loaded.quality(loaded.batches(scored, 2), loaded.model)
     supernet = Supernet(
         loaded.model, SearchSpace.for_model(loaded.model, preset="fixed", schemes=["none"], caches=list(CACHE_FORMATS))
     )
-    supernet.calibrate([{"input_ids": batch["input_ids"]} for batch in batches("calibrate.txt", 8)])
+    supernet.calibrate(loaded.inputs(DataSource(str(text / "calibrate.txt"), samples=8, length=512), 2))
     measures = Measures(arguments.json)
     table = Table("cache", "perplexity", "KL to the original", "kB a token", "million MACs of one more token")
     for choice, form in enumerate(CACHE_FORMATS.values()):

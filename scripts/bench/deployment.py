@@ -25,15 +25,15 @@ from typing import Any
 import networks
 import numpy as np
 import torch
+from loading import Loaded
 from measures import Measures, command_line
+from networks import all_in
 from rich.console import Console
 from torch import nn
 
 import jointopt
 from jointopt import Lookup, SearchSpace, Supernet
 from jointopt.checkpoint.onnx.session import OnnxModel
-from jointopt.models import load_model
-from jointopt.tasks import TASKS
 
 SCHEMES = ("none", "W8A8", "W8A8_STATIC", "W4A16")
 UNIFORM = ("W8A8", "W8A8_STATIC_ASYM")
@@ -60,21 +60,15 @@ def in_one_format(model: nn.Module, inputs: dict, name: str, work: Path) -> dict
     for label, scheme in (("float32", "none"), *zip(UNIFORM, UNIFORM, strict=True)):
         paths[label] = work / f"{name}-{label}"
         if not paths[label].is_dir():
-            jointopt.export(supernet, all_in(supernet, scheme), paths[label], target="onnxruntime")
+            jointopt.export(supernet, all_in(supernet.space, scheme), paths[label], target="onnxruntime")
     return paths
 
 
 def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, Path], dict[str, float]]:
     """MiniLM: the whole super-network's largest in float32 and in INT8, the choices, and their accuracies."""
     network = networks.networks(arguments.assets)["minilm"]
-    loaded = load_model(str(arguments.assets / "minilm"), network.task, device="cpu", dtype="float32")
-    task, tuned = TASKS[network.task], arguments.work / "minilm.safetensors"
-
-    def batches(source: Any, size: int = 64) -> list:
-        return task.batches(source, loaded.processor, loaded.model, size)
-
-    given = batches(replace(network.calibrate, length=TOKENS))
-    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in given]
+    loaded, tuned = Loaded(arguments.assets / "minilm", network.task), arguments.work / "minilm.safetensors"
+    inputs = loaded.inputs(replace(network.calibrate, length=TOKENS), 64)
     supernet = Supernet(
         loaded.model, SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space), repair=True
     )
@@ -82,7 +76,7 @@ def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, 
         supernet.load(tuned)
     else:
         supernet.calibrate(inputs)
-        train = task.samples(network.train, loaded.processor, loaded.model)
+        train = loaded.samples(network.train)
         jointopt.train_supernet(supernet, lambda epoch: train.epoch(epoch, 16, 0), STEPS, learning_rate=1e-4)
         supernet.save(tuned)
     supernet.calibrate(inputs)
@@ -91,10 +85,10 @@ def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, 
     one = {key: nn.functional.pad(value[:, :TOKENS], (0, short[key]), value=1) for key, value in one.items()}
     lookup = Lookup.of(supernet, 1, context=TOKENS, threads=arguments.threads, path=arguments.work / "operators.json")
     supernet.use_latency(lookup)
-    quality = task.problem(loaded.model).quality(batches(replace(network.evaluate, samples=None, length=32)))
-    test = str(arguments.assets / "movies" / "test.csv")
-    unseen = task.problem(loaded.model).quality(batches(replace(network.evaluate, path=test, samples=None, length=32)))
-    with supernet.active(all_in(supernet, "none")) as view:
+    scored = replace(network.evaluate, samples=None, length=32)
+    test = replace(scored, path=str(arguments.assets / "movies" / "test.csv"))
+    quality, unseen = (loaded.quality(loaded.batches(source, 64)) for source in (scored, test))
+    with supernet.active(all_in(supernet.space, "none")) as view:
         least = quality(view)["accuracy"] - 0.01
     study = jointopt.search(
         supernet,
@@ -105,7 +99,7 @@ def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, 
         storage=arguments.work / "minilm.db",
         constraints={"accuracy": f">= {least}"},
     )
-    genomes = {"float32": all_in(supernet, "none"), "INT8": all_in(supernet, "W8A8")}
+    genomes = {"float32": all_in(supernet.space, "none"), "INT8": all_in(supernet.space, "W8A8")}
     whole, frame = genomes["float32"], study.evaluations()
     scores = {}
     for label, genome in genomes.items():
@@ -126,15 +120,6 @@ def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, 
             found |= {label: quality(view)["accuracy"], f"{label}, unseen": unseen(view)["accuracy"]}
     study.close()
     return supernet.extract(whole), one, paths, found
-
-
-def all_in(supernet: Supernet, scheme: str) -> np.ndarray:
-    """The largest genome, with every layer that takes it in one format, the others unquantized."""
-    space, at = supernet.space, []
-    for gene, largest in zip(space.genes, space.largest, strict=True):
-        wanted = next((each for each in (scheme, "none") if each in gene.choices), None)
-        at.append(largest if wanted is None else gene.choices.index(wanted))
-    return space.canonical(np.array(at))
 
 
 def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -220,7 +205,7 @@ def main() -> None:
             for label, value in accuracies.items():
                 measures.tell(name, f"accuracy, {label}", value, None, "higher")
         elif name == "smollm2":
-            model = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32").model
+            model = Loaded(arguments.assets / "smollm2", "causal-lm").model
             inputs = {"input_ids": torch.randint(3, 1000, (1, 512))}
             paths = in_one_format(model, inputs, name, arguments.work)
         else:

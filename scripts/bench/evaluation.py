@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from loading import unlabelled
 from measures import Measures, command_line
 from networks import SCHEMES, Ready, prepare
 from rich.console import Console
@@ -123,7 +124,7 @@ class Bench:
         model = case.model().eval()
         self.repeats = repeats
         self.supernet = Supernet(model, SearchSpace.for_model(model, schemes=SCHEMES))
-        batches = [{k: v for k, v in case.batch().items() if k != "labels"} for _ in range(2)]
+        batches = unlabelled([case.batch() for _ in range(2)])
         self.supernet.calibrate(batches)
         self.extra = batches if has_batch_norm(model) else []
         problem = NEXT_TOKEN if isinstance(model, LlamaForCausalLM) else ONE_CLASS

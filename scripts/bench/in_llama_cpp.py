@@ -16,41 +16,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from in_vllm import divergence
 from llama_cpp import Llama
+from loading import Loaded
 from measures import Measures, command_line
+from networks import all_in
 from rich.console import Console
 
 import jointopt
 from jointopt import SearchSpace, Supernet
-from jointopt.models import load_model
 from jointopt.rows import DataSource
-from jointopt.tasks import TASKS
-from search_spaces.precision import is_precision
 
 SCHEMES = ["none", "W8A16_G32", "W4A16_G32"]
 TOKENS = 256
 
 
 def genomes(space: SearchSpace) -> dict[str, np.ndarray]:
-    whole = space.decode(space.largest)
-    alike = {
-        name: space.encode({gene: name if is_precision(gene) else choice for gene, choice in whole.items()})
-        for name in SCHEMES
-    }
-    return {**alike, "random": space.sample(1, seed=3)[0]}
+    return {**{name: all_in(space, name) for name in SCHEMES}, "random": space.sample(1, seed=3)[0]}
 
 
-def compared(file: Path, text: str, ids: list[int], logits: np.ndarray) -> dict[str, float]:
+def compared(file: Path, text: str, ids: list[int], logits: torch.Tensor) -> dict[str, float]:
     """What llama.cpp makes of a text, beside its tokens and logits [tokens, vocabulary] in the sub-network."""
     model = Llama(str(file), n_ctx=TOKENS, logits_all=True, verbose=False)
     tokens = model.tokenize(text.encode(), add_bos=False, special=False)[: len(ids)]
     model.eval(ids)
-    found, given = (torch.tensor(each).log_softmax(-1) for each in (np.array(model.scores[: len(ids)]), logits))
-    divergence = torch.nn.functional.kl_div(found, given, log_target=True, reduction="none").sum(-1).mean()
+    found = torch.tensor(np.array(model.scores[: len(ids)]))
     return {
         "same tokens": float(np.mean(np.array(tokens) == np.array(ids))),
-        "same next token": float((found.argmax(-1) == given.argmax(-1)).float().mean()),
-        "KL": float(divergence),
+        "same next token": float((found.argmax(-1) == logits.argmax(-1)).float().mean()),
+        "KL": divergence(found, logits),
     }
 
 
@@ -59,11 +53,10 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    loaded = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
+    loaded = Loaded(arguments.assets / "smollm2", "causal-lm")
     source = DataSource(str(arguments.assets / "text" / "calibrate.txt"), samples=4, length=128)
-    batches = TASKS["causal-lm"].batches(source, loaded.processor, loaded.model, 2)
     supernet = Supernet(loaded.model, SearchSpace.for_model(loaded.model, schemes=SCHEMES, depth=[26, 28, 30]))
-    supernet.calibrate([{k: v for k, v in batch.items() if k != "labels"} for batch in batches])
+    supernet.calibrate(loaded.inputs(source, 2))
     text = (arguments.assets / "text" / "evaluate.txt").read_text()[: 8 * TOKENS]
     ids = loaded.processor(text)["input_ids"][:TOKENS]
     measures = Measures(arguments.json)
@@ -73,7 +66,7 @@ def main() -> None:
                 supernet, genome, Path(place) / "out", target="gguf", processor=loaded.processor, base_model="SmolLM2"
             )
             with supernet.active(genome) as model, torch.no_grad():
-                logits = model(torch.tensor([ids])).logits[0].float().numpy()
+                logits = model(torch.tensor([ids])).logits[0]
             found = compared(folder / "model.gguf", text, ids, logits)
         for measure, value in found.items():
             measures.tell(name, measure, value, None, "lower" if measure == "KL" else "higher")

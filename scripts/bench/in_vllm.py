@@ -21,15 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from loading import Loaded
 from measures import Measures, command_line
+from networks import all_in
 from rich.console import Console
 
 import jointopt
 from jointopt import SearchSpace, Supernet
-from jointopt.models import LoadedModel, load_model
 from jointopt.rows import DataSource
 from jointopt.targets import TARGETS
-from jointopt.tasks import TASKS
 from search_spaces.precision import is_precision
 
 RUNNER = Path(__file__).with_name("vllm_runner.py")
@@ -43,9 +43,8 @@ UNEVEN = {"depth": 28, "block4.mlp": 1152, "block11.attention.keep": False, "blo
 MEASURES = ("same next token", "KL", "KL, moved", "lost, scored", "lost, in vLLM")
 
 
-def supernet_of(loaded: LoadedModel, assets: Path, schemes: tuple[str, ...]) -> Supernet:
+def supernet_of(loaded: Loaded, assets: Path, schemes: tuple[str, ...]) -> Supernet:
     source = DataSource(str(assets / "text" / "calibrate.txt"), samples=4, length=128)
-    batches = TASKS["causal-lm"].batches(source, loaded.processor, loaded.model, 2)
     space = SearchSpace.for_model(
         loaded.model,
         schemes=schemes,
@@ -57,18 +56,14 @@ def supernet_of(loaded: LoadedModel, assets: Path, schemes: tuple[str, ...]) -> 
         unquantized=TARGETS["vllm"].unquantized,
     )
     supernet = Supernet(loaded.model, space)
-    supernet.calibrate([{k: v for k, v in batch.items() if k != "labels"} for batch in batches])
+    supernet.calibrate(loaded.inputs(source, 2))
     return supernet
 
 
 def genomes(space: SearchSpace, schemes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    whole = space.decode(space.largest)
-    alike = {
-        name: space.encode({gene: name if is_precision(gene) else choice for gene, choice in whole.items()})
-        for name in schemes
-    }
+    alike = {name: all_in(space, name) for name in schemes}
     drawn = {gene: choice for gene, choice in space.decode(space.sample(1, seed=3)[0]).items() if is_precision(gene)}
-    return {**alike, "uneven": space.encode({**whole, **drawn, **UNEVEN})}
+    return {**alike, "uneven": space.encode({**space.decode(space.largest), **drawn, **UNEVEN})}
 
 
 def run(python: Path, place: Path, name: str) -> tuple[torch.Tensor | None, str]:
@@ -110,7 +105,7 @@ def main() -> None:
     parser.add_argument("--python", type=Path, required=True, help="of an environment with vLLM for CPUs")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    loaded = load_model(str(arguments.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
+    loaded = Loaded(arguments.assets / "smollm2", "causal-lm")
     schemes = tuple(name for name in SCHEMES if name not in NOT_ON_CPU)
     supernet = supernet_of(loaded, arguments.assets, schemes)
     text = (arguments.assets / "text" / "evaluate.txt").read_text()[: 8 * TOKENS]

@@ -21,16 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from loading import Loaded
 from measures import Measures, command_line
 from rich.console import Console
 from rich.table import Table
 
 import jointopt
 from jointopt import Gene, SearchSpace, Study, Supernet
-from jointopt.models import load_model
 from jointopt.objectives import hypervolume
 from jointopt.rows import DataSource
-from jointopt.tasks import TASKS
 from search_spaces.precision import is_precision
 
 SCHEMES = ["none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4"]
@@ -97,28 +96,19 @@ def cases(assets: Path) -> dict[str, Case]:
 
 def prepared(name: str, case: Case, arguments: argparse.Namespace):
     """(model, quality functions seen and unseen, calibration batches, file of the fine-tuned super-network)."""
-    folder = arguments.assets / name
     torch.manual_seed(0)
-    loaded = load_model(str(folder), case.task, device="cpu", dtype="float32")
-    task = TASKS[case.task]
-
-    def batches(source: DataSource, size: int):
-        return task.batches(source, loaded.processor, loaded.model, size)
-
-    calibrate = batches(case.calibrate, case.batch_size)
-    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in calibrate]
+    loaded = Loaded(arguments.assets / name, case.task)
+    inputs = loaded.inputs(case.calibrate, case.batch_size)
     tuned = arguments.work / f"{name}.safetensors"
     if not tuned.is_file():
         space = SearchSpace.for_model(loaded.model, schemes=["none"], **case.architecture)
         supernet = Supernet(loaded.model, space)
         supernet.calibrate(inputs)
-        train = batches(case.train, case.batch_size)
+        train = loaded.batches(case.train, case.batch_size)
         jointopt.train_supernet(supernet, train, case.steps, learning_rate=case.learning_rate, progress=True)
         arguments.work.mkdir(parents=True, exist_ok=True)
         supernet.save(tuned)
-    seen, unseen = (
-        task.problem(loaded.model).quality(batches(source, case.batch_size)) for source in (case.evaluate, case.unseen)
-    )
+    seen, unseen = (loaded.quality(loaded.batches(source, case.batch_size)) for source in (case.evaluate, case.unseen))
     return loaded.model, seen, unseen, inputs, tuned
 
 

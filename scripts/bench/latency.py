@@ -35,8 +35,6 @@ from scipy.stats import kendalltau
 import jointopt
 from jointopt import Lookup, Roofline, SearchSpace, Supernet
 from jointopt.checkpoint.onnx.session import OnnxModel
-from jointopt.models import load_model
-from jointopt.tasks import TASKS
 from jointopt.timing.timers import time_modules
 
 SCHEMES = {"onnxruntime": ("none", "W8A8", "W8A8_STATIC", "W4A16"), "torch": ("none", "W4A16")}
@@ -51,16 +49,9 @@ LEAST, APART = 30.0, 20.0
 
 def supernet_of(name: str, network: Network, arguments: argparse.Namespace) -> tuple[Supernet, dict]:
     """An untrained super-network, which is timed like a trained one, and a batch of inputs."""
-    folder = arguments.assets / network.model
-    if network.model == "resnet-digits":
-        folder = arguments.work / network.model
-        if not folder.is_dir():
-            networks.resnet_for_digits(arguments.assets / "digits" / "train", folder, epochs=1)
-    loaded = load_model(str(folder), network.task, device="cpu", dtype="float32")
-    task = TASKS[network.task]
+    loaded = networks.start(network, arguments.assets, arguments.work)
     source = replace(network.calibrate, samples=16, length=LENGTHS.get(name))
-    batch = task.batches(source, loaded.processor, loaded.model, BATCHES[name])[0]
-    batch = {key: value for key, value in batch.items() if key != "labels"}
+    batch = dict(loaded.inputs(source, BATCHES[name])[0])
     if "attention_mask" in batch:
         batch["attention_mask"] = torch.ones(BATCHES[name], LENGTHS[name], dtype=torch.long)
         batch = {key: nn_pad(value, LENGTHS[name]) for key, value in batch.items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loading import Loaded
 from measures import Measures, command_line
 from originals import Case, Original, cases, original
 from quantizers import subject
@@ -21,8 +22,6 @@ from rich.table import Table
 
 from jointopt import finish
 from jointopt.evaluation import measured
-from jointopt.models import load_model
-from jointopt.tasks import TASKS
 
 SCHEMES = ("W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8")
 LEARNING_RATE = 2e-5
@@ -36,7 +35,6 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
     measures = Measures(arguments.json)
     table = Table("model, format", "ranges", "quality", "KL to the original", "seconds")
     for name in arguments.cases:
@@ -60,8 +58,7 @@ def ways(made: Original, case: Case, scheme: str, steps: int) -> dict[str, tuple
         found = {"calibrated": (dict(measured(made.quality, view)), 0.0)}
     rounded = finish(supernet, genome, made.calibrate, quality=made.quality)
     found["GPTQ, calibrated"] = rounded.metrics or {}, rounded.seconds
-    loaded = load_model(str(made.folder), case.task, device="cpu", dtype="float32")
-    samples = TASKS[case.task].samples(case.train, loaded.processor, loaded.model)
+    samples = Loaded(made.folder, case.task).samples(case.train)
     for learned in (False, True):
         trained = finish(
             supernet,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loading import Loaded
 from measures import Measures, command_line
 from rich.console import Console
 from rich.progress import track
@@ -23,9 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from jointopt.evaluation import measured
-from jointopt.models import load_model
 from jointopt.rows import DataSource
-from jointopt.tasks import TASKS
 from quant.llm_fp4 import E2M1, SEARCHED, LayerFormats, plain, search
 
 VARIANTS = ("E2M1, plain", "FPQ baseline", "FPQ, pre-shifted", "FPQ, pre-shifted, E2M1 alone")
@@ -79,16 +78,12 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=8, help="of 256 tokens, to score on")
     parser.add_argument("--blocks", type=int, help="that are quantized, evenly spread over the model (default: all)")
     options = parser.parse_args()
-    loaded = load_model(str(options.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
-    task, text, model = TASKS["causal-lm"], options.assets / "text", loaded.model.eval()
-
-    def batches(name: str, samples: int) -> list[Any]:
-        source = DataSource(str(text / name), samples=samples, length=256)
-        return task.batches(source, loaded.processor, model, 2)
-
-    inputs = [{"input_ids": batch["input_ids"]} for batch in batches("calibrate.txt", 32)]
+    loaded, text = Loaded(options.assets / "smollm2", "causal-lm"), options.assets / "text"
+    model = loaded.model
+    inputs = loaded.inputs(DataSource(str(text / "calibrate.txt"), samples=32, length=256), 2)
     seen = seen_inputs(model, inputs, options.tokens)
-    quality = task.problem(model).quality(batches("evaluate.txt", options.pieces), model)
+    scored = DataSource(str(text / "evaluate.txt"), samples=options.pieces, length=256)
+    quality = loaded.quality(loaded.batches(scored, 2), model)
     count = model.config.num_hidden_layers
     kept = set(torch.linspace(0, count - 1, options.blocks or count).round().int().tolist())
     layers = {path: model.get_submodule(path) for path in seen if int(path.split(".layers.")[1].split(".")[0]) in kept}

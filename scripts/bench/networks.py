@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from loading import Loaded
+from originals import NAMES, untrained
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import jointopt
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import Batch, Quality
-from jointopt.models import load_model
 from jointopt.rows import DataSource
-from jointopt.tasks import TASKS
 from jointopt.training.recipe import task_loss
 
 SCHEMES = ("none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4")
@@ -109,53 +110,49 @@ class Ready:
     quality: Quality
 
 
-def resnet_for_digits(images: Path, folder: Path, epochs: int = 12) -> None:
+def start(network: Network, assets: Path, work: Path) -> Loaded:
+    """What becomes the super-network: an asset, or the ResNet, trained now or by an earlier call with the same
+    `work`."""
+    folder = assets / network.model
+    if network.model == "resnet-digits":
+        folder = work / network.model
+        if not (folder / "model.safetensors").is_file():
+            resnet_for_digits(network.train, folder)
+    torch.manual_seed(0)
+    return Loaded(folder, network.task)
+
+
+def resnet_for_digits(images: DataSource, folder: Path) -> None:
     """A ResNet of two stages of three bottleneck blocks, trained on the digits in 32 x 32 pixels, as a folder."""
-    names = {number: str(number) for number in range(10)}
     torch.manual_seed(0)
     config = ResNetConfig(
-        embedding_size=32, hidden_sizes=[64, 128], depths=[3, 3], layer_type="bottleneck", num_labels=10,
-        id2label=names, label2id={v: k for k, v in names.items()},
+        embedding_size=32, hidden_sizes=[64, 128], depths=[3, 3], layer_type="bottleneck", **NAMES
     )  # fmt: skip
-    ResNetForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
-        folder
-    )
-    loaded = load_model(str(folder), "image-classification", device="cpu", dtype="float32")
-    samples = TASKS["image-classification"].samples(DataSource(str(images)), loaded.processor, loaded.model)
-    model = loaded.model.train()
+    begun = untrained(lambda: ResNetForImageClassification(config), folder.with_suffix(".untrained"))
+    loaded = Loaded(begun, "image-classification")
+    samples, model = loaded.samples(images), loaded.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for epoch in range(epochs):
+    for epoch in range(12):
         for batch in samples.epoch(epoch, 64, 0):
             loss = task_loss(model(pixel_values=batch["pixel_values"]).logits, batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    loaded.processor.save_pretrained(folder)
     model.eval().save_pretrained(folder)
 
 
 def prepare(name: str, assets: Path, work: Path) -> Ready:
     """The super-network, fine-tuned now or by an earlier call with the same `work`, and calibrated."""
     network = networks(assets)[name]
-    torch.manual_seed(0)
-    folder = assets / network.model
-    if network.model == "resnet-digits":
-        folder = work / network.model
-        if not folder.is_dir():
-            resnet_for_digits(assets / "digits" / "train", folder)
-    loaded = load_model(str(folder), network.task, device="cpu", dtype="float32")
-    task = TASKS[network.task]
-
-    def batches(source: DataSource, size: int = 100) -> list[Batch]:
-        return task.batches(source, loaded.processor, loaded.model, size)
-
-    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches(network.calibrate)]
+    loaded = start(network, assets, work)
+    inputs = loaded.inputs(network.calibrate, 100)
     supernet = Supernet(loaded.model, SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space))
     tuned = work / f"{name}.safetensors"
     if network.steps and not tuned.is_file():
         work.mkdir(parents=True, exist_ok=True)
         supernet.calibrate(inputs)
-        train = task.samples(network.train, loaded.processor, loaded.model)
+        train = loaded.samples(network.train)
         jointopt.train_supernet(
             supernet,
             lambda epoch: train.epoch(epoch, network.batch_size, 0),
@@ -166,7 +163,16 @@ def prepare(name: str, assets: Path, work: Path) -> Ready:
     if network.steps:
         supernet.load(tuned)
     supernet.calibrate(inputs)
-    scored = batches(network.evaluate)
+    scored = loaded.batches(network.evaluate, 100)
     with supernet.active(supernet.space.largest) as whole:
-        quality = task.problem(whole).quality(scored, whole)
+        quality = loaded.quality(scored, whole)
     return Ready(supernet, inputs, scored, quality)
+
+
+def all_in(space: SearchSpace, scheme: str) -> np.ndarray:
+    """The largest genome, with every layer that takes it in one format, the others unquantized."""
+    at = []
+    for gene, largest in zip(space.genes, space.largest, strict=True):
+        wanted = next((each for each in (scheme, "none") if each in gene.choices), None)
+        at.append(largest if wanted is None else gene.choices.index(wanted))
+    return space.canonical(np.array(at))

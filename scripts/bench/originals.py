@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from loading import Loaded, unlabelled
+from torch import nn
 
-from jointopt.evaluation import Quality, logits_of
-from jointopt.models import load_model
+from jointopt.evaluation import Batch, Quality, logits_of
 from jointopt.rows import DataSource
-from jointopt.tasks import TASKS
 from jointopt.training.recipe import task_loss
 
 CLASSES = {number: str(number) for number in range(10)}
@@ -113,35 +112,29 @@ class Original:
 
     folder: Path
     model: nn.Module
-    calibrate: list[dict[str, Tensor]]
-    train: list[dict[str, Tensor]]
+    calibrate: list[Batch]
+    train: list[Batch]
     quality: Quality
     calibration_quality: Quality
 
 
 def original(name: str, case: Case, assets: Path, work: Path) -> Original:
     """The original of that name from `work`, trained now where it is not there."""
-    folder, task = work / name, TASKS[case.task]
+    folder = work / name
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(0)
         start = untrained(case.start, folder.with_suffix(".untrained")) if callable(case.start) else assets / case.start
-        loaded = load_model(str(start), case.task, device="cpu", dtype="float32")
-        samples = task.samples(case.train, loaded.processor, loaded.model)
+        loaded = Loaded(start, case.task)
+        samples = loaded.samples(case.train)
         fine_tune(loaded.model, lambda epoch: samples.epoch(epoch, case.batch_size, 0), case.steps, case.learning_rate)
         loaded.processor.save_pretrained(folder)
         loaded.model.save_pretrained(folder)
-    loaded = load_model(str(folder), case.task, device="cpu", dtype="float32")
+    loaded = Loaded(folder, case.task)
     causal = case.task == "causal-lm"
-    given = task.batches(case.calibrate, loaded.processor, loaded.model, 2 if causal else 8)
-    calibrate, train = (
-        [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
-        for batches in (given, task.batches(case.calibrate, loaded.processor, loaded.model, case.batch_size))
-    )
-    size = 4 if causal else 100
-    problem = task.problem(loaded.model)
-    quality = problem.quality(task.batches(case.evaluate, loaded.processor, loaded.model, size), loaded.model)
-    scored = given[:4] if causal else given
-    return Original(folder, loaded.model, calibrate, train, quality, problem.quality(scored, loaded.model))
+    given, train = loaded.batches(case.calibrate, 2 if causal else 8), loaded.inputs(case.calibrate, case.batch_size)
+    quality = loaded.quality(loaded.batches(case.evaluate, 4 if causal else 100), loaded.model)
+    seen = loaded.quality(given[:4] if causal else given, loaded.model)
+    return Original(folder, loaded.model, unlabelled(given), train, quality, seen)
 
 
 def untrained(make: Callable[[], nn.Module], folder: Path) -> Path:
@@ -183,7 +176,6 @@ def main() -> None:
     import time
 
     assets, work = Path(sys.argv[1]), Path(sys.argv[2])
-    work.mkdir(parents=True, exist_ok=True)
     for name in sys.argv[3:]:
         started = time.perf_counter()
         made = original(name, cases(assets)[name], assets, work)

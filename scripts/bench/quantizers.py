@@ -282,7 +282,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=480, help="seconds that a neighbour may take for a case")
     parser.add_argument("--iterations", type=int, default=200, help="auto-round's; 200 is its default")
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.work = arguments.work.resolve()
     results = Results(arguments.work / "results.json")
     tools = arguments.tool or [*OWN, *NEIGHBOURS]

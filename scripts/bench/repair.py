@@ -29,7 +29,6 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["vit", "resnet", "minilm", "smollm2"])
     parser.add_argument("--genomes", type=int, default=10)
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
     measures = Measures(arguments.json)
     for name in arguments.cases:
         measure(name, arguments, measures)

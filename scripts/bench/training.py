@@ -40,9 +40,7 @@ from rich.console import Console
 import jointopt
 from jointopt import Recipe, SearchSpace, Supernet
 from jointopt.evaluation import Batch, Quality, logits_of
-from jointopt.models import load_model
 from jointopt.objectives import hypervolume
-from jointopt.tasks import TASKS
 from jointopt.training.elastic import gradients_of
 from jointopt.training.loop import endless, schedule
 from jointopt.training.recipe import task_loss
@@ -76,21 +74,9 @@ class Case:
 
 def case(name: str, arguments: argparse.Namespace, seed: int = 0) -> Case:
     network = networks.networks(arguments.assets)[name]
-    folder = arguments.assets / network.model
-    if network.model == "resnet-digits":
-        folder = arguments.work / network.model
-        if not folder.is_dir():
-            networks.resnet_for_digits(arguments.assets / "digits" / "train", folder)
-    torch.manual_seed(0)
-    loaded = load_model(str(folder), network.task, device="cpu", dtype="float32")
-    task = TASKS[network.task]
-    samples = task.samples(network.train, loaded.processor, loaded.model)
-
-    def batches(source: Any, size: int = 50) -> list[Batch]:
-        return task.batches(source, loaded.processor, loaded.model, size)
-
-    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches(network.calibrate)]
-    quality = task.problem(loaded.model).quality(batches(network.evaluate))
+    loaded = networks.start(network, arguments.assets, arguments.work)
+    samples = loaded.samples(network.train)
+    quality = loaded.quality(loaded.batches(network.evaluate, 50))
     worst = float(np.log(getattr(loaded.model.config, "num_labels", 2)))
     if network.task == "causal-lm":
         worst = quality(loaded.model)["loss"] + float(np.log(2))
@@ -99,7 +85,7 @@ def case(name: str, arguments: argparse.Namespace, seed: int = 0) -> Case:
         network,
         loaded.model,
         SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space),
-        inputs,
+        loaded.inputs(network.calibrate, 50),
         lambda epoch: samples.epoch(epoch, network.batch_size, seed),
         quality,
         arguments.steps or STEPS[name],
@@ -265,7 +251,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="only losses and accuracies of every arm, means of so many trainings")
     parser.add_argument("--overhead", action="store_true", help="only the price of a step; on a quiet machine")
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
     measures = Measures(arguments.json)
     for name in arguments.cases:
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loading import Loaded
 from measures import Measures, command_line
 from originals import cases, original
 from rich.console import Console
@@ -29,9 +30,7 @@ from torch import Tensor, nn
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation import Batch, Quality
 from jointopt.importance import CalibrationPass
-from jointopt.models import load_model
 from jointopt.rows import DataSource
-from jointopt.tasks import TASKS
 from quant.formats import SCHEMES, Format
 from quant.reference import fake_quantize_activation
 from search_spaces.precision import is_precision
@@ -61,16 +60,15 @@ class Case:
 
 
 def smollm2(options: argparse.Namespace) -> Case:
-    text, task = options.assets / "text", TASKS["causal-lm"]
-    loaded = load_model(str(options.smollm2 or options.assets / "smollm2"), "causal-lm", device="cpu", dtype="float32")
+    text = options.assets / "text"
+    loaded = Loaded(options.smollm2 or options.assets / "smollm2", "causal-lm")
     calibrate = DataSource(str(text / "calibrate.txt"), samples=8, length=256)
     evaluate = DataSource(str(text / "evaluate.txt"), samples=options.tokens // 256, length=256)
-    given, scored = (task.batches(source, loaded.processor, loaded.model, 2) for source in (calibrate, evaluate))
     sets = ((), ("smooth",), ("awq",), ("rotate_heads",), ("rotate",), BOTH, (*BOTH, "smooth"), (*BOTH, "awq"))
     return Case(
         loaded.model,
-        unlabelled(given),
-        task.problem(loaded.model).quality(scored, loaded.model),
+        loaded.inputs(calibrate, 2),
+        loaded.quality(loaded.batches(evaluate, 2), loaded.model),
         "perplexity",
         LLM,
         sets,
@@ -85,10 +83,6 @@ def tuned(name: str, schemes: tuple[str, ...], sets: tuple[tuple[str, ...], ...]
         return Case(made.model, made.calibrate, made.quality, "accuracy", schemes, sets, fold)
 
     return case
-
-
-def unlabelled(batches: Iterable[Batch]) -> list[Batch]:
-    return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
 
 
 BOTH = ("rotate", "rotate_heads")

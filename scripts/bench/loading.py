@@ -1,0 +1,40 @@
+"""A model of the assets with what reads data for it and scores it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from jointopt.evaluation import Batch, Quality
+from jointopt.models import load_model
+from jointopt.rows import DataSource
+from jointopt.tasks import TASKS
+from jointopt.tasks.task import Samples
+
+
+class Loaded:
+    """A model on the CPU in float32, as it is in a folder, and its task."""
+
+    def __init__(self, folder: Path, task: str):
+        found = load_model(str(folder), task, device="cpu", dtype="float32")
+        self.model, self.processor, self.task = found.model, found.processor, TASKS[task]
+
+    def samples(self, source: DataSource) -> Samples:
+        return self.task.samples(source, self.processor, self.model)
+
+    def batches(self, source: DataSource, size: int) -> list[Batch]:
+        return self.samples(source).batches(size)
+
+    def inputs(self, source: DataSource, size: int) -> list[Batch]:
+        """The batches without their labels."""
+        return unlabelled(self.batches(source, size))
+
+    def quality(self, batches: Sequence[Batch], original: nn.Module | None = None) -> Quality:
+        """A model's metrics on the batches, "kl" from the original among them where it is given."""
+        return self.task.problem(self.model).quality(batches, original)
+
+
+def unlabelled(batches: Sequence[Batch]) -> list[Batch]:
+    return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
