@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from torch import nn
 import jointopt
 from jointopt import Lookup, SearchSpace, Supernet
 from jointopt.checkpoint.onnx.session import OnnxModel
+from jointopt.timing.timers import in_turns
 
 SCHEMES = ("none", "W8A8", "W8A8_STATIC", "W4A16")
 UNIFORM = ("W8A8", "W8A8_STATIC_ASYM")
@@ -124,13 +124,7 @@ def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, 
 
 def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each, all in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 2):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: float(np.median(each[2:])) for name, each in seconds.items()}
+    return dict(zip(calls, in_turns(list(calls.values()), rounds), strict=True))
 
 
 def peak(folder: Path, threads: int) -> float:

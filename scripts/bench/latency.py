@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import networks
 import numpy as np
@@ -34,8 +32,8 @@ from scipy.stats import kendalltau
 
 import jointopt
 from jointopt import Lookup, Roofline, SearchSpace, Supernet
-from jointopt.checkpoint.onnx.session import OnnxModel
-from jointopt.timing.timers import time_modules
+from jointopt.timing.backend import Backend
+from jointopt.timing.timers import in_turns, run_of_export, time_modules
 
 SCHEMES = {"onnxruntime": ("none", "W8A8", "W8A8_STATIC", "W4A16"), "torch": ("none", "W4A16")}
 FIT = 8
@@ -78,35 +76,21 @@ def exported(supernet: Supernet, genome: np.ndarray, folder: Path) -> Path:
     return path
 
 
-def rounds_of(paths: list[Path], batch: dict, arguments: Any, least: float) -> np.ndarray:
-    """Seconds of each export, all of them in turns: [rounds, exports]."""
-    models = [OnnxModel(path / "model.onnx", arguments.threads) for path in paths]
-    feeds = [model.completed({name: each.numpy() for name, each in batch.items()}) for model in models]
-    seconds: list[list[float]] = []
-    ends = time.monotonic() + least
-    while len(seconds) < arguments.rounds or time.monotonic() < ends:
-        seconds.append([])
-        for model, feed in zip(models, feeds, strict=True):
-            started = time.perf_counter()
-            model.session.run(None, feed)
-            seconds[-1].append(time.perf_counter() - started)
-    return np.array(seconds[1:])
-
-
-def timed_apart(supernet: Supernet, genomes: np.ndarray, folder: Path, batch: dict, arguments: Any) -> np.ndarray:
-    """Medians for exports that do not fit beside each other: each in turns with the first, as a ratio to its neighbour
-    in time."""
-    first = exported(supernet, genomes[0], folder)
+def timed_apart(
+    supernet: Supernet, genomes: np.ndarray, folder: Path, batch: dict, backend: Backend, rounds: int
+) -> list[float]:
+    """Medians for exports that do not fit beside each other: each in turns with the first, as a ratio to it."""
+    first = run_of_export(exported(supernet, genomes[0], folder), batch, backend)
     ratios, reference = [], []
     for genome in genomes:
         made = not place_of(folder, genome).is_dir()
         path = exported(supernet, genome, folder)
-        seconds = rounds_of([path, first], batch, arguments, APART)
-        ratios.append(np.median(seconds[:, 0] / seconds[:, 1]))
-        reference.append(np.median(seconds[:, 1]))
+        its, one = in_turns([run_of_export(path, batch, backend), first], rounds, APART)
+        ratios.append(its / one)
+        reference.append(one)
         if made:
             shutil.rmtree(path)
-    return np.array(ratios) * np.median(reference)
+    return [each * float(np.median(reference)) for each in ratios]
 
 
 def predicted(supernet: Supernet, model: Lookup | Roofline, genomes: np.ndarray) -> np.ndarray:
@@ -141,16 +125,18 @@ def main() -> None:
         )
         if in_torch:
             models = [supernet.extract(genome) for genome in genomes]
-            seconds = np.array(time_modules(models, batch, lookup.backend, arguments.rounds, LEAST))
+            timed = time_modules(models, batch, lookup.backend, arguments.rounds, LEAST)
         elif name in LARGE:
-            seconds = timed_apart(supernet, genomes, folder, batch, arguments)
+            timed = timed_apart(supernet, genomes, folder, batch, lookup.backend, arguments.rounds)
         else:
-            seconds = np.median(rounds_of(paths, batch, arguments, LEAST), axis=0)
-        lookup = lookup.fit(supernet, list(genomes[:FIT]), list(seconds[:FIT]))
+            runs = [run_of_export(path, batch, lookup.backend) for path in paths]
+            timed = in_turns(runs, arguments.rounds, LEAST)
+        seconds = np.array(timed)
+        lookup = lookup.fit(supernet, list(genomes[:FIT]), timed[:FIT])
         models_of_time: list[tuple[str, Lookup | Roofline, tuple[float, float]]] = [("look-up", lookup, (0.1, 0.9))]
         if not in_torch:
             roofline = jointopt.fit_roofline(supernet, BATCHES[name], threads=arguments.threads, path=operators)
-            roofline = roofline.fit(supernet, list(genomes[:FIT]), list(seconds[:FIT]))
+            roofline = roofline.fit(supernet, list(genomes[:FIT]), timed[:FIT])
             models_of_time.append(("roofline", roofline, (0.25, 0.8)))
         cells = [name, str(arguments.genomes), f"{seconds.min() * 1e3:.3g} to {seconds.max() * 1e3:.3g}"]
         for kind, model, aims in models_of_time:

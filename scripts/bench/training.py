@@ -41,6 +41,7 @@ import jointopt
 from jointopt import Recipe, SearchSpace, Supernet
 from jointopt.evaluation import Batch, Quality, logits_of
 from jointopt.objectives import hypervolume
+from jointopt.timing.timers import in_turns
 from jointopt.training.elastic import gradients_of
 from jointopt.training.loop import endless, schedule
 from jointopt.training.recipe import task_loss
@@ -161,18 +162,15 @@ def overhead(made: Case, rounds: int = 15) -> float:
         models.append(supernet.extract(genome if len(models) else supernet.space.largest).train())
         for parameter in models[-1].parameters():
             parameter.requires_grad_(True)
-    plain, whole = [], []
     supernet.model.train()
-    for _ in range(rounds):
-        started = time.perf_counter()
+
+    def passes() -> None:
         for model in models:
             model.zero_grad(set_to_none=True)
             task_loss(logits_of(model, inputs), batch).backward()
-        plain.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        gradients_of(supernet, batch, 0, 0.0, Recipe())
-        whole.append(time.perf_counter() - started)
-    return statistics.median(whole) / statistics.median(plain)
+
+    alone, step = in_turns([passes, lambda: gradients_of(supernet, batch, 0, 0.0, Recipe())], rounds)
+    return step / alone
 
 
 def rows_of(made: Case, arguments: argparse.Namespace, tell: Callable[[str, str, float, Any, str], None]) -> None:
