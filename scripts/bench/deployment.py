@@ -24,7 +24,7 @@ from typing import Any
 import networks
 import numpy as np
 import torch
-from loading import Loaded
+from loading import Loaded, padded
 from measures import Measures, command_line
 from networks import all_in
 from rich.console import Console
@@ -80,9 +80,7 @@ def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, 
         jointopt.train_supernet(supernet, lambda epoch: train.epoch(epoch, 16, 0), STEPS, learning_rate=1e-4)
         supernet.save(tuned)
     supernet.calibrate(inputs)
-    one = {key: value[:1] for key, value in inputs[0].items()}
-    short = {key: max(0, TOKENS - value.shape[1]) for key, value in one.items()}
-    one = {key: nn.functional.pad(value[:, :TOKENS], (0, short[key]), value=1) for key, value in one.items()}
+    one = padded({key: value[:1] for key, value in inputs[0].items()}, TOKENS)
     lookup = Lookup.of(supernet, 1, context=TOKENS, threads=arguments.threads, path=arguments.work / "operators.json")
     supernet.use_latency(lookup)
     scored = replace(network.evaluate, samples=None, length=32)

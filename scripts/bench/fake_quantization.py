@@ -194,9 +194,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     names = ("ours", "reference", "torchao", "compressed-tensors")
-    table = Table(title=f"time / copy, {torch.get_num_threads()} threads, float32")
-    for column in ("format", "shape", *names):
-        table.add_column(column)
+    table = Table("format", "shape", *names, title=f"time / copy, {torch.get_num_threads()} threads, float32")
     measures, missed, slower = Measures(arguments.json), [], []
     for shape in SHAPES:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -264,11 +264,10 @@ def better_half(medians: dict[str, dict[str, float]]) -> float:
 
 def show(bench: Bench, medians: dict[str, dict[str, float]]) -> None:
     arguments, case = bench.arguments, bench.case
-    table = Table(title=f"{arguments.case}: {arguments.evaluations} evaluations, medians of {arguments.seeds} seeds")
+    title = f"{arguments.case}: {arguments.evaluations} evaluations, medians of {arguments.seeds} seeds"
     unit = f"{case.level:+g}" if bench.sign > 0 else f"{case.level:+.0%}"
     columns = ("search", "hypervolume", f"MB at {case.metric} {unit}", "worse by, on unseen data")
-    for column in columns:
-        table.add_column(column)
+    table = Table(*columns, title=title)
     for name, found in medians.items():
         table.add_row(name, *(f"{found[measure]:.4g}" for measure in ("hypervolume", "size_mb", "unseen_loss")))
     console = Console()

@@ -24,6 +24,7 @@ from pathlib import Path
 import networks
 import numpy as np
 import torch
+from loading import padded
 from measures import Measures, command_line
 from networks import Network
 from rich.console import Console
@@ -52,16 +53,11 @@ def supernet_of(name: str, network: Network, arguments: argparse.Namespace) -> t
     batch = dict(loaded.inputs(source, BATCHES[name])[0])
     if "attention_mask" in batch:
         batch["attention_mask"] = torch.ones(BATCHES[name], LENGTHS[name], dtype=torch.long)
-        batch = {key: nn_pad(value, LENGTHS[name]) for key, value in batch.items()}
+        batch = padded(batch, LENGTHS[name])
     space = SearchSpace.for_model(loaded.model, schemes=SCHEMES[arguments.backend], **network.space)
     supernet = Supernet(loaded.model, space)
     supernet.calibrate([batch])
     return supernet, batch
-
-
-def nn_pad(value: torch.Tensor, length: int) -> torch.Tensor:
-    """Columns of ones up to a length."""
-    return torch.nn.functional.pad(value[:, :length], (0, max(0, length - value.shape[1])), value=1)
 
 
 def place_of(folder: Path, genome: np.ndarray) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from jointopt.evaluation import Batch, Quality
 from jointopt.models import load_model
@@ -34,6 +34,14 @@ class Loaded:
     def quality(self, batches: Sequence[Batch], original: nn.Module | None = None) -> Quality:
         """A model's metrics on the batches, "kl" from the original among them where it is given."""
         return self.task.problem(self.model).quality(batches, original)
+
+
+def padded(batch: Batch, length: int) -> dict[str, Tensor]:
+    """Texts of one length, cut there or with columns of ones up to it."""
+    return {
+        name: nn.functional.pad(tensor[:, :length], (0, max(0, length - tensor.shape[1])), value=1)
+        for name, tensor in batch.items()
+    }
 
 
 def unlabelled(batches: Sequence[Batch]) -> list[Batch]:

@@ -310,9 +310,8 @@ def best_neighbour(found: dict[str, Any], case: str, measure: str, better: Calla
 
 
 def show(found: dict[str, Any], known: dict[str, Case]) -> None:
-    table = Table(title="uniform formats; KL in nats from the original")
-    for column in ("model", "format", "tool", "quality", "KL", "seconds", "MB"):
-        table.add_column(column)
+    title = "uniform formats; KL in nats from the original"
+    table = Table("model", "format", "tool", "quality", "KL", "seconds", "MB", title=title)
     missing = []
     for case, result in sorted(found.items(), key=lambda item: item[0].split("/")[:2]):
         if not isinstance(result, dict):

@@ -281,9 +281,7 @@ def main() -> None:
             clocks[7 * blocks] = own_speed(blocks, partial(measures.keep, f"{7 * blocks} genes"))
         if given.plot:
             plot(clocks, given.plot)
-    aims = Table(title="against the aims")
-    for column in ("case", "measure", "value", "aim"):
-        aims.add_column(column)
+    aims = Table("case", "measure", "value", "aim", title="against the aims")
     for each in measures.rows:
         if each["aim"] is not None or "guided's 50" in each["measure"]:
             aim = "" if each["aim"] is None else f"{each['aim']:g}, {each['better']}"
