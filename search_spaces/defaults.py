@@ -69,7 +69,8 @@ def space_for_model(
         **architecture: choices written out, which then are all that is elastic: depth, heads, mlp, bottleneck, stage
             (widths): lists of counts, or of fractions of the full one (floats), depth also of blocks less than
             all (0 or negative); keep, attention_keep, mlp_keep: True gives each block, its attention, its MLP a gene.
-            With neither these nor a preset the space is the family's default.
+            None says nothing; False takes away what the preset says. With neither these nor a preset the space is the
+            family's default.
 
     Returns:
         A space whose genes list their choices from small to large; precision choices come in the order of `schemes`,
@@ -133,12 +134,13 @@ def _options(preset: str | None, architecture: Mapping[str, Any]) -> dict[str, A
                 f"space.{key}: unknown key{did_you_mean(key, ARCHITECTURE)}; allowed: {', '.join(ARCHITECTURE)}"
             )
     architecture = {key: _without_numpy(given) for key, given in architecture.items()}
-    if preset is None:
-        return {k: v for k, v in architecture.items() if v is not None and v is not False}
-    known = presets()
-    if preset not in known:
-        raise JointoptError(f"space.preset: found {preset!r}; allowed: {', '.join(known)}")
-    return {**(known[preset] or {}), **architecture}
+    given = {key: value for key, value in architecture.items() if value is not None}
+    if preset is not None:
+        known = presets()
+        if preset not in known:
+            raise JointoptError(f"space.preset: found {preset!r}; allowed: {', '.join(known)}")
+        given = {**(known[preset] or {}), **given}
+    return {key: value for key, value in given.items() if value is not False}
 
 
 def _without_numpy(given: Any) -> Any:
@@ -188,15 +190,16 @@ def _listed(key: str, chosen: Mapping[str, Any]) -> list[Any]:
 
 
 def _keep_genes(family: Family, chosen: Mapping[str, Any]) -> list[Gene]:
-    genes = []
+    genes, made = [], set[str]()
     for block in family.blocks:
-        if chosen.get("keep") and block.removable:
-            genes.append(Gene(block.keep, (False, True)))
-        for branch in block.branches:
-            if chosen.get(f"{branch.kind}_keep"):
-                genes.append(Gene(branch_keep(block.name, branch.kind), (False, True)))
+        leaving = {"keep": block.keep} if block.removable else {}
+        leaving |= {f"{branch.kind}_keep": branch_keep(block.name, branch.kind) for branch in block.branches}
+        for key, gene in leaving.items():
+            if chosen.get(key):
+                genes.append(Gene(gene, (False, True)))
+                made.add(key)
     for key in ("keep", "attention_keep", "mlp_keep"):
-        if chosen.get(key) and not any(g.name.endswith(key.replace("_", ".")) for g in genes):
+        if chosen.get(key) and key not in made:
             never = f"the {family.name} family has no block that can leave this way"
             raise JointoptError(f"space.{key}: {family.staying.get(key.removesuffix('_keep'), never)}")
     return genes

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -27,6 +28,8 @@ from transformers import (
 )
 
 from jointopt import Gene, JointoptError, SearchSpace, Supernet
+from search_spaces import vit
+from search_spaces.family import Family
 from tests.zoo import batches, make
 
 CHOICES = ((2, 3, 4), (False, True), ("none", "W8A8", "W4A16"), (0.5,), (None, 1), ((3, 3), (5, 5)), tuple(range(5)))
@@ -329,6 +332,28 @@ def test_llama_nas_on_llama2_7b():
 def test_the_fixed_preset_leaves_the_architecture_as_it_is():
     space = SearchSpace.for_model(full(BertForSequenceClassification, BertConfig()), preset="fixed", schemes=["W8A16"])
     assert {gene.name.rpartition(".")[2] for gene in space.genes} == {"precision"}
+
+
+def test_none_says_nothing_and_false_takes_a_preset_s_key_away():
+    model = make("vit")
+
+    def kinds(**options: Any) -> set[str]:
+        genes = SearchSpace.for_model(model, ["none"], preset="vit", **options).genes
+        return {gene.name.rpartition(".")[2] for gene in genes}
+
+    assert kinds(heads=None, keep=None) == kinds() == {"depth", "heads", "mlp"}
+    assert kinds(mlp=False) == {"depth", "heads"}
+
+
+def test_blocks_that_cannot_leave_are_named_though_their_parts_can():
+    def staying(model: nn.Module) -> Family:
+        found = vit.declare(model)
+        return replace(found, blocks=tuple(replace(block, removable=False) for block in found.blocks))
+
+    model = make("vit")
+    assert SearchSpace.for_model(model, ["none"], family=staying, mlp_keep=True).names[0] == "block0.mlp.keep"
+    with pytest.raises(JointoptError, match=r"space\.keep: the vit family has no block that can leave this way"):
+        SearchSpace.for_model(model, ["none"], family=staying, keep=True, mlp_keep=True)
 
 
 def test_choices_may_be_numpy_s():
