@@ -20,7 +20,7 @@ class Target:
     """A library that loads exports.
 
     Attributes:
-        schemes: names of the number formats that it computes; group sizes are left open.
+        schemes: names of the number formats that it computes, group sizes left open; None for all, one's own included.
         default_schemes: those of a space that names none; None for the usual ones.
         caches: whether quantized caches can be exported for it.
         dtypes: of models.
@@ -34,7 +34,7 @@ class Target:
     """
 
     name: str
-    schemes: tuple[str, ...]
+    schemes: tuple[str, ...] | None
     default_schemes: tuple[str, ...] | None = None
     caches: bool = True
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -50,7 +50,7 @@ class Target:
 TARGETS = {
     each.name: each
     for each in (
-        Target("transformers", tuple(SCHEMES), backend="torch"),
+        Target("transformers", None, backend="torch"),
         Target(
             "onnxruntime",
             (
@@ -127,7 +127,7 @@ def check_schemes(wanted: Target, schemes: Iterable[str]) -> None:
     for name in schemes:
         scheme(name)
         base = name if name in SCHEMES else name.rpartition("_G")[0]
-        if name not in wanted.schemes and base not in wanted.schemes:
+        if wanted.schemes is not None and name not in wanted.schemes and base not in wanted.schemes:
             raise JointoptError(f"target {wanted.name}: {name} has no form there; allowed: {', '.join(wanted.schemes)}")
 
 

@@ -1,16 +1,26 @@
 """The config: the issue's example is valid, and every mistake is one line that names the key."""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointopt import JointoptError, names
+from jointopt import JointoptError, strategies
+from jointopt.checkpoint import card
 from jointopt.config import Config, load_config
+from jointopt.config_sections import Finish, Search, Space, Train
+from jointopt.models import DTYPES
+from jointopt.rounding import ROUNDINGS
 from jointopt.targets import TARGETS
 from jointopt.tasks import TASKS
+from jointopt.training import sampling
+from quant.formats import SCHEMES
+from search_spaces.precision import PRECISION_PER
 
 EXAMPLE = """
 model: ./my-finetuned-bert
@@ -154,8 +164,37 @@ def test_overrides_take_the_place_of_the_files_values(tmp_path):
     assert (config.search.evaluations, config.output) == (7, "elsewhere")
 
 
-def test_a_config_names_the_tasks_and_targets_that_there_are():
-    assert tuple(TASKS) == names.TASKS and tuple(TARGETS) == names.TARGETS
+@pytest.mark.parametrize(
+    ("section", "key", "table"),
+    [
+        (Config, "task", TASKS),
+        (Config, "target", TARGETS),
+        (Config, "dtype", ["auto", *DTYPES]),
+        (Space, "precision_per", PRECISION_PER),
+        (Train, "sampling", sampling.STRATEGIES),
+        (Search, "strategy", strategies.STRATEGIES),
+        (Finish, "rounding", ROUNDINGS),
+        (Finish, "rounding", [name for name in card.ROUNDINGS if name != "nearest"]),
+    ],
+)
+def test_a_config_names_what_there_is(section, key, table):
+    named = section.model_fields[key].annotation
+    literals = [each for each in (named, *get_args(named)) if get_origin(each) is Literal]
+    assert [name for each in literals for name in get_args(each)] == list(table)
+
+
+def test_a_format_of_one_s_own_is_one_of_its_target_s(tmp_path, monkeypatch):
+    monkeypatch.setitem(SCHEMES, "MINE", replace(SCHEMES["W8A16_CHANNEL"], name="MINE"))
+    named = MINIMAL + "space: {schemes: [none, MINE]}\n"
+    assert load_config(written(tmp_path, named)).space.schemes == ["none", "MINE"]
+    said = "space.schemes: target onnxruntime: MINE has no form there; allowed: none, W8A8"
+    assert said in complaint(tmp_path, named + "target: onnxruntime\n")
+
+
+def test_a_cluster_without_ray_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    said = "search.ray: found 'auto', and no ray to reach it with; pip install 'jointopt[ray]'"
+    assert said in complaint(tmp_path, MINIMAL + "search: {ray: auto}\n")
 
 
 def test_the_record_leaves_out_what_may_change_between_runs(tmp_path):
