@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from jointopt import strategies
 from jointopt import workers as workplaces
 from jointopt.evaluation import Evaluation, Quality, check_supernet
 from jointopt.objectives import COSTS, Constraint, Objective
-from jointopt.sensitivity import quality_prior
+from jointopt.sensitivity import quality_prior, telling
 from jointopt.sharing import evaluation_order, parts_of
 from jointopt.stopping import Budget, Watch, heeding_ctrl_c
 from jointopt.study import Study, damaged
@@ -107,17 +108,21 @@ def search(
     check_count("workers", workers)
     check_count("threads", threads)
     check_count("batch", batch)
+    if ray is not None and find_spec("ray") is None:
+        raise JointoptError(f"ray: found {ray!r}, and no ray to reach it with; pip install 'jointopt[ray]'")
     if not isinstance(strategy_options or {}, Mapping):
         raise JointoptError(f"strategy_options: found {strategy_options!r}; allowed: a mapping of names to values")
     original, wanted, limits = resolved(supernet, objectives, constraints or {})
     space = supernet.space
     if warm_start and strategy != "guided":
         raise JointoptError(f"warm_start: found the {strategy} strategy, which takes no estimates; allowed: guided")
-    prior = {"prior": quality_prior(supernet, wanted)} if warm_start else {}
+    if warm_start:
+        telling(wanted)
     constrained = {"constraints": limits} if limits else {}
     shared = {"parts": parts_of(supernet)} if strategy == "guided" else {}
-    options = {**shared, **(strategy_options or {}), **prior, **constrained}
-    asking = strategies.create(strategy, space, wanted, seed=seed, **options)
+    options = {**shared, **(strategy_options or {}), **constrained}
+    create = partial(strategies.create, strategy, space, wanted, seed=seed)
+    asking = create(**options)  # what does not fit is refused before a study is begun
     settings = {"seed": seed, "strategy": strategy, "strategy_options": dict(strategy_options or {}), "batch": batch}
     switches = {"warm_start": warm_start, "asynchronous": asynchronous}
     study = Study.create(storage, space, wanted, _recorded(supernet, settings, switches, limits, config or {}))
@@ -133,6 +138,11 @@ def search(
         if study.fact("shapes") is None:
             study.note("shapes", supernet.shapes())
         _begin_anew_if_all_failed(study)
+        if warm_start:
+            with workplaces.threads_of_torch(threads):
+                prior = _prior(study, supernet, wanted)
+            with damaged(study.path, "what its warm start was told"):
+                asking = create(**{**options, "prior": prior})
         if (state := study.fact("state")) is not None:
             with damaged(study.path, "the state of its strategy"):
                 asking.load_state_dict(state)
@@ -201,6 +211,15 @@ def _threads(study: Study, wanted: int | None, parallel: bool) -> int:
     return begun
 
 
+def _prior(study: Study, supernet: Supernet, wanted: Sequence[Objective]) -> dict[str, list[list[float]]]:
+    """`quality_prior`, estimated once a study."""
+    prior = study.fact("prior")
+    if prior is None:
+        prior = {name: [each.tolist() for each in found] for name, found in quality_prior(supernet, wanted).items()}
+        study.note("prior", prior)
+    return prior
+
+
 def _say_where_small(space: SearchSpace, budget: Budget) -> None:
     count = space.count()
     if budget.evaluations is not None and count < budget.evaluations:
@@ -215,10 +234,8 @@ def _evaluator(
 ) -> workplaces.Evaluator:
     order = partial(evaluation_order, supernet)
     if ray is not None:
-        try:
-            from jointopt.ray_workers import Cluster
-        except ImportError as error:
-            raise JointoptError(f"ray: {error}; allowed: after pip install 'jointopt[ray]'") from None
+        from jointopt.ray_workers import Cluster
+
         cluster = Cluster(ray, supernet, quality, workers, threads)
         return workplaces.Pool(cluster, workers or cluster.room, order)
     if workers is None or workers == 1:

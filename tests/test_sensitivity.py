@@ -195,6 +195,7 @@ def test_a_search_with_a_warm_start_begins_elsewhere_and_goes_on_as_if_never_sto
         return found
 
     whole = genomes(12, warm_start=True)
+    genomes(2, warm_start=True, storage=tmp_path / "study.db")  # in the middle of a batch
     genomes(8, warm_start=True, storage=tmp_path / "study.db")
     assert genomes(12, warm_start=True, storage=tmp_path / "study.db") == whole
     assert genomes(12) != whole
@@ -202,7 +203,32 @@ def test_a_search_with_a_warm_start_begins_elsewhere_and_goes_on_as_if_never_sto
         genomes(12, storage=tmp_path / "study.db")
 
 
+def test_a_study_keeps_what_its_warm_start_was_told(tmp_path):
+    supernet, _ = prepared("bert")
+    options = {"evaluations": 2, "storage": tmp_path / "study.db", "warm_start": True}
+    study = jointopt.search(supernet, accuracy, ["accuracy", "size"], **options)
+    assert study.fact("prior") == {
+        "accuracy": [each.tolist() for each in estimated_losses(supernet, supernet.samples).values()]
+    }
+    told = {"accuracy": [[0.5] * int(size) for size in supernet.space.sizes]}
+    study.note("prior", told)
+    study.close()
+    again = jointopt.search(supernet, accuracy, ["accuracy", "size"], **options)
+    assert again.fact("prior") == told
+    again.note("prior", {"accuracy": ["much"]})
+    again.close()
+    with pytest.raises(JointoptError, match="what its warm start was told cannot be read: ValueError"):
+        jointopt.search(supernet, accuracy, ["accuracy", "size"], **options)
+
+
 def test_a_warm_start_is_for_guided_alone():
     supernet, _ = prepared("bert")
     with pytest.raises(JointoptError, match="random strategy, which takes no estimates; allowed: guided"):
         jointopt.search(supernet, accuracy, ["accuracy"], 3, strategy="random", warm_start=True)
+
+
+def test_a_warm_start_that_nothing_tells_quality_to_begins_no_study(tmp_path):
+    supernet, _ = prepared("bert")
+    with pytest.raises(JointoptError, match="warm_start: no objective tells quality"):
+        jointopt.search(supernet, accuracy, ["size"], 3, storage=tmp_path / "study.db", warm_start=True)
+    assert not (tmp_path / "study.db").exists()
