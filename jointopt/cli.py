@@ -299,16 +299,19 @@ def _export(options: argparse.Namespace) -> int:
             raise JointoptError(f"export: {str(folder)!r} exists; choose another with --to, or give --overwrite")
         stay_offline(config)
         from jointopt.checkpoint.writer import check_place  # not before the hub is forbidden
+        from jointopt.checkpoint.writers import WRITERS
 
         check_place(folder, options.overwrite)
-        prepared = prepare(config)
+        target = options.target or config.target
+        prepared = prepare(config, target)
         genome = picked(study, pick, finishing_of(config, prepared).name if config.finish else None)
         supernet = make_supernet(config, prepared)
         searched = (study.config.get("supernet"), study.config.get("contents"))
         if searched != (supernet.fingerprint(), prepared.searched):
             raise JointoptError(f"export: the model or its data are no longer what {str(output / STUDY)!r} searched")
+        if config.finish is not None:  # which takes a while, for what may be refused
+            WRITERS[target].check(supernet.extract(genome), prepared.loaded.saved_processor)
         finished = finished_genome(config, supernet, study, genome, prepared)
-        target = options.target or config.target
         export_genome(supernet, study, genome, finished, folder, prepared, options.overwrite, target)
         if folder == output / EXPORT:  # only now: what was refused is no choice
             note_choice(study, supernet, genome, pick, finished)

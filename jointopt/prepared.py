@@ -15,6 +15,7 @@ from jointopt.config import Config
 from jointopt.rows import is_hub_id
 from jointopt.timing.hardware import latency_of
 from quant.errors import JointoptError
+from search_spaces.families import declare
 
 if TYPE_CHECKING:
     from jointopt.evaluation import Batch, Quality
@@ -78,20 +79,25 @@ def stay_offline(config: Config) -> None:
         os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, target: str | None = None) -> Prepared:
     """Loads the model and the data, and checks all that can be checked before anything is run.
+
+    Args:
+        target: what the export is for (default: the config's).
 
     Raises:
         JointoptError: whatever does not fit, named by its key.
     """
+    from jointopt.checkpoint.writers import WRITERS
     from jointopt.models import import_function, load_model
     from jointopt.tasks import TASKS
 
     latency_of(config)
-    _check_installed(config)
+    writer = WRITERS[target or config.target]
+    writer.check_installed()
     function = import_function(config.quality) if config.quality else None
     loaded = load_model(config.model, config.task, config.device, config.dtype)
-    _check_target(config, loaded)
+    writer.check(declare(loaded.model)[0], loaded.processor)
     if loaded.untrained and config.train is None:
         raise JointoptError(
             f"model: {config.model!r} has no weights for {', '.join(loaded.untrained[:4])}; allowed: a model "
@@ -124,34 +130,6 @@ def prepare(config: Config) -> Prepared:
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
     unseen = scored_on("test") if config.data.test is not None else None
     return Prepared(loaded, quality, objectives, inputs, train, contents, unseen)
-
-
-def _check_installed(config: Config) -> None:
-    """What its export for the target will need."""
-    if config.target == "onnxruntime":
-        from jointopt.checkpoint.onnx import writer
-
-        writer.check_installed()
-    if config.target == "gguf":
-        from jointopt.checkpoint import gguf_writer
-
-        gguf_writer.check_installed()
-
-
-def _check_target(config: Config, loaded: LoadedModel) -> None:
-    """What its export for the target would refuse of the model as a whole."""
-    if config.target == "gguf":
-        from jointopt.checkpoint import gguf_writer
-
-        gguf_writer.check(loaded.model)
-        gguf_writer.check_tokenizer(loaded.processor)
-    if config.target == "onnxruntime":
-        from jointopt.checkpoint.onnx import writer
-
-        writer.check_positions(loaded.model)
-    dtype = next(loaded.model.parameters()).dtype
-    if config.target == "onnxruntime" and str(dtype) != "torch.float32":
-        raise JointoptError(f"dtype: the model is {dtype}; allowed for target onnxruntime: dtype: float32")
 
 
 def digest(batches: Iterable[Batch]) -> str:

@@ -30,6 +30,7 @@ class Target:
         fused: whether it computes q, k, v as one layer, and gate, up as another, so that these share a format.
         unquantized: layers that keep their numbers as they are.
         without: genes that no space has for it: what they would choose stays.
+        cpu_alone: whether its exports are verified on the CPU, whatever the search computed on.
         backend: what its exports run in on this machine (`jointopt.timing.backend`), None where that is not timed.
     """
 
@@ -44,6 +45,7 @@ class Target:
     fused: bool = False
     unquantized: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    cpu_alone: bool = False
     backend: str | None = None
 
 
@@ -69,6 +71,7 @@ TARGETS = {
             default_schemes=("none", "W8A8", "W4A16"),
             caches=False,
             dtypes=("float32",),
+            cpu_alone=True,
             backend="onnxruntime",
         ),
         Target(

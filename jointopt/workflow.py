@@ -16,7 +16,6 @@ from jointopt.prepared import Prepared, digest, prepare, stay_offline
 from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
 from jointopt.timing.hardware import THIS, check_timed, latency_of, look_up, measured_beside
 from quant.errors import JointoptError
-from search_spaces.families import declare
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +35,6 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     Args:
         console: where progress is shown; None trains nothing, and what was not trained is refused.
     """
-    from jointopt.rebuilding.loadable import check_loadable
     from jointopt.supernet import Supernet
 
     model = prepared.loaded.model
@@ -44,8 +42,6 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     if space.count() == 1:
         raise JointoptError("space: holds one genome, so there is nothing to search; allowed: two or more")
     transforms = config.transforms or ()
-    if config.target in ("transformers", "vllm"):
-        check_loadable(declare(model)[0])
     supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
     if config.train is None:
         supernet.calibrate(prepared.inputs)

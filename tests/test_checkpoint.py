@@ -418,6 +418,8 @@ def test_a_generation_config_that_transformers_does_not_write_is_named(tmp_path)
         ({"metrics": {"accuracy": "good"}}, "metrics.accuracy: found 'good'"),
         ({"costs": {"size": []}}, r"costs.size: found \[\]"),
         ({"stored": "all"}, "stored: found 'all'"),
+        ({"target": ["vllm"]}, r"target: found \['vllm'\]"),
+        ({"target": "tvm"}, "target: found 'tvm'"),
     ],
 )
 def test_a_record_of_an_export_that_was_edited_to_something_else_is_one_line_that_names_the_key(damage, said, tmp_path):

@@ -28,7 +28,7 @@ from jointopt.files import locked
 from jointopt.prepared import prepare
 from jointopt.run_folder import CHECKPOINT, LOCK, STUDY
 from jointopt.workflow import make_supernet
-from tests.saved import save_bert, save_timm, save_vit, write_images, write_reviews
+from tests.saved import save_bert, save_llama, save_timm, save_vit, write_images, write_reviews
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,6 +288,8 @@ def refused(capsys, place: Path, monkeypatch, *words: str) -> str:
         ({"device": "cuda:9"}, "device: cuda:9 is not available here"),
         ({"output": "images"}, "output: 'images' exists and is no run"),
         ({"choose": {"size_mb": 1, "drop": 1}}, "allowed: one of size_mb, drop, knee"),
+        ({"target": "vllm"}, "target vllm: found a vit; allowed: language models of llama"),
+        ({"target": "gguf", "space": None}, "target gguf: found a vit; allowed: language models of llama"),
     ],
 )
 def test_a_bad_config_is_one_line_and_exit_code_2(changes, said, place, capsys, monkeypatch):
@@ -415,6 +417,22 @@ def test_an_export_that_is_refused_leaves_the_choice_as_it_was(finished, capsys,
     words = ("export", "runs/vit", "--pick", "1", "--target", "gguf", "--overwrite")
     assert "target gguf: found a vit" in refused(capsys, finished.parents[1], monkeypatch, *words)
     assert (study.fact("choice"), study.fact("verified")) == before
+
+
+def test_an_export_that_its_target_cannot_hold_is_refused_before_it_is_finished(tmp_path, capsys, monkeypatch):
+    save_llama(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("the film was very good " * 40)
+    given = {"model": "llama", "task": "causal-lm", "data": {"calibrate": "text.txt", "evaluate": "text.txt"}}
+    rest = {"objectives": None, "search": {"evaluations": 2}, "output": "runs/llama"}
+    write_config(tmp_path, space={"preset": "fixed", "schemes": ["none", "FP8"]}, **given, **rest)
+    done = command("run", "config.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "runs/llama/config.yaml", "a") as file:
+        file.write("finish: {rounding: gptq}\n")
+    words = ("export", "runs/llama", "--pick", "2", "--to", "other", "--target", "vllm")
+    assert "target vllm: FP8 has no form there" in refused(capsys, tmp_path, monkeypatch, *words)
+    study = Study.open(tmp_path / "runs/llama/study.db")
+    assert not study.finished() and not (tmp_path / "other").exists()
 
 
 @pytest.fixture

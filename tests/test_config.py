@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jointopt import JointoptError, strategies
 from jointopt.checkpoint import card
+from jointopt.checkpoint.writers import WRITERS
 from jointopt.config import Config, load_config
 from jointopt.config_sections import Finish, Search, Space, Train
 from jointopt.models import DTYPES
@@ -169,6 +170,7 @@ def test_overrides_take_the_place_of_the_files_values(tmp_path):
     [
         (Config, "task", TASKS),
         (Config, "target", TARGETS),
+        (Config, "target", WRITERS),
         (Config, "dtype", ["auto", *DTYPES]),
         (Space, "precision_per", PRECISION_PER),
         (Train, "sampling", sampling.STRATEGIES),

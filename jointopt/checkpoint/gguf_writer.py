@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,15 @@ def check_installed() -> None:
         raise JointoptError("target gguf: found no gguf; pip install 'jointopt[gguf]'")
 
 
-def write_gguf(place: Path, model: Any, processor: Any) -> dict[str, Any]:
-    """model.gguf and config.json in a folder. Returns what the record keeps: the bytes of all stored tensors.
+def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """model.gguf and config.json in a folder, see `writers.Writer`.
 
     Raises:
         JointoptError: a model of another family, blocks of unequal size, a number format or a tokenizer that GGUF has
             no place for, a scale that float16 cannot hold.
     """
     check_installed()
-    check(model)
+    check(model, processor)
     import gguf
 
     writer = gguf.GGUFWriter(place / MODEL, "llama")
@@ -80,11 +80,12 @@ def write_gguf(place: Path, model: Any, processor: Any) -> dict[str, Any]:
     writer.write_tensors_to_file()
     writer.close()
     save_configs(model, place)
-    return {"target": "gguf", "stored": stored}
+    return {"target": "gguf", "stored": stored}, SNIPPET.format(folder=place.name)
 
 
-def check(model: Any) -> None:
-    """Raises JointoptError for a model that a GGUF file of the LLaMA architecture cannot describe."""
+def check(model: Any, processor: Any = None) -> None:
+    """Raises JointoptError for a model that a GGUF file of the LLaMA architecture cannot describe, and for a tokenizer
+    that llama.cpp has no word for."""
     check_language_model(model, "gguf", KINDS)
     if not is_uniform(model):
         raise JointoptError("target gguf: blocks differ in size; allowed: all alike (a space of depth and schemes)")
@@ -100,6 +101,8 @@ def check(model: Any) -> None:
     if biased is not None:
         raise JointoptError(f"target gguf: found layers.{biased}; allowed: layers without biases")
     check_formats(model, "gguf")
+    if processor is not None:
+        _parted(processor)
 
 
 def _add_sizes(writer: Any, model: Any) -> None:
@@ -119,12 +122,6 @@ def _add_sizes(writer: Any, model: Any) -> None:
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-
-
-def check_tokenizer(processor: Any) -> None:
-    """Raises JointoptError for a tokenizer that llama.cpp has no word for."""
-    if processor is not None:
-        _parted(processor)
 
 
 def _parted(processor: Any) -> tuple[dict[str, Any], str]:

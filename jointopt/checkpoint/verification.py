@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from jointopt.checkpoint import gguf_writer
-from jointopt.checkpoint.onnx.writer import check_installed
 from jointopt.checkpoint.writer import RECORD, probe_inputs, probed, stored_bytes
+from jointopt.checkpoint.writers import WRITERS
 from jointopt.evaluation import Quality, measured
 from jointopt.files import check_path
+from jointopt.targets import TARGETS
 from quant.errors import JointoptError, check_kind
 from quant.formats import scheme
 
@@ -72,7 +72,7 @@ def verify(
     record = read_record(folder)
     folder = Path(folder)
     _check_installed(folder, record)
-    if record.get("target") == "onnxruntime":
+    if TARGETS[_target(record)].cpu_alone:
         device = "cpu"
     differences = []
     size = stored_bytes(folder)
@@ -127,6 +127,10 @@ def read_record(folder: str | Path) -> dict[str, Any]:
             raise JointoptError(
                 f"verify: {str(path)!r}: {key}: found {found!r:.60}; allowed: what export wrote, unchanged"
             )
+    if _target(record) not in TARGETS:
+        raise JointoptError(
+            f"verify: {str(path)!r}: target: found {_target(record)!r:.60}; allowed: what export wrote, unchanged"
+        )
     return record
 
 
@@ -136,6 +140,7 @@ def _parts(record: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         yield key, record[key], kind
     yield "costs.size", record["costs"].get("size"), Real
     yield "stored", record.get("stored", 0), Real
+    yield "target", _target(record), str
     for name, value in record["metrics"].items():
         yield f"metrics.{name}", value, Real
     for at, layer in enumerate(record["layers"]):
@@ -143,11 +148,13 @@ def _parts(record: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         yield f"layers[{at}].scheme", layer.get("scheme"), str
 
 
+def _target(record: Mapping[str, Any]) -> Any:
+    """The target's name, which records for transformers leave out."""
+    return record.get("target", "transformers")
+
+
 def _check_installed(folder: Path, record: Mapping[str, Any]) -> None:
-    if record.get("target") == "onnxruntime":
-        check_installed()
-    if record.get("target") == "gguf":
-        gguf_writer.check_installed()
+    WRITERS[_target(record)].check_installed()
     wanted = next((layer["scheme"] for layer in record["layers"] if scheme(layer["scheme"]).bitsandbytes), None)
     if wanted and find_spec("bitsandbytes") is None:
         raise JointoptError(

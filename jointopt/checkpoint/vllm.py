@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from inspect import getsource
 from pathlib import Path
 from typing import Any
 
 from jointopt.checkpoint.card import transformers_snippet
+from jointopt.checkpoint.transformers_writer import MODELING, write_config, write_weights
 from jointopt.rebuilding import runtime
 from jointopt.rebuilding.block_sizes import is_uniform, save_generation_config
+from jointopt.rebuilding.loadable import check_loadable
 from jointopt.rebuilding.structure import (
     by_compressed_tensors,
     check_formats,
@@ -83,15 +86,29 @@ def snippet(folder: str, uneven: bool) -> str:
     return SNIPPET.format(folder=folder, option=option, argument=argument)
 
 
-def check(model: Any) -> None:
-    """Raises JointoptError for a model of another family, heads that differ from block to block, a first block
-    without attention, a format that vLLM does not compute or that layers which it fuses do not share, a quantized
-    embedding, head or cache; with the layer's name."""
+def check_installed() -> None:
+    """Raises nothing: the folder is written without vLLM."""
+
+
+def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """See `writers.Writer`."""
+    check(model)
+    uneven = not is_uniform(model)
+    write_weights(place, model)
+    loading = _write_uneven(place, model) if uneven else write_config(place, model)
+    return {"target": "vllm"}, f"{snippet(place.name, uneven)}\n\nFor transformers:\n\n{loading}"
+
+
+def check(model: Any, processor: Any = None) -> None:
+    """Raises JointoptError for a model of another family or that transformers does not build again, heads that differ
+    from block to block, a first block without attention, a format that vLLM does not compute or that layers which it
+    fuses do not share, a quantized embedding, head or cache; with the layer's name."""
     check_language_model(model, "vllm", KINDS)
     if not is_uniform(model):
         _check_blocks(model)
     layers: dict[str, Any] = quantized_layers(model)
     check_formats(model, "vllm")
+    check_loadable(model)
     for path, layer in layers.items():
         if not path.endswith("_proj"):
             raise JointoptError(
@@ -168,12 +185,8 @@ def _width(size: int, hidden: int) -> dict[str, Any]:
     return {"intermediate_size": size}
 
 
-def write_uneven(place: Path, model: Any, modeling: str) -> str:
-    """config.json of a DeciLM, and the modelling file by which transformers reads it. Returns how transformers does.
-
-    Args:
-        modeling: name of that file.
-    """
+def _write_uneven(place: Path, model: Any) -> str:
+    """config.json of a DeciLM, and the modelling file by which transformers reads it. Returns how transformers does."""
     config = copy.deepcopy(model.config)
     attention = next(block for block in model.get_submodule("model.layers") if _has_attention(block))
     config.num_attention_heads, config.num_key_value_heads = _heads(attention)
@@ -182,7 +195,7 @@ def write_uneven(place: Path, model: Any, modeling: str) -> str:
     config.dtype = next(model.parameters()).dtype
     if quantized_layers(model):
         config.quantization_config = compressed_config(model)
-    name = modeling.removesuffix(".py")
+    name = MODELING.removesuffix(".py")
     content = json.loads(config.to_json_string(use_diff=False)) | {
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],
@@ -192,5 +205,5 @@ def write_uneven(place: Path, model: Any, modeling: str) -> str:
     }
     (place / "config.json").write_text(json.dumps(content, indent=2))
     save_generation_config(model, place)
-    (place / modeling).write_text(getsource(runtime) + _CLASSES)
+    (place / MODELING).write_text(getsource(runtime) + _CLASSES)
     return transformers_snippet("AutoModelForCausalLM", place.name, True)

@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import base64
-import copy
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from glob import escape
 from importlib.metadata import version
-from inspect import getsource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt import targets
 from jointopt.batch_norm import on_device, sample_count
-from jointopt.checkpoint import card, gguf_writer, vllm
-from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes, snippet, write_onnx
+from jointopt.checkpoint import card, gguf_writer
+from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes
+from jointopt.checkpoint.writers import WRITERS
 from jointopt.evaluation import check_supernet
 from jointopt.files import check_path, locked
 from jointopt.finishing import Finished
-from jointopt.rebuilding import held_cache, runtime
-from jointopt.rebuilding.block_sizes import is_uniform, save_generation_config, settle_sizes
-from jointopt.rebuilding.loadable import auto_class
-from jointopt.rebuilding.structure import (
-    bitsandbytes_config,
-    by_bitsandbytes,
-    by_compressed_tensors,
-    compressed_config,
-    flat_inputs_noted,
-    on_meta,
-    quantized_layers,
-    rebuild_spec,
-    tensors_of,
-)
-from jointopt.rebuilding.timm_recipe import by_library, from_recipe, preprocessing, recipe_of
+from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
+from jointopt.rebuilding.timm_recipe import by_library
 from jointopt.study import Study
 from quant.errors import JointoptError, check_kind, in_one_line
 
@@ -53,7 +38,6 @@ if TYPE_CHECKING:
 RECORD = "jointopt.json"
 LOCK, REPLACED = "jointopt.lock", "replaced"
 """In the folder beside its own that an export is written in: locked while it lives; what was there before."""
-MODELING = "modeling_jointopt.py"
 
 
 def export(
@@ -121,18 +105,11 @@ def export(
         ):
             whole = Path(place) / folder.name
             whole.mkdir()
-            if target == "onnxruntime":
-                record |= write_onnx(whole, model, _example(supernet))
-                _write_beside(whole, record, processor, snippet(folder.name, model))
-            elif target == "gguf":
-                record |= gguf_writer.write_gguf(whole, model, processor)
-                _write_beside(whole, record, processor, gguf_writer.SNIPPET.format(folder=folder.name))
-            else:
-                if target == "vllm":
-                    vllm.check(model)
-                    record["target"] = target
-                _write(whole, model, record, processor)
+            noted, loading = WRITERS[target].write(whole, model, processor, _example(supernet))
+            record |= noted
+            if "stored" not in record:
                 _weigh(whole, model, record["costs"]["size"])
+            _write_beside(whole, record, processor, loading)
             _move(whole, folder, Path(place))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -300,19 +277,6 @@ def probed(output: Any) -> Tensor:
     return tensor.detach().float().cpu().flatten()[-64:]
 
 
-def _write(place: Path, model: nn.Module, record: dict[str, Any], processor: Any) -> None:
-    tensors = tensors_of(model)
-    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    uneven = record.get("target") == "vllm" and not is_uniform(model)
-    if uneven:
-        loading = vllm.write_uneven(place, model, MODELING)
-    else:
-        loading = _write_timm(place, model) if not hasattr(model, "config") else _write_transformers(place, model)
-    if record.get("target") == "vllm":
-        loading = f"{vllm.snippet(place.name, uneven)}\n\nFor transformers:\n\n{loading}"
-    _write_beside(place, record, processor, loading)
-
-
 def _write_beside(place: Path, record: dict[str, Any], processor: Any, loading: str) -> None:
     """What any folder has beside the model: the processor, the record, the card."""
     if processor is not None:
@@ -324,95 +288,6 @@ def _write_beside(place: Path, record: dict[str, Any], processor: Any, loading: 
             ) from error
     (place / RECORD).write_text(json.dumps(record, indent=1))
     (place / "README.md").write_text(card.model_card(record, loading))
-
-
-def _write_transformers(place: Path, model: Any) -> str:
-    """config.json and, where it takes one, the modelling file. Returns how to load the folder."""
-    config = copy.deepcopy(model.config)
-    stock = type(model)
-    auto = auto_class(stock, config)
-    config.architectures = [stock.__name__]
-    config.dtype = next(model.parameters()).dtype
-    compressed, whole = by_compressed_tensors(model), by_bitsandbytes(model)
-    settle_sizes(model, config)
-    spec = rebuild_spec(model, on_meta(stock, config), pack=not (compressed or whole))
-    if whole:
-        config.quantization_config = bitsandbytes_config(model, whole)
-    elif compressed and quantized_layers(model):
-        config.quantization_config = compressed_config(model)
-    if spec:
-        name = f"Jointopt{stock.__name__}"
-        config.jointopt = spec
-        config.architectures = [name]
-        config.auto_map = {auto: f"{MODELING.removesuffix('.py')}.{name}"}
-        text = _modeling_file(stock, name, spec.get("tied", {}), "caches" in spec)
-        (place / MODELING).write_text(text)
-    config.save_pretrained(place)
-    save_generation_config(model, place)
-    return card.transformers_snippet(auto, place.name, bool(spec))
-
-
-def _modeling_file(stock: Any, name: str, packed: Collection[str], caches: bool) -> str:
-    """The source of `name`. `packed`: paths of layers that take their codes from another."""
-    source = getsource(runtime)
-    if caches:
-        text = getsource(held_cache)
-        source += "\n\n" + text[text.index("def hold_caches") :]
-    held = '        hold_caches(self, config.jointopt["caches"])\n' if caches else ""
-    # A packed layer has no `weight` that the library could tie; what else is tied stays so.
-    still = {k: v for k, v in (stock._tied_weights_keys or {}).items() if k.removesuffix(".weight") not in packed}
-    untied = f"    _tied_weights_keys = {still}\n\n" if packed else ""
-    built = f'''
-
-from transformers import {stock.__name__}  # noqa: E402
-
-
-class {name}({stock.__name__}):
-    """{stock.__name__} with the sizes and number formats that config.json lists."""
-
-{untied}    def __init__(self, config):
-        super().__init__(config)
-        rebuild(self, config.jointopt)
-{held}'''
-    return source + built
-
-
-def _write_timm(place: Path, model: nn.Module) -> str:
-    recipe = recipe_of(model)
-    spec = rebuild_spec(model, from_recipe(recipe), pack=True)
-    dtype = str(next(model.parameters()).dtype)[6:]
-    config = {"architecture": recipe["class"], "timm": recipe, "dtype": dtype, "jointopt": spec}
-    config["pretrained_cfg"] = preprocessing(model)
-    (place / "config.json").write_text(json.dumps(config, indent=1))
-    (place / MODELING).write_text(getsource(runtime) + _TIMM_LOAD)
-    return card.timm_snippet(place.name)
-
-
-_TIMM_LOAD = '''
-
-def load(folder):
-    """The model in `folder`, in eval mode. Needs timm and safetensors."""
-    import json
-    import os
-
-    import timm
-    from safetensors.torch import load_file
-
-    with open(os.path.join(folder, "config.json")) as file:
-        config = json.load(file)
-    arguments = dict(config["timm"]["arguments"])
-    library = timm.models.vision_transformer
-    if config["timm"]["class"] == "ResNet":
-        library = timm.models.resnet
-        arguments["block"] = getattr(library, arguments["block"])
-    model = getattr(library, config["timm"]["class"])(**arguments).to(getattr(torch, config["dtype"]))
-    rebuild(model, config["jointopt"])
-    model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
-    # How its images are prepared, where timm looks for it, in the tuples that it has there.
-    prepared = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items()}
-    model.pretrained_cfg = model.default_cfg = prepared
-    return model.eval()
-'''
 
 
 def _weigh(place: Path, model: nn.Module, size: int) -> None:

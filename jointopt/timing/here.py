@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from jointopt.batch_norm import first_samples, sample_count
 from jointopt.files import write_whole
-from jointopt.timing.backend import ONNXRUNTIME, TORCH
+from jointopt.targets import TARGETS
+from jointopt.timing.backend import ONNXRUNTIME
 from jointopt.timing.lookup import Lookup
 from jointopt.timing.timers import time_exports
 from jointopt.typical import lengths, of_average_length
@@ -76,7 +77,8 @@ def _read(kept: Path, machine: str) -> dict[str, Any]:
 def _exported(supernet: Supernet, genome: Any, folder: Path, backend: str) -> Path:
     from jointopt.checkpoint.writer import export
 
-    return export(supernet, genome, folder, target="transformers" if backend == TORCH else "onnxruntime")
+    target = next(name for name, each in TARGETS.items() if each.backend == backend)
+    return export(supernet, genome, folder, target=target)
 
 
 def batch_of(inputs: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:

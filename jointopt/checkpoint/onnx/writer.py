@@ -29,7 +29,7 @@ def check_installed() -> None:
         raise JointoptError(f"target onnxruntime: found no {', '.join(missing)}; pip install 'jointopt[onnx]'")
 
 
-def check_positions(model: Any) -> None:
+def _check_positions(model: Any) -> None:
     """Raises JointoptError where positions are encoded by the length of the input at hand, which is not traced."""
     rope = (getattr(getattr(model, "config", None), "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
@@ -38,11 +38,11 @@ def check_positions(model: Any) -> None:
         )
 
 
-def write_onnx(place: Path, model: Any, example: Mapping[str, Any]) -> dict[str, Any]:
-    """model.onnx and config.json in a folder. Returns what the record keeps: opset, bytes of all stored tensors.
+def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """model.onnx and config.json in a folder, see `writers.Writer`.
 
     Args:
-        example: a batch of its inputs, by which a model is traced that is neither of transformers nor of timm.
+        example: by which a model is traced that is neither of transformers nor of timm.
 
     Raises:
         JointoptError: a number format without a form in ONNX, a bfloat16 model, a quantized cache, a missing
@@ -64,17 +64,18 @@ def write_onnx(place: Path, model: Any, example: Mapping[str, Any]) -> dict[str,
         if not own:
             described = {"timm": recipe_of(model), "pretrained_cfg": preprocessing(model)}
         (place / "config.json").write_text(json.dumps(described, indent=1))
-    return {"target": "onnxruntime", "opset": OPSET, "stored": onnx_bytes(place / MODEL)}
+    noted = {"target": "onnxruntime", "opset": OPSET, "stored": onnx_bytes(place / MODEL)}
+    return noted, snippet(place.name, model)
 
 
-def check(model: Any) -> None:
-    """Raises JointoptError for what cannot be written: see `write_onnx`."""
+def check(model: Any, processor: Any = None) -> None:
+    """Raises JointoptError for what cannot be written: see `write`."""
     check_installed()
-    check_positions(model)
+    _check_positions(model)
     check_formats(model, "onnxruntime")
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
-        raise JointoptError(f"export: the model is {dtype}; allowed for onnxruntime: float32")
+        raise JointoptError(f"target onnxruntime: the model is {dtype}; allowed: float32, as of dtype: float32")
     held = next((path for path, module in model.named_modules() if "cache_record" in module.__dict__), None)
     if held is not None:
         raise JointoptError(f"export: {held} has a quantized cache; allowed for onnxruntime: none")

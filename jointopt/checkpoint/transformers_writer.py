@@ -1,0 +1,147 @@
+"""Writes a sub-network as a folder that transformers or timm loads: its weights in model.safetensors, beside them the
+config and, where the library builds no such layers, a short modelling file."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Collection, Mapping
+from inspect import getsource
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from jointopt.checkpoint import card
+from jointopt.rebuilding import held_cache, runtime
+from jointopt.rebuilding.block_sizes import save_generation_config, settle_sizes
+from jointopt.rebuilding.loadable import auto_class, check_loadable
+from jointopt.rebuilding.structure import (
+    bitsandbytes_config,
+    by_bitsandbytes,
+    by_compressed_tensors,
+    compressed_config,
+    on_meta,
+    quantized_layers,
+    rebuild_spec,
+    tensors_of,
+)
+from jointopt.rebuilding.timm_recipe import from_recipe, preprocessing, recipe_of
+
+MODELING = "modeling_jointopt.py"
+
+
+def check_installed() -> None:
+    """Raises nothing: transformers and timm come with jointopt, and bitsandbytes is asked for with its formats."""
+
+
+def check(model: Any, processor: Any = None) -> None:
+    """Raises JointoptError for a model that neither transformers nor timm builds again."""
+    check_loadable(model)
+
+
+def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """See `writers.Writer`. Raises JointoptError for what `check` refuses, and for formats that one folder cannot hold
+    together."""
+    write_weights(place, model)
+    return {}, write_config(place, model)
+
+
+def write_weights(place: Path, model: nn.Module) -> None:
+    """model.safetensors."""
+    save_file(tensors_of(model), place / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_config(place: Path, model: Any) -> str:
+    """What is beside the weights. Returns how to load the folder."""
+    return _write_transformers(place, model) if hasattr(model, "config") else _write_timm(place, model)
+
+
+def _write_transformers(place: Path, model: Any) -> str:
+    """config.json and, where it takes one, the modelling file. Returns how to load the folder."""
+    config = copy.deepcopy(model.config)
+    stock = type(model)
+    auto = auto_class(stock, config)
+    config.architectures = [stock.__name__]
+    config.dtype = next(model.parameters()).dtype
+    compressed, whole = by_compressed_tensors(model), by_bitsandbytes(model)
+    settle_sizes(model, config)
+    spec = rebuild_spec(model, on_meta(stock, config), pack=not (compressed or whole))
+    if whole:
+        config.quantization_config = bitsandbytes_config(model, whole)
+    elif compressed and quantized_layers(model):
+        config.quantization_config = compressed_config(model)
+    if spec:
+        name = f"Jointopt{stock.__name__}"
+        config.jointopt = spec
+        config.architectures = [name]
+        config.auto_map = {auto: f"{MODELING.removesuffix('.py')}.{name}"}
+        text = _modeling_file(stock, name, spec.get("tied", {}), "caches" in spec)
+        (place / MODELING).write_text(text)
+    config.save_pretrained(place)
+    save_generation_config(model, place)
+    return card.transformers_snippet(auto, place.name, bool(spec))
+
+
+def _modeling_file(stock: Any, name: str, packed: Collection[str], caches: bool) -> str:
+    """The source of `name`. `packed`: paths of layers that take their codes from another."""
+    source = getsource(runtime)
+    if caches:
+        text = getsource(held_cache)
+        source += "\n\n" + text[text.index("def hold_caches") :]
+    held = '        hold_caches(self, config.jointopt["caches"])\n' if caches else ""
+    # A packed layer has no `weight` that the library could tie; what else is tied stays so.
+    still = {k: v for k, v in (stock._tied_weights_keys or {}).items() if k.removesuffix(".weight") not in packed}
+    untied = f"    _tied_weights_keys = {still}\n\n" if packed else ""
+    built = f'''
+
+from transformers import {stock.__name__}  # noqa: E402
+
+
+class {name}({stock.__name__}):
+    """{stock.__name__} with the sizes and number formats that config.json lists."""
+
+{untied}    def __init__(self, config):
+        super().__init__(config)
+        rebuild(self, config.jointopt)
+{held}'''
+    return source + built
+
+
+def _write_timm(place: Path, model: nn.Module) -> str:
+    recipe = recipe_of(model)
+    spec = rebuild_spec(model, from_recipe(recipe), pack=True)
+    dtype = str(next(model.parameters()).dtype)[6:]
+    config = {"architecture": recipe["class"], "timm": recipe, "dtype": dtype, "jointopt": spec}
+    config["pretrained_cfg"] = preprocessing(model)
+    (place / "config.json").write_text(json.dumps(config, indent=1))
+    (place / MODELING).write_text(getsource(runtime) + _TIMM_LOAD)
+    return card.timm_snippet(place.name)
+
+
+_TIMM_LOAD = '''
+
+def load(folder):
+    """The model in `folder`, in eval mode. Needs timm and safetensors."""
+    import json
+    import os
+
+    import timm
+    from safetensors.torch import load_file
+
+    with open(os.path.join(folder, "config.json")) as file:
+        config = json.load(file)
+    arguments = dict(config["timm"]["arguments"])
+    library = timm.models.vision_transformer
+    if config["timm"]["class"] == "ResNet":
+        library = timm.models.resnet
+        arguments["block"] = getattr(library, arguments["block"])
+    model = getattr(library, config["timm"]["class"])(**arguments).to(getattr(torch, config["dtype"]))
+    rebuild(model, config["jointopt"])
+    model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
+    # How its images are prepared, where timm looks for it, in the tuples that it has there.
+    prepared = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items()}
+    model.pretrained_cfg = model.default_cfg = prepared
+    return model.eval()
+'''
