@@ -259,13 +259,6 @@ class Search(Section):
     threads: Positive | None = None
     asynchronous: bool = False
 
-    @field_validator("ray")
-    @classmethod
-    def _installed(cls, value: str | None) -> str | None:
-        if value is not None and find_spec("ray") is None:
-            raise ValueError(f"{value!r}, and no ray to reach it with; pip install 'jointopt[ray]'")
-        return value
-
     @model_validator(mode="after")
     def _some_end(self) -> Search:
         if self.evaluations is None and self.minutes is None and self.patience is None:

@@ -108,8 +108,7 @@ def search(
     check_count("workers", workers)
     check_count("threads", threads)
     check_count("batch", batch)
-    if ray is not None and find_spec("ray") is None:
-        raise JointoptError(f"ray: found {ray!r}, and no ray to reach it with; pip install 'jointopt[ray]'")
+    check_ray("ray", ray)
     if not isinstance(strategy_options or {}, Mapping):
         raise JointoptError(f"strategy_options: found {strategy_options!r}; allowed: a mapping of names to values")
     original, wanted, limits = resolved(supernet, objectives, constraints or {})
@@ -209,6 +208,12 @@ def _threads(study: Study, wanted: int | None, parallel: bool) -> int:
     if wanted not in (None, begun):
         raise JointoptError(f"threads: found {wanted}; allowed: {begun}, with which this study was begun")
     return begun
+
+
+def check_ray(key: str, address: str | None) -> None:
+    """Raises JointoptError for a cluster that nothing is installed for."""
+    if address is not None and find_spec("ray") is None:
+        raise JointoptError(f"{key}: found {address!r}, and no ray to reach it with; pip install 'jointopt[ray]'")
 
 
 def _prior(study: Study, supernet: Supernet, wanted: Sequence[Objective]) -> dict[str, list[list[float]]]:

@@ -175,7 +175,10 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     Raises:
         JointoptError: anything that does not fit, said before the search where it can be known before.
     """
+    from jointopt.loop import check_ray
+
     check_output(config)
+    check_ray("search.ray", config.search.ray)
     stay_offline(config)
     _check_export(config, overwrite)
     console.print(f"model {config.model}", highlight=False)

@@ -316,6 +316,13 @@ def test_labels_that_the_model_lacks_are_named(place, capsys, monkeypatch):
     )
 
 
+def test_a_cluster_without_ray_is_told_before_anything_is_read(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    write_config(place, model="gone", search={"ray": "auto"}, output="runs/bad")
+    said = refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert "search.ray: found 'auto', and no ray to reach it with; pip install 'jointopt[ray]'" in said
+
+
 def test_a_function_that_always_fails_stops_the_run_after_the_first_batch(place, capsys, monkeypatch):
     (place / "broken.py").write_text(
         "calls = []\n\ndef quality(model):\n    calls.append(1)\n    return 1.0 if len(calls) == 1 else float('nan')\n"

@@ -1,6 +1,5 @@
 """The config: the issue's example is valid, and every mistake is one line that names the key."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -191,12 +190,6 @@ def test_a_format_of_one_s_own_is_one_of_its_target_s(tmp_path, monkeypatch):
     assert load_config(written(tmp_path, named)).space.schemes == ["none", "MINE"]
     said = "space.schemes: target onnxruntime: MINE has no form there; allowed: none, W8A8"
     assert said in complaint(tmp_path, named + "target: onnxruntime\n")
-
-
-def test_a_cluster_without_ray_is_told_at_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    said = "search.ray: found 'auto', and no ray to reach it with; pip install 'jointopt[ray]'"
-    assert said in complaint(tmp_path, MINIMAL + "search: {ray: auto}\n")
 
 
 def test_the_record_leaves_out_what_may_change_between_runs(tmp_path):
