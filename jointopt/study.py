@@ -191,14 +191,14 @@ class Study:
         if not path.is_file():
             raise JointoptError(f"study: {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
         connection = _connect(path, new=False)
-        with _explained(path):
+        with _closed_if_refused(connection), _explained(path):
             facts = dict(connection.execute("SELECT key, value FROM facts").fetchall())
             if not facts:
                 raise JointoptError(f"study: {str(path)!r} is empty")
             found = json.loads(facts.get("version", "null"))
             if found != VERSION:
                 raise JointoptError(f"study {str(path)!r}: found version {found}; allowed: {VERSION}")
-        return cls(connection, path)
+            return cls(connection, path)
 
     def close(self) -> None:
         """Closes the file and lets other writers in."""
@@ -492,14 +492,14 @@ def _connect(path: Path | None, new: bool) -> sqlite3.Connection:
     writable = path is None or new or (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
     with _explained(path):
         connection = sqlite3.connect(_address(path, writable), timeout=30, uri=True)
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if tables - set(TABLES) or not (new or "facts" in tables):
-            connection.close()
-            found = ", ".join(sorted(tables)) or "none"
-            raise JointoptError(f"study: {str(path)!r} is no study; found tables {found}; allowed: {', '.join(TABLES)}")
-        if writable:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.executescript(_TABLES)
+        with _closed_if_refused(connection):
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables - set(TABLES) or not (new or "facts" in tables):
+                found, allowed = ", ".join(sorted(tables)) or "none", ", ".join(TABLES)
+                raise JointoptError(f"study: {str(path)!r} is no study; found tables {found}; allowed: {allowed}")
+            if writable:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.executescript(_TABLES)
     return connection
 
 
@@ -510,6 +510,15 @@ def _address(path: Path | None, writable: bool) -> str:
     log = Path(f"{path}-wal")
     options = "" if writable else "?mode=ro" if log.is_file() and log.stat().st_size else "?immutable=1"
     return path.absolute().as_uri() + options
+
+
+@contextmanager
+def _closed_if_refused(connection: sqlite3.Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

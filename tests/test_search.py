@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import signal
 import sqlite3
@@ -446,6 +447,18 @@ def test_a_study_of_another_version_is_refused(supernet, tmp_path):
         Study.open(path)
     with pytest.raises(JointoptError, match="version was 1, is 2"):
         jointopt.search(supernet, agreement, evaluations=3, storage=path)
+
+
+@pytest.mark.parametrize("wrong", ["UPDATE facts SET value = '1' WHERE key = 'version'", "DROP TABLE facts"])
+def test_a_study_that_is_refused_is_closed(wrong, tmp_path):
+    path = tmp_path / "study.db"
+    Study.create(path, SearchSpace([Gene("a", (1, 2))]), [Objective("x", "min")], {}).close()
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(wrong)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(JointoptError) as kept:
+        Study.open(path)
+    assert len(os.listdir("/proc/self/fd")) == len(before), kept
 
 
 def test_the_knee_looks_at_every_objective():
