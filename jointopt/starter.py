@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
+
 from jointopt import tasks
 from jointopt.evaluation import MULTI_LABEL, REGRESSION, problem_of
 from jointopt.names import MODELS, TASKS
-from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
 
 _DATA = {
@@ -80,7 +82,7 @@ def starter_config(name: str) -> str:
     own = family.name.removeprefix("timm_")
     preset = f"{own}  # or fixed, which" if own in presets() else "fixed  # which"
     lines = [
-        f"# A search over {name}: family {family.name}, {len(space)} genes, {counted(space.count())} genomes.",
+        f"# A search over {_quoted(name)}: family {family.name}, {len(space)} genes, {counted(space.count())} genomes.",
         "# Paths are relative to the directory that the command is started in.",
         f"model: {_quoted(name)}  # {MODELS}",
         f"task: {task}  # {', '.join(TASKS)}; or quality: my_package.my_function",
@@ -132,8 +134,5 @@ def _widths(space: SearchSpace, fractions: Mapping[str, Sequence[float]]) -> lis
 
 
 def _quoted(text: str) -> str:
-    """The text as a YAML scalar."""
-    if "\n" in text:
-        raise JointoptError(f"model: {text!r} has a line break in its name")
-    plain = text.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
-    return text if plain.isalnum() and not plain.isdigit() else "'" + text.replace("'", "''") + "'"
+    """The text as a YAML scalar, whatever it would be taken for without quotes: null, 1e5."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=sys.maxsize).strip()

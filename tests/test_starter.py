@@ -34,6 +34,13 @@ def test_it_describes_the_default_space_of_a_timm_folder(tmp_path):
     assert written(folder, tmp_path) == SearchSpace.for_model(empty_model(find_source(folder), "image-classification"))
 
 
+@pytest.mark.parametrize("name", ["null", "1e5", "0x1f", "a: b # c", "two\nlines"])
+def test_a_name_that_yaml_takes_for_something_else_stays_a_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make("bert").save_pretrained(name)
+    assert len(written(name, tmp_path)) > 0
+
+
 def test_stages_of_unequal_width_are_written_as_fractions():
     text = starter_config("timm/resnet18")
     assert "  bottleneck: [0.5, 0.75, 1.0]" in text and "  stage: [0.75, 1.0]" in text and "  depth: [0.5" in text
