@@ -261,8 +261,11 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
     # The run's parallel is of its kind of device; one without a network is alone.
     models = [Roofline(d, batch, context, given.parallel if given and d.network else 1) for d in devices]
     stay_offline(config)
+    shapes = study.fact("shapes")
+    if shapes is None:  # as while the original is scored
+        raise JointoptError("--device: the study has no evaluation yet; allowed: with one or more")
     supernet = _without_weights(config)
-    supernet.take_shapes(study.fact("shapes"))
+    supernet.take_shapes(shapes)
     return [on_device(study, supernet, name, model) for name, model in zip(names, models, strict=True)]
 
 

@@ -412,6 +412,15 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(words, said, finished, capsy
     assert said in refused(capsys, finished.parents[1], monkeypatch, *words)
 
 
+def test_a_study_that_has_just_begun_is_not_shown_on_a_device(finished, capsys, monkeypatch):
+    place, begun = finished.parents[1], finished.with_name("begun")
+    begun.mkdir()
+    shutil.copy(finished / "config.yaml", begun)
+    Study.create(begun / "study.db", SearchSpace([Gene("a", (1, 2))]), [Objective("size", "min")], {}).close()
+    said = refused(capsys, place, monkeypatch, "report", "runs/begun", "--device", "a100")
+    assert "--device: the study has no evaluation yet; allowed: with one or more" in said
+
+
 def test_an_empty_path_is_not_taken_for_the_default(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["export", "runs/vit", "--pick", "knee", "--to", "", "--overwrite"])
