@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jointopt.rebuilding.held_cache import cache_name
 from quant.cache import KeyObserver
-from quant.errors import JointoptError, in_one_line
+from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
 from search_spaces.clones import structural_clone, without_autocast
 from search_spaces.family import Family, Width
 
@@ -71,7 +71,7 @@ class CalibrationPass:
             self.model(**batch)
         except (JointoptError, torch.OutOfMemoryError):
             raise
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except DOES_NOT_RUN as error:
             told = in_one_line(error)
             taken = signature(self.model.forward).parameters.values()
             allowed = ", ".join(each.name for each in taken if each.kind != Parameter.VAR_KEYWORD)

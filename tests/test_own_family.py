@@ -268,6 +268,18 @@ class Stubborn(Recommender):
         return super().forward(ids.view(4, 5), weights.view(4, 5))
 
 
+class Asserting(Recommender):
+    """Runs on as many samples as it is calibrated with, four, and on one more number."""
+
+    def __init__(self, other: int):
+        super().__init__()
+        self.other = other
+
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert len(ids) in (4, self.other), "of another number"
+        return super().forward(ids, weights)
+
+
 class Wordy(Recommender):
     def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict:
         return {**super().forward(ids, weights), "words": ["some"]}
@@ -280,6 +292,8 @@ def test_what_cannot_be_traced_is_refused_in_one_line_and_leaves_nothing(tmp_pat
         (Undecided(), r"export: torch.onnx cannot trace Undecided: .*"),
         (Clashing(), r"export: weights is an input and an output; allowed: names of their own"),
         (Stubborn(), r"export: Stubborn does not run on one calibration sample: shape"),
+        (Asserting(4), r"export: Asserting does not run on one calibration sample: of another number"),
+        (Asserting(1), r"export: Asserting does not run on two samples: of another number"),
         (Wordy(), r"export: the model returns .*words.*list.*; allowed: a tensor, or a tuple or dict of tensors"),
     ):
         supernet = for_onnx(model, declare_recommender, batch, mlp=[32, 64])

@@ -427,6 +427,8 @@ def test_calibration_batches_that_the_model_does_not_take_are_refused_with_what_
         supernet.calibrate([{"pixels": images}])
     with pytest.raises(JointoptError, match="a batch of x: .* to have 3 channels, but got 1"):
         supernet.calibrate([{"x": images[:, :1]}])
+    with pytest.raises(JointoptError, match=r"a batch of x: Input height \(12\) doesn't match model"):  # it asserts so
+        supernet.calibrate([{"x": images[:, :, :12, :12]}])
 
 
 @pytest.mark.parametrize("method", ["minmax", "average", "percentile", "mse", "entropy"])

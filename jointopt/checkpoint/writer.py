@@ -30,7 +30,7 @@ from jointopt.finishing import Finished
 from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
 from jointopt.rebuilding.timm_recipe import by_library
 from jointopt.study import Study
-from quant.errors import JointoptError, check_kind, in_one_line
+from quant.errors import DOES_NOT_RUN, JointoptError, check_kind, in_one_line
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -239,7 +239,7 @@ def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
     try:
         with torch.no_grad():
             output = model(**on_device(example, next(model.parameters()).device))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except DOES_NOT_RUN as error:
         told = in_one_line(error)
         raise JointoptError(f"export: {type(model).__name__} does not run on one calibration sample: {told}") from error
     return {"inputs": described, "outputs": probed(output).tolist()}

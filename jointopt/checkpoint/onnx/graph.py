@@ -16,7 +16,7 @@ from jointopt.batch_norm import sample_count
 from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
 from jointopt.checkpoint.onnx.shared_weights import write_shared_weights
-from quant.errors import JointoptError, first_line
+from quant.errors import DOES_NOT_RUN, JointoptError, first_line
 from search_spaces.clones import structural_clone
 
 OPSET = 21
@@ -132,7 +132,7 @@ def _own_program(model: nn.Module, example: Mapping[str, Any]) -> Any:
     try:
         with torch.no_grad():
             output = graph(**inputs)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except DOES_NOT_RUN as error:
         raise JointoptError(f"export: {kind} does not run on two samples: {first_line(error)}") from error
     names = _output_names(output)
     if both := sorted({*names} & {*tensors}):
