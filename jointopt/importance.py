@@ -49,7 +49,8 @@ class CalibrationPass:
         self._mask: Tensor | None = None
 
     def run(self, batches: Iterable[Mapping[str, Any]]) -> int:
-        """Returns the number of batches. Raises JointoptError where the model does not run on one."""
+        """Returns the number of batches. Raises JointoptError where the model does not run on one, or where a layer or
+        a block saw numbers that are not finite, by which nothing can be ordered."""
         count = 0
         with ExitStack() as hooks, torch.no_grad():
             for path, hook in self._hooks():
@@ -64,6 +65,9 @@ class CalibrationPass:
                 self._forward(batch)
                 count += 1
         self.influence = {name: 1 - total / count for name, (total, count) in self._cosines.items()}
+        for name, measured in {**self.channel_energy, **self.influence}.items():
+            if not torch.as_tensor(measured).isfinite().all():
+                raise JointoptError(f"{name}: calibration saw inputs that are not finite; allowed: finite numbers")
         return count
 
     def _forward(self, batch: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from jointopt.batch_norm import SAMPLES, first_samples, none_alone, on_device, sample_count
 from jointopt.cost.positions import measure_positions
 from jointopt.evaluation import check_batch
-from jointopt.importance import CalibrationPass, check_sortable, sort_widths
+from jointopt.importance import CalibrationPass, check_sortable, sort_width, sort_widths
 from jointopt.learned_ranges import settle
 from jointopt.ranges import Ranges
 from jointopt.repair import Repairs
@@ -37,8 +38,15 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
         raise JointoptError("calibrate: the model is on the meta device, without weights; allowed: a loaded model")
     if not isinstance(batches, Iterable):
         raise JointoptError(f"calibrate: found a {type(batches).__name__}; allowed: batches, dicts of model inputs")
-    settle(supernet)
-    _scale(supernet, batches)
+    with _own_changes(supernet):
+        settle(supernet)
+        _scale(supernet, batches)
+        _measure(supernet, batches)
+    supernet.calibrated, supernet._stamp = True, stamp(supernet.model)
+
+
+def _measure(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
+    """The pass, and what follows from it. What is refused leaves all as an earlier calibration made it."""
     ranges = Ranges(supernet.model, supernet.family, supernet.space, supernet._schemes, supernet.activation_calibration)
     repairs = Repairs(supernet.model, supernet.family, supernet.space if supernet.repair else None)
     listeners = ranges.listeners() + repairs.listeners()
@@ -50,18 +58,27 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
         raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
     if supernet._has_batch_norm and sum(map(sample_count, kept)) == 1:
         raise JointoptError("calibrate: found one sample; allowed: two or more, of which BatchNorm's statistics are")
-    supernet._positions = measure_positions(supernet.model, of_average_length(kept[0], tokens))
-    supernet.samples = none_alone(kept) if supernet._has_batch_norm else kept
+    positions = measure_positions(supernet.model, of_average_length(kept[0], tokens))
     before = _answer(structural_clone(supernet.model), kept[0]) if supernet.own_family else None
-    if not supernet.trained:
-        _sort(supernet, calibration, ranges, repairs)
-    supernet._statistics = ranges.constants()
-    supernet._repaired = repairs.solved()
+    with _sorted(supernet, calibration, ranges, repairs):
+        statistics, repaired = ranges.constants(), repairs.solved()
+        _ran(supernet, "smallest", supernet.plan(supernet.space.smallest), kept[0])
+        if before is not None:
+            _check_whole(supernet, kept[0], before)
+    supernet._positions, supernet._statistics, supernet._repaired = positions, statistics, repaired
+    supernet.samples = none_alone(kept) if supernet._has_batch_norm else kept
     supernet._forget()
-    _ran(supernet, "smallest", supernet.plan(supernet.space.smallest), kept[0])
-    if before is not None:
-        _check_whole(supernet, kept[0], before)
-    supernet.calibrated, supernet._stamp = True, stamp(supernet.model)
+
+
+@contextmanager
+def _own_changes(supernet: Supernet) -> Iterator[None]:
+    """What is written to the weights within is not taken for training, even where it is refused half-way."""
+    noticed = supernet._stamp == stamp(supernet.model)
+    try:
+        yield
+    finally:
+        if noticed:
+            supernet._stamp = stamp(supernet.model)
 
 
 def _answer(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
@@ -139,6 +156,8 @@ def _checked(supernet: Supernet, batches: Iterable[Any], kept: list[Mapping[str,
             raise JointoptError(
                 "calibrate: found a batch without samples; allowed: dicts of the model's inputs, tensors among them"
             )
+        if (found := lengths(moved)) and not any(found):
+            raise JointoptError("calibrate: found a batch of padding alone; allowed: some tokens in each, by its mask")
         if wanted > 0:
             kept.append(first_samples(moved, SAMPLES))
             wanted -= sample_count(moved)
@@ -152,12 +171,26 @@ def _measured(batches: Iterable[Mapping[str, Any]], found: list[int]) -> Iterato
         yield batch
 
 
-def _sort(supernet: Supernet, calibration: CalibrationPass, ranges: Ranges, repairs: Repairs) -> None:
-    for width, order in sort_widths(supernet.model, supernet.family, calibration):
-        ranges.reorder(width, order)
-        repairs.reorder(width, order)
-    influence = calibration.influence
-    supernet._leaving = {
-        stage: sorted(names, key=lambda name: influence.get(name, 0.0)) for stage, names in supernet._leaving.items()
-    }
-    supernet._condition_space()
+@contextmanager
+def _sorted(supernet: Supernet, calibration: CalibrationPass, ranges: Ranges, repairs: Repairs) -> Iterator[None]:
+    """Widths and blocks by their importance, unless weights have learned their order; in the order in which they were
+    where what follows is refused."""
+    if supernet.trained:
+        yield
+        return
+    leaving, space, influence = supernet._leaving, supernet.space, calibration.influence
+    orders = sort_widths(supernet.model, supernet.family, calibration)
+    try:
+        for width, order in orders:
+            ranges.reorder(width, order)
+            repairs.reorder(width, order)
+        supernet._leaving = {
+            stage: sorted(names, key=lambda name: influence.get(name, 0.0)) for stage, names in leaving.items()
+        }
+        supernet._condition_space()
+        yield
+    except BaseException:
+        for width, order in reversed(orders):
+            sort_width(supernet.model, width, order.argsort())
+        supernet._leaving, supernet.space = leaving, space
+        raise

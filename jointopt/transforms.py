@@ -220,12 +220,13 @@ def scale_links(
     listeners = [(path, observer.observe) for path, observer in observers.items()]
     if not CalibrationPass(model, family, listeners).run(batches):
         raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
+    for path, seen in observers.items():
+        if seen.count and not seen.largest.isfinite().all():
+            raise JointoptError(f"{path}: calibration saw inputs that are not finite")
     for link in links:
         seen = observers[link.consumers[0]]
         readers = [model.get_submodule(path).get_parameter("weight").detach() for path in link.consumers]
         read = link.read(readers[0].shape[1] // link.repeats).to(readers[0].device)
-        if seen.count and not seen.largest.isfinite().all():
-            raise JointoptError(f"{link.consumers[0]}: calibration saw inputs that are not finite")
         if not seen.count:
             continue
         if method == "smooth":

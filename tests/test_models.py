@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 
@@ -317,8 +318,12 @@ def test_a_declaration_that_leaves_out_what_carries_a_width_is_told_when_it_is_c
 
     model = Grouped(nn.Conv2d(16, 32, 3), nn.GroupNorm(4, 32))
     supernet = Supernet(model, SearchSpace.for_model(model, ["none"], family=declared, mlp=[16, 32]), family=declared)
+    before, space = copy.deepcopy(supernet.model.state_dict()), supernet.space
     with pytest.raises(JointoptError, match="forgetful: the smallest sub-network does not run: .*weight"):
         supernet.calibrate([{"x": torch.randn(2, 16, 9, 9)}])
+    assert all(torch.equal(each, before[name]) for name, each in supernet.model.state_dict().items())
+    supernet.training_view(supernet.space.largest)
+    assert not supernet.trained and supernet.space is space
 
 
 def test_a_shared_weight_that_the_declaration_does_not_name_is_refused():

@@ -431,6 +431,25 @@ def test_calibration_batches_that_the_model_does_not_take_are_refused_with_what_
         supernet.calibrate([{"x": images[:, :, :12, :12]}])
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC"])
+def test_samples_that_are_not_finite_are_refused_and_leave_nothing_behind(scheme):
+    refused, fresh = (Supernet(make("vit"), SearchSpace.for_model(make("vit"), schemes=[scheme])) for _ in range(2))
+    wrong = batches("vit", seed=1)
+    wrong[0]["pixel_values"][0, 0, 0, 0] = torch.nan
+    with pytest.raises(JointoptError, match="o_proj: calibration saw inputs that are not finite; allowed: finite"):
+        refused.calibrate(wrong)
+    for supernet in (refused, fresh):
+        supernet.calibrate(batches("vit"))
+    assert refused.fingerprint() == fresh.fingerprint()
+
+
+def test_a_batch_of_padding_alone_is_refused():
+    batch = batches("bert")[0]
+    supernet = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=["W8A8"]))
+    with pytest.raises(JointoptError, match="calibrate: found a batch of padding alone"):
+        supernet.calibrate([{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}])
+
+
 @pytest.mark.parametrize("method", ["minmax", "average", "percentile", "mse", "entropy"])
 def test_ranges_of_activations_by_every_method_leave_padding_out(method):
     padded = batches("bert", count=2)
