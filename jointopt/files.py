@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from quant.errors import JointoptError
+from safetensors import SafetensorError
+
+from quant.errors import JointoptError, first_line
+
+_SPEAKING: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError)
+"""Whose text says by itself what is wrong."""
+DAMAGED: tuple[type[Exception], ...] = (
+    *(*_SPEAKING, AttributeError, LookupError, TypeError),
+    *(MemoryError, NotImplementedError, OverflowError, RecursionError),
+)
+"""What reading a file raises that is cut short, was edited, or is of another kind than its name says."""
 
 
 def check_path(path: str | Path, what: str) -> None:
@@ -21,6 +32,24 @@ def check_path(path: str | Path, what: str) -> None:
         Path(path).exists()
     except (OSError, ValueError) as error:  # ValueError: a character that no path has
         raise JointoptError(f"{what}: {str(path)!r} cannot be looked up: {getattr(error, 'strerror', error)}") from None
+
+
+@contextmanager
+def reading(what: str, allowed: str = "", *also: type[Exception]) -> Iterator[None]:
+    """What a damaged file raises within as one line: `JointoptError`.
+
+    Args:
+        what: is read, as the error begins: the config's key or the command, and the path.
+        allowed: in its place.
+        also: what the file's own reader raises beside `DAMAGED`.
+    """
+    try:
+        yield
+    except JointoptError:
+        raise
+    except (*DAMAGED, *also) as error:
+        told = first_line(error) if isinstance(error, (*_SPEAKING, *also)) else f"{type(error).__name__}: {error}"
+        raise JointoptError(f"{what} cannot be read: {told}" + (f"; allowed: {allowed}" if allowed else "")) from None
 
 
 def write_whole(path: Path, text: str, what: str) -> None:

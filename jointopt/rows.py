@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from jointopt.files import check_path
-from quant.errors import JointoptError, first_line
+from jointopt.files import check_path, reading
+from quant.errors import JointoptError
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 TEXTS = (".txt", ".md", ".rst")
@@ -136,7 +136,7 @@ def some(count: int, samples: int | None) -> list[int]:
 
 def _table(path: Path, key: str) -> Columns:
     kind = path.suffix.lower()
-    try:
+    with reading(f"{key}: {str(path)!r}", "", csv.Error):
         if kind == ".parquet":
             import pandas as pd
 
@@ -147,8 +147,6 @@ def _table(path: Path, key: str) -> Columns:
             return _rows(_separated(text, "\t" if kind == ".tsv" else ","))
         whole = kind == ".json" and text.lstrip().startswith("[")
         return _rows(json.loads(text) if whole else _objects(text))
-    except (OSError, ValueError, csv.Error) as error:
-        raise JointoptError(f"{key}: {str(path)!r} cannot be read: {first_line(error)}") from None
 
 
 def _parquet_classes(path: Path) -> dict[str, list[str]]:

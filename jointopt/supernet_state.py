@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
+from jointopt.files import reading
 from jointopt.learned_ranges import INPUTS, NAME, LearnedRanges, settle
-from quant.errors import JointoptError
+from quant.errors import JointoptError, check_kind
 from quant.formats import own_definition
 
 if TYPE_CHECKING:
@@ -72,33 +72,44 @@ def save(supernet: Supernet, path: str | Path) -> None:
 
 def load(supernet: Supernet, path: str | Path) -> None:
     """Restores what `save` wrote; calibrate afterwards, which then keeps the order. What is refused changes nothing."""
-    with _opened(path) as file:
-        record = json.loads((file.metadata() or {}).get("supernet", "null"))
-        own = {name: each for name, each in distinct_tensors(supernet.model).items() if name != NAME}
-        names = set(file.keys())
-        learned = LearnedRanges(supernet, INPUTS in names) if NAME in names else None
-        if learned is not None:
-            own |= learned.tensors()
-        made = tuple(record.get("transforms", ())) if record else supernet.transforms
-        if made != supernet.transforms:
-            told = [", ".join(each) or "none" for each in (made, supernet.transforms)]
-            raise JointoptError(f"{path}: saved with transforms {told[0]}; this super-network has {told[1]}")
-        if record is None or names != set(own):
+    with reading(f"{path}:", "what `save` wrote"):
+        record, tensors = read_tensors(path, "supernet")
+        if record is None:
             raise JointoptError(f"{path}: not a saved super-network of this model")
-        for name in names:
-            found, wanted = tuple(file.get_slice(name).get_shape()), tuple(own[name].shape)
-            if found != wanted:
-                raise JointoptError(f"{path}: {name} has shape {found}; this model's has {wanted}")
-        settle(supernet)
-        supernet.learned = learned
-        for name in names:
-            own[name].data.copy_(file.get_tensor(name))
-    supernet._leaving, supernet.trained, supernet.calibrated = record["leaving"], record["trained"], False
-    supernet._scaled = record.get("scaled", False)
+        made, leaving = tuple(record.get("transforms", ())), record["leaving"]
+        trained, scaled = record["trained"], record.get("scaled", False)
+        for each in (trained, scaled):
+            check_kind(f"{path}: what it says of its training", each, bool, "true or false")
+        members = {stage: sorted(names) for stage, names in leaving.items()}
+        told = [", ".join(each) or "none" for each in (made, supernet.transforms)]
+    if made != supernet.transforms:
+        raise JointoptError(f"{path}: saved with transforms {told[0]}; this super-network has {told[1]}")
+    own = {name: each for name, each in distinct_tensors(supernet.model).items() if name != NAME}
+    learned = LearnedRanges(supernet, INPUTS in tensors) if NAME in tensors else None
+    if learned is not None:
+        own |= learned.tensors()
+    if tensors.keys() != own.keys() or members != {stage: sorted(each) for stage, each in supernet._leaving.items()}:
+        raise JointoptError(f"{path}: not a saved super-network of this model")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(own[name].shape)
+            raise JointoptError(f"{path}: {name} has shape {found}; this model's has {wanted}")
+    settle(supernet)
+    supernet.learned = learned
+    for name, tensor in tensors.items():
+        own[name].data.copy_(tensor)
+    supernet._leaving, supernet.trained, supernet.calibrated, supernet._scaled = leaving, trained, False, scaled
     supernet._statistics, supernet._repaired = {}, {}
     supernet._condition_space()
     supernet._forget()
     supernet._stamp = stamp(supernet.model)
+
+
+def read_tensors(path: str | Path, key: str) -> tuple[Any, dict[str, Tensor]]:
+    """What a file of safetensors has under a key of its metadata, JSON (None where it has none), and its tensors."""
+    with safe_open(str(path), framework="pt") as file:
+        record = json.loads((file.metadata() or {}).get(key, "null"))
+        return record, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safetensors' own
 
 
 def follow(supernet: Supernet) -> None:
@@ -132,15 +143,6 @@ def notice(supernet: Supernet) -> None:
     if found != supernet._stamp and found[0] == supernet._stamp[0]:  # else it is a copy, whose counts begin anew
         supernet.weights_changed()
     supernet._stamp = found
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise JointoptError(f"{path}: cannot be read: {error}; allowed: what `save` wrote") from None
 
 
 def for_workers(supernet: Supernet, count: int) -> Supernet:

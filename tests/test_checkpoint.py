@@ -158,6 +158,26 @@ def test_verify_notices_a_changed_weight_and_a_changed_size(tmp_path):
         jointopt.verify(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"),
+        ("model.safetensors", (2).to_bytes(8, "little") + b"[] "),
+        ("model.onnx", b"<!DOCTYPE html>"),
+        ("model.gguf", b""),
+        ("model.gguf", b"<!DOCTYPE html>"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_one_line(name, content, tmp_path):
+    if name != "model.safetensors":
+        pytest.importorskip(name.removeprefix("model."))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(JointoptError, match=f"{name}' cannot be read: .+; allowed: what export wrote") as caught:
+        stored_bytes(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path):
     supernet = supernet_of("bert", schemes=["none", "W8A8"])
     folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")

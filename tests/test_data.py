@@ -10,6 +10,8 @@ from pathlib import Path
 
 import datasets
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
@@ -295,6 +297,26 @@ def test_a_line_of_json_that_is_none_is_named(tmp_path, content, said):
     (tmp_path / "t.jsonl").write_text(content)
     with pytest.raises(JointoptError, match=said):
         read_columns(DataSource(str(tmp_path / "t.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("[]", "AttributeError: 'list' object has no attribute 'get'"),
+        ('{"info": {"features": {"label": {"_type": "ClassLabel"}}}}', "KeyError: 'names'"),
+    ],
+)
+def test_classes_of_a_parquet_that_cannot_be_made_out_are_told(said, told, tmp_path):
+    table = pyarrow.table({"text": ["a"], "label": [0]}).replace_schema_metadata({"huggingface": said})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(JointoptError, match=f"t.parquet' cannot be read: {told}"):
+        read_columns(DataSource(str(tmp_path / "t.parquet")))
+
+
+def test_json_that_is_nested_too_deeply_is_told(tmp_path):
+    (tmp_path / "t.json").write_text("[" * 100_000)
+    with pytest.raises(JointoptError, match=r"t.json' cannot be read: RecursionError"):
+        read_columns(DataSource(str(tmp_path / "t.json")))
 
 
 def test_a_name_among_which_one_is_missing_is_the_one_that_is_named():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -178,7 +179,21 @@ def test_a_file_that_is_refused_changes_nothing(tmp_path):
     other.calibrate(batches("vit"))
     other.save(tmp_path / "smooth.safetensors")
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "smooth.safetensors").read_bytes()[:20000])
+    supernet.save(tmp_path / "own.safetensors")
+    leaving = {stage: names[1:] for stage, names in supernet._leaving.items()}
+    for name, record in {
+        "list": [1],
+        "bare": {"trained": True},
+        "said": {"leaving": supernet._leaving, "trained": "yes"},
+        "short": {"leaving": leaving, "trained": True},
+    }.items():
+        metadata = {"supernet": json.dumps(record)}
+        save_file(load_file(tmp_path / "own.safetensors"), tmp_path / f"{name}.safetensors", metadata=metadata)
     for name, match in {
+        "list": "list.safetensors: cannot be read: AttributeError: .*; allowed: what `save` wrote",
+        "bare": "bare.safetensors: cannot be read: KeyError: 'leaving'",
+        "said": "said.safetensors: what it says of its training: found 'yes'; allowed: true or false",
+        "short": "short.safetensors: not a saved super-network of this model",
         "smooth": "saved with transforms smooth",
         "torn": "torn.safetensors: cannot be read",
         "none": "none.safetensors: cannot be read",

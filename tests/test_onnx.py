@@ -258,6 +258,16 @@ def test_a_changed_model_does_not_verify(place, tmp_path):
     assert not verification.ok and "outputs" in verification.differences[0]
 
 
+def test_an_export_without_its_config_does_not_verify(place, tmp_path):
+    import shutil
+
+    folder = tmp_path / "bare"
+    shutil.copytree(exported("vit", place), folder)
+    (folder / "config.json").unlink()
+    (difference,) = jointopt.verify(folder).differences
+    assert difference.startswith("reload: config.json cannot be read: ")
+
+
 def test_what_was_finished_exports_too(tmp_path):
     supernet = supernet_of("vit")
     finished = jointopt.finish(supernet, mixed(supernet), batches("vit", count=4))

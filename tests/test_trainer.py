@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -364,6 +364,29 @@ def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(tmp_path):
         trainer(folder, recipe=one, save_strategy="steps", save_steps=2, max_steps=2).train()
         with pytest.raises(JointoptError, match=r"checkpoint-2' is of another recipe or lora; allowed: the same"):
             trainer(folder, recipe=other, max_steps=4).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path):
+    recipe = Recipe(precision_from=0.0, learned_ranges=True)
+    trainer(tmp_path, recipe=recipe, save_strategy="steps", save_steps=2, max_steps=2).train()
+    folder = tmp_path / "checkpoint-2"
+    for name, content in (
+        ("supernet.json", b"["),
+        ("supernet.json", b"[1]"),
+        ("added.safetensors", b"no tensors"),
+        ("added.safetensors", save({"learned_ranges": torch.zeros(1)})),
+        ("added.safetensors", save({"other": torch.zeros(1)})),
+        ("model.safetensors", b"no tensors"),
+    ):
+        (folder / name).rename(folder / "kept")
+        (folder / name).write_bytes(content)
+        made = trainer(tmp_path, recipe=recipe, max_steps=4)
+        before = weights(made)
+        with pytest.raises(JointoptError, match=r"train: .*checkpoint-2.* cannot be read: .*; allowed: what this"):
+            made.train(resume_from_checkpoint=str(folder))
+        found = weights(made)
+        assert all(torch.equal(found[key], tensor) for key, tensor in before.items())
+        (folder / "kept").replace(folder / name)
 
 
 def test_an_optimizer_of_the_model_that_was_copied_is_refused_and_one_of_the_super_network_trains(tmp_path):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import jointopt
@@ -290,6 +293,35 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
             jointopt.train_supernet(calibrated("vit"), data, steps, checkpoint=file, **options)
     with pytest.raises(JointoptError, match="with another sampling"):
         jointopt.train_supernet(calibrated("vit"), data, 5, checkpoint=file, recipe=Recipe(Sandwich(1)))
+
+
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "EVERY", 1)
+    file, data = tmp_path / "training.safetensors", labelled("vit")
+
+    def two(epoch: int):
+        yield from data
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        jointopt.train_supernet(calibrated("vit"), two, 5, checkpoint=file)
+    with safe_open(file, framework="pt") as opened:
+        written = opened.metadata()["training"]
+    tensors, last = load_file(file), f"model.{list(calibrated('vit').model.state_dict())[-1]}"
+    for damaged, record, told in (
+        (tensors, "{", "Expecting property name"),
+        (tensors, "[1]", "AttributeError: 'list' object has no attribute 'get'"),
+        (tensors, json.dumps({**json.loads(written), "history": None}), "TypeError"),
+        ({**tensors, "random": tensors["random"][:8]}, written, ".*RNG"),
+        ({**tensors, last: torch.zeros(1)}, written, f"{last} is missing, or of another shape"),
+        ({**tensors, "optimizer.999.exp_avg": torch.zeros(3)}, written, "IndexError"),
+    ):
+        save_file(damaged, file, metadata={"training": record})
+        supernet = calibrated("vit")
+        before = copy.deepcopy(supernet.model.state_dict())
+        with pytest.raises(JointoptError, match=f"training.safetensors' cannot be read: {told}.*; allowed: remove it"):
+            jointopt.train_supernet(supernet, data, 5, checkpoint=file)
+        assert all(torch.equal(each, before[name]) for name, each in supernet.model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["vit", "llama_tied", "resnet"])

@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from jointopt.checkpoint.writer import RECORD, probe_inputs, probed, stored_bytes
+from jointopt.checkpoint.writer import RECORD, UNCHANGED, probe_inputs, probed, stored_bytes
 from jointopt.checkpoint.writers import WRITERS
 from jointopt.evaluation import Quality, measured
-from jointopt.files import check_path
+from jointopt.files import DAMAGED, check_path, reading
 from jointopt.targets import TARGETS
-from quant.errors import JointoptError, check_kind
+from quant.errors import JointoptError, check_kind, first_line
 from quant.formats import scheme
 
 TOLERANCE = 1e-3
@@ -115,22 +115,16 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     check_path(path, "verify")
     if not path.is_file():
         raise JointoptError(f"verify: {str(folder)!r} is no export: it has no {RECORD}")
-    try:
+    with reading(f"verify: {str(path)!r}", UNCHANGED):
         record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise JointoptError(f"verify: {str(path)!r} cannot be read: {error}") from None
     lacking = [key for key in _KINDS if key not in record] if isinstance(record, dict) else list(_KINDS)
     if lacking:
-        raise JointoptError(f"verify: {str(path)!r} has no {', '.join(lacking)}; allowed: what export wrote, unchanged")
+        raise JointoptError(f"verify: {str(path)!r} has no {', '.join(lacking)}; allowed: {UNCHANGED}")
     for key, found, kind in _parts(record):
         if not isinstance(found, kind):
-            raise JointoptError(
-                f"verify: {str(path)!r}: {key}: found {found!r:.60}; allowed: what export wrote, unchanged"
-            )
+            raise JointoptError(f"verify: {str(path)!r}: {key}: found {found!r:.60}; allowed: {UNCHANGED}")
     if _target(record) not in TARGETS:
-        raise JointoptError(
-            f"verify: {str(path)!r}: target: found {_target(record)!r:.60}; allowed: what export wrote, unchanged"
-        )
+        raise JointoptError(f"verify: {str(path)!r}: target: found {_target(record)!r:.60}; allowed: {UNCHANGED}")
     return record
 
 
@@ -167,13 +161,8 @@ def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[st
     if record["probe"] is None:
         return []
     dtype = next(model.parameters()).dtype
-    try:
+    with reading(f"verify: the probe in {RECORD}", UNCHANGED, RuntimeError):
         inputs, expected = probe_inputs(record["probe"], dtype), torch.tensor(record["probe"]["outputs"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise JointoptError(
-            f"verify: the probe in {RECORD} cannot be read ({type(error).__name__}: {error}); allowed: what export "
-            "wrote, unchanged"
-        ) from None
     with torch.no_grad():
         found = probed(model(**inputs))
     # bitsandbytes computes 4-bit layers in bfloat16 wherever a CPU has it, whatever the model's dtype.
@@ -205,7 +194,11 @@ class RemoteModel(nn.Module):
         if head["imported"]:
             raise ReloadError(f"the fresh process imported {', '.join(head['imported'])}")
         self.placeholder = nn.Parameter(torch.empty(0, dtype=getattr(torch, head["dtype"])), requires_grad=False)
-        if "model_type" in json.loads((folder / "config.json").read_text()):
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except DAMAGED as error:
+            raise ReloadError(f"config.json cannot be read: {first_line(error)}") from None
+        if "model_type" in config:
             from transformers import AutoConfig
 
             # An export's own file may hold its config's class; the other process ran that file already.

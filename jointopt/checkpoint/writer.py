@@ -25,7 +25,7 @@ from jointopt.checkpoint import card, gguf_writer
 from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes
 from jointopt.checkpoint.writers import WRITERS
 from jointopt.evaluation import check_supernet
-from jointopt.files import check_path, locked
+from jointopt.files import check_path, locked, reading
 from jointopt.finishing import Finished
 from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
 from jointopt.rebuilding.timm_recipe import by_library
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 RECORD = "jointopt.json"
 LOCK, REPLACED = "jointopt.lock", "replaced"
 """In the folder beside its own that an export is written in: locked while it lives; what was there before."""
+UNCHANGED = "what export wrote, unchanged"
 
 
 def export(
@@ -303,18 +304,24 @@ def _weigh(place: Path, model: nn.Module, size: int) -> None:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of all tensors in a folder's safetensors files, or in its ONNX or GGUF model."""
-    if (folder / gguf_writer.MODEL).is_file():
-        return gguf_writer.gguf_bytes(folder / gguf_writer.MODEL)
-    if (folder / MODEL).is_file():
-        return onnx_bytes(folder / MODEL)
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            try:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            except ValueError:
-                raise JointoptError(f"{str(path)!r} is cut short: it has no header of safetensors") from None
-        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-        total += sum(end - start for start, end in spans)
-    return total
+    """Bytes of all tensors in a folder's safetensors files, or in its ONNX or GGUF model. Raises JointoptError for a
+    file that is none of these."""
+    if (path := folder / gguf_writer.MODEL).is_file():
+        with reading(repr(str(path)), UNCHANGED):
+            return gguf_writer.gguf_bytes(path)
+    if (path := folder / MODEL).is_file():
+        from google.protobuf.message import DecodeError
+
+        with reading(repr(str(path)), UNCHANGED, DecodeError):
+            return onnx_bytes(path)
+    return sum(_safetensors_bytes(path) for path in sorted(folder.glob("*.safetensors")))
+
+
+def _safetensors_bytes(path: Path) -> int:
+    with reading(repr(str(path)), UNCHANGED), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length < path.stat().st_size:
+            raise ValueError("it is cut short, or no file of safetensors")
+        entries = json.loads(file.read(length)).items()
+        spans = [entry["data_offsets"] for name, entry in entries if name != "__metadata__"]
+        return sum(end - start for start, end in spans)

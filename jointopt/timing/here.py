@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jointopt.batch_norm import first_samples, sample_count
-from jointopt.files import write_whole
+from jointopt.files import reading, write_whole
 from jointopt.targets import TARGETS
 from jointopt.timing.backend import ONNXRUNTIME
 from jointopt.timing.lookup import Lookup
@@ -56,7 +56,7 @@ def lookup_here(
 
 
 def _read(kept: Path, machine: str) -> dict[str, Any]:
-    try:
+    with reading(f"hardware: {str(kept)!r}", "remove it"):
         record = json.loads(kept.read_text())
         fitted = {name: record[name] for name in FITTED}
         found = record["machine"]
@@ -65,8 +65,6 @@ def _read(kept: Path, machine: str) -> dict[str, Any]:
             raise ValueError("times, factors and error are numbers from 0")
         if not {"operators", "attention", "layers"} <= fitted["factors"].keys():
             raise ValueError("a factor is missing")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise JointoptError(f"hardware: {str(kept)!r} cannot be read: {error!r}; allowed: remove it") from None
     if found != machine:
         raise JointoptError(
             f"hardware: {str(kept)!r} is of {found}; this is {machine}; allowed: remove it, or another output"

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from jointopt.cost.operators import Answer, Operator, times_to_fit
-from jointopt.files import write_whole
+from jointopt.files import reading, write_whole
 from jointopt.timing.backend import ONNXRUNTIME, TORCH, Backend, host
 from quant.errors import JointoptError, check_count
 
@@ -284,10 +284,8 @@ def _read(path: Path, machine: str, shared: bool) -> dict[Key, float]:
     """What was timed on this machine. A file of other machines alone is refused, unless it is `shared` by them."""
     if not path.exists():
         return {}
-    try:
+    with reading(f"lookup: {str(path)!r}", "remove it"):
         machines = {machine: dict(times) for machine, times in json.loads(path.read_text())["machines"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise JointoptError(f"lookup: {str(path)!r} cannot be read: {error!r}; allowed: remove it") from None
     if not shared and machines and not any(each.startswith(f"{host()}, ") for each in machines):
         told = "; ".join(machines)
         raise JointoptError(f"lookup: {str(path)!r} was timed on another machine ({told}); allowed: another path")

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt.adapters import adapted
 from jointopt.evaluation import Batch
-from jointopt.files import check_path
+from jointopt.files import check_path, reading
 from jointopt.learned_ranges import learn, settle
-from jointopt.supernet_state import distinct_tensors
+from jointopt.supernet_state import distinct_tensors, read_tensors
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import gradients_of, processes
 from jointopt.training.lora import attach, merge
@@ -266,21 +266,18 @@ class _Checkpoint:
         """Puts back what was written, if anything; returns the losses so far."""
         if not self.path.is_file():
             return []
-        try:
-            opened = safe_open(str(self.path), framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise JointoptError(
-                f"train: the checkpoint {str(self.path)!r} cannot be read: {error}; allowed: remove it, and train anew"
-            ) from None
-        with opened as file:
-            record = json.loads((file.metadata() or {}).get("training", "{}"))
-            differing = [key for key, value in self._described.items() if record.get("described", {}).get(key) != value]
+        with reading(f"train: the checkpoint {str(self.path)!r}", "remove it, and train anew", RuntimeError):
+            record, tensors = read_tensors(self.path, "training")
+            described = (record or {}).get("described", {})
+            differing = [key for key, value in self._described.items() if described.get(key) != value]
             if differing:
                 raise JointoptError(
                     f"train: {str(self.path)!r} was written by another training, with another {differing[0]}; "
                     "allowed: the same, or remove the file"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safetensors' own
+            history = [float(loss) for loss in record["history"]]
+            _check_shapes(tensors, model, optimizer)
+            torch.set_rng_state(tensors["random"])  # which `_seeded` takes back where it is refused
         with torch.no_grad():
             for name, own in distinct_tensors(model).items():
                 own.copy_(tensors[f"model.{name}"])
@@ -290,7 +287,18 @@ class _Checkpoint:
                 _, index, key = name.split(".", 2)
                 state.setdefault(int(index), {})[key] = tensors[name]
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        torch.set_rng_state(tensors["random"])
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
-        return list(record["history"])
+        return history
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where what is to be put back is missing, or is of another shape than what it is put into."""
+    wanted = {f"model.{name}": each.shape for name, each in distinct_tensors(model).items()}
+    trained = [each for group in optimizer.param_groups for each in group["params"]]
+    for name, each in tensors.items():
+        if name.startswith("optimizer.") and each.dim():
+            wanted[name] = trained[int(name.split(".")[1])].shape
+    for name, shape in wanted.items():
+        if name not in tensors or tensors[name].shape != shape:
+            raise ValueError(f"{name} is missing, or of another shape than {list(shape)}")

@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from jointopt.adapters import NAMES, adapted, with_adapters
 from jointopt.batch_norm import has_batch_norm, reestimate
 from jointopt.evaluation import IGNORED, Batch, logits_of
-from jointopt.files import write_whole
+from jointopt.files import reading, write_whole
 from jointopt.importance import check_sortable
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
@@ -386,23 +386,36 @@ class ElasticTrainer(Trainer):
         path = Path(resume_from_checkpoint) / RECORD
         if not path.is_file():
             raise JointoptError(f"train: {resume_from_checkpoint!r} holds no {RECORD}; allowed: what this class saved")
-        saved_by, own = json.loads(path.read_text()), json.loads(json.dumps(self._record(), default=str))
+        own = json.loads(json.dumps(self._record(), default=str))
         kinds = {"space": "space", "leaving": "calibration", "added": "recipe or lora", "trained": "set of parameters"}
-        for key, kind in kinds.items():
-            if saved_by.get(key) != own[key]:
-                raise JointoptError(f"train: {resume_from_checkpoint!r} is of another {kind}; allowed: the same")
+        with reading(f"train: {str(path)!r}", "what this class saved"):
+            saved_by = json.loads(path.read_text())
+            differing = [kind for key, kind in kinds.items() if saved_by.get(key) != own[key]]
+        if differing:
+            raise JointoptError(f"train: {resume_from_checkpoint!r} is of another {differing[0]}; allowed: the same")
+        added = self._added()
+        kept = _kept(path.with_name(ADDED), added) if added else {}
         own_model: Any = self.supernet.model
-        if isinstance(own_model, PreTrainedModel):
-            # The Trainer reads names as they are in memory; `save_pretrained` writes those of the checkpoints.
-            saved = type(own_model).from_pretrained(resume_from_checkpoint, dtype=own_model.dtype)
-            own_model.load_state_dict(saved.state_dict(), strict=not self._added())
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, own_model)
-        if added := self._added():
-            kept = load_file(path.with_name(ADDED))
-            for name, parameter in added.items():
-                parameter.data.copy_(kept[name])
+        with reading(f"train: the weights in {resume_from_checkpoint!r}", "what this class saved", RuntimeError):
+            if isinstance(own_model, PreTrainedModel):
+                # The Trainer reads names as they are in memory; `save_pretrained` writes those of the checkpoints.
+                saved = type(own_model).from_pretrained(resume_from_checkpoint, dtype=own_model.dtype)
+                own_model.load_state_dict(saved.state_dict(), strict=not added)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, own_model)
+        for name, parameter in added.items():
+            parameter.data.copy_(kept[name])
         self.supernet.weights_changed()
+
+
+def _kept(path: Path, added: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What was saved of the parameters that the model's own class does not know."""
+    with reading(f"train: {str(path)!r}", "what this class saved"):
+        kept = load_file(path)
+        for name, parameter in added.items():
+            if kept[name].shape != parameter.shape:
+                raise ValueError(f"{name} is {list(kept[name].shape)}, where {list(parameter.shape)} is trained")
+    return kept
 
 
 @contextmanager
