@@ -128,7 +128,7 @@ def _rounded(
     target: Tensor,
     scheme: Scheme,
     halves: Halves,
-    clip_of: Callable[[Tensor, Tensor], Clip],
+    clip_of: Callable[[Tensor, Tensor], Clip | None],
     method: Method,
 ) -> tuple[BankedWeight, Tensor | None]:
     """A layer's weight rounded for its inputs, and what its bias gains, if it has one.

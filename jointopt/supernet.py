@@ -27,7 +27,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -244,13 +244,24 @@ class Supernet:
         """
         learn(self)
 
-    def clip(self, path: str, wanted: Scheme, weight: Tensor, importance: Tensor | None = None) -> Clip:
+    def clip(
+        self,
+        path: str,
+        wanted: Scheme,
+        weight: Tensor,
+        importance: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> Clip | None:
         """The range that a scheme holds of a layer's weight, whole, a slice or changed: the calibration's
-        (`quant.calibration.choose_clip`), times what was learned."""
+        (`quant.calibration.choose_clip`), times what was learned, and `factor`. None where it is all that is there,
+        which `quantize` finds while it rounds."""
         assert wanted.weights is not None
+        learned = self.learned.factor(path, wanted) if self.learned is not None else None
+        factors = [each.detach() for each in (learned, factor) if each is not None]
+        if self.weight_calibration == "minmax" and not factors:
+            return None
         found = choose_clip(weight, wanted.weights, self.weight_calibration, importance)
-        factor = self.learned.factor(path, wanted) if self.learned is not None else None
-        return found if factor is None else widened(found, factor.detach())
+        return reduce(widened, factors, found)
 
     def view(self, plan: Plan) -> nn.Module:
         """What a plan describes, as a view, in eval mode."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant import ELEMENTS, Format, JointoptError, kernels, quantize, reference, scheme
+from quant.calibration import choose_clip
 from quant.kernels import cpu
 from tests import exact
 from tests.same import same, same_codes
@@ -36,6 +37,7 @@ DYNAMIC = [
 ] + BLOCKS
 STATIC = [Format(element, "tensor", None, symmetric) for element, symmetric in KINDS]
 WEIGHTS = [format for format in DYNAMIC if format.granularity != "token"]
+BITSANDBYTES = [Format("int8", "channel", scale="absmax"), Format("nf4", "group", 32, scale="absmax")]
 
 
 def named(format: Format) -> str:
@@ -109,6 +111,20 @@ def test_weights_are_those_of_the_reference(format, dtype):
             assert same_codes(kernels.quantize(weight, format, clip), expected)
             assert same(values, expected.dequantize(weight.dtype))
             assert same(kernels.fake_quantize(weight, format, clip), values)
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("format", [*WEIGHTS, *BITSANDBYTES], ids=named)
+def test_without_a_range_a_weight_is_held_as_with_the_range_of_all_of_it(format, dtype):
+    for x in odd(dtype)[:-1]:
+        weight = x.nan_to_num(1.0, posinf=2.0, neginf=-3.0)
+        if format.scale == "absmax":
+            weight = weight.clamp(-6e4, 6e4)  # what float16 holds
+        if not divides(weight[0].numel(), format):
+            continue
+        found, values = kernels.quantize_and_hold(weight, format)
+        expected, expected_values = kernels.quantize_and_hold(weight, format, choose_clip(weight, format))
+        assert same_codes(found, expected) and same(values, expected_values)
 
 
 @pytest.mark.parametrize("format", DYNAMIC, ids=named)

@@ -181,9 +181,7 @@ def _factor(values: Tensor | None, weight: Tensor) -> Tensor | None:
 def _rounded(weight: Tensor, scheme: Scheme, supernet: Supernet, path: str, factor: Tensor | None) -> BankedWeight:
     assert scheme.weights is not None
     try:
-        clip = supernet.clip(path, scheme, weight)
-        if factor is not None:
-            clip = widened(clip, factor.detach())
+        clip = supernet.clip(path, scheme, weight, factor=factor)
         return BankedWeight(*quantize_and_hold(weight, scheme.weights, clip))
     except JointoptError as error:
         raise JointoptError(f"finish: {path}: {error}") from None
