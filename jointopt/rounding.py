@@ -19,7 +19,7 @@ from jointopt.evaluation import check_batch
 from jointopt.lockstep import Arrived, in_step, starting
 from jointopt.reconstruction import reconstruct
 from jointopt.shared_moments import SharedMoments
-from jointopt.subnetwork import Plan, detach, quantize_layer, renamed, within
+from jointopt.subnetwork import Plan, detach, quantize_layer, renamed
 from jointopt.weight_bank import BankedWeight
 from quant.errors import JointoptError
 from quant.formats import Format, Scheme
@@ -28,6 +28,7 @@ from quant.rounding.compensated import gptq
 from quant.rounding.coordinate_descent import descent
 from quant.rounding.moments import NEVER_REACHED, Halves, joined
 from quant.rounding.recovery import recovered
+from search_spaces.family import within
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet

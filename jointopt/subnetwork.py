@@ -27,7 +27,7 @@ from quant.layers import as_quantized
 from quant.learned_ranges import learn_range
 from quant.reference import straight_through
 from search_spaces.clones import structural_clones, without_autocast
-from search_spaces.family import Block, Branch, Cache, Family, Layer
+from search_spaces.family import Block, Branch, Cache, Family, Layer, within
 
 
 @dataclass(frozen=True)
@@ -174,11 +174,6 @@ def _gone(family: Family, plan: Plan) -> tuple[str, ...]:
 
 def _is_in(path: str, parents: Iterable[str]) -> bool:
     return any(within(path, parent) for parent in parents)
-
-
-def within(path: str, parent: str) -> bool:
-    """Whether the module at `path` is the one at `parent` or inside it."""
-    return path == parent or path.startswith(f"{parent}.")
 
 
 def _give(module: nn.Module, repaired: Repaired) -> None:

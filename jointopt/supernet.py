@@ -51,7 +51,7 @@ from jointopt.genes import check_space, fitted_schemes, plan_of, precision_genes
 from jointopt.given import own_copy, warn_of_what_is_lost
 from jointopt.learned_ranges import NAME, LearnedRanges, learn
 from jointopt.repair import Repaired
-from jointopt.subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers, within
+from jointopt.subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers
 from jointopt.supernet_calibration import calibrate, sort_again
 from jointopt.supernet_state import fingerprint, follow, for_workers, load, notice, save, stamp
 from jointopt.transforms import checked, rotated
@@ -65,7 +65,7 @@ from quant.reference import Clip
 from search_spaces.clones import structural_clone
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
-from search_spaces.family import Family, Layer
+from search_spaces.family import Family, Layer, within
 from search_spaces.precision import gene_names
 from search_spaces.space import Gene, SearchSpace
 

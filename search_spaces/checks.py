@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from quant.errors import JointoptError, check_kind, did_you_mean
-from search_spaces.family import Block, Cache, Family, Layer, Link, Part, Width, extent, has_module
+from search_spaces.family import Block, Cache, Family, Layer, Link, Part, Width, extent, has_module, within
 
 Holders = Mapping[int, Sequence[tuple[str, str]]]
 """Identity of a parameter -> path of each module that has it, and by which name."""
@@ -71,7 +71,7 @@ def _check_container(family: Family, model: nn.Module, stage: str, blocks: Seque
 
 def _check_alone(family: Family, model: nn.Module, block: Block, holders: Holders) -> None:
     for path, parameter in model.get_submodule(block.path).named_parameters(block.path):
-        others = [each for each, _ in holders[id(parameter)] if not f"{each}.".startswith(f"{block.path}.")]
+        others = [each for each, _ in holders[id(parameter)] if not within(each, block.path)]
         if others:
             raise JointoptError(
                 f"{family.name}: {path} is also that of {', '.join(others)}, which stays where {block.name} leaves; "

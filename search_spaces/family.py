@@ -179,6 +179,11 @@ class Stream:
     untie: Callable[[nn.Module], None] | None = None
 
 
+def within(path: str, parent: str) -> bool:
+    """Whether the module at `path` is the one at `parent` or inside it."""
+    return path == parent or path.startswith(f"{parent}.")
+
+
 def branch_keep(block: str, branch: str | None) -> str:
     """Name of the gene that says whether a block's branch stays."""
     return f"{block}.{branch}.keep"

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from jointopt.evaluation import MULTI_LABEL, REGRESSION
-from jointopt.training.distillation import soft_labels
+from jointopt.subnetwork import Plan
+from jointopt.training.distillation import Distillation, seen, soft_labels
+from search_spaces.family import Block, Branch, Family, Part, SkipBranch, Width
 
 
 def formula(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -90,3 +92,26 @@ def test_of_several_classes_at_once_each_is_a_choice_of_two(rows, classes, tempe
 def test_of_a_regression_the_values_are_learned():
     student, teacher = logits(5, 1, seed=0), logits(5, 1, seed=1)
     assert soft_labels(student, teacher, problem=REGRESSION) == (student - teacher).square().mean()
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.mixer, self.out = SkipBranch(), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.mixer(x + self.mix(x)))
+
+
+def test_attention_stays_where_a_branch_of_a_like_name_left():
+    attention = Width("block0.heads", "heads", 6, (Part("0.mixer"),), (Part("0.out"),), block="block0", attention=True)
+    block = Block("block0", "0", branches=(Branch("mlp", {"0.mix": SkipBranch}),))
+    plan = Plan((block,), block.branches, {}, {})
+    found = seen(
+        nn.Sequential(Mixed()),
+        {"input": torch.ones(2, 4)},
+        Family("own", (block,), (attention,), ()),
+        plan,
+        Distillation(attention=1.0),
+    )
+    assert [each.shape for each in found.attention] == [(2, 6)]

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jointopt.subnetwork import within
 from quant.errors import JointoptError
-from search_spaces.family import branch_keep
+from search_spaces.family import branch_keep, within
 
 if TYPE_CHECKING:
     from jointopt.cost.shapes import ShapeCosts

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jointopt.subnetwork import within
-from search_spaces.family import Family, branch_keep
+from search_spaces.family import Family, branch_keep, within
 from search_spaces.space import SearchSpace
 
 

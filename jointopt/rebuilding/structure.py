@@ -15,6 +15,7 @@ from quant.errors import JointoptError
 from quant.formats import Element, Format, Scheme
 from quant.packing import layout, packed_tensors
 from quant.reference import LLM_INT8_OUTLIER
+from search_spaces.family import within
 
 _SET_BY_SIZE = (*ROW_COUNTS, *COLUMN_COUNTS, "normalized_shape")
 _WITHOUT_EFFECT = ("training", "gradient_checkpointing", "grad_checkpointing", "p", "drop_prob")
@@ -194,7 +195,7 @@ def rebuild_spec(model: nn.Module, built: nn.Module, pack: bool) -> dict[str, An
         if path not in there or type(there[path]).__name__ != plain:
             if plain == "DropPath" and isinstance(there.get(path), nn.Identity):
                 continue  # which it is but in training
-            if plain not in STAND_INS and not any(path.startswith(f"{done}.") for done in spec["replaced"]):
+            if plain not in STAND_INS and not any(within(path, done) for done in spec["replaced"]):
                 raise JointoptError(
                     f"export: {path or 'the model'} is a {kind}; the library builds {there.get(path)!s:.60}"
                 )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from jointopt.evaluation import MULTI_LABEL, REGRESSION, Batch, logits_of, problem_of, row_groups
 from jointopt.subnetwork import Plan, renamed
 from quant.errors import JointoptError, check_above_0, check_number
-from search_spaces.family import Family, Width
+from search_spaces.family import Family, Width, within
 from search_spaces.space import SearchSpace
 
 NUMBERS = ("temperature", "hidden", "attention", "labels")
@@ -198,11 +198,8 @@ def _last_attention(family: Family, plan: Plan) -> Width | None:
     """The attention of the last block that has one."""
     gone = {path for branch in plan.dropped for path in branch.replacements}
     names = [block.name for block in plan.blocks]
-    staying = [
-        width
-        for width in family.widths
-        if width.attention and width.block in names and not any(width.producers[0].module.startswith(p) for p in gone)
-    ]
+    there = (width for width in family.widths if width.attention and width.block in names)
+    staying = [width for width in there if not any(within(width.producers[0].module, path) for path in gone)]
     return max(staying, key=lambda width: names.index(width.block or ""), default=None)
 
 
