@@ -20,6 +20,7 @@ from jointopt.objectives import COSTS, is_column
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
+    from jointopt.subnetwork import Plan
     from jointopt.supernet import Supernet
 
 Quality = Callable[..., Any]
@@ -149,17 +150,19 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality) -> Evaluation:
+def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality, plan: Plan | None = None) -> Evaluation:
     """One real measurement. What the user's function raises, sys.exit too, is recorded; Ctrl-C goes through, as does
     sys.exit of a signal handler, where the process was asked to end.
+
+    Args:
+        plan: the genome's, where it is known already.
 
     Raises:
         ChangedWeights: the function wrote to the weights, which others share, so that nothing after it would be true.
     """
     started = time.perf_counter()
     try:
-        with supernet.active(genome) as model:
-            metrics = measured(quality, model)
+        metrics = measured(quality, supernet.view(plan or supernet.plan(genome)))
     except ChangedWeights:
         raise
     except (Exception, SystemExit) as error:

@@ -19,7 +19,7 @@ from jointopt.evaluation import check_batch
 from jointopt.lockstep import Arrived, in_step, starting
 from jointopt.reconstruction import reconstruct
 from jointopt.shared_moments import SharedMoments
-from jointopt.subnetwork import Plan, detach, quantize_layer, renamed
+from jointopt.subnetwork import Plan, detach, quantize_layer, renaming
 from jointopt.weight_bank import BankedWeight
 from quant.errors import JointoptError
 from quant.formats import Format, Scheme
@@ -51,9 +51,8 @@ def rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str, 
     bare = replace(plan, schemes={p: s for p, s in plan.schemes.items() if p not in rounded})
     shell = supernet.renormalized(supernet.built(bare), plan)
     original = supernet.view(replace(plan, schemes={}, caches={}))
-    rounder = _Rounder(
-        supernet, plan, rounding, original, {renamed(p, supernet.family, plan.blocks): p for p in rounded}
-    )
+    renamed = renaming(supernet.family, plan)
+    rounder = _Rounder(supernet, plan, rounding, original, {renamed(p): p for p in rounded})
     with _without_cache(shell), _without_cache(original):
         in_step(shell, moved, rounder.modules, rounder.change, original)
     if rounder.left:
@@ -74,7 +73,8 @@ class _Rounder:
         self.supernet, self.plan, self.rounding, self.original = supernet, plan, rounding, original
         self.left, self.shared = dict(names), SharedMoments()
         self.blocks: dict[str, list[str]] = {}
-        paths = [renamed(block.path, supernet.family, plan.blocks) for block in plan.blocks]
+        renamed = renaming(supernet.family, plan)
+        paths = [renamed(block.path) for block in plan.blocks]
         for name in names if rounding == "learned" else ():
             block = next((path for path in paths if within(name, path)), None)
             if block is not None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from jointopt.batch_norm import has_batch_norm
 from jointopt.evaluation import Evaluation, Quality, evaluate
 from jointopt.genes import precision_genes
-from jointopt.subnetwork import Plan, renamed
+from jointopt.subnetwork import Plan, renaming
 from quant.errors import JointoptError
 from search_spaces.family import Family, branch_keep
 
@@ -132,8 +132,9 @@ class SharedEvaluator:
 
     def _evaluation(self, genome: np.ndarray, plan: Plan, prefix: Prefix, held: HiddenStates) -> Evaluation:
         if not held.nbytes and not held.coming[prefix[:1]]:
-            return evaluate(self.supernet, genome, self.quality)
-        paths = [renamed(block.path, self.supernet.family, plan.blocks) for block in plan.blocks]
+            return evaluate(self.supernet, genome, self.quality, plan)
+        renamed = renaming(self.supernet.family, plan)
+        paths = [renamed(block.path) for block in plan.blocks]
         lost, used = [], []
 
         def quality(view: nn.Module) -> Any:
@@ -145,10 +146,10 @@ class SharedEvaluator:
                 lost.append(run.lost)
                 used.append(run.used)
 
-        found = evaluate(self.supernet, genome, quality)
+        found = evaluate(self.supernet, genome, quality, plan)
         # What failed before it did anything with the view would fail again.
         if any(lost) or (found.failed is not None and any(used)):
-            return evaluate(self.supernet, genome, self.quality)
+            return evaluate(self.supernet, genome, self.quality, plan)
         return found
 
 

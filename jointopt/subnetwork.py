@@ -266,8 +266,7 @@ def _drop(shell: nn.Module, family: Family, plan: Plan, training: bool) -> None:
         for path, replacement in branch.replacements.items():
             holder, _, name = path.rpartition(".")
             shell.get_submodule(holder)._modules[name] = replacement().train(training)
-    for blocks in family.stages().values():
-        kept = [block for block in blocks if block in plan.blocks]
+    for blocks, kept in zip(family.stages().values(), _staying(family, plan), strict=True):
         if len(kept) < len(blocks):
             container = shell.get_submodule(blocks[0].path.rpartition(".")[0])
             modules = [container._modules[block.path.rpartition(".")[2]] for block in kept]
@@ -283,15 +282,27 @@ def _count_caches(modules: Mapping[str, nn.Module], gone: Sequence[str]) -> None
         each["layer_idx"] = ranks[each["layer_idx"]]
 
 
-def renamed(path: str, family: Family, blocks: Sequence[Block]) -> str:
-    """A module's path in the extracted model, where dropped blocks no longer count."""
-    for stage in family.stages().values():
-        kept = [block for block in stage if block in blocks]
+def renaming(family: Family, plan: Plan) -> Callable[[str], str]:
+    """A module's path -> its path in the extracted model, where dropped blocks no longer count."""
+    moved: dict[str, str] = {}
+    for stage, kept in zip(family.stages().values(), _staying(family, plan), strict=True):
         for block, name in zip(kept, _names(kept), strict=True) if len(kept) < len(stage) else ():
-            if within(path, block.path):
-                container, dot, _ = block.path.rpartition(".")
-                return f"{container}{dot}{name}{path[len(block.path) :]}"
-    return path
+            container, dot, _ = block.path.rpartition(".")
+            moved[block.path] = f"{container}{dot}{name}"
+
+    def renamed(path: str) -> str:
+        parent = path
+        while parent and parent not in moved:
+            parent = parent.rpartition(".")[0]
+        return moved[parent] + path[len(parent) :] if parent else path
+
+    return renamed
+
+
+def _staying(family: Family, plan: Plan) -> list[list[Block]]:
+    """The blocks of each stage that stay."""
+    names = {block.name for block in plan.blocks}
+    return [[block for block in stage if block.name in names] for stage in family.stages().values()]
 
 
 def _names(kept: Iterable[Block]) -> list[str]:
@@ -316,8 +327,9 @@ def layout(shell: nn.Module, family: Family, plan: Plan) -> list[dict[str, Any]]
     """One record a layer of a plan's sub-network: block, layer (path in the super-network), name (path in `shell`),
     kind, rows, columns, scheme, bits. For pictures and records."""
     records = []
+    renamed = renaming(family, plan)
     for layer in staying_layers(family, plan):
-        name = renamed(layer.path, family, plan.blocks)
+        name = renamed(layer.path)
         module = shell.get_submodule(name)
         weight = module.get_parameter("weight")
         kept = plan.schemes.get(layer.path)

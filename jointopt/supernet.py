@@ -51,7 +51,7 @@ from jointopt.genes import check_space, fitted_schemes, plan_of, precision_genes
 from jointopt.given import own_copy, warn_of_what_is_lost
 from jointopt.learned_ranges import NAME, LearnedRanges, learn
 from jointopt.repair import Repaired
-from jointopt.subnetwork import ActivationStatistics, Plan, build, detach, layout, renamed, staying_layers
+from jointopt.subnetwork import ActivationStatistics, Plan, build, detach, layout, renaming, staying_layers
 from jointopt.supernet_calibration import calibrate, sort_again
 from jointopt.supernet_state import fingerprint, follow, for_workers, load, notice, save, stamp
 from jointopt.transforms import checked, rotated
@@ -314,10 +314,10 @@ class Supernet:
 
     def with_whole_shifts(self, shell: nn.Module, plan: Plan) -> nn.Module:
         """The view of a plan, what normalizations add after its static integer layers as integer kernels add it."""
+        renamed = renaming(self.family, plan)
         for layer in staying_layers(self.family, plan):
             if layer.norm is not None and layer.path in plan.schemes:
-                paths = (renamed(each, self.family, plan.blocks) for each in (layer.path, layer.norm))
-                module, norm = map(shell.get_submodule, paths)
+                module, norm = (shell.get_submodule(renamed(each)) for each in (layer.path, layer.norm))
                 if hasattr(module, "quantized"):  # finishing does one after the other
                     shift_by_whole_products(module, norm)
         return shell

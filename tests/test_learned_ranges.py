@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.learned_ranges import NAME
-from jointopt.subnetwork import renamed
+from jointopt.subnetwork import renaming
 from jointopt.training import loop
 from jointopt.training.distillation import soft_labels
 from quant.calibration import choose_clip
@@ -140,9 +140,9 @@ def test_slices_of_one_width_and_another_share_a_factor():
     assert supernet.learned is not None
     for genome in supernet.space.sample(4, seed=5):
         plan = supernet.plan(genome)
-        view = supernet.built(plan)
+        view, renamed = supernet.built(plan), renaming(supernet.family, plan)
         for path, each in plan.schemes.items():
-            held = view.get_submodule(renamed(path, supernet.family, plan.blocks)).quantized
+            held = view.get_submodule(renamed(path)).quantized
             weight = supernet.model.get_submodule(path).weight.detach()[:, : held.codes.shape[1]]
             factor = supernet.learned.factor(path, each)
             expected = quantize(weight, each.weights, widened(choose_clip(weight, each.weights), factor))

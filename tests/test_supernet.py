@@ -15,6 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.subnetwork import Plan, renaming, staying_layers
 from jointopt.typical import lengths, of_average_length
 from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make, supernet_of
 
@@ -210,6 +211,20 @@ def test_the_super_network_is_untouched_by_what_a_user_does_to_a_view():
         view.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
     assert supernet.fingerprint() == before
     assert not supernet.model.bert.encoder.layer[0]._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "bert", "vit", "resnet"])
+def test_a_module_is_found_by_its_new_path_where_blocks_before_it_left(name):
+    supernet = supernet_of(name, ["none"])
+    moved = 0
+    for gone in (block for block in supernet.family.blocks if block.removable):
+        plan = Plan(tuple(block for block in supernet.family.blocks if block != gone), (), {}, {})
+        view, renamed = supernet.built(plan), renaming(supernet.family, plan)
+        for layer in staying_layers(supernet.family, plan):
+            found, whole = view.get_submodule(renamed(layer.path)), supernet.model.get_submodule(layer.path)
+            assert found.weight.data_ptr() == whole.weight.data_ptr()
+            moved += renamed(layer.path) != layer.path
+    assert moved
 
 
 def test_a_view_copies_no_weight():

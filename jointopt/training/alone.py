@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
 from jointopt.evaluation import REGRESSION, check_batch, logits_of, problem_of
-from jointopt.subnetwork import Plan, detach, pass_gradients, quantize_layer, renamed
+from jointopt.subnetwork import Plan, detach, pass_gradients, quantize_layer, renaming
 from jointopt.training.distillation import soft_labels
 from jointopt.training.loop import Batches, check_batches, endless, schedule
 from jointopt.weight_bank import BankedWeight
@@ -68,7 +68,8 @@ def train_alone(
     check_batches("finish", batches)
     problem = problem_of(supernet.model)
     trained = detach(supernet.renormalized(supernet.built(replace(plan, schemes={}, caches={})), plan))
-    layers = {renamed(path, supernet.family, plan.blocks): path for path in plan.schemes}
+    renamed = renaming(supernet.family, plan)
+    layers = {renamed(path): path for path in plan.schemes}
     ranges = _ranges(trained, supernet, plan, layers) if learned_ranges else _Ranges({}, {})
     parameters = [*trained.parameters(), *ranges.weights.values(), *ranges.inputs.values()]
     for parameter in parameters:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.evaluation import MULTI_LABEL, REGRESSION, Batch, logits_of, problem_of, row_groups
-from jointopt.subnetwork import Plan, renamed
+from jointopt.subnetwork import Plan, renaming
 from quant.errors import JointoptError, check_above_0, check_number
 from search_spaces.family import Family, Width, within
 from search_spaces.space import SearchSpace
@@ -161,15 +161,16 @@ def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
 def seen(view: nn.Module, inputs: Batch, family: Family, plan: Plan, wanted: Distillation) -> Seen:
     """Runs a training view and keeps what its distillation compares. The view is left without hooks."""
     found = Seen(torch.empty(0))
+    renamed = renaming(family, plan)
     with ExitStack() as hooks:
         if wanted.hidden:
             for block in plan.blocks:
                 hook = _keeper(found.hidden, block.name)
-                hooks.enter_context(_hooked(view, renamed(block.path, family, plan.blocks), hook))
+                hooks.enter_context(_hooked(view, renamed(block.path), hook))
         if wanted.attention and (width := _last_attention(family, plan)) is not None:
             for part in width.producers:
                 hook = _appender(found.attention)
-                hooks.enter_context(_hooked(view, renamed(part.module, family, plan.blocks), hook))
+                hooks.enter_context(_hooked(view, renamed(part.module), hook))
         found.logits = logits_of(view, inputs)
     return found
 
