@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,7 @@ def build(
     gone = _gone(family, plan)
     layers = {layer.path: layer for layer in family.layers}
     tied = {path for layer in family.layers for path in layer.tied}
+    ranges = learned if training else None
     for path in {**rows, **columns, **plan.schemes}:
         if path in tied or _is_in(path, gone):
             continue
@@ -105,17 +106,16 @@ def build(
             _cut(module, rows.get(path), columns.get(path), training)
         else:
             banked = weights(path, scheme, columns.get(path))
-            # Path, and where its weight is cut: a tied layer never is.
-            cuts = {path: (rows.get(path), columns.get(path)), **dict.fromkeys(layers[path].tied, (None, None))}
-            for each, cut in cuts.items():
-                whole = modules[each]._parameters["weight"]
-                quantize_layer(modules[each], scheme, banked, *cut, constants(each, scheme.name), training)
-                if training and whole is not None:
-                    pass_gradients(modules[each], whole, learned.factor(path, scheme) if learned is not None else None)
-                    if learned is not None:
-                        modules[each].__dict__["input_factor"] = learned.input_factor(each, scheme.name)
-                elif each != path:
-                    modules[each]._parameters["weight"] = module._parameters["weight"]
+            holders = [
+                Holder(
+                    modules[each],
+                    constants(each, scheme.name),
+                    ranges.factor(path, scheme) if ranges else None,
+                    ranges.input_factor(each, scheme.name) if ranges else None,
+                )
+                for each in (path, *layers[path].tied)
+            ]
+            quantize_tied(holders, scheme, banked, rows.get(path), columns.get(path), training)
     for path, form in plan.caches.items():
         of_keys = constants(path, form.name)
         if not form.inputs and not of_keys:
@@ -236,6 +236,43 @@ def quantize_layer(
     _set_sizes(module, rows, columns)
     area = values[0, 0].numel() if values.dim() > 2 else 1
     as_quantized(module, scheme, banked.quantized.sliced(values.shape[0], values.shape[1] * area), statistics)
+
+
+class Holder(NamedTuple):
+    """One of the modules that hold a weight.
+
+    Attributes:
+        constants: of a static format of its inputs.
+        factor: of the range of the weight, where it is learned.
+        input_factor: of the range of its inputs, where that is.
+    """
+
+    module: nn.Module
+    constants: Mapping[str, Tensor]
+    factor: Tensor | None = None
+    input_factor: Tensor | None = None
+
+
+def quantize_tied(
+    holders: Sequence[Holder],
+    scheme: Scheme,
+    banked: BankedWeight,
+    rows: int | None,
+    columns: int | None,
+    training: bool,
+) -> None:
+    """`quantize_layer` of a layer, the first of `holders`, and of those tied to it, of which none is ever cut. With
+    `training` gradients go to the weight that each has, else they share one."""
+    first = holders[0].module
+    for module, constants, factor, input_factor in holders:
+        whole = module._parameters["weight"]
+        cut = (rows, columns) if module is first else (None, None)
+        quantize_layer(module, scheme, banked, *cut, constants, training)
+        if training and whole is not None:
+            pass_gradients(module, whole, factor)
+            module.__dict__["input_factor"] = input_factor
+        elif module is not first:
+            module._parameters["weight"] = first._parameters["weight"]
 
 
 def pass_gradients(module: nn.Module, whole: Tensor, factor: Tensor | None = None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
 from jointopt.evaluation import REGRESSION, check_batch, logits_of, problem_of
-from jointopt.subnetwork import Plan, detach, pass_gradients, quantize_layer, renaming
+from jointopt.subnetwork import Holder, Plan, detach, quantize_tied, renaming
 from jointopt.training.distillation import soft_labels
 from jointopt.training.loop import Batches, check_batches, endless, schedule
 from jointopt.weight_bank import BankedWeight
@@ -159,19 +159,15 @@ def _quantized(
         weight = model.get_submodule(name).get_parameter("weight")
         factor = _factor(ranges.weights.get(path), weight)
         banked = _rounded(weight.detach(), scheme, supernet, path, factor)
+        holders = []
         for each, original in [(name, path), *((other, other) for other in owners[path].tied)]:
-            module = model.get_submodule(each)
             constants, of_inputs = supernet.statistics(original, scheme), _factor(ranges.inputs.get(original), weight)
             if of_inputs is not None:
                 assert scheme.activations is not None
                 clip = widened(input_range(scheme.activations, constants), of_inputs.detach().flatten(1))
                 constants = static_constants(clip, scheme.activations)
-            quantize_layer(module, scheme, banked, None, None, constants, training)
-            if training:
-                pass_gradients(module, weight, factor)
-                module.__dict__["input_factor"] = of_inputs
-            elif each != name:
-                module._parameters["weight"] = model.get_submodule(name)._parameters["weight"]
+            holders.append(Holder(model.get_submodule(each), constants, factor, of_inputs))
+        quantize_tied(holders, scheme, banked, None, None, training)
     return model
 
 
