@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -24,10 +25,14 @@ from jointopt.checkpoint.writer import LOCK, REPLACED, stored_bytes
 from jointopt.config import Config
 from jointopt.evaluation import logits_of
 from jointopt.files import locked
+from jointopt.rebuilding.block_sizes import is_uniform, settle_sizes, sizes_of_blocks
 from jointopt.run_folder import EXPORT, taken
 from quant.formats import ELEMENTS, Element, Format, Scheme
 from quant.formats import SCHEMES as FORMATS
 from tests.zoo import SCHEMES, batches, logits, make, supernet_of
+
+BLOCKS = {"qwen2": "layers", "llama_tied": "layers", "bert": "encoder.layer"}
+"""Where their blocks are, in the base model."""
 
 
 def uniform(supernet: Supernet, **choices) -> object:
@@ -46,6 +51,22 @@ def quality(model: nn.Module) -> float:
 
 def dynamic(element: str, granularity: str = "token", group: int | None = None, **options) -> Format:
     return Format(element, granularity, group, dynamic=True, **options)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama_tied", "bert"])
+def test_reading_the_sizes_of_blocks_leaves_the_config_as_it_is(name):
+    model = make(name)
+    before = model.config.to_dict()
+    assert len(sizes_of_blocks(model, model.config)) == len(model.base_model.get_submodule(BLOCKS[name]))
+    assert is_uniform(model) == (name != "bert")
+    assert model.config.to_dict() == before
+
+
+def test_an_export_says_the_head_size_that_its_config_left_to_be_derived():
+    model = make("qwen2")
+    settle_sizes(model, config := copy.deepcopy(model.config))
+    attention = model.get_submodule("model.layers.0.self_attn")
+    assert "head_dim" not in model.config.to_dict() and config.head_dim == attention.head_dim
 
 
 OWN = {  # made when their elements are there

@@ -6,7 +6,6 @@ scale is the same number (of what is no smaller than 2^-17). The file is written
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -107,7 +106,7 @@ def check(model: Any, processor: Any = None) -> None:
 
 def _add_sizes(writer: Any, model: Any) -> None:
     config = model.config
-    sizes = sizes_of_blocks(model, copy.deepcopy(config))[0]
+    sizes = sizes_of_blocks(model, config)[0]
     head_dim = model.get_submodule("model.layers.0.self_attn").head_dim
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_block_count(len(model.get_submodule("model.layers")))

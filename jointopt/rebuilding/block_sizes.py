@@ -16,6 +16,9 @@ def settle_sizes(model: nn.Module, config: Any) -> None:
 
     Per-layer sizes go under the standard key `per_layer_config`, beside which the global ones stay as they were.
     """
+    head_dim = _head_dim(model)
+    if head_dim is not None and getattr(config, "head_dim", None) != head_dim:
+        config.head_dim = head_dim
     sizes = sizes_of_blocks(model, config)
     keys = {key for each in sizes for key in each}
     uniform = {key: {each.get(key) for each in sizes} for key in keys}
@@ -62,16 +65,21 @@ def sizes_of_blocks(model: nn.Module, config: Any) -> list[dict[str, int]]:
 
     BERT's heads are not among them: its config derives the head size from their number.
     """
-    found = []
+    return [_sizes_of(block, config) for block in _blocks(model)]
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
     for path, container in model.named_modules():
-        if not isinstance(container, nn.ModuleList) or not path.endswith(
-            ("layers", "encoder.layer", "transformer.layer")
-        ):
-            continue
-        for block in container:
-            found.append(_sizes_of(block, config))
-        break
-    return found
+        if isinstance(container, nn.ModuleList) and path.endswith(("layers", "encoder.layer", "transformer.layer")):
+            return list(container)
+    return []
+
+
+def _head_dim(model: nn.Module) -> int | None:
+    """The head size, of all blocks, where it is no matter of the number of heads."""
+    modules = (module for block in _blocks(model) for module in block.modules())
+    queries = (each for each in modules if isinstance(getattr(each, "q_proj", None), nn.Linear))
+    return next((size for each in queries if (size := getattr(each, "head_dim", None))), None)
 
 
 def _sizes_of(block: nn.Module, config: Any) -> dict[str, int]:
@@ -86,8 +94,6 @@ def _sizes_of(block: nn.Module, config: Any) -> dict[str, int]:
         head_dim = getattr(block.get_submodule(name.rpartition(".")[0]), "head_dim", None)
         if name.endswith("q_proj") and head_dim:
             sizes["num_attention_heads"] = module.out_features // head_dim
-            if getattr(config, "head_dim", None) != head_dim:
-                config.head_dim = head_dim
         if name.endswith("k_proj") and head_dim:
             sizes["num_key_value_heads"] = module.out_features // head_dim
     return {key: value for key, value in sizes.items() if hasattr(config, key)}
@@ -95,5 +101,5 @@ def _sizes_of(block: nn.Module, config: Any) -> dict[str, int]:
 
 def is_uniform(model: Any) -> bool:
     """Whether all blocks of a language model are of one size, and whole."""
-    sizes = sizes_of_blocks(model, copy.deepcopy(model.config))
+    sizes = sizes_of_blocks(model, model.config)
     return all(each == sizes[0] for each in sizes) and len(sizes[0]) == 3
