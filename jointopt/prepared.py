@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from jointopt.config import Config
+from jointopt.digests import digest_of
 from jointopt.rows import is_hub_id
 from jointopt.timing.hardware import latency_of
 from quant.errors import JointoptError
@@ -62,7 +63,7 @@ class Prepared:
         for index in range(self.train.count):
             mark = self.train.mark(index)
             found.update(f"{len(mark)} ".encode() + mark)
-        processed = digest(islice(self.train.epoch(0, 32, 0), PROCESSED // 32))
+        processed = digest_of(islice(self.train.epoch(0, 32, 0), PROCESSED // 32))
         return f"{self.train.count} {found.hexdigest()} {processed}"
 
 
@@ -118,30 +119,18 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
 
     def scored_on(entry: str) -> Quality:
         scored = batches(entry)
-        contents[entry] = digest(scored)
+        contents[entry] = digest_of(scored)
         return problem.quality(scored, loaded.model if "kl" in objectives else None, f"data.{entry}.label")
 
     quality = _named_failures(function, str(config.quality)) if function is not None else scored_on("evaluate")
     inputs: list[Batch] = [
         {k: v for k, v in batch.items() if k != "labels"} for batch in batches("calibrate", task.calibration)
     ]
-    contents["calibrate"] = digest(inputs)
+    contents["calibrate"] = digest_of(inputs)
     trains = config.train is not None or (config.finish is not None and config.finish.steps is not None)
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
     unseen = scored_on("test") if config.data.test is not None else None
     return Prepared(loaded, quality, objectives, inputs, train, contents, unseen)
-
-
-def digest(batches: Iterable[Batch]) -> str:
-    """Of all numbers in them, so that a run notices other contents under the same name."""
-    import torch
-
-    found = xxhash.xxh3_128()
-    for batch in batches:
-        for name, tensor in sorted(batch.items()):
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _objectives(config: Config, problem: Problem) -> dict[str, str]:

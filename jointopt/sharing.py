@@ -29,6 +29,7 @@ import xxhash
 from torch import Tensor, nn
 
 from jointopt.batch_norm import has_batch_norm
+from jointopt.digests import feed
 from jointopt.evaluation import Evaluation, Quality, evaluate
 from jointopt.genes import precision_genes
 from jointopt.subnetwork import Plan, renaming
@@ -366,8 +367,8 @@ def _without_the_rest(output: Any, absent: _Absent) -> Any:
 def _feed(digest: Any, value: Any) -> None:
     """Adds a value's content to the digest. Raises _Opaque for what is no plain tensor, number, text or a container."""
     if type(value) in (Tensor, nn.Parameter):
-        digest.update(repr((value.dtype, value.shape, value.stride(), value.device)).encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(repr((value.stride(), value.device)).encode())
+        feed(digest, value)
     elif value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         digest.update(f"{type(value).__name__} {value!r};".encode())
     elif type(value) in (list, tuple, dict):

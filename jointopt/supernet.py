@@ -481,7 +481,7 @@ class Supernet:
         return for_workers(self, count)
 
     def fingerprint(self) -> str:
-        """SHA-256 over weights, order, space and calibration: equal for super-networks with equal sub-networks."""
+        """A digest of weights, order, space and calibration: equal for super-networks with equal sub-networks."""
         return fingerprint(self)
 
     def save(self, path: str | Path) -> None:

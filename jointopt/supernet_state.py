@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt.batch_norm import on_device
+from jointopt.digests import digest_of
 from jointopt.files import reading
 from jointopt.learned_ranges import INPUTS, NAME, LearnedRanges, settle
 from quant.errors import JointoptError, check_kind
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def fingerprint(supernet: Supernet) -> str:
-    """SHA-256 over weights, order, space and calibration: equal for super-networks with equal sub-networks."""
+    """A digest of weights, order, space and calibration: equal for super-networks with equal sub-networks."""
     choices = [
         supernet.space.to_dict(),
         supernet._leaving,
@@ -34,7 +34,6 @@ def fingerprint(supernet: Supernet) -> str:
     ]
     choices += supernet.transforms
     choices += _own_schemes(supernet)
-    digest = hashlib.sha256(json.dumps(choices, sort_keys=True, default=str).encode())
     tensors = dict(supernet.model.state_dict())
     for (path, name), constants in supernet._statistics.items():
         tensors.update({f"{path}:{name}:{key}": value for key, value in constants.items()})
@@ -44,9 +43,8 @@ def fingerprint(supernet: Supernet) -> str:
         tensors |= supernet.learned.tensors()
     for number, batch in enumerate(supernet.samples if supernet._has_batch_norm else ()):
         tensors.update({f"{number}:{key}": value for key, value in batch.items() if isinstance(value, Tensor)})
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    digest = xxhash.xxh3_128(json.dumps(choices, sort_keys=True, default=str).encode())
+    digest.update(digest_of([tensors]).encode())
     return digest.hexdigest()
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jointopt.config import Config
+from jointopt.digests import digest_of
 from jointopt.files import write_whole
-from jointopt.prepared import Prepared, digest, prepare, stay_offline
+from jointopt.prepared import Prepared, prepare, stay_offline
 from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
 from jointopt.timing.hardware import THIS, check_timed, latency_of, look_up, measured_beside
 from quant.errors import JointoptError
@@ -99,7 +100,7 @@ def _take_shapes(config: Config, supernet: Supernet) -> None:
 def _trained_from(prepared: Prepared) -> dict[str, str]:
     """Key of the config -> digest of what it names: all that training depends on."""
     return {
-        "model": digest([prepared.loaded.model.state_dict()]),
+        "model": digest_of([prepared.loaded.model.state_dict()]),
         "data.train": prepared.trained_on,
         "data.calibrate": prepared.contents["calibrate"],
     }

@@ -461,6 +461,20 @@ def test_a_study_that_is_refused_is_closed(wrong, tmp_path):
     assert len(os.listdir("/proc/self/fd")) == len(before), kept
 
 
+def test_a_study_of_another_super_network_is_refused_in_one_line(supernet, tmp_path):
+    path, before = tmp_path / "study.db", "0f" * 32  # as long as fingerprints were
+    jointopt.search(supernet, agreement, evaluations=3, storage=path).close()
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
+        file.execute("UPDATE facts SET value = json_set(value, '$.supernet', ?) WHERE key = 'config'", (before,))
+    with pytest.raises(JointoptError) as refused:
+        jointopt.search(supernet, agreement, evaluations=3, storage=path)
+    assert f'has another config: supernet was "{before[:50]}' in str(refused.value)
+    assert f'is "{supernet.fingerprint()}"; allowed: that one' in str(refused.value)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(JointoptError, match="no longer what the study searched"):
+        jointopt.export(supernet, supernet.space.largest, tmp_path / "out", study=Study.open(path))
+
+
 def test_the_knee_looks_at_every_objective():
     objectives = [Objective("loss", "min"), Objective("size", "min"), Objective("latency", "min")]
     study = Study.create(None, SearchSpace([Gene("depth", tuple(range(1, 6)))]), objectives, {})
