@@ -19,7 +19,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from jointopt.files import check_path
-from jointopt.names import MODELS, NOISY, TARGETS
+from jointopt.names import MODELS, NEAREST, NOISY, TARGETS
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _report(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from jointopt.report.page import write_report
-    from jointopt.report.terminal import device_table, front_table
+    from jointopt.report.terminal import device_table, finished_table, front_table
     from jointopt.run_folder import REPORT, STUDY
     from jointopt.study import Study
 
@@ -228,7 +228,11 @@ def _report(options: argparse.Namespace) -> int:
         devices = _on_devices(study, file.parent, options) if options.device else []
         path = write_report(study, Path(options.out) if options.out else file.parent / REPORT, devices=devices)
         console = Console()
-        console.print(front_table(study, study.fact("choice", {}).get("genome")))
+        choice = study.fact("choice", {})
+        console.print(front_table(study, choice.get("genome")))
+        if study.finished():
+            rounded = choice.get("rounding", NEAREST) != NEAREST
+            console.print(finished_table(study, choice["genome"] if rounded else None))
         for each in devices:
             console.print(device_table(each))
     finally:
@@ -316,7 +320,7 @@ def _export(options: argparse.Namespace) -> int:
             WRITERS[target].check(supernet.extract(genome), prepared.loaded.saved_processor)
         finished = finished_genome(config, supernet, study, genome, prepared)
         export_genome(supernet, study, genome, finished, folder, prepared, options.overwrite, target)
-        if folder == output / EXPORT:  # only now: what was refused is no choice
+        if folder.resolve() == (output / EXPORT).resolve():  # only now: what was refused is no choice
             note_choice(study, supernet, genome, pick, finished)
     finally:
         study.close()

@@ -11,3 +11,6 @@ NOISY = ("transformers", "datasets", "timm", "httpx", "huggingface_hub", "torch.
 """Loggers of libraries whose notices are not for the user of a command."""
 TASKS: tuple[str, ...] = get_args(TaskName)
 TARGETS: tuple[str, ...] = get_args(TargetName)
+
+NEAREST = "nearest"
+"""How weights are rounded that no finishing has rounded."""

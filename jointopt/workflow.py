@@ -13,6 +13,7 @@ import numpy as np
 from jointopt.config import Config
 from jointopt.digests import digest_of
 from jointopt.files import write_whole
+from jointopt.names import NEAREST
 from jointopt.prepared import Prepared, prepare, stay_offline
 from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
 from jointopt.timing.hardware import THIS, check_timed, latency_of, look_up, measured_beside
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from jointopt.study import Study
     from jointopt.supernet import Supernet
     from jointopt.training.loop import Batches
-
-NEAREST = "nearest"
 
 
 def make_supernet(config: Config, prepared: Prepared, console: Console | None = None) -> Supernet:
@@ -328,7 +327,7 @@ def export_genome(
         overwrite=overwrite,
         target=target,
     )
-    if folder == Path(str(study.path)).parent / EXPORT:
+    if folder.resolve() == (Path(str(study.path)).parent / EXPORT).resolve():
         study.note("verified", None)  # which another model was
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
@@ -140,6 +141,17 @@ def test_every_kind_of_cache_gives_the_same(kind):
         if kind == "static":
             options["past_key_values"] = StaticCache(config=model.config, max_cache_len=16)
         torch.testing.assert_close(model(input_ids=ids, **options).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_of_codes_that_was_saved_goes_on_as_it_would_have():
+    supernet = llama()
+    model = supernet.extract(with_caches(supernet, "INT4"))
+    ids = batches("llama_tied", size=2)[0]["input_ids"]
+    with torch.no_grad():
+        begun = model(input_ids=ids[:, :10], use_cache=True).past_key_values
+        again = pickle.loads(pickle.dumps(begun))
+        expected = model(input_ids=ids[:, 10:], past_key_values=begun).logits
+        assert torch.equal(model(input_ids=ids[:, 10:], past_key_values=again).logits, expected)
 
 
 def test_beams_and_crops_work_on_codes():

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -260,6 +261,31 @@ def test_what_a_killed_export_left_is_cleared_by_the_next_and_a_living_ones_is_n
     jointopt.export(supernet, genome, folder, processor=Processor(export_too))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".small-mine-own", "small"]
     assert not list(folder.glob("*.lock"))
+
+
+def test_an_export_leaves_what_came_into_its_place_while_it_was_written(tmp_path):
+    supernet = supernet_of("bert", schemes=["none", "W8A8"])
+    folder = tmp_path / "small"
+
+    def somebody(at: Path) -> None:
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("mine")
+
+    with pytest.raises(JointoptError, match=r"small' exists; choose another folder"):
+        jointopt.export(supernet, supernet.space.smallest, folder, processor=Processor(somebody))
+    assert [path.name for path in tmp_path.rglob("*")] == ["small", "thesis.txt"]
+
+
+def test_a_first_stage_as_narrow_as_the_stem_is_exported(tmp_path):
+    torch.manual_seed(0)
+    resnet = timm.models.resnet.ResNet(
+        timm.models.resnet.Bottleneck, (1, 1, 1, 1), num_classes=5, channels=(32, 32, 32, 32)
+    )
+    supernet = Supernet(resnet.eval(), SearchSpace.for_model(resnet, schemes=["none"], stage=[0.5, 1.0]))
+    supernet.calibrate(batches("timm_resnet"))
+    genome, batch = supernet.space.smallest, batches("timm_resnet", seed=1)[0]
+    folder = jointopt.export(supernet, genome, tmp_path / "small")
+    assert torch.equal(logits(load_model(str(folder)), batch), logits(supernet.extract(genome), batch))
 
 
 def test_a_run_leaves_to_an_export_in_its_folder_what_that_writes_and_what_it_has_put_aside(tmp_path):

@@ -230,7 +230,25 @@ def test_an_export_verifies_in_a_process_of_its_own(name, place):
     verification = jointopt.verify(exported(name, place), quality=quality)
     assert verification.ok, verification.differences
     assert verification.metrics["quality"] == quality(supernet.extract(mixed(supernet)))
-    assert "onnxruntime" in (exported(name, place) / "README.md").read_text()
+
+
+def test_the_card_s_own_code_computes_what_was_scored_on_any_processor(tmp_path, monkeypatch):
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8", "W4A16"], precision_per="block"))
+    supernet.calibrate(batches("vit"))
+    genes = {gene.name: gene.choices for gene in supernet.space.genes}
+    batch = batches("vit", seed=3)[0]
+    for scheme in ("W8A8", "W4A16"):
+        chosen = {name: scheme if scheme in choices else choices[-1] for name, choices in genes.items()}
+        genome = supernet.space.encode(chosen)
+        card = (jointopt.export(supernet, genome, tmp_path / scheme, target="onnxruntime") / "README.md").read_text()
+        assert ("x64quantprecision" in card) == (scheme == "W8A8")
+        monkeypatch.chdir(tmp_path)
+        names: dict = {}
+        exec(card.partition("```python\n")[2].partition("```")[0], names)
+        found = names["session"].run(["logits"], {"pixel_values": batch["pixel_values"].numpy()})[0]
+        expected = logits(supernet.extract(genome), batch)
+        assert (torch.from_numpy(found) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_beside_the_file_are_the_sizes_of_every_layer_and_how_it_generates(place):

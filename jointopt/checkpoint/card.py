@@ -73,7 +73,8 @@ def transformers_snippet(auto: str, folder: str, modeling_file: bool) -> str:
     option = ", trust_remote_code=True" if modeling_file else ""
     why = (
         "Layers differ in size or format in a way that the stock class does not know, so the folder brings a short\n"
-        "modelling file (`modeling_jointopt.py`; read it before you trust it).\n\n"
+        "modelling file (`modeling_jointopt.py`; read it before you trust it). Without it transformers may build the\n"
+        "stock class, whose weights are then other ones.\n\n"
         if modeling_file
         else ""
     )

@@ -111,7 +111,7 @@ def export(
             if "stored" not in record:
                 _weigh(whole, model, record["costs"]["size"])
             _write_beside(whole, record, processor, loading)
-            _move(whole, folder, Path(place))
+            _move(whole, folder, Path(place), overwrite)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise JointoptError(f"export: {str(folder)!r} cannot be written: {reason}") from None
@@ -155,8 +155,10 @@ def check_place(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _move(whole: Path, folder: Path, aside: Path) -> None:
-    """The finished folder into place; an old one is put aside first, and goes with the temporary folder."""
+def _move(whole: Path, folder: Path, aside: Path, overwrite: bool) -> None:
+    """The finished folder into place; an old one is put aside first, and goes with the temporary folder. What came
+    there meanwhile is refused like what was there before."""
+    check_place(folder, overwrite)
     replaced = aside / REPLACED
     if folder.exists():
         os.rename(folder, replaced)

@@ -84,10 +84,14 @@ def store_codes(cache, layer_idx, element, constants):
         return True
     if layer is None or type(layer).__name__ != "DynamicLayer" or layer.is_initialized:
         return False
-    kind = type("DynamicCodesLayer", (CodesLayer, type(layer)), {})
-    cache.layers[layer_idx] = kind()
+    cache.layers[layer_idx] = codes_layer(type(layer))
     cache.layers[layer_idx].hold(element, constants)
     return True
+
+
+def codes_layer(kind):
+    """An empty layer that stores codes in a cache of layers of a `kind`."""
+    return type("DynamicCodesLayer", (CodesLayer, kind), {})()
 
 
 class CodesLayer:
@@ -97,6 +101,9 @@ class CodesLayer:
     keys: torch.Tensor
     values: torch.Tensor
     is_initialized: bool
+
+    def __reduce__(self):
+        return codes_layer, (type(self).__bases__[1],), self.__dict__
 
     def hold(self, element, constants):
         self.element, self.constants = element, constants

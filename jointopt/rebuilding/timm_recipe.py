@@ -41,7 +41,11 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
 def preprocessing(model: nn.Module) -> dict[str, Any]:
     """timm's `pretrained_cfg` of a model, which says how its images are prepared, as far as JSON holds it."""
     given = getattr(model, "pretrained_cfg", None) or {}
-    return {k: v for k, v in given.items() if isinstance(v, str | int | float | bool | list | tuple | None)}
+    told = {k: v for k, v in given.items() if isinstance(v, str | int | float | bool | list | tuple | None)}
+    patches: Any = getattr(model, "patch_embed", None)
+    if told and patches is not None and not model.dynamic_img_size:  # an image size of its own, which timm leaves out
+        told["input_size"] = [patches.proj.in_channels, *patches.img_size]
+    return told
 
 
 _ACTIVATIONS = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
@@ -52,7 +56,7 @@ def _vision_transformer(model: Any) -> dict[str, Any]:
     head_dim = next((b.attn.head_dim for b in model.blocks if hasattr(b.attn, "head_dim")), model.embed_dim)
     hidden = max((block.mlp.fc1.out_features for block in model.blocks if hasattr(block.mlp, "fc1")), default=4)
     kinds = (type(block.mlp.act).__name__ for block in model.blocks if hasattr(block.mlp, "act"))
-    scales = [block.ls1 for block in model.blocks if hasattr(block.ls1, "gamma")]
+    scales = [scale for block in model.blocks for scale in (block.ls1, block.ls2) if hasattr(scale, "gamma")]
     return {
         "img_size": list(model.patch_embed.img_size),
         "patch_size": list(model.patch_embed.patch_size),
@@ -88,13 +92,16 @@ def _resnet(model: Any) -> dict[str, Any]:
     last = "conv2" if block == "BasicBlock" else "conv3"
     deep = isinstance(model.conv1, nn.Sequential)
     widths = [model.conv1[i].out_channels for i in (0, 3)] if deep else []
+    channels = [getattr(stage[0], last).out_channels // expansion for stage in stages]
+    if stages[0][0].downsample is not None and channels[0] * expansion == (2 * widths[1] if deep else 64):
+        channels[0] += 1  # else timm would build none; whatever it builds gets the model's own shapes
     return {
         "block": block,
         "layers": [len(stage) for stage in stages],
         "num_classes": model.num_classes,
         "in_chans": model.in_chans,
         "global_pool": model.global_pool.pool_type,
-        "channels": [getattr(stage[0], last).out_channels // expansion for stage in stages],
+        "channels": channels,
         "stem_type": ("deep_tiered" if widths[0] != widths[1] else "deep") if deep else "",
         "stem_width": widths[1] if deep else 64,
         "replace_stem_pool": isinstance(model.maxpool, nn.Sequential),

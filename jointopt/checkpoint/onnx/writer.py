@@ -98,7 +98,13 @@ def onnx_bytes(path: Path) -> int:
 def snippet(folder: str, model: Any) -> str:
     """How to load the folder, and how timm would prepare the images of a model of its own."""
     images = _IMAGES.format(folder=folder) if by_timm(model) and preprocessing(model) else ""
-    return _SNIPPET.format(folder=folder) + images
+    exact = _EXACT if any(_multiplies_integers(module) for module in model.modules()) else ""
+    return _SNIPPET.format(folder=folder, exact=exact, options=", options" if exact else "") + images
+
+
+def _multiplies_integers(module: Any) -> bool:
+    given = module.scheme.activations if hasattr(module, "quantized") else None
+    return given is not None and not given.kind.is_float
 
 
 _SNIPPET = """Needs ONNX Runtime alone.
@@ -106,9 +112,13 @@ _SNIPPET = """Needs ONNX Runtime alone.
 ```python
 import onnxruntime
 
-session = onnxruntime.InferenceSession("{folder}/model.onnx")
+{exact}session = onnxruntime.InferenceSession("{folder}/model.onnx"{options})
 print({{each.name: each.shape for each in session.get_inputs()}})
 ```"""
+_EXACT = """options = onnxruntime.SessionOptions()
+# Without VNNI a processor's sums of 8-bit products saturate, unless they are told to be exact; with it, leave this out.
+options.add_session_config_entry("session.x64quantprecision", "1")
+"""
 _IMAGES = """
 
 Mean, standard deviation and size of its images are in config.json, where timm makes the transform from:
