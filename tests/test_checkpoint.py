@@ -180,6 +180,24 @@ def test_verify_notices_a_changed_weight_and_a_changed_size(tmp_path):
         jointopt.verify(folder)
 
 
+@pytest.mark.parametrize(("target", "name"), [("transformers", "model.safetensors"), ("onnxruntime", "model.onnx")])
+def test_outputs_that_are_small_are_compared_all_the_same(target, name, tmp_path):
+    if target == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    folders = []
+    for seed in (0, 1):
+        model = make("vit", seed)
+        with torch.no_grad():
+            for parameter in model.classifier.parameters():
+                parameter.mul_(1e-4)
+        supernet = supernet_of("vit", schemes=["W8A8"], model=model)
+        folders.append(jointopt.export(supernet, supernet.space.smallest, tmp_path / str(seed), target=target))
+    assert jointopt.verify(folders[0]).ok
+    (folders[1] / name).replace(folders[0] / name)
+    (difference,) = jointopt.verify(folders[0]).differences
+    assert difference.startswith("outputs: ")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -236,6 +236,7 @@ def test_values_that_are_no_tensors_stay_and_others_are_refused_by_the_export(tm
     folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
     record = json.loads((folder / "jointopt.json").read_text())
     assert record["probe"]["inputs"]["double"] == {"value": True}
+    assert record["probe"]["largest"] >= max(map(abs, record["probe"]["outputs"]))
     verification = jointopt.verify(folder)
     assert verification.ok, verification.differences
     record["probe"]["outputs"][0] += 1

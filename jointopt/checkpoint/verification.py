@@ -163,17 +163,19 @@ def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[st
     dtype = next(model.parameters()).dtype
     with reading(f"verify: the probe in {RECORD}", UNCHANGED, RuntimeError):
         inputs, expected = probe_inputs(record["probe"], dtype), torch.tensor(record["probe"]["outputs"])
+        largest = max(float(expected.abs().max()), float(record["probe"].get("largest", 0.0)))
     with torch.no_grad():
         found = probed(model(**inputs))
     # bitsandbytes computes 4-bit layers in bfloat16 wherever a CPU has it, whatever the model's dtype.
     schemes = [scheme(layer["scheme"]) for layer in record["layers"]]
     # ONNX Runtime adds whole numbers where torch adds their products with a scale: a last bit apart, which the next
-    # layer's rounding can turn into a step: up to 0.047 of a random ViT's largest output with all layers in FP8.
+    # layer's rounding can turn into a step: of the largest output of 8 samples up to 0.029 in random ViTs and BERTs, of
+    # that of one sample up to 0.059, and to 0.48 where it has one output.
     rounds = record.get("target") == "onnxruntime" and any(each.activations for each in schemes)
     # A GGUF file is read into float32, whatever the model computed in.
     narrow = record.get("target") == "gguf" and record.get("dtype") == "bfloat16"
     exact = dtype == torch.float32 and not (rounds or narrow or any(each.bitsandbytes for each in schemes))
-    allowed = (1e-4 if exact else 5e-2 if rounds else 2e-2) * max(1.0, float(expected.abs().max()))
+    allowed = (1e-4 if exact else 5e-2 if rounds else 2e-2) * largest + torch.finfo(torch.float32).eps
     if found.shape != expected.shape:
         return [f"outputs: {tuple(found.shape)} reloaded, {tuple(expected.shape)} recorded"]
     apart = float((found - expected).abs().max())

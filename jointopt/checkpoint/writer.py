@@ -39,6 +39,8 @@ RECORD = "jointopt.json"
 LOCK, REPLACED = "jointopt.lock", "replaced"
 """In the folder beside its own that an export is written in: locked while it lives; what was there before."""
 UNCHANGED = "what export wrote, unchanged"
+PROBED = 8
+"""Samples of a probe from a seed: a classifier's outputs for one may all be near 0, by chance."""
 
 
 def export(
@@ -213,9 +215,11 @@ def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
     inputs = {}
     for name, tensor in supernet.family.example(supernet.model).items():
         if tensor.is_floating_point():
-            inputs[name] = torch.randn(tensor.shape, generator=generator)
+            inputs[name] = torch.randn(PROBED, *tensor.shape[1:], generator=generator)
         else:
-            inputs[name] = torch.randint(3, model.config.vocab_size, (1, min(16, tensor.shape[1])), generator=generator)
+            # Without padding a decoder that classifies takes one text at a time.
+            shape = 1 if model.config.pad_token_id is None else PROBED, min(16, tensor.shape[1])
+            inputs[name] = torch.randint(3, model.config.vocab_size, shape, generator=generator)
     first = next(model.parameters())
     with torch.no_grad():
         moved = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
@@ -227,7 +231,9 @@ def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
 
 
 def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
+    """Of one sample, as these may be large; "largest" is the largest output that it has beside others."""
     example = _example(supernet)
+    together = on_device(example, next(model.parameters()).device)
     count, described = sample_count(example), dict[str, dict[str, Any]]()
     for name, value in example.items():
         if isinstance(value, Tensor):
@@ -242,10 +248,11 @@ def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
     try:
         with torch.no_grad():
             output = model(**on_device(example, next(model.parameters()).device))
+            largest = float(probed(model(**together)).abs().max())
     except DOES_NOT_RUN as error:
         told = in_one_line(error)
         raise JointoptError(f"export: {type(model).__name__} does not run on one calibration sample: {told}") from error
-    return {"inputs": described, "outputs": probed(output).tolist()}
+    return {"inputs": described, "outputs": probed(output).tolist(), "largest": largest}
 
 
 def probe_inputs(probe: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
