@@ -234,12 +234,13 @@ def test_an_export_verifies_in_a_process_of_its_own(name, place):
 
 def test_the_card_s_own_code_computes_what_was_scored_on_any_processor(tmp_path, monkeypatch):
     model = make("vit")
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8", "W4A16"], precision_per="block"))
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16"], precision_per="block"))
     supernet.calibrate(batches("vit"))
     genes = {gene.name: gene.choices for gene in supernet.space.genes}
     batch = batches("vit", seed=3)[0]
     for scheme in ("W8A8", "W4A16"):
-        chosen = {name: scheme if scheme in choices else choices[-1] for name, choices in genes.items()}
+        other = {name: "none" if "none" in choices else choices[-1] for name, choices in genes.items()}
+        chosen = {name: scheme if scheme in choices else other[name] for name, choices in genes.items()}
         genome = supernet.space.encode(chosen)
         card = (jointopt.export(supernet, genome, tmp_path / scheme, target="onnxruntime") / "README.md").read_text()
         assert ("x64quantprecision" in card) == (scheme == "W8A8")
