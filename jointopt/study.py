@@ -504,12 +504,12 @@ def _connect(path: Path | None, new: bool) -> sqlite3.Connection:
 
 
 def _address(path: Path | None, writable: bool) -> str:
-    """As sqlite3 takes it. What cannot be written to is read as it is, unless a writer's log lies beside it."""
+    """As sqlite3 takes it. What cannot be written to is read as it is, unless a writer has it open, or left its log."""
     if path is None:
         return ":memory:"
-    log = Path(f"{path}-wal")
-    options = "" if writable else "?mode=ro" if log.is_file() and log.stat().st_size else "?immutable=1"
-    return path.absolute().as_uri() + options
+    log, index = Path(f"{path}-wal"), Path(f"{path}-shm")
+    written = index.exists() or (log.exists() and log.stat().st_size > 0)
+    return path.absolute().as_uri() + ("" if writable else "?mode=ro" if written else "?immutable=1")
 
 
 @contextmanager
