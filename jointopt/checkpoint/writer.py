@@ -231,7 +231,7 @@ def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
 
 
 def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
-    """Of one sample, as these may be large; "largest" is the largest output that it has beside others."""
+    """Of one sample, as these may be large; "largest" is the largest output of several, as PROBED says."""
     example = _example(supernet)
     together = on_device(example, next(model.parameters()).device)
     count, described = sample_count(example), dict[str, dict[str, Any]]()
