@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from jointopt.batches import sample_count
 
 SAMPLES = 128
 """Statistics are estimated from batches until they hold this many samples. On a ResNet of scikit-learn's digits,
@@ -24,44 +25,6 @@ and 0.2 points."""
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether its sub-networks' statistics have to be estimated anew."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
-
-
-def sample_count(batch: Mapping[str, Any]) -> int:
-    """Length of the batch's first tensor, 0 where it has none."""
-    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 0)
-
-
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors, and arrays as such, on the device."""
-    return {k: torch.as_tensor(v).to(device) if isinstance(v, Tensor | np.ndarray) else v for k, v in batch.items()}
-
-
-def first_samples(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """A copy of the batch, cut to its first `count` samples where it holds more."""
-    return {k: v[:count].clone() if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
-
-
-def none_alone(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The batches, those of one sample joined to a neighbour of like shape: where maps are of one pixel, a sample by
-    itself has no variance."""
-    found: list[Mapping[str, Any]] = []
-    for batch in batches:
-        if found and sample_count(found[-1]) == 1 and _alike(found[-1], batch):
-            found[-1] = _joined(found[-1], batch)
-        else:
-            found.append(batch)
-    if len(found) > 1 and sample_count(found[-1]) == 1 and _alike(*found[-2:]):
-        found[-2:] = [_joined(*found[-2:])]
-    return found
-
-
-def _alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    shapes = [{k: v.shape[1:] for k, v in each.items() if isinstance(v, Tensor)} for each in (first, second)]
-    return shapes[0] == shapes[1]
-
-
-def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: torch.cat([v, second[k]]) if isinstance(v, Tensor) and v.dim() else v for k, v in first.items()}
 
 
 def keep_statistics(modules: Iterable[nn.Module]) -> list[_BatchNorm]:

@@ -7,7 +7,7 @@ import numbers
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -25,32 +25,6 @@ if TYPE_CHECKING:
 
 Quality = Callable[..., Any]
 """Model -> a number ("quality", higher is better), or a mapping of metrics to numbers, `Metrics` among them."""
-
-Batch = Mapping[str, Any]
-"""What a model's forward takes, by name; "labels" beside it are for losses and metrics."""
-
-MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
-"""What transformers calls outputs that are not one class of several: `config.problem_type`."""
-CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
-"""How the names of the classes end of which transformers asks it."""
-
-IGNORED = -100
-"""The label of what counts for nothing, torch's and transformers'."""
-
-TOGETHER = 2**18
-"""Logits that are worked on at a time: of a large vocabulary, more would leave a CPU's cache between two passes over
-them. Elsewhere AT_ONCE, which bounds the memory."""
-AT_ONCE = 2**26
-
-
-def check_batch(name: str, batch: Any) -> None:
-    """Raises JointoptError for what is no dict of a model's inputs."""
-    if not isinstance(batch, Mapping):
-        raise JointoptError(
-            f"{name}: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
-        )
-    if not batch:
-        raise JointoptError(f"{name}: found an empty batch; allowed: dicts of the model's inputs")
 
 
 def check_supernet(name: str, found: object) -> None:
@@ -178,28 +152,3 @@ def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality, plan: Pla
 def _in_signal_handler(error: BaseException) -> bool:
     handlers = {getattr(signal.getsignal(each), "__code__", None) for each in signal.valid_signals()}
     return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def row_groups(rows: int, classes: int, device: torch.device) -> Iterator[slice]:
-    """Rows of logits [rows, classes] in groups that are worked on one after the other."""
-    count = max(1, (TOGETHER if device.type == "cpu" else AT_ONCE) // classes)
-    return (slice(at, at + count) for at in range(0, rows, count))
-
-
-def problem_of(model: Any) -> str | None:
-    """What a classifier of transformers says that its outputs are, where they are not one class of several. What models
-    of other kinds have under `problem_type` means nothing, to transformers either."""
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    classifies = any(each.__name__.endswith(CLASSIFIERS) for each in type(model).__mro__)
-    return problem if classifies and problem in (MULTI_LABEL, REGRESSION) else None
-
-
-def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
-    """The logits, whether the model returns a tensor (timm) or an output with `.logits` (transformers)."""
-    output = model(**inputs)
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise JointoptError(
-            f"the model returned a {type(output).__name__} without logits; allowed: a tensor, or an output with .logits"
-        )
-    return logits

@@ -19,7 +19,8 @@ from quant.errors import JointoptError
 from search_spaces.families import declare
 
 if TYPE_CHECKING:
-    from jointopt.evaluation import Batch, Quality
+    from jointopt.batches import Batch
+    from jointopt.evaluation import Quality
     from jointopt.models import LoadedModel
     from jointopt.tasks.problems import Problem
     from jointopt.tasks.task import Samples

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from jointopt.batch_norm import on_device
-from jointopt.evaluation import check_batch
+from jointopt.batches import check_batch, on_device
 from jointopt.lockstep import Arrived, in_step, starting
 from jointopt.reconstruction import reconstruct
 from jointopt.shared_moments import SharedMoments

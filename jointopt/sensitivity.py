@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jointopt.batch_norm import first_samples, on_device, sample_count
-from jointopt.evaluation import MULTI_LABEL, REGRESSION, logits_of, problem_of
+from jointopt.batches import first_samples, on_device, sample_count
 from jointopt.genes import precision_genes
 from jointopt.importance import hidden_input
 from jointopt.objectives import COSTS, DIRECTIONS, Objective
+from jointopt.outputs import MULTI_LABEL, REGRESSION, logits_of, problem_of
 from jointopt.rebuilding.held_cache import cache_name
 from jointopt.subnetwork import Plan
 from quant.errors import JointoptError

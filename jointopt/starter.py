@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 
 from jointopt import tasks
-from jointopt.evaluation import MULTI_LABEL, REGRESSION, problem_of
 from jointopt.names import MODELS, TASKS
+from jointopt.outputs import MULTI_LABEL, REGRESSION, problem_of
 from search_spaces.space import SearchSpace
 
 _DATA = {

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.batch_norm import SAMPLES, first_samples, none_alone, on_device, sample_count
+from jointopt.batch_norm import SAMPLES
+from jointopt.batches import check_batch, first_samples, lengths, none_alone, of_average_length, on_device, sample_count
 from jointopt.cost.positions import measure_positions
-from jointopt.evaluation import check_batch
 from jointopt.importance import CalibrationPass, check_sortable, sort_width, sort_widths
 from jointopt.learned_ranges import settle
 from jointopt.ranges import Ranges
@@ -20,7 +20,6 @@ from jointopt.repair import Repairs
 from jointopt.subnetwork import Plan
 from jointopt.supernet_state import stamp
 from jointopt.transforms import reread, scale_links
-from jointopt.typical import lengths, of_average_length
 from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
 from search_spaces.clones import structural_clone, without_autocast
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from jointopt.batch_norm import on_device
+from jointopt.batches import on_device
 from jointopt.digests import digest_of
 from jointopt.files import reading
 from jointopt.learned_ranges import INPUTS, NAME, LearnedRanges, settle

@@ -24,8 +24,8 @@ from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
 from jointopt.checkpoint.reload import load_model
 from jointopt.checkpoint.writer import LOCK, REPLACED, stored_bytes
 from jointopt.config import Config
-from jointopt.evaluation import logits_of
 from jointopt.files import locked
+from jointopt.outputs import logits_of
 from jointopt.rebuilding.block_sizes import is_uniform, settle_sizes, sizes_of_blocks
 from jointopt.run_folder import EXPORT, taken
 from quant.formats import ELEMENTS, Element, Format, Scheme

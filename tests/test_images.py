@@ -12,8 +12,8 @@ from PIL import ExifTags, Image
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from jointopt import JointoptError
-from jointopt.evaluation import logits_of
 from jointopt.models import load_model
+from jointopt.outputs import logits_of
 from jointopt.rows import DataSource, read_columns
 from jointopt.tasks import TASKS
 from tests.saved import quality_of, save_timm, save_vit, write_images

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from jointopt import JointoptError, Study
 from jointopt.cli import main
-from jointopt.evaluation import MULTI_LABEL, REGRESSION, problem_of
 from jointopt.models import load_model
+from jointopt.outputs import MULTI_LABEL, REGRESSION, problem_of
 from jointopt.rows import DataSource, read_columns
 from jointopt.sensitivity import estimated_losses
 from jointopt.starter import starter_config

@@ -15,8 +15,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
+from jointopt.batches import lengths, of_average_length
 from jointopt.subnetwork import Plan, renaming, staying_layers
-from jointopt.typical import lengths, of_average_length
 from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make, supernet_of
 
 ALL = [*MODELS, *RELATIVES]

@@ -14,7 +14,7 @@ from torch import nn
 
 import jointopt
 from jointopt import Distillation, JointoptError, Recipe, SearchSpace, Supernet
-from jointopt.evaluation import logits_of
+from jointopt.outputs import logits_of
 from jointopt.training import loop
 from jointopt.training.distillation import soft_labels
 from jointopt.training.recipe import task_loss

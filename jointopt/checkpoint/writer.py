@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from jointopt import targets
-from jointopt.batch_norm import on_device, sample_count
+from jointopt.batches import on_device, sample_count
 from jointopt.checkpoint import card, gguf_writer
 from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes
 from jointopt.checkpoint.writers import WRITERS

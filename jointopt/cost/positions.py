@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.batch_norm import sample_count
+from jointopt.batches import sample_count
 from quant.errors import DOES_NOT_RUN
 from search_spaces.clones import structural_clone
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jointopt.evaluation import MULTI_LABEL
+from jointopt.outputs import MULTI_LABEL
 from jointopt.rows import LABEL, Columns, DataSource, name_of
 from quant.errors import JointoptError
 

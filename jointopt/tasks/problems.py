@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import IGNORED, MULTI_LABEL, REGRESSION, Batch, Metrics, Quality, logits_of, row_groups
+from jointopt.batches import Batch
+from jointopt.evaluation import Metrics, Quality
+from jointopt.outputs import IGNORED, MULTI_LABEL, REGRESSION, logits_of, row_groups
 from jointopt.tasks.labels import LabelReader, class_labels, multi_labels, value_labels
 from jointopt.tasks.metrics import (
     choice_metrics,

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import MULTI_LABEL, REGRESSION, Batch, problem_of
+from jointopt.batches import Batch
+from jointopt.outputs import MULTI_LABEL, REGRESSION, problem_of
 from jointopt.rows import Columns, DataSource
 from jointopt.tasks.problems import CLASSIFICATION, ONE_CLASS, Problem
 from quant.errors import JointoptError

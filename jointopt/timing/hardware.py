@@ -12,9 +12,9 @@ from jointopt.timing.backend import Backend
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
+    from jointopt.batches import Batch
     from jointopt.config import Config
     from jointopt.cost.roofline import Roofline
-    from jointopt.evaluation import Batch
     from jointopt.study import Study
     from jointopt.supernet import Supernet
 

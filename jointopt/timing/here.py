@@ -9,13 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jointopt.batch_norm import first_samples, sample_count
+from jointopt.batches import first_samples, lengths, of_average_length, sample_count
 from jointopt.files import reading, write_whole
 from jointopt.targets import TARGETS
 from jointopt.timing.backend import ONNXRUNTIME
 from jointopt.timing.lookup import Lookup
 from jointopt.timing.timers import time_exports
-from jointopt.typical import lengths, of_average_length
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.batch_norm import on_device
+from jointopt.batches import on_device
 from jointopt.cost.operators import Operator
 from jointopt.timing.backend import TORCH, Backend
 from jointopt.workers import threads_of_torch

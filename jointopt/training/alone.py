@@ -17,8 +17,8 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from jointopt.batch_norm import on_device
-from jointopt.evaluation import REGRESSION, check_batch, logits_of, problem_of
+from jointopt.batches import check_batch, on_device
+from jointopt.outputs import REGRESSION, logits_of, problem_of
 from jointopt.subnetwork import Holder, Plan, detach, quantize_tied, renaming
 from jointopt.training.distillation import soft_labels
 from jointopt.training.loop import Batches, check_batches, endless, schedule

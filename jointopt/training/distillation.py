@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import MULTI_LABEL, REGRESSION, Batch, logits_of, problem_of, row_groups
+from jointopt.batches import Batch
+from jointopt.outputs import MULTI_LABEL, REGRESSION, logits_of, problem_of, row_groups
 from jointopt.subnetwork import Plan, renaming
 from quant.errors import JointoptError, check_above_0, check_number
 from search_spaces.family import Family, Width, within

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.batch_norm import on_device, running_statistics
-from jointopt.evaluation import IGNORED, Batch, check_batch, check_supernet, problem_of
+from jointopt.batch_norm import running_statistics
+from jointopt.batches import Batch, check_batch, on_device
+from jointopt.evaluation import check_supernet
 from jointopt.learned_ranges import NAME
+from jointopt.outputs import IGNORED, problem_of
 from jointopt.subnetwork import Plan
 from jointopt.training.distillation import (
     Distillation,

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt.adapters import adapted
-from jointopt.evaluation import Batch
+from jointopt.batches import Batch
 from jointopt.files import check_path, reading
 from jointopt.learned_ranges import learn, settle
 from jointopt.supernet_state import distinct_tensors, read_tensors

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from jointopt.evaluation import IGNORED, MULTI_LABEL, REGRESSION, Batch, check_supernet, problem_of
+from jointopt.batches import Batch
+from jointopt.evaluation import check_supernet
+from jointopt.outputs import IGNORED, MULTI_LABEL, REGRESSION, problem_of
 from jointopt.training.distillation import Distillation, are_probabilities
 from jointopt.training.sampling import Sampling, strategy_of
 from quant.errors import JointoptError, check_number, check_whole

@@ -14,7 +14,9 @@ import torch
 from loading import Loaded, unlabelled
 from torch import nn
 
-from jointopt.evaluation import Batch, Quality, logits_of
+from jointopt.batches import Batch
+from jointopt.evaluation import Quality
+from jointopt.outputs import logits_of
 from jointopt.rows import DataSource
 from jointopt.training.recipe import task_loss
 

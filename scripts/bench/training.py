@@ -39,8 +39,10 @@ from rich.console import Console
 
 import jointopt
 from jointopt import Recipe, SearchSpace, Supernet
-from jointopt.evaluation import Batch, Quality, logits_of
+from jointopt.batches import Batch
+from jointopt.evaluation import Quality
 from jointopt.objectives import hypervolume
+from jointopt.outputs import logits_of
 from jointopt.timing.timers import in_turns
 from jointopt.training.elastic import gradients_of
 from jointopt.training.loop import endless, schedule

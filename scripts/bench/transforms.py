@@ -28,7 +28,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from jointopt import SearchSpace, Supernet
-from jointopt.evaluation import Batch, Quality
+from jointopt.batches import Batch
+from jointopt.evaluation import Quality
 from jointopt.importance import CalibrationPass
 from jointopt.rows import DataSource
 from quant.formats import SCHEMES, Format

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from jointopt.batch_norm import on_device
+from jointopt.batches import on_device
 from jointopt.rebuilding.block_sizes import save_configs
 from jointopt.rebuilding.structure import check_formats
 from jointopt.rebuilding.timm_recipe import by_library, by_timm, preprocessing, recipe_of

@@ -1,0 +1,84 @@
+"""Batches of a model's inputs: how many samples are in them and how long these are, parts of them, where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quant.errors import JointoptError
+
+Batch = Mapping[str, Any]
+"""What a model's forward takes, by name; "labels" beside it are for losses and metrics."""
+
+
+def check_batch(name: str, batch: Any) -> None:
+    """Raises JointoptError for what is no dict of a model's inputs."""
+    if not isinstance(batch, Mapping):
+        raise JointoptError(
+            f"{name}: found a batch of type {type(batch).__name__}; allowed: dicts of the model's inputs"
+        )
+    if not batch:
+        raise JointoptError(f"{name}: found an empty batch; allowed: dicts of the model's inputs")
+
+
+def sample_count(batch: Mapping[str, Any]) -> int:
+    """Length of the batch's first tensor, 0 where it has none."""
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors, and arrays as such, on the device."""
+    return {k: torch.as_tensor(v).to(device) if isinstance(v, Tensor | np.ndarray) else v for k, v in batch.items()}
+
+
+def first_samples(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A copy of the batch, cut to its first `count` samples where it holds more."""
+    return {k: v[:count].clone() if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
+
+
+def none_alone(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The batches, those of one sample joined to a neighbour of like shape: where maps are of one pixel, a sample by
+    itself has no variance."""
+    found: list[Mapping[str, Any]] = []
+    for batch in batches:
+        if found and sample_count(found[-1]) == 1 and _alike(found[-1], batch):
+            found[-1] = _joined(found[-1], batch)
+        else:
+            found.append(batch)
+    if len(found) > 1 and sample_count(found[-1]) == 1 and _alike(*found[-2:]):
+        found[-2:] = [_joined(*found[-2:])]
+    return found
+
+
+def _alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    shapes = [{k: v.shape[1:] for k, v in each.items() if isinstance(v, Tensor)} for each in (first, second)]
+    return shapes[0] == shapes[1]
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: torch.cat([v, second[k]]) if isinstance(v, Tensor) and v.dim() else v for k, v in first.items()}
+
+
+def lengths(batch: Mapping[str, Any]) -> list[int]:
+    """Tokens of each sample, without padding; none where the batch does not say."""
+    mask = batch.get("attention_mask")
+    return mask.sum(1).tolist() if isinstance(mask, Tensor) and mask.dim() == 2 else []
+
+
+def of_average_length(batch: Mapping[str, Any], found: Sequence[int]) -> dict[str, Any]:
+    """The batch; where lengths were `found` and it has a mask, its texts cut or repeated to their average."""
+    mask = batch.get("attention_mask")
+    if not found or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return dict(batch)
+    length, shape = max(1, round(sum(found) / len(found))), mask.shape
+
+    def sized(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:2] != shape:
+            return value
+        return value.repeat(1, -(-length // shape[1]), *(1,) * (value.dim() - 2))[:, :length]
+
+    return {name: sized(value) for name, value in batch.items()}

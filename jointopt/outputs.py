@@ -1,0 +1,50 @@
+"""What a model's outputs are: logits of one class of several, of several at once, or measured values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jointopt.batches import Batch
+from quant.errors import JointoptError
+
+MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
+"""What transformers calls outputs that are not one class of several: `config.problem_type`."""
+CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+"""How the names of the classes end of which transformers asks it."""
+
+IGNORED = -100
+"""The label of what counts for nothing, torch's and transformers'."""
+
+TOGETHER = 2**18
+"""Logits that are worked on at a time: of a large vocabulary, more would leave a CPU's cache between two passes over
+them. Elsewhere AT_ONCE, which bounds the memory."""
+AT_ONCE = 2**26
+
+
+def row_groups(rows: int, classes: int, device: torch.device) -> Iterator[slice]:
+    """Rows of logits [rows, classes] in groups that are worked on one after the other."""
+    count = max(1, (TOGETHER if device.type == "cpu" else AT_ONCE) // classes)
+    return (slice(at, at + count) for at in range(0, rows, count))
+
+
+def problem_of(model: Any) -> str | None:
+    """What a classifier of transformers says that its outputs are, where they are not one class of several. What models
+    of other kinds have under `problem_type` means nothing, to transformers either."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    classifies = any(each.__name__.endswith(CLASSIFIERS) for each in type(model).__mro__)
+    return problem if classifies and problem in (MULTI_LABEL, REGRESSION) else None
+
+
+def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
+    """The logits, whether the model returns a tensor (timm) or an output with `.logits` (transformers)."""
+    output = model(**inputs)
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise JointoptError(
+            f"the model returned a {type(output).__name__} without logits; allowed: a tensor, or an output with .logits"
+        )
+    return logits
