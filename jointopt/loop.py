@@ -139,9 +139,7 @@ def search(
         _begin_anew_if_all_failed(study)
         if warm_start:
             with workplaces.threads_of_torch(threads):
-                prior = _prior(study, supernet, wanted)
-            with damaged(study.path, "what its warm start was told"):
-                asking = create(**{**options, "prior": prior})
+                asking = _warmed(study, supernet, wanted, partial(create, **options))
         if (state := study.fact("state")) is not None:
             with damaged(study.path, "the state of its strategy"):
                 asking.load_state_dict(state)
@@ -216,13 +214,17 @@ def check_ray(key: str, address: str | None) -> None:
         raise JointoptError(f"{key}: found {address!r}, and no ray to reach it with; pip install 'jointopt[ray]'")
 
 
-def _prior(study: Study, supernet: Supernet, wanted: Sequence[Objective]) -> dict[str, list[list[float]]]:
-    """`quality_prior`, estimated once a study."""
-    prior = study.fact("prior")
-    if prior is None:
-        prior = {name: [each.tolist() for each in found] for name, found in quality_prior(supernet, wanted).items()}
-        study.note("prior", prior)
-    return prior
+def _warmed(
+    study: Study, supernet: Supernet, wanted: Sequence[Objective], create: Callable[..., strategies.Strategy]
+) -> strategies.Strategy:
+    """The strategy with `quality_prior`, which is estimated once a study."""
+    if (kept := study.fact("prior")) is not None:
+        with damaged(study.path, "what its warm start was told"):
+            return create(prior=kept)
+    prior = {name: [each.tolist() for each in found] for name, found in quality_prior(supernet, wanted).items()}
+    asking = create(prior=prior)
+    study.note("prior", prior)
+    return asking
 
 
 def _say_where_small(space: SearchSpace, budget: Budget) -> None:

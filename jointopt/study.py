@@ -49,7 +49,7 @@ _KINDS = {
 }
 _FINISHED = {"genome": list, "rounding": str, "metrics": dict}
 TABLES = ("facts", "generations", "evaluations")
-VERSION = 2
+VERSION = 3
 P = ParamSpec("P")
 T = TypeVar("T")
 FIRST = 10
@@ -489,9 +489,10 @@ def _without_exploded(costs: np.ndarray, columns: Sequence[int]) -> np.ndarray:
 
 def _connect(path: Path | None, new: bool) -> sqlite3.Connection:
     """Raises JointoptError before it writes anything into another program's database, or into none where not `new`."""
-    writable = path is None or new or (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
+    file = None if path is None else path.resolve()  # beside which sqlite3 keeps its log, if this is a link
+    writable = file is None or new or (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK))
     with _explained(path):
-        connection = sqlite3.connect(_address(path, writable), timeout=30, uri=True)
+        connection = sqlite3.connect(_address(file, writable), timeout=30, uri=True)
         with _closed_if_refused(connection):
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if tables - set(TABLES) or not (new or "facts" in tables):
@@ -509,7 +510,7 @@ def _address(path: Path | None, writable: bool) -> str:
         return ":memory:"
     log, index = Path(f"{path}-wal"), Path(f"{path}-shm")
     written = index.exists() or (log.exists() and log.stat().st_size > 0)
-    return path.absolute().as_uri() + ("" if writable else "?mode=ro" if written else "?immutable=1")
+    return path.as_uri() + ("" if writable else "?mode=ro" if written else "?immutable=1")
 
 
 @contextmanager

@@ -443,9 +443,9 @@ def test_a_study_of_another_version_is_refused(supernet, tmp_path):
     jointopt.search(supernet, agreement, evaluations=3, storage=path).close()
     with contextlib.closing(sqlite3.connect(path)) as file, file:
         file.execute("UPDATE facts SET value = '1' WHERE key = 'version'")
-    with pytest.raises(JointoptError, match="study.db': found version 1; allowed: 2"):
+    with pytest.raises(JointoptError, match="study.db': found version 1; allowed: 3"):
         Study.open(path)
-    with pytest.raises(JointoptError, match="version was 1, is 2"):
+    with pytest.raises(JointoptError, match="version was 1, is 3"):
         jointopt.search(supernet, agreement, evaluations=3, storage=path)
 
 
@@ -590,6 +590,17 @@ def test_a_study_that_goes_on_by_another_quality_function_is_told(supernet, tmp_
         study = jointopt.search(supernet, lambda model: 7.0, evaluations=8, storage=path)
     assert len(study) == 8
     study.close()
+
+
+def test_a_link_to_a_study_is_that_study(tmp_path):
+    space = SearchSpace([Gene("a", (1, 2, 3))])
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link.db").symlink_to(tmp_path / "kept" / "study.db")
+    with contextlib.closing(
+        Study.create(tmp_path / "kept" / "study.db", space, [Objective("error", "min")], {})
+    ) as one:
+        one.note("b", 1)
+        assert Study.open(tmp_path / "link.db").fact("b") == 1
 
 
 READ_BY_ANOTHER = """

@@ -81,12 +81,12 @@ class ShapeCosts:
         tables += [self._cache(cache) for cache in family.caches]
         self.tables = tables
         self._joined = Tables(tables, family, space, leaving)
-        self._latest: tuple[bytes, dict[str, np.ndarray]] = (b"", {})
+        self._latest: tuple[bytes, dict[str, np.ndarray]] | None = None
 
     def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """Measure -> one value a genome, int64 (float64 for times, energies and bops, which can pass 2^63)."""
         asked = genomes.tobytes()
-        if asked != self._latest[0]:  # a search asks for one objective and constraint after the other
+        if self._latest is None or asked != self._latest[0]:  # a search asks for one objective after the other
             self._latest = asked, self._columns(np.atleast_2d(genomes))
         return {measure: values.copy() for measure, values in self._latest[1].items()}
 

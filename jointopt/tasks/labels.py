@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
 
@@ -86,7 +86,7 @@ def _column_of_each(columns: Columns, source: DataSource, names: Sequence[str]) 
         name = name_of(columns, source.label, LABEL, key)
         return [name] if len(names) == 1 and not any(map(_is_list, columns[name])) else None
     given = [name_of(columns, each, (), key) for each in source.label]
-    places = [_index_of(each, names) for each in given]
+    places = _indices_of(given, names)
     if len(given) == len(names) == len(set(given)) and set(places) == {None}:
         return given
     if len(given) != len(names) or set(places) != set(range(len(names))):
@@ -155,7 +155,7 @@ def _indices(
     """`class_indices`, of values for which the data set may have names of its `own`."""
     if own is None or _nameless(own) or _nameless(labels):
         return class_indices(values, labels, key, folders, rows)
-    of_model, indices = [_index_of(each, labels) for each in own], []
+    of_model, indices = _indices_of(own, labels), []
     for row, value in zip(rows or count(1), values, strict=False):
         at = _whole(value)
         if at is None or not 0 <= at < len(own):
@@ -170,16 +170,20 @@ def _indices(
     return indices
 
 
-def _index_of(own: str, labels: Sequence[str]) -> int | None:
-    """Of the model's labels the one of the same name, be it in capitals; None where there is none, or are several."""
-    found = _called(own, labels)
-    return found[0] if len(found) == 1 else None
+def _indices_of(names: Sequence[str], labels: Sequence[str]) -> list[int | None]:
+    """Of the model's labels the one of each name, be it in capitals; None where there is none, or are several."""
+    called = _called(names, labels)
+    return [called[name][0] if len(called[name]) == 1 else None for name in names]
 
 
-def _called(own: str, labels: Sequence[str]) -> list[int]:
-    """The model's labels of the same name; where there are none, of the same in capitals."""
-    exact = [index for index, name in enumerate(labels) if name == own]
-    return exact or [index for index, name in enumerate(labels) if name.lower() == own.lower()]
+def _called(names: Iterable[str], labels: Sequence[str]) -> dict[str, list[int]]:
+    """For each name the model's labels of the same name; where there are none, of the same in capitals."""
+    exact: dict[str, list[int]] = {}
+    lower: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        exact.setdefault(label, []).append(index)
+        lower.setdefault(label.lower(), []).append(index)
+    return {name: exact.get(name) or lower.get(name.lower(), []) for name in names}
 
 
 def _nameless(labels: Sequence[str]) -> bool:
@@ -209,7 +213,7 @@ def class_indices(
     Raises:
         JointoptError: a label that the model does not have; more or fewer folders than classes without names.
     """
-    called = {name: _called(name, labels) for name in {str(value) for value in values}}
+    called = _called({str(value) for value in values}, labels)
     if all(called.values()):
         for row, value in zip(rows or count(1), values, strict=False):
             if len(called[str(value)]) > 1:
