@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from search_spaces.bert import check_head, embedding_layer, head_layers
@@ -55,8 +57,14 @@ def declare(model: Model) -> Family:
         tuple(blocks),
         tuple(widths),
         tuple(layers),
-        configure_blocks,
+        _configure,
         example_text,
         sequential=True,
         links=tuple(links),
     )
+
+
+def _configure(model: Model, kept: Sequence[Block]) -> None:
+    configure_blocks(model, kept)
+    encoder = next(module for name, module in model.named_modules() if name.split(".")[-1] == "transformer")
+    encoder.n_layers = len(kept)

@@ -131,7 +131,11 @@ for folder in folders:
 assert not {"jointopt", "search_spaces", "quant"} & set(sys.modules)
 save_file(outputs, sys.argv[4])
 """
-AUTO = {"llama_tied": "AutoModelForCausalLM", "bert": "AutoModelForSequenceClassification"}
+AUTO = {
+    "llama_tied": "AutoModelForCausalLM",
+    "bert": "AutoModelForSequenceClassification",
+    "distilbert": "AutoModelForSequenceClassification",
+}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -135,7 +136,9 @@ def bitsandbytes_config(model: nn.Module, kind: str) -> dict[str, Any]:
     else:
         dtype = next(model.parameters()).dtype
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": dtype}
-    return BitsAndBytesConfig(**options, llm_int8_skip_modules=plain).to_dict()
+    # transformers skips whatever ends with a name in this list, but for patterns of the whole path.
+    skipped = [f"^{re.escape(path)}$" if any(each.endswith(path) for each in layers) else path for path in plain]
+    return BitsAndBytesConfig(**options, llm_int8_skip_modules=skipped).to_dict()
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
