@@ -169,8 +169,8 @@ def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[st
     # bitsandbytes computes 4-bit layers in bfloat16 wherever a CPU has it, whatever the model's dtype.
     schemes = [scheme(layer["scheme"]) for layer in record["layers"]]
     # ONNX Runtime adds whole numbers where torch adds their products with a scale: a last bit apart, which the next
-    # layer's rounding can turn into a step: of the largest output of 8 samples up to 0.029 in random ViTs and BERTs, of
-    # that of one sample up to 0.059, and to 0.48 where it has one output.
+    # layer's rounding can turn into a step. In random BERTs of six blocks that takes single samples up to 0.18 of the
+    # largest output away, and half of them at most 0.02; another model's outputs are away in all of them.
     rounds = record.get("target") == "onnxruntime" and any(each.activations for each in schemes)
     # A GGUF file is read into float32, whatever the model computed in.
     narrow = record.get("target") == "gguf" and record.get("dtype") == "bfloat16"
@@ -178,7 +178,8 @@ def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[st
     allowed = (1e-4 if exact else 5e-2 if rounds else 2e-2) * largest + torch.finfo(torch.float32).eps
     if found.shape != expected.shape:
         return [f"outputs: {tuple(found.shape)} reloaded, {tuple(expected.shape)} recorded"]
-    apart = float((found - expected).abs().max())
+    distances = (found - expected).abs()
+    apart = float(distances.median() if rounds else distances.max())
     return [] if apart <= allowed else [f"outputs: {apart:.3g} apart from those recorded (allowed {allowed:.3g})"]
 
 
