@@ -16,7 +16,7 @@ _SPEAKING: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError)
 """Whose text says by itself what is wrong."""
 DAMAGED: tuple[type[Exception], ...] = (
     *(*_SPEAKING, AttributeError, LookupError, TypeError),
-    *(MemoryError, NotImplementedError, OverflowError, RecursionError),
+    *(NotImplementedError, OverflowError, RecursionError),
 )
 """What reading a file raises that is cut short, was edited, or is of another kind than its name says."""
 

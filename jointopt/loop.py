@@ -241,8 +241,10 @@ def _evaluator(
 ) -> workplaces.Evaluator:
     order = partial(evaluation_order, supernet)
     if ray is not None:
-        from jointopt.ray_workers import Cluster
-
+        try:
+            from jointopt.ray_workers import Cluster
+        except ImportError as error:  # it is there, and damaged
+            raise JointoptError(f"ray: {error}; allowed: after pip install 'jointopt[ray]'") from None
         cluster = Cluster(ray, supernet, quality, workers, threads)
         return workplaces.Pool(cluster, workers or cluster.room, order)
     if workers is None or workers == 1:
