@@ -276,7 +276,7 @@ def test_what_a_killed_export_left_is_cleared_by_the_next_and_a_living_ones_is_n
         jointopt.export(supernet, genome, folder)
         assert at.is_dir()
 
-    jointopt.export(supernet, genome, folder, processor=Processor(export_too))
+    jointopt.export(supernet, genome, folder, processor=Processor(export_too), overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".small-mine-own", "small"]
     assert not list(folder.glob("*.lock"))
 

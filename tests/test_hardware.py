@@ -348,7 +348,7 @@ def test_a_report_keeps_the_run_s_batch_and_parallel_unless_its_options_say_othe
     for batch in (None, 16):
         options = Namespace(device=["h100", "orin", "h100"], batch=batch, context=None)
         on, alone = _on_devices(study, tmp_path, options)
-        assert on.source == "roofline of 2 x NVIDIA H100 80GB SXM" and "2 x" not in alone.source
+        assert on.source == f"roofline of 2 x NVIDIA H100 80GB SXM, batch {batch or 4}" and "2 x" not in alone.source
         if batch is None:
             assert on.rows.set_index("number")["latency"].to_dict() == pytest.approx(searched.to_dict())
         else:

@@ -66,7 +66,6 @@ NAMES = [
     pytest.param("timm_resnet", marks=pytest.mark.slow),
     pytest.param("resnet_basic", marks=pytest.mark.slow),
     pytest.param("roberta", marks=pytest.mark.slow),
-    pytest.param("electra", marks=pytest.mark.slow),
     pytest.param("distilbert", marks=pytest.mark.slow),
     pytest.param("qwen3", marks=pytest.mark.slow),
 ]

@@ -131,11 +131,7 @@ for folder in folders:
 assert not {"jointopt", "search_spaces", "quant"} & set(sys.modules)
 save_file(outputs, sys.argv[4])
 """
-AUTO = {
-    "llama_tied": "AutoModelForCausalLM",
-    "bert": "AutoModelForSequenceClassification",
-    "distilbert": "AutoModelForSequenceClassification",
-}
+AUTO = {"llama_tied": "AutoModelForCausalLM", "distilbert": "AutoModelForSequenceClassification"}
 
 
 @pytest.mark.slow
