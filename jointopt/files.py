@@ -14,10 +14,8 @@ from quant.errors import JointoptError, first_line
 
 _SPEAKING: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError)
 """Whose text says by itself what is wrong."""
-DAMAGED: tuple[type[Exception], ...] = (
-    *(*_SPEAKING, AttributeError, LookupError, TypeError),
-    *(NotImplementedError, OverflowError, RecursionError),
-)
+_NOT_SPEAKING = (AttributeError, LookupError, NotImplementedError, OverflowError, RecursionError, TypeError)
+DAMAGED: tuple[type[Exception], ...] = (*_SPEAKING, *_NOT_SPEAKING)
 """What reading a file raises that is cut short, was edited, or is of another kind than its name says."""
 
 
