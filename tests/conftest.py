@@ -1,4 +1,8 @@
-"""One thread a test process: two workers with two threads each would be slower than one."""
+"""One thread a test process, and for those it starts: two workers with two threads each would be slower than one."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import torch
 

@@ -28,16 +28,8 @@ from jointopt.files import locked
 from jointopt.prepared import prepare
 from jointopt.run_folder import CHECKPOINT, LOCK, STUDY
 from jointopt.workflow import make_supernet
+from tests.commands import ROOT, at_once, command
 from tests.saved import save_bert, save_llama, save_timm, save_vit, write_images, write_reviews
-
-ROOT = Path(__file__).parents[1]
-
-
-def command(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
-    """python -m jointopt in a process of its own, on one thread."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    words = [sys.executable, "-m", "jointopt", *map(str, arguments)]
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, **options)
 
 
 @pytest.mark.parametrize("use", ["SearchSpace", "strategies", "Study", "cli._parser().format_help()"])
@@ -101,11 +93,11 @@ def test_a_second_run_does_nothing_again_and_more_evaluations_go_on(finished):
     place = finished.parents[1]
     export, study = finished / "export/model.safetensors", Study.open(finished / "study.db")
     before = export.stat().st_mtime_ns, study.evaluations()
-    again = command("run", "config.yaml", cwd=place)
+    again = at_once("run", "config.yaml", cwd=place)
     assert again.returncode == 0, again.stderr
     assert export.stat().st_mtime_ns == before[0]
     assert study.evaluations().equals(before[1])
-    more = command("run", "config.yaml", "--evaluations", 14, "--overwrite", cwd=place)
+    more = at_once("run", "config.yaml", "--evaluations", 14, "--overwrite", cwd=place)
     assert more.returncode == 0, more.stderr
     assert len(study) == 14
     assert study.evaluations()[:12].equals(before[1])
@@ -123,11 +115,11 @@ def test_another_point_of_the_front_is_exported_and_verified(finished, tmp_path)
 
 def test_verify_exits_with_1_and_names_the_difference_where_a_weight_was_changed(finished, tmp_path):
     place = finished.parents[1]
-    assert command("export", "runs/vit", "--pick", "knee", "--to", tmp_path / "bent", cwd=place).returncode == 0
+    assert at_once("export", "runs/vit", "--pick", "knee", "--to", tmp_path / "bent", cwd=place).returncode == 0
     tensors = load_file(tmp_path / "bent/model.safetensors")
     tensors["classifier.bias"] += 5 * torch.arange(3)
     save_file(tensors, tmp_path / "bent/model.safetensors", metadata={"format": "pt"})
-    done = command("verify", tmp_path / "bent", "--config", "runs/vit/config.yaml", cwd=place)
+    done = at_once("verify", tmp_path / "bent", "--config", "runs/vit/config.yaml", cwd=place)
     assert done.returncode == 1
     assert done.stdout.startswith("not verified: ")
     assert "outputs: " in done.stdout
@@ -141,22 +133,22 @@ def heed_ctrl_c() -> None:
 
 def test_verify_tells_all_differences_of_weights_that_are_no_numbers_and_of_files_cut_short(finished, tmp_path):
     place = finished.parents[1]
-    assert command("export", "runs/vit", "--pick", "knee", "--to", tmp_path / "nan", cwd=place).returncode == 0
+    assert at_once("export", "runs/vit", "--pick", "knee", "--to", tmp_path / "nan", cwd=place).returncode == 0
     weights = tmp_path / "nan/model.safetensors"
     tensors = load_file(weights)
     tensors["classifier.bias"] *= float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
-    done = command("verify", tmp_path / "nan", "--config", "runs/vit/config.yaml", cwd=place)
+    done = at_once("verify", tmp_path / "nan", "--config", "runs/vit/config.yaml", cwd=place)
     assert done.returncode == 1 and "outputs: nan apart" in done.stdout and "quality returned nan" in done.stdout
     weights.write_bytes(weights.read_bytes()[:50])
-    done = command("verify", tmp_path / "nan", cwd=place)
+    done = at_once("verify", tmp_path / "nan", cwd=place)
     assert done.returncode == 2 and "is cut short" in done.stderr and "Traceback" not in done.stderr
     record = json.loads((tmp_path / "nan/jointopt.json").read_text())
     (tmp_path / "nan/jointopt.json").write_text(json.dumps({**record, "probe": 3}))
-    done = command("verify", tmp_path / "nan", cwd=place)
+    done = at_once("verify", tmp_path / "nan", cwd=place)
     assert done.returncode == 2 and "probe: found 3; allowed: what export wrote" in done.stderr
     (tmp_path / "nan/jointopt.json").write_text("[]")
-    done = command("verify", tmp_path / "nan", cwd=place)
+    done = at_once("verify", tmp_path / "nan", cwd=place)
     assert done.returncode == 2 and "has no probe, costs, layers" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -178,7 +170,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(place):
     done = _count(database)
     assert 2 < done < 400
     # Past the batch that was interrupted, whose genomes are not evaluated in the order of asking.
-    resumed = command("run", "config.yaml", "--evaluations", done + 20, cwd=place)
+    resumed = at_once("run", "config.yaml", "--evaluations", done + 20, cwd=place)
     assert resumed.returncode == 0, resumed.stderr
     assert _count(database) == done + 20
 
@@ -194,11 +186,11 @@ def test_a_trained_super_network_is_not_trained_again(place):
     data = {"train": "images", "evaluate": "images", "batch_size": 12}
     train = {"steps": 3, "batch_size": 4}
     write_config(place, output="runs/trained", data=data, train=train, search={"evaluations": 3})
-    first = command("run", "config.yaml", cwd=place)
+    first = at_once("run", "config.yaml", cwd=place)
     assert first.returncode == 0, first.stderr
     weights = place / "runs/trained/supernet.safetensors"
     before = weights.stat().st_mtime_ns
-    assert command("run", "config.yaml", "--evaluations", 5, "--overwrite", cwd=place).returncode == 0
+    assert at_once("run", "config.yaml", "--evaluations", 5, "--overwrite", cwd=place).returncode == 0
     assert weights.stat().st_mtime_ns == before
 
 
@@ -214,7 +206,7 @@ def test_other_libraries_and_tasks_run_through(kind, tmp_path):
         write_images(tmp_path / "images")
         changes = {"model": "timm"}
     write_config(tmp_path, **changes, search={"evaluations": 6}, output="out", space={"schemes": ["W8A8", "NVFP4"]})
-    done = command("run", "config.yaml", cwd=tmp_path)
+    done = at_once("run", "config.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1].startswith("verified: ")
 
@@ -358,7 +350,7 @@ def test_a_super_network_trained_on_other_images_is_not_gone_on_with(place, caps
     data = {"train": "taught", "calibrate": "images", "evaluate": "images", "batch_size": 12}
     train, search = {"steps": 2, "batch_size": 4}, {"evaluations": 2}
     write_config(place, output="runs/taught", data=data, train=train, search=search)
-    assert command("run", "config.yaml", cwd=place).returncode == 0
+    assert at_once("run", "config.yaml", cwd=place).returncode == 0
     before = (place / "runs/taught/supernet.safetensors").read_bytes()
     for path in (place / "taught").rglob("*.png"):
         Image.new("RGB", (16, 16), "red").save(path)
@@ -370,7 +362,7 @@ def test_a_super_network_trained_on_other_images_is_not_gone_on_with(place, caps
 def test_other_images_under_the_same_name_are_noticed(place, capsys, monkeypatch):
     write_images(place / "mine")
     write_config(place, data={"calibrate": "images", "evaluate": "mine"}, output="runs/mine", search={"evaluations": 2})
-    assert command("run", "config.yaml", cwd=place).returncode == 0
+    assert at_once("run", "config.yaml", cwd=place).returncode == 0
     for path in (place / "mine").rglob("*.png"):
         Image.new("RGB", (16, 16), "red").save(path)
     assert "contents.evaluate was" in refused(capsys, place, monkeypatch, "run", "config.yaml")
@@ -441,7 +433,7 @@ def test_an_export_that_its_target_cannot_hold_is_refused_before_it_is_finished(
     given = {"model": "llama", "task": "causal-lm", "data": {"calibrate": "text.txt", "evaluate": "text.txt"}}
     rest = {"objectives": None, "search": {"evaluations": 2}, "output": "runs/llama"}
     write_config(tmp_path, space={"preset": "fixed", "schemes": ["none", "FP8"]}, **given, **rest)
-    done = command("run", "config.yaml", cwd=tmp_path)
+    done = at_once("run", "config.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "runs/llama/config.yaml", "a") as file:
         file.write("finish: {rounding: gptq}\n")
@@ -529,7 +521,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place):
         said = [line for line in done.stderr.splitlines() if not re.match(r"W\d{4} ", line)]  # libraries' own log
         assert len(said) == 1, done.stderr
         assert not (place / "runs/full/export").exists()
-    done = command("run", "config.yaml", cwd=place)
+    done = at_once("run", "config.yaml", cwd=place)
     assert done.returncode == 0, done.stderr
     assert json.loads((place / "runs/full/export/jointopt.json").read_text())["metrics"]
 
@@ -537,7 +529,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place):
 @pytest.mark.slow
 def test_a_run_finishes_the_top_of_its_front_and_a_second_one_finds_it_done(place):
     write_config(place, output="runs/finished", finish={"rounding": "gptq", "top": 2}, choose={"size_mb": 1})
-    done = command("run", "config.yaml", cwd=place)
+    done = at_once("run", "config.yaml", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "finished (gptq, " in done.stdout
     study = Study.open(place / "runs/finished/study.db")
@@ -547,12 +539,12 @@ def test_a_run_finishes_the_top_of_its_front_and_a_second_one_finds_it_done(plac
     assert record["rounding"] == study.fact("choice")["rounding"]
     assert "Finished sub-networks" in (place / "runs/finished/report.html").read_text()
     written = (place / "runs/finished/export/model.safetensors").stat().st_mtime_ns
-    again = command("run", "config.yaml", cwd=place)
+    again = at_once("run", "config.yaml", cwd=place)
     assert again.returncode == 0, again.stderr
     assert "finished (gptq, " not in again.stdout
     assert (place / "runs/finished/export/model.safetensors").stat().st_mtime_ns == written
     number = int(study.evaluations()["number"].iloc[-1])
-    picked = command("export", "runs/finished", "--pick", number, "--to", place / "picked", cwd=place)
+    picked = at_once("export", "runs/finished", "--pick", number, "--to", place / "picked", cwd=place)
     assert picked.returncode == 0, picked.stderr
     assert len(study.finished()) in (2, 3)
 
@@ -560,14 +552,14 @@ def test_a_run_finishes_the_top_of_its_front_and_a_second_one_finds_it_done(plac
 @pytest.mark.slow
 def test_finishing_with_other_settings_is_done_anew_and_training_data_come_later(place, capsys, monkeypatch):
     write_config(place, output="runs/later", search={"evaluations": 4}, choose={"size_mb": 1})
-    assert command("run", "config.yaml", cwd=place).returncode == 0
+    assert at_once("run", "config.yaml", cwd=place).returncode == 0
 
     def finishes(rate: float) -> str:
         data = {"train": "images", "calibrate": "images", "evaluate": "images", "batch_size": 12}
         finish = {"steps": 2, "learning_rate": rate, "batch_size": 4, "top": 1}
         search, choose = {"evaluations": 4}, {"size_mb": 1}
         write_config(place, output="runs/later", data=data, finish=finish, search=search, choose=choose)
-        done = command("run", "config.yaml", "--overwrite", cwd=place)
+        done = at_once("run", "config.yaml", "--overwrite", cwd=place)
         assert done.returncode == 0, done.stderr
         assert "\nverified: " in done.stdout
         return done.stdout
@@ -590,12 +582,12 @@ def test_a_wish_that_cannot_be_is_refused_before_training_and_costs_none(place, 
         assert said in refused(capsys, place, monkeypatch, "run", "config.yaml")
         assert not (place / "runs/typo/supernet.safetensors").exists()
     write_config(place, **rest)
-    done = command("run", "config.yaml", cwd=place)
+    done = at_once("run", "config.yaml", cwd=place)
     assert done.returncode == 0, done.stderr
     (place / "runs/typo/study.db").unlink()
     written = (place / "runs/typo/supernet.safetensors").stat().st_mtime_ns
     write_config(place, constraints={"accuracy": ">= 0.1"}, **rest)
-    again = command("run", "config.yaml", "--overwrite", cwd=place)
+    again = at_once("run", "config.yaml", "--overwrite", cwd=place)
     assert again.returncode == 0, again.stderr
     assert (place / "runs/typo/supernet.safetensors").stat().st_mtime_ns == written
 

@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering
 
@@ -20,6 +22,8 @@ from jointopt.checkpoint.onnx import writer
 from jointopt.checkpoint.onnx.session import OnnxModel
 from jointopt.targets import TARGETS
 from tests import zoo
+from tests.commands import at_once
+from tests.saved import save_vit, write_images
 from tests.zoo import batches, logits, make
 
 pytest.importorskip("onnxruntime")
@@ -339,75 +343,90 @@ def test_every_scheme_of_the_target_is_tested_here():
     assert np.unique(SCHEMES).size == len(SCHEMES)
 
 
-@pytest.mark.slow
-def test_a_config_that_targets_onnx_runtime_searches_its_formats_and_exports_model_onnx(tmp_path):
-    import os
-    import subprocess
-    import sys
+CONFIG = {
+    "model": "vit",
+    "task": "image-classification",
+    "data": {"calibrate": "images", "evaluate": "images", "batch_size": 12},
+    "space": {"depth": [1, 2]},
+    "target": "onnxruntime",
+    "hardware": {"device": "cpu-avx2"},
+    "objectives": ["accuracy", "latency"],
+    "search": {"evaluations": 6},
+    "device": "cpu",
+    "output": "runs/vit",
+}
+TIMED = {**CONFIG, "hardware": {"device": "this", "batch": 2}, "output": "runs/here"}
 
-    import yaml
 
-    from tests.saved import save_vit, write_images
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Of a model and its images, and of what runs leave."""
+    made = tmp_path_factory.mktemp("configs")
+    save_vit(made / "vit")
+    write_images(made / "images")
+    return made
 
-    save_vit(tmp_path / "vit")
-    write_images(tmp_path / "images")
-    config = {
-        "model": "vit",
-        "task": "image-classification",
-        "data": {"calibrate": "images", "evaluate": "images", "batch_size": 12},
-        "space": {"depth": [1, 2]},
-        "target": "onnxruntime",
-        "hardware": {"device": "cpu-avx2"},
-        "objectives": ["accuracy", "latency"],
-        "search": {"evaluations": 6},
-        "device": "cpu",
-        "output": "runs/vit",
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
-    def command(*words: str) -> subprocess.CompletedProcess:
-        made = [sys.executable, "-m", "jointopt", *words]
-        return subprocess.run(made, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+def run(folder: Path, config: dict, *words: object) -> CompletedProcess:
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return at_once("run", "config.yaml", *words, cwd=folder)
 
-    ran = command("run", "config.yaml")
-    assert ran.returncode == 0, ran.stderr
-    assert "verified: runs/vit/export" in ran.stdout
-    assert (tmp_path / "runs/vit/export/model.onnx").is_file()
-    assert "roofline of CPU, 2 cores with AVX2" in (tmp_path / "runs/vit/report.html").read_text()
-    report = command("report", "runs/vit", "--device", "orin", "--device", "h100")
+
+@pytest.fixture(scope="module")
+def ran(folder) -> str:
+    """What a run for ONNX Runtime printed."""
+    done = run(folder, CONFIG)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_config_that_targets_onnx_runtime_exports_model_onnx(folder, ran):
+    assert "verified: runs/vit/export" in ran
+    assert (folder / "runs/vit/export/model.onnx").is_file()
+    assert "roofline of CPU, 2 cores with AVX2" in (folder / "runs/vit/report.html").read_text()
+
+
+def test_its_report_shows_other_devices(folder, ran):
+    report = at_once("report", "runs/vit", "--device", "orin", "--device", "h100", cwd=folder)
     assert report.returncode == 0, report.stderr
     assert "Jetson AGX Orin" in report.stdout and "H100" in report.stdout
-    other = command("export", "runs/vit", "--pick", "1", "--to", "plain", "--target", "transformers")
+
+
+def test_another_target_s_export_of_it_is_made_too(folder, ran):
+    other = at_once("export", "runs/vit", "--pick", "1", "--to", "plain", "--target", "transformers", cwd=folder)
     assert other.returncode == 0, other.stderr
-    assert (tmp_path / "plain/model.safetensors").is_file()
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "space": {"schemes": ["none", "NVFP4"]}}))
-    refused = command("run", "config.yaml")
-    here = {**config, "hardware": {"device": "this", "batch": 2}, "output": "runs/here"}
-    (tmp_path / "here.yaml").write_text(yaml.safe_dump(here))
-    timed = command("run", "here.yaml")
+    assert (folder / "plain/model.safetensors").is_file()
+
+
+def test_latency_of_this_machine_is_measured_and_a_run_goes_on_by_it(folder):
+    timed = run(folder, TIMED)
     assert timed.returncode == 0, timed.stderr
     assert "ms measured" in timed.stdout and "off where it was fitted end to end" in timed.stdout
-    again = command("run", "here.yaml", "--evaluations", "8")
+    again = run(folder, TIMED, "--evaluations", "8")
     assert again.returncode == 0, again.stderr
-    weights = {"space": {"depth": [1, 2], "schemes": ["none", "W4A16"]}, "target": "transformers"}
-    (tmp_path / "torch.yaml").write_text(yaml.safe_dump({**here, **weights, "output": "runs/torch"}))
-    timed = command("run", "torch.yaml")
+
+
+def test_latency_of_this_machine_is_measured_in_torch(folder):
+    space = {"depth": [1, 2], "schemes": ["none", "W4A16"]}
+    timed = run(folder, {**TIMED, "space": space, "target": "transformers", "output": "runs/torch"})
     assert timed.returncode == 0, timed.stderr
     assert "verified: runs/torch/export" in timed.stdout
     assert "ms measured" in timed.stdout and ", torch 2." in timed.stdout
     assert "ompressing" not in timed.stdout + timed.stderr
-    (tmp_path / "torch.yaml").write_text(yaml.safe_dump({**here, "target": "gguf"}))
-    slip = {**here, "output": "runs/slip", "constraints": {"latency_ms": "<= 5"}}
-    (tmp_path / "slip.yaml").write_text(yaml.safe_dump(slip))
-    early = command("run", "slip.yaml")
-    assert early.returncode == 2 and "found 'latency_ms'; did you mean 'latency'?" in early.stderr
-    assert not (tmp_path / "runs/slip/latency.json").exists()
-    unknown = command("run", "torch.yaml")
-    assert unknown.returncode == 2 and "allowed: transformers, onnxruntime, which are timed" in unknown.stderr
-    assert refused.returncode == 2
-    assert "target onnxruntime: NVFP4 has no form there; allowed: none, W8A8" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"constraints": {"latency_ms": "<= 5"}}, "found 'latency_ms'; did you mean 'latency'?"),
+        ({"target": "gguf"}, "allowed: transformers, onnxruntime, which are timed"),
+        ({"space": {"schemes": ["none", "NVFP4"]}}, "target onnxruntime: NVFP4 has no form there; allowed: none, W8A8"),
+    ],
+)
+def test_what_the_target_cannot_do_is_refused_before_anything_is_timed(folder, changes, said):
+    early = run(folder, {**TIMED, "output": "runs/slip", **changes})
+    assert early.returncode == 2 and said in early.stderr
+    assert not (folder / "runs/slip/latency.json").exists()
 
 
 @pytest.mark.parametrize("name", ["bert", "llama_tied"])
