@@ -21,7 +21,8 @@ from jointopt.objectives import COSTS, Constraint, Objective
 from jointopt.sensitivity import quality_prior, telling
 from jointopt.sharing import evaluation_order, parts_of
 from jointopt.stopping import Budget, Watch, heeding_ctrl_c
-from jointopt.study import Study, damaged
+from jointopt.study import Study
+from jointopt.study_file import damaged
 from jointopt.supernet_state import notice
 from jointopt.wishes import check_metrics, metrics_of_original, resolved
 from quant.errors import JointoptError, check_count

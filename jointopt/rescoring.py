@@ -14,7 +14,8 @@ import numpy as np
 from jointopt.evaluation import Quality, measured
 from jointopt.objectives import COSTS
 from jointopt.sharing import SharedEvaluator
-from jointopt.study import Study, damaged
+from jointopt.study import Study
+from jointopt.study_file import damaged
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet

@@ -7,11 +7,9 @@ ends, so that whatever moment the process dies at, the next one finds what is le
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
@@ -26,16 +24,11 @@ from jointopt.choice import best_of, costs_of, front_of, with_finished, within
 from jointopt.differences import differing
 from jointopt.files import check_path, locked
 from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized
+from jointopt.reference_point import reference_point
+from jointopt.study_file import closed_if_refused, connect, damaged, explained
 from quant.errors import JointoptError, check_kind
 from search_spaces.space import SearchSpace
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS generations (number INTEGER PRIMARY KEY, genomes TEXT NOT NULL, predicted TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS evaluations (
-    number INTEGER PRIMARY KEY, generation INTEGER NOT NULL, genome TEXT NOT NULL UNIQUE,
-    metrics TEXT, failed TEXT, seconds REAL NOT NULL);
-"""
 _SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "scikit-learn", "numpy")
 _KINDS = {
     "config": dict,
@@ -48,45 +41,20 @@ _KINDS = {
     "unseen": list,
 }
 _FINISHED = {"genome": list, "rounding": str, "metrics": dict}
-TABLES = ("facts", "generations", "evaluations")
 VERSION = 3
 P = ParamSpec("P")
 T = TypeVar("T")
-FIRST = 10
-"""Evaluations that the reference point is beyond."""
-EXPLODED = 1000
-"""Times as far from the best as the median: a metric so far off would make all the others look alike."""
-
-
-@contextmanager
-def _explained(path: Path | None) -> Iterator[None]:
-    """SQLite's errors (a full disk, a damaged file, one that is no database) as one line."""
-    try:
-        yield
-    except (sqlite3.Error, json.JSONDecodeError) as error:
-        raise JointoptError(f"study {str(path)!r}: {error}") from None
-
-
-@contextmanager
-def damaged(path: Path | None, what: str) -> Iterator[None]:
-    """What goes wrong with a value that is no such thing, as one line; where it was edited by hand, say."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise JointoptError(
-            f"study {str(path)!r}: is damaged: {what} cannot be read: {type(error).__name__}: {error}"
-        ) from None
 
 
 def _reading(method: Callable[Concatenate[Study, P], T]) -> Callable[Concatenate[Study, P], T]:
     """A method that reads the file, what is wrong with which is said in one line."""
 
     @wraps(method)
-    def explained(self: Study, *args: P.args, **kwargs: P.kwargs) -> T:
-        with _explained(self.path):
+    def read(self: Study, *args: P.args, **kwargs: P.kwargs) -> T:
+        with explained(self.path):
             return method(self, *args, **kwargs)
 
-    return explained
+    return read
 
 
 class Study:
@@ -155,7 +123,7 @@ class Study:
             raise JointoptError(f"storage: {str(path)!r} is a folder; allowed: a file, new or a study")
         if path is not None and not path.parent.is_dir():
             raise JointoptError(f"storage: the folder {str(path.parent)!r} does not exist")
-        connection, lock = _connect(path, new=True), None  # first, as nothing is left beside what is no study
+        connection, lock = connect(path, new=True), None  # first, as nothing is left beside what is no study
         try:
             if path is not None:
                 lock = locked(Path(f"{path}.lock"), f"study {str(path)!r}")
@@ -165,7 +133,7 @@ class Study:
                 "objectives": [[o.name, o.direction] for o in objectives],
                 "config": json.loads(json.dumps(_plain("config", config))),
             }
-            with _explained(path):
+            with explained(path):
                 stored = dict(connection.execute("SELECT key, value FROM facts").fetchall())
                 if stored:
                     _compare(path, {key: json.loads(stored.get(key, "null")) for key in wanted}, wanted)
@@ -190,8 +158,8 @@ class Study:
         path = Path(path)
         if not path.is_file():
             raise JointoptError(f"study: {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
-        connection = _connect(path, new=False)
-        with _closed_if_refused(connection), _explained(path):
+        connection = connect(path, new=False)
+        with closed_if_refused(connection), explained(path):
             facts = dict(connection.execute("SELECT key, value FROM facts").fetchall())
             if not facts:
                 raise JointoptError(f"study: {str(path)!r} is empty")
@@ -219,7 +187,7 @@ class Study:
 
     def note(self, key: str, value: Any) -> None:
         """Records a fact, JSON, in place of an older one."""
-        with _explained(self.path), self._connection:
+        with explained(self.path), self._connection:
             self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
 
     @property
@@ -238,7 +206,7 @@ class Study:
 
     def add_generation(self, genomes: np.ndarray, predicted: np.ndarray, state: Mapping[str, Any]) -> int:
         """Records a batch before it is evaluated, with the strategy's state after it was asked."""
-        with _explained(self.path), self._connection:
+        with explained(self.path), self._connection:
             number = self._connection.execute("SELECT count(*) FROM generations").fetchone()[0]
             row = (number, json.dumps(genomes.tolist()), json.dumps(predicted.tolist()))
             self._connection.execute("INSERT INTO generations VALUES (?, ?, ?)", row)
@@ -263,7 +231,7 @@ class Study:
             elapsed: seconds that the search has gone on for, all its runs together.
         """
         values = None if metrics is None else json.dumps({k: float(v) for k, v in metrics.items()})
-        with _explained(self.path), self._connection:
+        with explained(self.path), self._connection:
             self._connection.execute(
                 "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?)",
                 (number, generation, json.dumps(genome.tolist()), values, failed, seconds),
@@ -325,7 +293,7 @@ class Study:
 
     def begin_anew(self) -> None:
         """Forgets every batch, its evaluations and their time, so that the same ones are asked again."""
-        with _explained(self.path), self._connection:
+        with explained(self.path), self._connection:
             self._connection.execute("DELETE FROM evaluations")
             self._connection.execute("DELETE FROM generations")
             self._connection.execute("DELETE FROM facts WHERE key IN ('state', 'elapsed')")
@@ -381,23 +349,8 @@ class Study:
         return front_of(self.evaluations(), self.objectives)
 
     def reference_point(self) -> list[float] | None:
-        """The point that hypervolume is measured from, in the objectives' units: 10% beyond the worst of the original's
-        values and those of the evaluations up to number FIRST, but for those that exploded; where all of these
-        failed, of the next that did not. None before there is one."""
-        frame = self.evaluations()
-        costs, first = costs_of(frame, self.objectives), (frame["number"] <= FIRST).to_numpy()
-        succeeded = np.isfinite(costs).all(axis=1)
-        if not succeeded.any():
-            return None
-        costs = costs[succeeded & first] if (succeeded & first).any() else costs[succeeded][:1]
-        original = [self.baselines.get("original", {}).get(objective.name, np.nan) for objective in self.objectives]
-        if np.isfinite(original).all():
-            costs = np.vstack([costs, minimized(np.array([original]), self.objectives)])
-        names = {objective.name for objective in self.measured}
-        costs = _without_exploded(costs, [at for at, each in enumerate(self.objectives) if each.name in names])
-        worst, best = costs.max(0), costs.min(0)
-        span = np.where(worst > best, worst - best, np.where(worst == 0, 1.0, np.abs(worst)))
-        return ((worst + 0.1 * span) * np.array([objective.sign for objective in self.objectives])).tolist()
+        """The point that hypervolume is measured from, in the objectives' units: see `jointopt.reference_point`."""
+        return reference_point(self.evaluations(), self.objectives, self.measured, self.baselines.get("original", {}))
 
     def hypervolume_history(self) -> np.ndarray:
         """Hypervolume after each evaluation, [evaluations], from `reference_point`."""
@@ -426,7 +379,7 @@ class Study:
     def add_finished(self, genome: np.ndarray, rounding: str, metrics: Mapping[str, float], seconds: float) -> None:
         """Records a finished sub-network, beside the evaluation of its genome."""
         record = {"genome": genome.tolist(), "rounding": rounding, "metrics": dict(metrics), "seconds": seconds}
-        with _explained(self.path), self._connection:
+        with explained(self.path), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             rows = json.dumps([*self.finished(), record])
             self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('finished', ?)", (rows,))
@@ -472,54 +425,6 @@ class Study:
         exact = [each.name for each in self.objectives if each not in self.measured]
         kept = within(frame, self.constraints)
         return best_of(kept, self.objectives, self.quality, original, exact, size_mb, drop, knee)
-
-
-def _without_exploded(costs: np.ndarray, columns: Sequence[int]) -> np.ndarray:
-    """The rows in which none of these columns is EXPLODED times as far from its best as its median is, then of those
-    that are left, until all are near."""
-    for at in columns:
-        left = 0
-        while left != len(costs):
-            left = len(costs)
-            away = costs[:, at] - costs[:, at].min()
-            far = EXPLODED * np.median(away)
-            costs = costs[away <= far] if far > 0 else costs
-    return costs
-
-
-def _connect(path: Path | None, new: bool) -> sqlite3.Connection:
-    """Raises JointoptError before it writes anything into another program's database, or into none where not `new`."""
-    file = None if path is None else path.resolve()  # beside which sqlite3 keeps its log, if this is a link
-    writable = file is None or new or (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK))
-    with _explained(path):
-        connection = sqlite3.connect(_address(file, writable), timeout=30, uri=True)
-        with _closed_if_refused(connection):
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if tables - set(TABLES) or not (new or "facts" in tables):
-                found, allowed = ", ".join(sorted(tables)) or "none", ", ".join(TABLES)
-                raise JointoptError(f"study: {str(path)!r} is no study; found tables {found}; allowed: {allowed}")
-            if writable:
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.executescript(_TABLES)
-    return connection
-
-
-def _address(path: Path | None, writable: bool) -> str:
-    """As sqlite3 takes it. What cannot be written to is read as it is, unless a writer has it open, or left its log."""
-    if path is None:
-        return ":memory:"
-    log, index = Path(f"{path}-wal"), Path(f"{path}-shm")
-    written = index.exists() or (log.exists() and log.stat().st_size > 0)
-    return path.as_uri() + ("" if writable else "?mode=ro" if written else "?immutable=1")
-
-
-@contextmanager
-def _closed_if_refused(connection: sqlite3.Connection) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        connection.close()
-        raise
 
 
 def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
