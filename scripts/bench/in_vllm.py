@@ -9,11 +9,13 @@ blocks differ, a DeciLM; each written by `target: vllm` and run by vLLM on the C
 what it does there). "KL" is the divergence of vLLM's next tokens from the sub-network's, over one text; "moved" what
 changes of last bits do to the sub-network itself, as rounded inputs make steps of them; "lost" the divergence from the
 whole model, as scored here and as vLLM computes. vLLM has no kernel for 8-bit weights alone on a CPU, so that these are
-left out.
+left out; that for 4-bit weights takes no float32, so that it runs, where the CPU has AVX-512, in bfloat16 as well, with
+"moved" what bfloat16 does to the sub-network itself.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import tempfile
@@ -37,6 +39,7 @@ SCHEMES = TARGETS["vllm"].schemes
 NOT_ON_CPU = ("W8A16", "W8A16_CHANNEL")
 TOKENS = 512
 NOISE = 2e-6
+IN_BFLOAT16 = ("W4A16", "W4A16_CHANNEL") if " avx512f" in Path("/proc/cpuinfo").read_text() else ()
 UNEVEN = {"depth": 28, "block4.mlp": 1152, "block11.attention.keep": False, "block17.mlp.keep": False}
 
 
@@ -66,13 +69,18 @@ def genomes(space: SearchSpace, schemes: tuple[str, ...]) -> dict[str, np.ndarra
     return {**alike, "uneven": space.encode({**space.decode(space.largest), **drawn, **UNEVEN})}
 
 
-def run(python: Path, place: Path, name: str) -> tuple[torch.Tensor | None, str]:
-    """vLLM's logits [tokens - 1, vocabulary], or the last line that it had to say."""
-    command = [str(python.absolute()), str(RUNNER), str(place / "tokens.json"), str(place / name)]
+def dtypes(name: str) -> tuple[str, ...]:
+    return ("float32", "bfloat16") if name in IN_BFLOAT16 else ("float32",)
+
+
+def run(python: Path, place: Path, name: str, dtype: str) -> tuple[torch.Tensor | None, str]:
+    """vLLM's logits [tokens - 1, vocabulary], or the last error that it told."""
+    command = [str(python.absolute()), str(RUNNER), str(place / "tokens.json"), dtype, str(place / name)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return torch.from_numpy(np.load(place / f"{name}.npy")), ""
-    return None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    told = [line for line in done.stderr.splitlines() if "Error" in line]
+    return None, (told or [f"exit code {done.returncode}"])[-1]
 
 
 def divergence(found: torch.Tensor, given: torch.Tensor) -> float:
@@ -90,6 +98,10 @@ def moved(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     logits = model(ids).logits[0, :-1]
     weight.copy_(as_it_was)
     return logits
+
+
+def in_bfloat16(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return copy.deepcopy(model).bfloat16()(ids).logits[0, :-1].float()
 
 
 def compared(found: torch.Tensor, ours: torch.Tensor, moved: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
@@ -120,16 +132,19 @@ def main() -> None:
             jointopt.export(
                 supernet, genome, place / name, target="vllm", processor=loaded.processor, base_model="SmolLM2"
             )
-            theirs, reason = run(arguments.python, place, name)
-        if theirs is None:
-            print(f"{name}: vLLM did not run it: {reason}", flush=True)
-            failed = True
-            continue
+            runs = {dtype: run(arguments.python, place, name, dtype) for dtype in dtypes(name)}
         model = supernet.extract(genome)
-        with torch.no_grad():
-            found = compared(theirs, model(ids).logits[0, :-1], moved(model, ids), original)
-        for measure, value in found.items():
-            measures.tell(name, measure, value, None, "higher" if measure == "same next token" else "lower")
+        for dtype, (theirs, reason) in runs.items():
+            case = name if dtype == "float32" else f"{name}, {dtype}"
+            if theirs is None:
+                print(f"{case}: vLLM did not run it: {reason}", flush=True)
+                failed = True
+                continue
+            with torch.no_grad():
+                control = moved(model, ids) if dtype == "float32" else in_bfloat16(model, ids)
+                found = compared(theirs, model(ids).logits[0, :-1], control, original)
+            for measure, value in found.items():
+                measures.tell(case, measure, value, None, "higher" if measure == "same next token" else "lower")
     Console().print(measures.table())
     raise SystemExit(int(failed))
 

@@ -1,13 +1,13 @@
 """Logits of folders in vLLM on a CPU.
 
-    python scripts/bench/vllm_runner.py TOKENS.json FOLDER ...
+    python scripts/bench/vllm_runner.py TOKENS.json DTYPE FOLDER ...
 
 Run by `in_vllm.py` in an environment of vLLM's own; nothing of jointopt is imported here. Beside each folder it writes
 FOLDER.npy, float32 [tokens - 1, vocabulary], of each token but the last.
 
-On a CPU without VNNI oneDNN adds products of 8-bit numbers in 16 bits, where they saturate, and vLLM has no kernel for
-4-bit weights without AVX-512. There the product alone is done by torch; weights, scales, zero points and rounded inputs
-are as vLLM reads, fuses and makes them.
+On a CPU without VNNI oneDNN adds products of 8-bit numbers in 16 bits, where they saturate, and vLLM's kernel for 4-bit
+weights needs AVX-512 and takes no float32. There the product alone is done by torch; weights, scales, zero points and
+rounded inputs are as vLLM reads, fuses and makes them.
 """
 
 import json
@@ -49,13 +49,16 @@ def multiply_4_bit(*, input, q_weight, scales, bias, **_):
     return torch.nn.functional.linear(input, weight.t(), bias)
 
 
-def replace_products():
-    ops.create_onednn_scaled_mm, ops.onednn_scaled_mm = Product, multiply
-    ops.cpu_gemm_wna16 = multiply_4_bit
-    CPUWNA16LinearKernel._process_gptq_weights_w4a16 = lambda kernel, layer: setattr(layer, "isa_hint", "")
+def replace_products(dtype):
+    flags = Path("/proc/cpuinfo").read_text()
+    if " avx512_vnni" not in flags:
+        ops.create_onednn_scaled_mm, ops.onednn_scaled_mm = Product, multiply
+    if " avx512f" not in flags or dtype == "float32":
+        ops.cpu_gemm_wna16 = multiply_4_bit
+        CPUWNA16LinearKernel._process_gptq_weights_w4a16 = lambda kernel, layer: setattr(layer, "isa_hint", "")
 
 
-def logits_of(folder, tokens):
+def logits_of(folder, tokens, dtype):
     """Logits of each token but the last, float32 [tokens - 1, vocabulary], which vLLM computes where it is asked for
     the prompt's own probabilities."""
     seen, forward = [], LogitsProcessor.forward
@@ -68,7 +71,7 @@ def logits_of(folder, tokens):
     try:
         engine = LLM(
             folder,
-            dtype="float32",
+            dtype=dtype,
             enforce_eager=True,
             max_model_len=len(tokens) + 1,
             trust_remote_code=True,
@@ -83,11 +86,10 @@ def logits_of(folder, tokens):
 
 
 def main():
-    tokens = json.loads(Path(sys.argv[1]).read_text())
-    if " avx512_vnni" not in Path("/proc/cpuinfo").read_text():
-        replace_products()
-    for folder in sys.argv[2:]:
-        np.save(f"{folder}.npy", logits_of(folder, tokens))
+    tokens, dtype = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
+    replace_products(dtype)
+    for folder in sys.argv[3:]:
+        np.save(f"{folder}.npy", logits_of(folder, tokens, dtype))
 
 
 if __name__ == "__main__":
