@@ -45,7 +45,7 @@ from jointopt.batch_norm import (
     shift_by_whole_products,
 )
 from jointopt.cost.operators import LatencyModel
-from jointopt.cost.positions import Positions, measure_positions
+from jointopt.cost.positions import Positions
 from jointopt.cost.shapes import ShapeCosts
 from jointopt.genes import check_space, fitted_schemes, plan_of, precision_genes
 from jointopt.given import own_copy, warn_of_what_is_lost
@@ -53,21 +53,20 @@ from jointopt.learned_ranges import NAME, LearnedRanges, learn
 from jointopt.repair import Repaired
 from jointopt.subnetwork import ActivationStatistics, Plan, build, detach, layout, renaming, staying_layers
 from jointopt.supernet_calibration import calibrate, sort_again
+from jointopt.supernet_costs import by_block, original_tables, tables
 from jointopt.supernet_state import fingerprint, follow, for_workers, load, notice, save, stamp
 from jointopt.transforms import checked, rotated
 from jointopt.weight_bank import BankedWeight, WeightBank
 from quant.calibration import check_activation_method, check_weight_method, choose_clip
-from quant.errors import DOES_NOT_RUN, JointoptError, check_kind, in_one_line
-from quant.formats import Scheme, scheme
+from quant.errors import JointoptError, check_kind
+from quant.formats import Scheme
 from quant.kernels import quantize_and_hold
 from quant.learned_ranges import widened
 from quant.reference import Clip
 from search_spaces.clones import structural_clone
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
-from search_spaces.family import Family, Layer, within
-from search_spaces.precision import gene_names
-from search_spaces.space import Gene, SearchSpace
+from search_spaces.space import SearchSpace
 
 
 class Supernet:
@@ -369,21 +368,7 @@ class Supernet:
 
     def costs_by(self, latency: LatencyModel | None) -> ShapeCosts:
         """The tables of costs, with times, energies and memory by another model of latency than its own."""
-        positions = self._positions
-        if positions is None:
-            if self.family.example is None:
-                raise JointoptError(f"costs: the {self.family.name} family declares no example; call calibrate first")
-            try:
-                positions = measure_positions(self.model, self.family.example(self.model))
-            except DOES_NOT_RUN as error:
-                raise JointoptError(
-                    f"model: it cannot compute one sample, as the {self.family.name} family gives it: "
-                    f"{in_one_line(error)}"
-                ) from error
-        scheme_of = partial(_lookup, self._schemes)
-        return ShapeCosts(
-            self.model, self.family, self.space, positions, self._precision_gene, scheme_of, self._leaving, latency
-        )
+        return tables(self, latency)
 
     def use_latency(self, latency: LatencyModel) -> None:
         """Has another model of latency answer from now on."""
@@ -403,24 +388,18 @@ class Supernet:
 
     def original_costs(self, latency: LatencyModel | None = None) -> dict[str, int | float]:
         """`costs` of the whole, unquantized model, by another model of latency than its own where one is given."""
-        whole = self._original_tables(latency or self.latency)
+        whole = original_tables(self, latency or self.latency)
         return {name: values[0].item() for name, values in whole.columns(whole.space.smallest).items()}
-
-    def _original_tables(self, latency: LatencyModel | None) -> ShapeCosts:
-        model, family = self._declared(self._given)
-        only = SearchSpace([Gene(gene_names(family.layers[0])[0], ("none",))])
-        positions = self._costs.measured
-        return ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), self._leaving, latency)
 
     def breakdown(self, genome: Any) -> list[dict[str, Any]]:
         """What each operator of a genome's sub-network takes: its module's "path", "kind" and "block", and its part of
         every cost. Paths are those of the super-network."""
-        return _by_block(self._costs.breakdown(self.space.canonical(genome)), self.family)
+        return by_block(self._costs.breakdown(self.space.canonical(genome)), self.family)
 
     def original_breakdown(self) -> list[dict[str, Any]]:
         """`breakdown` of the whole, unquantized model."""
-        whole = self._original_tables(self.latency)
-        return _by_block(whole.breakdown(whole.space.smallest), whole.family)
+        whole = original_tables(self, self.latency)
+        return by_block(whole.breakdown(whole.space.smallest), whole.family)
 
     def cost_columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """`costs` of many genomes at once: name -> one value a row of `genomes`."""
@@ -491,14 +470,3 @@ class Supernet:
     def load(self, path: str | Path) -> None:
         """Restores what `save` wrote; calibrate afterwards, which then keeps the order."""
         load(self, path)
-
-
-def _by_block(records: list[dict[str, Any]], family: Family) -> list[dict[str, Any]]:
-    paths = {block.path: block.name for block in family.blocks}
-    for record in records:
-        record["block"] = next((name for path, name in paths.items() if within(record["path"], path)), None)
-    return records
-
-
-def _lookup(schemes: Mapping[tuple[str, str], Scheme], layer: Layer, choice: str) -> Scheme:
-    return schemes.get((layer.path, choice)) or scheme("none")
