@@ -38,7 +38,7 @@ def reading(what: str, allowed: str = "", *also: type[Exception]) -> Iterator[No
 
     Args:
         what: is read, as the error begins: the config's key or the command, and the path.
-        allowed: in its place.
+        allowed: in place of a damaged one.
         also: what the file's own reader raises beside `DAMAGED`.
     """
     try:
@@ -47,7 +47,9 @@ def reading(what: str, allowed: str = "", *also: type[Exception]) -> Iterator[No
         raise
     except (*DAMAGED, *also) as error:
         told = first_line(error) if isinstance(error, (*_SPEAKING, *also)) else f"{type(error).__name__}: {error}"
-        raise JointoptError(f"{what} cannot be read: {told}" + (f"; allowed: {allowed}" if allowed else "")) from None
+        # An OSError is the system's, as of permissions or a broken disk: the file itself may be whole.
+        instead = f"; allowed: {allowed}" if allowed and not isinstance(error, OSError) else ""
+        raise JointoptError(f"{what} cannot be read: {told}{instead}") from None
 
 
 def write_whole(path: Path, text: str, what: str) -> None:

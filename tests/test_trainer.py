@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -364,6 +364,29 @@ def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(tmp_path):
         trainer(folder, recipe=one, save_strategy="steps", save_steps=2, max_steps=2).train()
         with pytest.raises(JointoptError, match=r"checkpoint-2' is of another recipe or lora; allowed: the same"):
             trainer(folder, recipe=other, max_steps=4).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("name", ["vit", "timm_vit"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_weights_that_do_not_all_fit_are_refused_before_one_is_loaded(name, missing, tmp_path):
+    image = "x" if name == "timm_vit" else "pixel_values"
+    rows = [{image: each["pixel_values"], "labels": each["labels"]} for each in data()]
+
+    def trainer_of(**options) -> ElasticTrainer:
+        return ElasticTrainer(model=make(name), args=arguments(tmp_path, **options), train_dataset=rows)
+
+    trainer_of(save_strategy="steps", save_steps=2, max_steps=2).train()
+    file = tmp_path / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(file)
+    last = max(tensors)
+    bad = tensors.pop(last)
+    save_file(tensors if missing else {**tensors, last: bad[..., :1].contiguous()}, file, metadata={"format": "pt"})
+    made = trainer_of(max_steps=4)
+    before = weights(made)
+    with pytest.raises(JointoptError, match=r"train: the weights in .*checkpoint-2' cannot be read: .* is missing, or"):
+        made.train(resume_from_checkpoint=True)
+    found = weights(made)
+    assert all(torch.equal(found[key], tensor) for key, tensor in before.items())
 
 
 def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path):

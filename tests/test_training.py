@@ -313,6 +313,7 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path, monkeypat
         (tensors, "[1]", "AttributeError: 'list' object has no attribute 'get'"),
         (tensors, json.dumps({**json.loads(written), "history": None}), "TypeError"),
         ({**tensors, "random": tensors["random"][:8]}, written, ".*RNG"),
+        ({**tensors, "random": torch.zeros_like(tensors["random"])}, written, "Invalid mt19937 state"),
         ({**tensors, last: torch.zeros(1)}, written, f"{last} is missing, or of another shape"),
         ({**tensors, "optimizer.999.exp_avg": torch.zeros(3)}, written, "IndexError"),
     ):
@@ -322,6 +323,18 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path, monkeypat
         with pytest.raises(JointoptError, match=f"training.safetensors' cannot be read: {told}.*; allowed: remove it"):
             jointopt.train_supernet(supernet, data, 5, checkpoint=file)
         assert all(torch.equal(each, before[name]) for name, each in supernet.model.state_dict().items())
+
+
+def test_a_checkpoint_that_memory_lacks_for_is_not_called_damaged(tmp_path, monkeypatch):
+    file = tmp_path / "training.safetensors"
+    file.write_bytes(b"good work")
+
+    def lacking(path, key):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(loop, "read_tensors", lacking)
+    with pytest.raises(torch.OutOfMemoryError):
+        jointopt.train_supernet(calibrated("vit"), labelled("vit"), 5, checkpoint=file)
 
 
 @pytest.mark.parametrize("name", ["vit", "llama_tied", "resnet"])

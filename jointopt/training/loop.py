@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,7 +267,8 @@ class _Checkpoint:
         """Puts back what was written, if anything; returns the losses so far."""
         if not self.path.is_file():
             return []
-        with reading(f"train: the checkpoint {str(self.path)!r}", "remove it, and train anew", RuntimeError):
+        damaged = partial(reading, f"train: the checkpoint {str(self.path)!r}", "remove it, and train anew")
+        with damaged():
             record, tensors = read_tensors(self.path, "training")
             described = (record or {}).get("described", {})
             differing = [key for key, value in self._described.items() if described.get(key) != value]
@@ -277,7 +279,10 @@ class _Checkpoint:
                 )
             history = [float(loss) for loss in record["history"]]
             _check_shapes(tensors, model, optimizer)
+        with damaged(RuntimeError):  # of these alone: elsewhere it is a lack of memory
             torch.set_rng_state(tensors["random"])  # which `_seeded` takes back where it is refused
+            if "random.cuda" in tensors and torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensors["random.cuda"])
         with torch.no_grad():
             for name, own in distinct_tensors(model).items():
                 own.copy_(tensors[f"model.{name}"])
@@ -287,8 +292,6 @@ class _Checkpoint:
                 _, index, key = name.split(".", 2)
                 state.setdefault(int(index), {})[key] = tensors[name]
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"])
         return history
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from jointopt.adapters import NAMES, adapted, with_adapters
 from jointopt.batch_norm import has_batch_norm, reestimate
@@ -397,16 +398,27 @@ class ElasticTrainer(Trainer):
         added = self._added()
         kept = _kept(path.with_name(ADDED), added) if added else {}
         own_model: Any = self.supernet.model
-        with reading(f"train: the weights in {resume_from_checkpoint!r}", "what this class saved", RuntimeError):
-            if isinstance(own_model, PreTrainedModel):
-                # The Trainer reads names as they are in memory; `save_pretrained` writes those of the checkpoints.
-                saved = type(own_model).from_pretrained(resume_from_checkpoint, dtype=own_model.dtype)
-                own_model.load_state_dict(saved.state_dict(), strict=not added)
-            else:
-                super()._load_from_checkpoint(resume_from_checkpoint, own_model)
+        with reading(f"train: the weights in {resume_from_checkpoint!r}", "what this class saved"):
+            saved = _saved(own_model, Path(resume_from_checkpoint))
+            for name, each in own_model.state_dict().items():
+                if name not in added and (name not in saved or saved[name].shape != each.shape):
+                    raise ValueError(f"{name} is missing, or of another shape than {list(each.shape)}")
+        own_model.load_state_dict(saved, strict=False)
         for name, parameter in added.items():
             parameter.data.copy_(kept[name])
         self.supernet.weights_changed()
+
+
+def _saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """What a checkpoint's folder holds of a model's weights, by their names in memory."""
+    if not isinstance(model, PreTrainedModel):
+        return load_file(folder / SAFE_WEIGHTS_NAME)
+    # The Trainer reads names as they are in memory; `save_pretrained` writes those of the checkpoints.
+    whole, told = type(model).from_pretrained(
+        folder, dtype=model.dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    drawn = {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}
+    return {name: each for name, each in whole.state_dict().items() if name not in drawn}
 
 
 def _kept(path: Path, added: Mapping[str, Tensor]) -> dict[str, Tensor]:
