@@ -12,7 +12,7 @@ import numpy as np
 
 from jointopt.config import Config
 from jointopt.digests import digest_of
-from jointopt.files import write_whole
+from jointopt.files import reading, write_whole
 from jointopt.names import NEAREST
 from jointopt.prepared import Prepared, prepare, stay_offline
 from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
@@ -52,15 +52,8 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         return supernet
     output = Path(config.output)
     wanted = {**config.training_record(), "contents": _trained_from(prepared)}
-    there = _read_json(output / TRAINED)
-    if there == wanted:
+    if _trained_before(config, wanted):
         supernet.load(output / WEIGHTS)
-    elif there and {**there, "contents": None} == {**wanted, "contents": None}:
-        key = next(key for key, value in wanted["contents"].items() if value != there["contents"].get(key))
-        raise JointoptError(
-            f"{key}: has other contents than the super-network in {config.output!r} was trained with; allowed: those, "
-            "or another output"
-        )
     elif console is None:
         raise JointoptError(f"output: {config.output!r} holds no trained super-network of this config; run it first")
     else:
@@ -72,6 +65,25 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     _take_shapes(config, supernet)
     look_up(config, prepared.inputs, supernet)
     return supernet
+
+
+def _trained_before(config: Config, wanted: Mapping[str, Any]) -> bool:
+    """Whether an earlier run has trained this super-network in the same output.
+
+    Raises:
+        JointoptError: it was trained with other contents, or the file that says with what is damaged.
+    """
+    there = _read_json(Path(config.output) / TRAINED, "output", "what an earlier run wrote, or none, to train anew")
+    if there == wanted:
+        return True
+    if {**there, "contents": None} != {**wanted, "contents": None}:
+        return False
+    earlier = there["contents"] or {}
+    key = next(key for key, value in wanted["contents"].items() if value != earlier.get(key))
+    raise JointoptError(
+        f"{key}: has other contents than the super-network in {config.output!r} was trained with; allowed: those, or "
+        "another output"
+    )
 
 
 def _recorded(config: Config, name: str) -> Any:
@@ -158,11 +170,16 @@ def _keep(output: Path, supernet: Supernet, wanted: Mapping[str, Any]) -> None:
     write_whole(output / TRAINED, json.dumps(wanted, indent=1), "output")
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+def _read_json(path: Path, key: str, allowed: str) -> dict[str, Any]:
+    """What a run wrote; {} where it wrote nothing.
+
+    Args:
+        key, allowed: of an error's line where the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    with reading(f"{key}: {str(path)!r}", allowed):
+        return dict(json.loads(path.read_text()))
 
 
 def run(config: Config, console: Console, overwrite: bool = False) -> Verification:
@@ -348,9 +365,9 @@ def _check_export(config: Config, overwrite: bool) -> None:
 
 def _held(folder: Path) -> tuple[list[int] | None, str | None, str]:
     """Genome, rounding and target of the export in a folder; no genome where it is none."""
-    from jointopt.checkpoint.writer import RECORD
+    from jointopt.checkpoint.writer import RECORD, UNCHANGED
 
-    record = found if isinstance(found := _read_json(folder / RECORD), dict) else {}
+    record = _read_json(folder / RECORD, "export", f"{UNCHANGED}, or --overwrite")
     return record.get("genome"), record.get("rounding"), record.get("target", "transformers")
 
 

@@ -357,6 +357,11 @@ def test_a_super_network_trained_on_other_images_is_not_gone_on_with(place, caps
     said = refused(capsys, place, monkeypatch, "run", "config.yaml", "--evaluations", "3")
     assert "data.train: has other contents than the super-network in 'runs/taught' was trained with" in said
     assert (place / "runs/taught/supernet.safetensors").read_bytes() == before
+    for damaged in ('{"space"', "[1]"):  # which is no reason to train over what is there
+        (place / "runs/taught/supernet.json").write_text(damaged)
+        said = refused(capsys, place, monkeypatch, "run", "config.yaml", "--evaluations", "3")
+        assert "output: 'runs/taught/supernet.json' cannot be read: " in said
+        assert (place / "runs/taught/supernet.safetensors").read_bytes() == before
 
 
 def test_other_images_under_the_same_name_are_noticed(place, capsys, monkeypatch):
@@ -471,6 +476,7 @@ def test_a_run_whose_export_is_refused_leaves_the_choice_as_it_was(copied, capsy
     [
         ((), {"target": "onnxruntime"}, "exists and holds another model; --overwrite replaces it"),
         ((), {"rounding": "gptq"}, "exists and holds another model; --overwrite replaces it"),
+        ((), "{", "export: 'runs/copied/export/jointopt.json' cannot be read: "),
         (("--overwrite",), None, "holds no jointopt.json"),
     ],
 )
@@ -480,6 +486,8 @@ def test_an_export_that_no_choice_can_replace_is_refused_before_the_search(
     record = copied / "export/jointopt.json"
     if changes is None:
         record.unlink()
+    elif isinstance(changes, str):
+        record.write_text(changes)
     else:
         record.write_text(json.dumps(json.loads(record.read_text()) | changes))
     (copied / "study.db").unlink()
