@@ -27,6 +27,7 @@ from jointopt.files import DAMAGED, check_path, reading
 from jointopt.targets import TARGETS
 from quant.errors import JointoptError, check_kind, first_line
 from quant.formats import scheme
+from search_spaces.precision import is_precision
 
 TOLERANCE = 1e-3
 _SECONDS = 900.0
@@ -105,7 +106,7 @@ def _scored(quality: Quality, model: nn.Module, differences: list[str]) -> dict[
         return {}
 
 
-_KINDS: dict[str, Any] = {"probe": dict | None, "costs": dict, "layers": list, "metrics": dict}
+_KINDS: dict[str, Any] = {"choices": dict, "probe": dict | None, "costs": dict, "layers": list, "metrics": dict}
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -123,6 +124,11 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     for key, found, kind in _parts(record):
         if not isinstance(found, kind):
             raise JointoptError(f"verify: {str(path)!r}: {key}: found {found!r:.60}; allowed: {UNCHANGED}")
+    for name, found in _schemes(record):
+        try:
+            scheme(found)
+        except JointoptError as error:
+            raise JointoptError(f"verify: {str(path)!r}: {name}: {error}") from None
     if _target(record) not in TARGETS:
         raise JointoptError(f"verify: {str(path)!r}: target: found {_target(record)!r:.60}; allowed: {UNCHANGED}")
     return record
@@ -140,6 +146,12 @@ def _parts(record: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for at, layer in enumerate(record["layers"]):
         yield f"layers[{at}]", layer, dict
         yield f"layers[{at}].scheme", layer.get("scheme"), str
+
+
+def _schemes(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Where the record names a scheme, and which."""
+    yield from ((f"choices.{gene}", name) for gene, name in record["choices"].items() if is_precision(gene))
+    yield from ((f"layers[{at}].scheme", layer["scheme"]) for at, layer in enumerate(record["layers"]))
 
 
 def _target(record: Mapping[str, Any]) -> Any:
