@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -99,69 +100,98 @@ def search(
             genome meets, another config on the same study, a function that failed on every genome of the first batch
             (and on five or more), workers that cannot be started.
     """
+    _check_searched(supernet, quality)
+    budget = Budget(evaluations, minutes, patience)
+    for name, count in (("workers", workers), ("threads", threads), ("batch", batch)):
+        check_count(name, count)
+    check_ray("ray", ray)
+    original, wanted, limits = resolved(supernet, objectives, constraints or {})
+    asking = _strategy(supernet, wanted, limits, strategy, strategy_options or {}, seed, warm_start)
+    settings = {"seed": seed, "strategy": strategy, "strategy_options": dict(strategy_options or {}), "batch": batch}
+    switches = {"warm_start": warm_start, "asynchronous": asynchronous}
+    recorded = _recorded(supernet, settings, switches, limits, config or {})
+    study = Study.create(storage, supernet.space, wanted, recorded)
+    fresh = not study.baselines
+    try:
+        threads = _threads(study, threads, workers is not None or ray is not None)
+        with workplaces.threads_of_torch(threads):
+            _score_original(study, supernet, quality, wanted, original, budget)
+            if warm_start:
+                _take_prior(asking, study, supernet, wanted)
+        _begin_anew_if_all_failed(study)
+        if (state := study.fact("state")) is not None:
+            with damaged(study.path, "the state of its strategy"):
+                asking.load_state_dict(state)
+        _say_where_small(supernet.space, budget)
+        study.note("stopped", None)
+        with closing(_evaluator(supernet, quality, workers, ray, threads)) as evaluator:
+            own = [each for each in wanted if each.compute is not None and each.name not in COSTS]
+            with heeding_ctrl_c() as check_interrupt, Watch(study, budget, progress) as watch:
+                run = _Run(study, asking, evaluator, budget, watch, batch, own, check_interrupt)
+                reason = run.stream() if asynchronous else run.batches()
+                _stop_if_all_failed(study, 1)
+                watch.ended(reason)
+        supernet.scores.update(study.scores())
+    except BaseException:
+        if fresh and study.last_generation() is None:
+            study.remove()  # another search would find nothing in it but settings to keep to
+        else:
+            study.close()
+        raise
+    study.unlock()
+    return study
+
+
+def _check_searched(supernet: Supernet, quality: Quality) -> None:
     check_supernet("search", supernet)
     if not callable(quality):
         raise JointoptError(f"quality: found {quality!r:.60}; allowed: a function of a model")
     notice(supernet)
     if not supernet.calibrated:
         raise JointoptError("search: the super-network is not calibrated; call supernet.calibrate(batches) first")
-    budget = Budget(evaluations, minutes, patience)
-    check_count("workers", workers)
-    check_count("threads", threads)
-    check_count("batch", batch)
-    check_ray("ray", ray)
-    if not isinstance(strategy_options or {}, Mapping):
-        raise JointoptError(f"strategy_options: found {strategy_options!r}; allowed: a mapping of names to values")
-    original, wanted, limits = resolved(supernet, objectives, constraints or {})
-    space = supernet.space
-    if warm_start and strategy != "guided":
-        raise JointoptError(f"warm_start: found the {strategy} strategy, which takes no estimates; allowed: guided")
+
+
+def _strategy(
+    supernet: Supernet,
+    wanted: Sequence[Objective],
+    limits: Sequence[Constraint],
+    name: str,
+    options: Mapping[str, Any],
+    seed: int,
+    warm_start: bool,
+) -> strategies.Strategy:
+    """What is to ask. What does not fit is refused here, before a study is begun."""
+    if not isinstance(options, Mapping):
+        raise JointoptError(f"strategy_options: found {options!r}; allowed: a mapping of names to values")
+    if warm_start and name != "guided":
+        raise JointoptError(f"warm_start: found the {name} strategy, which takes no estimates; allowed: guided")
     if warm_start:
         telling(wanted)
+    shared = {"parts": parts_of(supernet)} if name == "guided" else {}
     constrained = {"constraints": limits} if limits else {}
-    shared = {"parts": parts_of(supernet)} if strategy == "guided" else {}
-    options = {**shared, **(strategy_options or {}), **constrained}
-    create = partial(strategies.create, strategy, space, wanted, seed=seed)
-    asking = create(**options)  # what does not fit is refused before a study is begun
-    settings = {"seed": seed, "strategy": strategy, "strategy_options": dict(strategy_options or {}), "batch": batch}
-    switches = {"warm_start": warm_start, "asynchronous": asynchronous}
-    study = Study.create(storage, space, wanted, _recorded(supernet, settings, switches, limits, config or {}))
-    try:
-        threads = _threads(study, threads, workers is not None or ray is not None)
-        if not study.baselines:
-            with workplaces.threads_of_torch(threads):
-                study.note("baselines", {"original": {**original, **metrics_of_original(supernet, quality)}})
-        elif len(study) and budget.spent(study, 0.0) is None:
-            with workplaces.threads_of_torch(threads):
-                _check_goes_on(study, wanted, metrics_of_original(supernet, quality))
-        check_metrics(wanted, study.baselines["original"])
-        if study.fact("shapes") is None:
-            study.note("shapes", supernet.shapes())
-        _begin_anew_if_all_failed(study)
-        if warm_start:
-            with workplaces.threads_of_torch(threads):
-                asking = _warmed(study, supernet, wanted, partial(create, **options))
-        if (state := study.fact("state")) is not None:
-            with damaged(study.path, "the state of its strategy"):
-                asking.load_state_dict(state)
-        _say_where_small(space, budget)
-        study.note("stopped", None)
-        evaluator = _evaluator(supernet, quality, workers, ray, threads)
-        try:
-            with heeding_ctrl_c() as check_interrupt, Watch(study, budget, progress) as watch:
-                own = [each for each in wanted if each.compute is not None and each.name not in COSTS]
-                run = _Run(study, asking, evaluator, budget, watch, batch, own, check_interrupt)
-                reason = run.stream() if asynchronous else run.batches()
-                _stop_if_all_failed(study, 1)
-                watch.ended(reason)
-        finally:
-            evaluator.close()
-        supernet.scores.update(study.scores())
-    except BaseException:
-        study.close()
-        raise
-    study.unlock()
-    return study
+    return strategies.create(name, supernet.space, wanted, seed, **{**shared, **options, **constrained})
+
+
+def _score_original(
+    study: Study,
+    supernet: Supernet,
+    quality: Quality,
+    wanted: Sequence[Objective],
+    original: Mapping[str, float],
+    budget: Budget,
+) -> None:
+    """Records what the original costs and scores; of a study that goes on compares it.
+
+    Args:
+        original: its costs.
+    """
+    if not study.baselines:
+        study.note("baselines", {"original": {**original, **metrics_of_original(supernet, quality)}})
+    elif len(study) and budget.spent(study, 0.0) is None:
+        _check_goes_on(study, wanted, metrics_of_original(supernet, quality))
+    check_metrics(wanted, study.baselines["original"])
+    if study.fact("shapes") is None:
+        study.note("shapes", supernet.shapes())
 
 
 def _check_goes_on(study: Study, wanted: Sequence[Objective], found: Mapping[str, float]) -> None:
@@ -174,7 +204,7 @@ def _check_goes_on(study: Study, wanted: Sequence[Objective], found: Mapping[str
             warnings.warn(
                 f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study began: by "
                 "another quality function or on other data; what it scored then stays beside what is scored now",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -215,17 +245,15 @@ def check_ray(key: str, address: str | None) -> None:
         raise JointoptError(f"{key}: found {address!r}, and no ray to reach it with; pip install 'jointopt[ray]'")
 
 
-def _warmed(
-    study: Study, supernet: Supernet, wanted: Sequence[Objective], create: Callable[..., strategies.Strategy]
-) -> strategies.Strategy:
-    """The strategy with `quality_prior`, which is estimated once a study."""
-    if (kept := study.fact("prior")) is not None:
-        with damaged(study.path, "what its warm start was told"):
-            return create(prior=kept)
-    prior = {name: [each.tolist() for each in found] for name, found in quality_prior(supernet, wanted).items()}
-    asking = create(prior=prior)
-    study.note("prior", prior)
-    return asking
+def _take_prior(asking: strategies.Strategy, study: Study, supernet: Supernet, wanted: Sequence[Objective]) -> None:
+    """Tells the strategy `quality_prior`, which is estimated once a study."""
+    assert isinstance(asking, strategies.GuidedSearch)
+    prior = study.fact("prior")
+    if prior is None:
+        prior = {name: [each.tolist() for each in found] for name, found in quality_prior(supernet, wanted).items()}
+        study.note("prior", prior)
+    with damaged(study.path, "what its warm start was told"):
+        asking.take_prior(prior)
 
 
 def _say_where_small(space: SearchSpace, budget: Budget) -> None:

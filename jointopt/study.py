@@ -173,6 +173,14 @@ class Study:
         self._connection.close()
         self.unlock()
 
+    def remove(self) -> None:
+        """Closes the file and removes it, as where a search fails that has asked for nothing yet."""
+        self._connection.close()
+        if self.path is not None:
+            for ending in ("", "-wal", "-shm"):  # the latter two where a reader has it open
+                Path(f"{self.path}{ending}").unlink(missing_ok=True)
+        self.unlock()
+
     def unlock(self) -> None:
         """Lets other writers in, as where a search has ended; the file stays open."""
         if self._lock is not None:

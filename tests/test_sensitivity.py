@@ -230,3 +230,18 @@ def test_a_warm_start_that_nothing_tells_quality_to_begins_no_study(tmp_path):
     with pytest.raises(JointoptError, match="warm_start: no objective tells quality"):
         jointopt.search(supernet, accuracy, ["size"], 3, storage=tmp_path / "study.db", warm_start=True)
     assert not (tmp_path / "study.db").exists()
+
+
+def test_a_warm_start_that_fails_leaves_no_study_that_another_search_would_have_to_keep_to(tmp_path):
+    model = zoo.make("bert")
+    model.classifier = nn.Linear(model.config.hidden_size, 1)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+    supernet.calibrate(zoo.batches("bert"))
+    options = {"objectives": ["accuracy"], "evaluations": 3, "storage": tmp_path / "study.db"}
+    with pytest.raises(JointoptError, match="single output"):
+        jointopt.search(supernet, accuracy, **options, warm_start=True)
+    assert not (tmp_path / "study.db").exists()
+    assert len(jointopt.search(supernet, accuracy, **options)) == 3
+    with pytest.raises(JointoptError, match="warm_start was null"):
+        jointopt.search(supernet, accuracy, **options, warm_start=True)
+    assert len(jointopt.Study.open(tmp_path / "study.db")) == 3

@@ -75,17 +75,17 @@ class GuidedSearch(Strategy):
         self.signs = np.array([objective.sign for objective in self.objectives])
         self.measured = [at for at, objective in enumerate(self.objectives) if objective.compute is None]
         self.exact = [at for at, objective in enumerate(self.objectives) if objective.compute is not None]
-        self.priors = self._priors(prior or {})
+        self.take_prior(prior or {})
         self._paths = [
             _path(int(a), int(b), int(k)) for a, b, k in zip(space.smallest, space.largest, space.sizes, strict=True)
         ]
 
-    def _priors(self, prior: Mapping[str, Sequence[np.ndarray]]) -> dict[int, np.ndarray]:
-        """Measured objective's column -> features of its prior, see `Choices.prior`."""
+    def take_prior(self, prior: Mapping[str, Sequence[np.ndarray]]) -> None:
+        """Puts a prior in the place of what there was, for what is asked from now on."""
         if not isinstance(prior, Mapping):
             raise JointoptError(f"prior: found {prior!r}; allowed: measured objective -> an array for each gene")
         names = {self.objectives[at].name: at for at in self.measured}
-        found = {}
+        found = {}  # measured objective's column -> features of its prior, see `Choices.prior`
         for name, estimate in prior.items():
             if name not in names:
                 raise JointoptError(
@@ -103,7 +103,7 @@ class GuidedSearch(Strategy):
                     f"prior of {name!r}: found {len(arrays)} arrays; allowed: one a gene, {len(self.space)}"
                 )
             found[names[name]] = self.choices.prior(np.concatenate(arrays))
-        return found
+        self.priors: dict[int, np.ndarray] = found
 
     def _propose(self, n: int) -> Iterable[np.ndarray]:
         known = np.isfinite(self.values).all(axis=1)
