@@ -13,7 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
-from transformers import BertModel
+from transformers import (
+    BertModel,
+    DistilBertForMaskedLM,
+    DistilBertForQuestionAnswering,
+    DistilBertForTokenClassification,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
+    ElectraForQuestionAnswering,
+    ElectraForTokenClassification,
+)
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
@@ -85,6 +94,37 @@ def test_view_extracted_and_reloaded_are_one_for_twenty_genomes(name, tmp_path):
 @pytest.mark.parametrize("name", RELATIVES)
 def test_relatives_of_the_same_layout_are_one_as_well(name, tmp_path):
     three_are_one(name, 2, tmp_path)
+
+
+HEADS = (
+    ElectraForPreTraining,
+    ElectraForTokenClassification,
+    ElectraForQuestionAnswering,
+    ElectraForMaskedLM,
+    DistilBertForTokenClassification,
+    DistilBertForQuestionAnswering,
+    DistilBertForMaskedLM,
+)
+
+
+def test_other_heads_of_electra_and_distilbert_are_one_as_well(tmp_path):
+    expected, batch = {}, batches("bert")[0]
+    for kind in HEADS:
+        torch.manual_seed(0)
+        config = make(kind.config_class.model_type).config
+        config.num_labels = 2
+        model = kind(config).eval()
+        supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16"]))
+        supernet.calibrate(batches("bert"))
+        genome = supernet.space.sample(1, seed=1)[0]
+        with torch.no_grad(), supernet.active(genome) as view:
+            seen = view(**batch).to_tuple()
+            for found, each in zip(supernet.extract(genome)(**batch).to_tuple(), seen, strict=True):
+                same(found, each)
+        folder = jointopt.export(supernet, genome, tmp_path / kind.__name__)
+        expected[folder] = seen[0]
+    for folder, output in reloaded(list(expected), batch, tmp_path).items():
+        same(output, expected[Path(folder)])
 
 
 @pytest.mark.parametrize("precision_per", ["layer", "block"])

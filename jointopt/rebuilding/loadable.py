@@ -19,6 +19,7 @@ AUTO_CLASSES = (
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
     "AutoModelForMaskedLM",
+    "AutoModelForPreTraining",
     "AutoModel",
 )
 
