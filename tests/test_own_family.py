@@ -282,6 +282,16 @@ class Asserting(Recommender):
         return super().forward(ids, weights)
 
 
+class Tiring(Recommender):
+    """Once it is tired it takes one sample at a time."""
+
+    tired = False
+
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert len(ids) == 1 or not self.tired, "too many"
+        return super().forward(ids, weights)
+
+
 class Wordy(Recommender):
     def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict:
         return {**super().forward(ids, weights), "words": ["some"]}
@@ -304,6 +314,10 @@ def test_what_cannot_be_traced_is_refused_in_one_line_and_leaves_nothing(tmp_pat
         assert "\n" not in str(caught.value)
     supernet.samples[0]["names"] = ["some"]
     with pytest.raises(JointoptError, match=r"export: names is a list; allowed: tensors, and numbers, text or None"):
+        jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
+    supernet = for_onnx(Tiring(), declare_recommender, batch, mlp=[32, 64])
+    supernet.model.tired = True
+    with pytest.raises(JointoptError, match=r"export: Tiring does not run on a calibration batch: too many"):
         jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
     assert not list(tmp_path.iterdir())
 

@@ -231,11 +231,11 @@ def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
 
 
 def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
-    """Of one sample, as these may be large; "largest" is the largest output of several, as PROBED says."""
-    example = _example(supernet)
-    together = on_device(example, next(model.parameters()).device)
-    count, described = sample_count(example), dict[str, dict[str, Any]]()
-    for name, value in example.items():
+    """Of one sample, as these may be large; "largest" is the largest of what is probed of the batch that it is the
+    first of, as one sample's outputs may all be near 0."""
+    together = _example(supernet)
+    example, count, described = dict(together), sample_count(together), dict[str, dict[str, Any]]()
+    for name, value in together.items():
         if isinstance(value, Tensor):
             cut = value[:1] if value.dim() and len(value) == count else value
             example[name] = cut = cut.cpu().contiguous()
@@ -245,14 +245,17 @@ def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
             described[name] = {"value": value}
         else:
             return None
-    try:
-        with torch.no_grad():
-            output = model(**on_device(example, next(model.parameters()).device))
-            largest = float(probed(model(**together)).abs().max())
-    except DOES_NOT_RUN as error:
-        told = in_one_line(error)
-        raise JointoptError(f"export: {type(model).__name__} does not run on one calibration sample: {told}") from error
-    return {"inputs": described, "outputs": probed(output).tolist(), "largest": largest}
+    found = []
+    for inputs, told in ((example, "one calibration sample"), (together, "a calibration batch")):
+        try:
+            with torch.no_grad():
+                output = model(**on_device(inputs, next(model.parameters()).device))
+        except DOES_NOT_RUN as error:
+            raise JointoptError(
+                f"export: {type(model).__name__} does not run on {told}: {in_one_line(error)}"
+            ) from error
+        found.append(probed(output))
+    return {"inputs": described, "outputs": found[0].tolist(), "largest": float(found[1].abs().max())}
 
 
 def probe_inputs(probe: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
