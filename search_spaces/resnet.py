@@ -91,7 +91,7 @@ def declare_timm(model: Model) -> Family:
             count = 2 if type(block) is BasicBlock else 3
             convolutions = tuple((f"{path}.conv{i}", f"{path}.bn{i}") for i in range(1, count + 1))
             activations = tuple(f"{path}.act{i}" for i in range(1, count + 1))
-            blocks.append(_Names(path, convolutions, activations, _timm_shortcut(path, block.downsample)))
+            blocks.append(_Names(path, convolutions, activations, _timm_pair(f"{path}.downsample", block.downsample)))
         stages.append(blocks)
     if model.global_pool.feat_mult() != 1:
         raise JointoptError(
@@ -104,17 +104,22 @@ def declare_timm(model: Model) -> Family:
     shortcut = model.get_submodule(stages[0][0].path).downsample
     pools = [name for name, m in shortcut.named_children() if type(m) is not nn.Conv2d] if shortcut else []
     after_stem = ("act1", "maxpool", *(f"{stages[0][0].path}.downsample.{name}" for name in pools[:-1]))
-    return _family(model, "timm_resnet", stages, stem, after_stem, "fc", example=example_timm, attributes=attributes)
+    convolved = any(isinstance(m, nn.Conv2d) for m in model.maxpool.modules())  # timm's `replace_stem_pool`
+    pool = _timm_pair("maxpool", model.maxpool) if convolved else None
+    return _family(
+        model, "timm_resnet", stages, stem, after_stem, "fc", example=example_timm, attributes=attributes, pool=pool
+    )
 
 
-def _timm_shortcut(path: str, downsample: nn.Module | None) -> tuple[str, str] | None:
-    if downsample is None:
+def _timm_pair(path: str, module: nn.Module | None) -> tuple[str, str] | None:
+    """The convolution and the normalization of what has just these, and perhaps a pool or an activation."""
+    if module is None:
         return None
-    paths = {type(m): f"{path}.downsample.{name}" for name, m in downsample.named_children()}
+    paths = {type(m): f"{path}.{name}" for name, m in module.named_children()}
     norm = next((p for kind, p in paths.items() if issubclass(kind, nn.BatchNorm2d)), None)
     if nn.Conv2d not in paths or norm is None:
         found = ", ".join(kind.__name__ for kind in paths)
-        raise JointoptError(f"model: {path}.downsample is of {found}; allowed: a Conv2d and a BatchNorm2d")
+        raise JointoptError(f"model: {path} is of {found}; allowed: a Conv2d and a BatchNorm2d")
     return paths[nn.Conv2d], norm
 
 
@@ -128,15 +133,22 @@ def _family(
     configure: Any = unchanged,
     example: Any = None,
     attributes: tuple[tuple[str, str, int], ...] = (),
+    pool: tuple[str, str] | None = None,
 ) -> Family:
+    """
+    Args:
+        pool: the convolution that is in place of the stem's pool, and its normalization.
+    """
     has_head = has_module(model, head) and isinstance(model.get_submodule(head), nn.Linear)
     blocks, widths, links = [], [], []
     first = stages[0][0]
     of_stem = (first.convolutions[0][0], first.shortcut[0]) if first.shortcut and _are_maxima(model, after_stem) else ()
     layers = [Layer("stem", stem[0], "stem", norm=stem[1], readers=of_stem)]
+    if pool is not None:
+        layers.append(Layer("stem.pool", pool[0], "stem.pool", norm=pool[1]))
     for number, stage in enumerate(stages, 1):
         following = stages[number] if number < len(stages) else None
-        joined = stem if number == 1 and stage[0].shortcut is None else None
+        joined = (pool or stem) if number == 1 and stage[0].shortcut is None else None
         outer = _stage_width(model, f"stage{number}.width", stage, following, joined, head if has_head else None)
         if following is None:
             outer = replace(outer, attributes=attributes)

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config, resolve_model_data_config
 from torch import nn
 from transformers import BertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
 
@@ -27,6 +29,7 @@ from jointopt.config import Config
 from jointopt.files import locked
 from jointopt.outputs import logits_of
 from jointopt.rebuilding.block_sizes import is_uniform, settle_sizes, sizes_of_blocks
+from jointopt.rebuilding.timm_recipe import preprocessing
 from jointopt.run_folder import EXPORT, taken
 from quant.formats import ELEMENTS, Element, Format, Scheme
 from quant.formats import SCHEMES as FORMATS
@@ -443,8 +446,6 @@ def test_the_card_gives_times_their_unit_and_where_they_come_from(tmp_path):
 
 
 def test_what_timm_builds_again_is_given_images_as_the_original_is(tmp_path):
-    from timm.data import resolve_data_config, resolve_model_data_config
-
     model = make("timm_vit")
     means = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
     model.pretrained_cfg = {"input_size": (3, 16, 16), "crop_pct": 0.9, **means}
@@ -459,6 +460,17 @@ def test_what_timm_builds_again_is_given_images_as_the_original_is(tmp_path):
     found = resolve_data_config(pretrained_cfg=beside)
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()} == wanted
     assert "resolve_data_config" in (onnx / "README.md").read_text()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_what_takes_other_than_three_channels_says_as_many_means_and_deviations(channels):
+    made = timm.create_model("resnet10t", in_chans=channels)
+    told = resolve_data_config(pretrained_cfg=preprocessing(made))
+    assert told["input_size"] == [channels, 176, 176]
+    assert told["mean"] == pytest.approx([(0.485 + 0.456 + 0.406) / 3] * channels)
+    mode = {1: "L", 4: "RGBA"}[channels]
+    image = create_transform(**told, is_training=False)(Image.new(mode, (200, 200)))
+    assert image.shape == (channels, 176, 176)
 
 
 @pytest.mark.parametrize("name", ["bert", "timm_vit"])

@@ -182,6 +182,20 @@ SET_OTHERWISE = {
 }
 
 
+def test_a_stage_that_a_convolution_in_place_of_the_stem_s_pool_leads_into_is_narrowed(tmp_path):
+    batch = batches("timm_resnet")[0]
+    channels = (64, 48, 64, 96)  # the first as wide as the stem, so that its block has no shortcut of its own
+    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, channels=channels, replace_stem_pool=True).eval()
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"], stage=[0.5, 1.0]))
+    supernet.calibrate([batch])
+    assert {"stage1.width", "stem.pool.precision"} <= {gene.name for gene in supernet.space.genes}
+    with supernet.active(supernet.space.smallest) as view:
+        seen = logits(view, batch)
+        assert view.maxpool[0].weight.shape[:2] == (32, 64)
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
+    same(reloaded([folder], batch, tmp_path)[str(folder)], seen)
+
+
 @pytest.mark.parametrize("kind", SET_OTHERWISE)
 def test_a_model_that_is_set_otherwise_than_its_library_does_is_reloaded_as_it_is(kind, tmp_path):
     batch = batches({"vit": "timm_vit", "resnet": "timm_resnet"}.get(kind, kind), seed=1)[0]

@@ -39,12 +39,25 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """timm's `pretrained_cfg` of a model, which says how its images are prepared, as far as JSON holds it."""
+    """timm's `pretrained_cfg` of a model, which says how its images are prepared, as far as JSON holds it.
+
+    timm leaves there what its own model had: size, means and deviations of three channels also where `in_chans` made
+    it another number. Each of these is then given the mean of the three.
+    """
     given = getattr(model, "pretrained_cfg", None) or {}
-    told = {k: v for k, v in given.items() if isinstance(v, str | int | float | bool | list | tuple | None)}
+    told: dict[str, Any] = {
+        k: v for k, v in given.items() if isinstance(v, str | int | float | bool | list | tuple | None)
+    }
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    for name in ("mean", "std"):
+        if told.get(name) and len(told[name]) != channels:
+            told[name] = [sum(told[name]) / len(told[name])] * channels
+    for name in ("input_size", "test_input_size"):
+        if told.get(name):
+            told[name] = [channels, *told[name][1:]]
     patches: Any = getattr(model, "patch_embed", None)
     if told and patches is not None and not model.dynamic_img_size:  # an image size of its own, which timm leaves out
-        told["input_size"] = [patches.proj.in_channels, *patches.img_size]
+        told["input_size"] = [channels, *patches.img_size]
     return told
 
 
