@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,18 @@ def test_a_block_s_values_are_the_layer_s_to_the_bit(scheme, tmp_path):
     values = gguf.quants.dequantize(kept.data, kept.tensor_type)
     expected = supernet.extract(genome).model.layers[1].mlp.up_proj.weight.detach().numpy()
     assert np.array_equal(values, expected)
+
+
+def test_a_disk_that_is_full_is_told_and_nothing_is_left_on_it(tmp_path):
+    supernet = supernet_of("llama_untied")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(JointoptError, match=r"^export: '.*out' cannot be written: .* as on a full disk$"):
+            jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_weighs_what_was_reported_and_verifies(tmp_path):

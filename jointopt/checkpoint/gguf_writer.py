@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,16 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
             f"{target}.{last}", values, raw_dtype=None if kind is None else gguf.GGMLQuantizationType[kind]
         )
         stored += values.nbytes
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        with closing(writer):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy's, which counts what it wrote and keeps the system's reason to itself.
+        raise OSError(f"of a tensor {error}, as on a full disk") from None
     save_configs(model, place)
     return {"target": "gguf", "stored": stored}, SNIPPET.format(folder=place.name)
 
