@@ -93,7 +93,7 @@ def search(
     Returns:
         The study, open; `study.stopped` says why it ended. Where the space has fewer genomes than `evaluations`, all
         of them are in it. A study goes on with the same call and a larger budget; one of which every evaluation
-        failed is begun anew.
+        failed is begun anew. Where a new one fails before it asks for a genome, no file of it is left.
 
     Raises:
         JointoptError: a super-network that is not calibrated, an unknown objective or strategy, constraints that no
