@@ -93,7 +93,7 @@ def search(
     Returns:
         The study, open; `study.stopped` says why it ended. Where the space has fewer genomes than `evaluations`, all
         of them are in it. A study goes on with the same call and a larger budget; one of which every evaluation
-        failed is begun anew. Where a new one fails before it asks for a genome, no file of it is left.
+        failed is begun anew. Where a new one fails with the original, or its warm start, no file of it is left.
 
     Raises:
         JointoptError: a super-network that is not calibrated, an unknown objective or strategy, constraints that no
@@ -114,10 +114,15 @@ def search(
     fresh = not study.baselines
     try:
         threads = _threads(study, threads, workers is not None or ray is not None)
-        with workplaces.threads_of_torch(threads):
-            _score_original(study, supernet, quality, wanted, original, budget)
-            if warm_start:
-                _take_prior(asking, study, supernet, wanted)
+        try:
+            with workplaces.threads_of_torch(threads):
+                _score_original(study, supernet, quality, wanted, original, budget)
+                if warm_start:
+                    _take_prior(asking, study, supernet, wanted)
+        except Exception:
+            if fresh:  # another search would find nothing in it but settings to keep to
+                study.remove()
+            raise
         _begin_anew_if_all_failed(study)
         if (state := study.fact("state")) is not None:
             with damaged(study.path, "the state of its strategy"):
@@ -133,10 +138,7 @@ def search(
                 watch.ended(reason)
         supernet.scores.update(study.scores())
     except BaseException:
-        if fresh and study.last_generation() is None:
-            study.remove()  # another search would find nothing in it but settings to keep to
-        else:
-            study.close()
+        study.close()
         raise
     study.unlock()
     return study
