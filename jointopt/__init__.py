@@ -40,6 +40,7 @@ _HOME = {
     "Finished": "jointopt.finishing",
     "export": "jointopt.checkpoint.writer",
     "verify": "jointopt.checkpoint.verification",
+    "rescore_finished": "jointopt.rescoring",
     "rescore_front": "jointopt.rescoring",
     "load_config": "jointopt.config",
     "write_report": "jointopt.report.page",

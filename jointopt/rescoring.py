@@ -2,6 +2,8 @@
 
 rescore_front(supernet, study, quality)
 study.fact("unseen")     # [{"genome": [...], "metrics": {...}, "errors": {...}}, ...]; the original's genome is None
+
+What finishing made of a genome is another record, which has its "rounding" too.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from jointopt.study import Study
 from jointopt.study_file import damaged
 
 if TYPE_CHECKING:
+    from jointopt.finishing import Finished
     from jointopt.supernet import Supernet
 
 Genome = tuple[int, ...]
@@ -38,15 +41,24 @@ def rescore_front(supernet: Supernet, study: Study, quality: Quality, source: An
     if None not in known:
         with supernet.original() as model:
             found = measured(quality, model)
-        _note(study, known, None, {"metrics": dict(found), "errors": found.errors})
+        _note(study, {"genome": None, "metrics": dict(found), "errors": found.errors})
     front = study.front()
     genomes = [genome for genome in (front["genome"] if len(front) else ()) if genome not in known]
     if not genomes:
         return
     for index, result in SharedEvaluator(supernet, quality).evaluate(np.array(genomes, dtype=np.int64)):
         metrics = {name: value for name, value in (result.metrics or {}).items() if name not in COSTS}
-        record = {"metrics": metrics, "errors": result.errors}
-        _note(study, known, genomes[index], record if result.failed is None else {**record, "failed": result.failed})
+        record = {"genome": list(genomes[index]), "metrics": metrics, "errors": result.errors}
+        _note(study, record if result.failed is None else {**record, "failed": result.failed})
+
+
+def rescore_finished(study: Study, finished: Finished, quality: Quality) -> None:
+    """Measures what finishing made of a genome by `quality`, unless the study has it already."""
+    key = tuple(finished.genome.tolist()), finished.rounding
+    if key not in rescored_finished(study):
+        found = measured(quality, finished.model)
+        record = {"genome": list(key[0]), "rounding": key[1], "metrics": dict(found), "errors": found.errors}
+        _note(study, record)
 
 
 def forget(study: Study, source: Any = None) -> None:
@@ -56,11 +68,22 @@ def forget(study: Study, source: Any = None) -> None:
 
 
 def rescored(study: Study) -> dict[Genome | None, dict[str, Any]]:
-    """Genome (None for the original) -> "metrics" and their standard "errors", of what was scored again."""
+    """Genome (None for the original) -> "metrics" and their standard "errors", of what was scored again as searched."""
+    return {genome: record for (genome, rounding), record in _records(study).items() if rounding is None}
+
+
+def rescored_finished(study: Study) -> dict[tuple[Genome, str], dict[str, Any]]:
+    """The same of what was finished: genome and rounding -> "metrics" and "errors"."""
+    return {(genome, rounding): record for (genome, rounding), record in _records(study).items() if genome and rounding}
+
+
+def _records(study: Study) -> dict[tuple[Genome | None, str | None], dict[str, Any]]:
     with damaged(study.path, "a score on unseen data"):
-        return {None if (g := each["genome"]) is None else tuple(g): each for each in study.fact("unseen", [])}
+        return {
+            (None if (g := each["genome"]) is None else tuple(g), each.get("rounding")): each
+            for each in study.fact("unseen", [])
+        }
 
 
-def _note(study: Study, known: dict, genome: Genome | None, record: Mapping[str, Any]) -> None:
-    known[genome] = {"genome": None if genome is None else list(genome), **record}
-    study.note("unseen", list(known.values()))
+def _note(study: Study, record: Mapping[str, Any]) -> None:
+    study.note("unseen", [*study.fact("unseen", []), dict(record)])

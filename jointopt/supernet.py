@@ -424,6 +424,10 @@ class Supernet:
         plan = self.plan(genome)
         return layout(self.built(plan), self.family, plan)
 
+    def original_layout(self) -> list[dict[str, Any]]:
+        """`layout` of the whole, unquantized model."""
+        return layout(self.model, self.family, Plan(self.family.blocks, (), {}, {}))
+
     def weights_changed(self) -> None:
         """What was measured on the old ones no longer holds. Calibrate it again, which keeps the order that the weights
         have learned, and ranges of inputs that were learned with them.

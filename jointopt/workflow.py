@@ -210,7 +210,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     from jointopt.report.page import write_report
     from jointopt.report.quantities import counted
     from jointopt.report.terminal import finished_table, front_table
-    from jointopt.rescoring import forget, rescore_front
+    from jointopt.rescoring import forget, rescore_finished, rescore_front
 
     output = Path(config.output)
     supernet = make_supernet(config, prepared, console)
@@ -249,6 +249,8 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
                 config.finish.top,
                 lambda line: console.print(line, highlight=False),
             )
+            if finished is not None and prepared.unseen is not None:
+                rescore_finished(study, finished, prepared.unseen)
             console.print(finished_table(study, genome if finished else None))  # marks what is exported
         write_report(study, output / REPORT)  # there even where the export is refused
         export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite, config.target)
@@ -273,7 +275,7 @@ def note_choice(
 ) -> None:
     """Records the chosen genome in the study, with what the report draws of it."""
     rounding = finished.rounding if finished else NEAREST
-    layers = {"layers": supernet.layout(genome), "full_layers": supernet.layout(supernet.space.largest)}
+    layers = {"layers": supernet.layout(genome), "full_layers": supernet.original_layout()}
     spent = {"spent": supernet.breakdown(genome), "full_spent": supernet.original_breakdown()}
     study.note("choice", {"genome": genome.tolist(), "wanted": dict(wanted), "rounding": rounding, **layers, **spent})
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from jointopt import JointoptError, SearchSpace, Study, Supernet, rescore_front, search
+from jointopt import JointoptError, SearchSpace, Study, Supernet, finish, rescore_finished, rescore_front, search
 from jointopt.config import load_config
 from jointopt.evaluation import Metrics, evaluate, measured
 from jointopt.report.page import write_report
-from jointopt.report.terminal import front_table
-from jointopt.rescoring import rescored
+from jointopt.report.terminal import finished_table, front_table
+from jointopt.rescoring import rescored, rescored_finished
 from jointopt.sharing import SharedEvaluator
 from jointopt.tasks.problems import NEXT_TOKEN, ONE_CLASS, quality_function
 from tests.zoo import batches, make
@@ -178,6 +178,28 @@ def test_both_scores_are_shown(searched, tmp_path):
     value = rescored(study)[None]["metrics"]["loss"]
     for text in (console.file.getvalue(), write_report(study, tmp_path / "report.html").read_text()):
         assert "loss (nats), unseen data" in text and f"{value:,.5g} ±" in text
+
+
+def test_what_was_finished_is_scored_on_unseen_data_too_and_once(searched, tmp_path):
+    supernet, study = searched
+    unseen, batches = (
+        quality_function(labelled(2), ONE_CLASS, ("loss",)),
+        [{k: v for k, v in batch.items() if k != "labels"} for batch in labelled(1)],
+    )
+    genome = np.array(study.front()["genome"].iloc[0])
+    finished = finish(supernet, genome, batches, quality=quality_function(labelled(1), ONE_CLASS, ("loss",)))
+    study.add_finished(finished.genome, finished.rounding, finished.metrics, finished.seconds)
+    rescore_front(supernet, study, unseen)
+    before = rescored(study)
+    rescore_finished(study, finished, unseen)
+    rescore_finished(study, finished, lambda model: pytest.fail("scored twice"))
+    ((key, record),) = rescored_finished(study).items()
+    assert key == (tuple(finished.genome), "gptq") and record["metrics"] == dict(unseen(finished.model))
+    assert rescored(study) == before
+    console = Console(file=io.StringIO(), width=200)
+    console.print(finished_table(study, genome))
+    for text in (console.file.getvalue(), write_report(study, tmp_path / "report.html").read_text()):
+        assert f"{record['metrics']['loss']:,.5g} ±" in text
 
 
 def test_unseen_data_is_other_data_and_does_not_change_a_study(tmp_path):

@@ -78,6 +78,7 @@ def test_a_page_shows_the_front_the_chosen_point_and_its_layers(tmp_path):
     assert "90 MB" in text and "size of the original" in text and "size of the chosen one" in text
     assert "layer by layer" in text and "Predicted against measured" in text and "Hypervolume" in text
     assert "from the reference point accuracy" in text
+    assert "<td>original</td>" in html
     assert "software.torch" in text
 
 
@@ -246,8 +247,9 @@ def test_a_rounding_that_nothing_was_finished_by_is_refused():
     assert study.best(finished="gptq").shape == (len(SPACE),)
 
 
-def test_sizes_are_in_millions_of_bytes():
+def test_values_are_written_with_the_unit_that_they_are_scaled_to():
     assert written("size", 20_312_345.0) == "20.31 MB"
+    assert written("latency", 0.0003374) == "0.3374 ms"
     assert written("accuracy", 0.91234) == "0.9123"
     assert written("loss", float("nan")) == "-"
 

@@ -482,3 +482,14 @@ def test_ranges_of_activations_by_every_method_leave_padding_out(method):
     for key in found[0]._statistics:
         for name, value in found[0]._statistics[key].items():
             torch.testing.assert_close(found[1]._statistics[key][name].float(), value.float(), rtol=0.03, atol=0)
+
+
+def test_the_original_s_layout_has_the_layers_that_no_genome_of_the_space_keeps():
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"], depth=[1], mlp=[0.5]))
+    supernet.calibrate(batches("vit"))
+    whole = {record["name"]: record for record in supernet.original_layout()}
+    linear = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    assert linear.keys() <= whole.keys() and len(supernet.layout(supernet.space.largest)) < len(whole)
+    for name, layer in linear.items():
+        assert (whole[name]["rows"], whole[name]["columns"], whole[name]["bits"]) == (*layer.weight.shape, 32)

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.stats import spearmanr
 
-from jointopt.objectives import COSTS, Objective, is_column
+from jointopt.objectives import Objective, is_column
 from jointopt.report.quantities import label, scale, written
 from jointopt.study import Study
 from search_spaces.family import is_depth
@@ -95,8 +95,7 @@ def _hover(space: SearchSpace, row: Mapping[str, Any], name: str) -> str:
     lines = [f"<b>evaluation {row['number']}</b>" if row["number"] >= 0 else f"<b>{escape(name)}</b>"]
     for key, value in row.items():
         if not is_column(str(key)) and isinstance(value, int | float):
-            unit = "" if key == "size" else f" {label(str(key)).partition('(')[2].rstrip(')')}" if key in COSTS else ""
-            lines.append(f"{escape(str(key))}: {written(str(key), value)}{unit}")
+            lines.append(f"{escape(str(key))}: {written(str(key), value)}")
     return "<br>".join([*lines, *(_summary(space, row["genome"]) if "genome" in row else ())])
 
 
@@ -129,7 +128,7 @@ def layers_figure(layers: Layers, full: Layers | None) -> go.Figure:
 
     Args:
         layers: `Supernet.layout` of the chosen genome.
-        full: the same of the largest one, whose layers that are gone are shown as empty places.
+        full: the same of the whole model, whose layers that are gone are shown as empty places.
     """
     kept = {record["layer"]: record for record in layers}
     places = list(full or layers)

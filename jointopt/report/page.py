@@ -18,7 +18,7 @@ from jointopt.report.figures import Layers, front_figure, hypervolume_figure, la
 from jointopt.report.quantities import axes, counted, label, on_unseen, scale, time_source, written
 from jointopt.report.spent import spent_figure
 from jointopt.report.template import PAGE, SCRIPT, STYLE
-from jointopt.rescoring import rescored
+from jointopt.rescoring import rescored, rescored_finished
 from jointopt.study import Study
 from quant.errors import JointoptError
 
@@ -38,7 +38,7 @@ def write_report(
         study: the study, or its file.
         path: the HTML file; one that is there is replaced.
         chosen: genome to be marked and drawn (default: the one that the study has recorded as its "choice", if any).
-        layers, full_layers: `Supernet.layout` of the chosen and of the largest genome (default: as recorded).
+        layers, full_layers: `Supernet.layout` of the chosen genome, `original_layout` (default: as recorded).
         devices: the study's sub-networks on devices (`report.devices.on_device`), each with its front and its choice.
 
     Returns:
@@ -153,7 +153,7 @@ def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
             cards.append((written(objective.name, value), f"{escape(objective.name)} of the chosen one"))
     timed = study.fact("measured_latency")
     if timed and picked is not None and timed["genome"] == list(picked):
-        cards.append((written("latency", timed["measured"]) + " ms", "measured of the export, end to end"))
+        cards.append((written("latency", timed["measured"]), "measured of the export, end to end"))
     verified = study.fact("verified")
     if verified:
         cards.append((escape(str(verified)), "export"))
@@ -221,8 +221,8 @@ def _front_table(study: Study, picked: tuple[int, ...] | None) -> str:
         cells += [on_unseen(unseen.get(row["genome"]), name) for name in again]
         kind = ' class="chosen"' if row["genome"] == picked else ""
         lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    if unseen:
-        cells = ["original", *(written(n, study.baselines.get("original", {}).get(n, np.nan)) for n in names)]
+    if original := study.baselines.get("original", {}):
+        cells = ["original", *(f"{original[name] / scale(name):,.6g}" if name in original else "-" for name in names)]
         cells += [on_unseen(unseen.get(None), name) for name in again]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     told = "<p>Unseen data: scored again after the search, which never saw it; ± one standard error.</p>" * bool(unseen)
@@ -235,12 +235,17 @@ def _finished(study: Study, frame: Any) -> str:
     if not study.finished():
         return ""
     names = [objective.name for objective in study.measured]
-    head = "".join(f"<th>{escape(text)}</th>" for text in ("evaluation", "rounding", *(label(name) for name in names)))
+    unseen = rescored_finished(study)
+    again = [f"{label(name)}, unseen data" for name in names] if unseen else []
+    titles = ("evaluation", "rounding", *(label(name) for name in names), *again)
+    head = "".join(f"<th>{escape(text)}</th>" for text in titles)
     evaluated = {row["genome"]: row for row in frame.to_dict("records")}
     lines = []
     for record in study.finished():
         before, after = evaluated[tuple(record["genome"])], record["metrics"]
         told = [f"{before[n] / scale(n):,.6g} &rarr; {after[n] / scale(n):,.6g}" for n in names]
+        if unseen:
+            told += [on_unseen(unseen.get((before["genome"], record["rounding"])), n) for n in names]
         lines.append("".join(f"<td>{cell}</td>" for cell in (before["number"], escape(record["rounding"]), *told)))
     rows = "".join(f"<tr>{line}</tr>" for line in lines)
     return (

@@ -12,7 +12,7 @@ from rich.text import Text
 from jointopt.objectives import COSTS
 from jointopt.report.devices import OnDevice
 from jointopt.report.quantities import label, on_unseen, scale
-from jointopt.rescoring import rescored
+from jointopt.rescoring import rescored, rescored_finished
 from jointopt.study import Study
 from search_spaces.space import SearchSpace
 
@@ -79,18 +79,22 @@ def device_table(on: OnDevice) -> Table:
 
 
 def finished_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) -> Table:
-    """Sub-networks that were finished: what they measured before and after. Sizes stay what they were. The `chosen` one
-    is marked, if any is."""
+    """Sub-networks that were finished: what they measured before and after; metrics on unseen data of those that were
+    exported. Sizes stay what they were. The `chosen` one is marked, if any is."""
     names = [objective.name for objective in study.measured]
     picked = None if chosen is None else tuple(map(int, chosen))
     numbers = {row["genome"]: row for row in study.evaluations().to_dict("records")}
+    unseen = rescored_finished(study)
+    again = [f"{label(name)}, unseen data" for name in names] if unseen else []
     table = Table(title="finished")
-    for text in ("evaluation", "rounding", label("size"), *(label(name) for name in names)):
+    for text in ("evaluation", "rounding", label("size"), *(label(name) for name in names), *again):
         table.add_column(Text(text), justify="right")
     for record in study.finished():
         before = numbers[tuple(record["genome"])]
         mark = " *" if before["genome"] == picked else ""
-        values = (f"{_shown(before, name)} -> {_shown(record['metrics'], name)}" for name in names)
+        values = [f"{_shown(before, name)} -> {_shown(record['metrics'], name)}" for name in names]
+        if unseen:
+            values += [on_unseen(unseen.get((before["genome"], record["rounding"])), name) for name in names]
         size = _shown(record["metrics"], "size")
         table.add_row(f"{before['number']}{mark}", record["rounding"], size, *values, style="bold" if mark else None)
     return table
