@@ -182,12 +182,10 @@ def test_both_scores_are_shown(searched, tmp_path):
 
 def test_what_was_finished_is_scored_on_unseen_data_too_and_once(searched, tmp_path):
     supernet, study = searched
-    unseen, batches = (
-        quality_function(labelled(2), ONE_CLASS, ("loss",)),
-        [{k: v for k, v in batch.items() if k != "labels"} for batch in labelled(1)],
-    )
+    unseen = quality_function(labelled(2), ONE_CLASS, ("loss",))
+    inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in labelled(1)]
     genome = np.array(study.front()["genome"].iloc[0])
-    finished = finish(supernet, genome, batches, quality=quality_function(labelled(1), ONE_CLASS, ("loss",)))
+    finished = finish(supernet, genome, inputs, quality=quality_function(labelled(1), ONE_CLASS, ("loss",)))
     study.add_finished(finished.genome, finished.rounding, finished.metrics, finished.seconds)
     rescore_front(supernet, study, unseen)
     before = rescored(study)
