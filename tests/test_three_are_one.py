@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models.resnet import BasicBlock, ResNet
@@ -258,10 +259,11 @@ def test_convolutions_that_pad_by_more_than_zeros_are_reloaded_as_they_were(name
     same(found, expected)
 
 
-def test_a_model_that_drops_paths_in_training_is_reloaded(tmp_path):
-    model = VisionTransformer(
-        img_size=16, patch_size=8, num_classes=5, embed_dim=64, depth=2, num_heads=2, drop_path_rate=0.2
-    ).eval()
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
+def test_a_model_that_drops_paths_and_more_in_training_is_reloaded(name, tmp_path):
+    vit = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "patch_drop_rate": 0.2}
+    options = vit if name.startswith("vit") else {"drop_block_rate": 0.1}
+    model = timm.create_model(name, num_classes=5, drop_path_rate=0.2, **options).eval()
     supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]))
     batch = {"x": torch.randn(6, 3, 16, 16)}
     supernet.calibrate([batch])

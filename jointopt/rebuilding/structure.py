@@ -21,6 +21,8 @@ from search_spaces.family import within
 _SET_BY_SIZE = (*ROW_COUNTS, *COLUMN_COUNTS, "normalized_shape")
 _WITHOUT_EFFECT = ("training", "gradient_checkpointing", "grad_checkpointing", "p", "drop_prob")
 """Settings that no evaluated output depends on: those of training."""
+_IN_TRAINING = ("DropPath", "DropBlock2d", "PatchDropout")
+"""timm's modules that change nothing otherwise; its recipes leave out the rates that they are made by."""
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -196,8 +198,8 @@ def rebuild_spec(model: nn.Module, built: nn.Module, pack: bool) -> dict[str, An
         kind = type(module).__name__
         plain = kind.removeprefix("Quantized") if hasattr(module, "quantized") else kind
         if path not in there or type(there[path]).__name__ != plain:
-            if plain == "DropPath" and isinstance(there.get(path), nn.Identity):
-                continue  # which it is but in training
+            if plain in _IN_TRAINING and isinstance(there.get(path), nn.Identity | None):
+                continue  # which it is otherwise
             if plain not in STAND_INS and not any(within(path, done) for done in spec["replaced"]):
                 raise JointoptError(
                     f"export: {path or 'the model'} is a {kind}; the library builds {there.get(path)!s:.60}"
