@@ -18,6 +18,7 @@ import torch
 
 from jointopt.rebuilding.block_sizes import is_uniform, save_configs, sizes_of_blocks
 from jointopt.rebuilding.structure import check_formats, check_language_model, quantized_layers
+from jointopt.tokenizer_settings import settings_kept
 from quant.errors import JointoptError
 from quant.reference import QuantizedTensor
 
@@ -175,7 +176,8 @@ def _add_tokenizer(writer: Any, processor: Any, rows: int) -> None:
     if chat := getattr(processor, "chat_template", None):
         several = isinstance(chat, dict)
         writer.add_chat_template([{"name": k, "template": v} for k, v in chat.items()] if several else chat)
-    ends = processor("a")["input_ids"]
+    with settings_kept(processor):
+        ends = processor("a")["input_ids"]
     writer.add_add_bos_token(ends[0] == processor.bos_token_id)
     writer.add_add_eos_token(ends[-1] == processor.eos_token_id)
 

@@ -30,6 +30,7 @@ from jointopt.finishing import Finished
 from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
 from jointopt.rebuilding.timm_recipe import by_library
 from jointopt.study import Study
+from jointopt.tokenizer_settings import settings_of_its_files
 from quant.errors import DOES_NOT_RUN, JointoptError, check_kind, in_one_line
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def export(
         genome: a genome of its space, or what `finish` made of one, with the metrics that it measured.
         folder: to be made; its parent must exist.
         study: where the genome was scored (default: what this super-network's searches found); recorded for `verify`.
-        processor: tokenizer, image processor, or None; saved along by its save_pretrained.
+        processor: tokenizer, image processor, or None; saved along by its save_pretrained, a tokenizer with the
+            truncation and padding of the tokenizer.json that it was loaded from, which calls of it change.
         base_model: name of the original, for the model card.
         overwrite: whether an export that is there is replaced, whole. Nothing else is.
         target: "transformers" (and timm); or "onnxruntime": model.onnx, with the same codes and scales, in operators
@@ -294,7 +296,8 @@ def _write_beside(place: Path, record: dict[str, Any], processor: Any, loading: 
     """What any folder has beside the model: the processor, the record, the card."""
     if processor is not None:
         try:
-            processor.save_pretrained(place)
+            with settings_of_its_files(processor):
+                processor.save_pretrained(place)
         except Exception as error:  # tokenizers tells of a full disk by this very class
             raise JointoptError(
                 f"export: the {type(processor).__name__} cannot be written: {error or repr(error)}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jointopt.rows import TEXT, DataSource, check_named, column, read_columns, read_text, texts
 from jointopt.tasks.problems import NEXT_TOKEN
 from jointopt.tasks.task import Samples, Task, place_of, text_length
+from jointopt.tokenizer_settings import settings_kept
 from quant.errors import JointoptError
 
 
@@ -27,7 +28,9 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         given = texts(column(columns, source.text, TEXT, f"{source.key}.text"), f"{source.key}.text")
     end = [] if processor.eos_token_id is None else [processor.eos_token_id]
     tokens: list[int] = []
-    for encoded in processor(given, add_special_tokens=False, verbose=False)["input_ids"]:
+    with settings_kept(processor):
+        rows = processor(given, add_special_tokens=False, verbose=False)["input_ids"]
+    for encoded in rows:
         tokens += [*end, *encoded] if tokens else encoded
     length = text_length(source, model)
     pieces = torch.tensor(tokens[: len(tokens) // length * length], dtype=torch.long).reshape(-1, length)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from jointopt.rows import TEXT, DataSource, check_named, column, read_columns, texts
 from jointopt.tasks.problems import CLASSIFICATION
 from jointopt.tasks.task import Samples, Task, picked_labels, place_of, read_labels, text_length
+from jointopt.tokenizer_settings import settings_kept
 from quant.errors import JointoptError
 
 
@@ -23,7 +24,8 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         key = f"{source.key}.text_pair"
         given.append(texts(column(columns, source.text_pair, (), key), key))
     labels = read_labels(columns, source, model)
-    encoded = processor(*given, truncation=True, max_length=text_length(source, model))
+    with settings_kept(processor):
+        encoded = processor(*given, truncation=True, max_length=text_length(source, model))
     for row, tokens in enumerate(encoded["input_ids"], 1):
         if not tokens:
             raise JointoptError(f"{source.key}.text: row {row} has no token; allowed: texts of one token or more")
