@@ -321,6 +321,11 @@ def _forget_gguf(model: nn.Module) -> None:
             delattr(holder, name)
 
 
+def load_processor(folder: Path, task: str) -> Any:
+    """The tokenizer or image processor of a folder, by transformers alone. Raises JointoptError where there is none."""
+    return _processor(ModelSource(str(folder), "folder", str(folder)), task)
+
+
 def _processor(source: ModelSource, task: str) -> Any:
     from transformers import AutoImageProcessor, AutoTokenizer
 

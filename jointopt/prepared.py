@@ -39,6 +39,7 @@ class Prepared:
         inputs: batches to calibrate with.
         train: samples to train or finish with, None where the config does neither.
         contents: "evaluate", "calibrate", "test" -> digest of its batches.
+        prepare_inputs: processor -> these batches, as it makes them of the same samples.
         unseen: model -> metrics on data that the search does not see, None where the config names none.
     """
 
@@ -48,6 +49,7 @@ class Prepared:
     inputs: list[Batch]
     train: Samples | None
     contents: dict[str, str]
+    prepare_inputs: Callable[[Any], list[Batch]]
     unseen: Quality | None = None
 
     @property
@@ -108,8 +110,9 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
     task = TASKS[loaded.task]
     size = config.data.batch_size or task.batch_size
 
-    def batches(entry: str, samples: int | None = None) -> list[Batch]:
-        return task.batches(config.source(entry, samples), loaded.processor, loaded.model, size)
+    def prepare_inputs(processor: Any) -> list[Batch]:
+        made = task.batches(config.source("calibrate", task.calibration), processor, loaded.model, size)
+        return [{k: v for k, v in batch.items() if k != "labels"} for batch in made]
 
     problem = task.problem(loaded.model)
     if function is None:
@@ -119,19 +122,17 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
     contents = {}
 
     def scored_on(entry: str) -> Quality:
-        scored = batches(entry)
+        scored = task.batches(config.source(entry), loaded.processor, loaded.model, size)
         contents[entry] = digest_of(scored)
         return problem.quality(scored, loaded.model if "kl" in objectives else None, f"data.{entry}.label")
 
     quality = _named_failures(function, str(config.quality)) if function is not None else scored_on("evaluate")
-    inputs: list[Batch] = [
-        {k: v for k, v in batch.items() if k != "labels"} for batch in batches("calibrate", task.calibration)
-    ]
+    inputs = prepare_inputs(loaded.processor)
     contents["calibrate"] = digest_of(inputs)
     trains = config.train is not None or (config.finish is not None and config.finish.steps is not None)
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
     unseen = scored_on("test") if config.data.test is not None else None
-    return Prepared(loaded, quality, objectives, inputs, train, contents, unseen)
+    return Prepared(loaded, quality, objectives, inputs, train, contents, prepare_inputs, unseen)
 
 
 def _objectives(config: Config, problem: Problem) -> dict[str, str]:

@@ -13,19 +13,24 @@ from typing import Any
 from jointopt.rows import looks_like_hub_id
 
 FILE = "tokenizer.json"
+SETTINGS = ("truncation", "padding")
+
+
+def settings_of(processor: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Truncation and padding; None where there is none, and for what is no tokenizer with settings of its own."""
+    backend = getattr(processor, "backend_tokenizer", None)
+    return getattr(backend, "truncation", None), getattr(backend, "padding", None)
 
 
 @contextmanager
 def settings_kept(processor: Any) -> Iterator[None]:
-    """The block may call the tokenizer; it ends with the truncation and padding that it began with. What has none of
-    its own, such as an image processor, is left alone."""
-    backend = getattr(processor, "backend_tokenizer", None)
-    found = None if backend is None else (backend.truncation, backend.padding)
+    """The block may call the tokenizer; it ends with the truncation and padding that it began with."""
+    found = settings_of(processor)
     try:
         yield
     finally:
-        if found is not None:
-            _set(backend, *found)
+        if hasattr(processor, "backend_tokenizer"):
+            _set(processor.backend_tokenizer, *found)
 
 
 @contextmanager
@@ -33,13 +38,12 @@ def settings_of_its_files(processor: Any) -> Iterator[None]:
     """Within the block the tokenizer has the truncation and padding of the tokenizer.json that it was loaded from;
     where that is not here, those that it has."""
     with settings_kept(processor):
-        backend = getattr(processor, "backend_tokenizer", None)
-        file = None if backend is None else _file_of(processor)
+        file = _file_of(processor) if hasattr(processor, "backend_tokenizer") else None
         if file is not None:
             from tokenizers import Tokenizer
 
             loaded = Tokenizer.from_file(str(file))
-            _set(backend, loaded.truncation, loaded.padding)
+            _set(processor.backend_tokenizer, loaded.truncation, loaded.padding)
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -378,12 +379,17 @@ def _in_the_way(folder: Path) -> JointoptError:
 
 
 def verify_export(folder: Path, prepared: Prepared | None) -> Verification:
-    """`jointopt.verify`: reloaded in a process without jointopt on the search's device, scored as there, weighed."""
+    """`jointopt.verify`: reloaded in a process without jointopt on the search's device, scored as there, weighed; and
+    its tokenizer or image processor compared with the original's."""
+    from jointopt.checkpoint.processors import processor_differences
     from jointopt.checkpoint.verification import verify
 
     if prepared is None:
         return verify(folder)
-    return verify(folder, prepared.quality, device=str(next(prepared.loaded.model.parameters()).device))
+    loaded = prepared.loaded
+    found = verify(folder, prepared.quality, device=str(next(loaded.model.parameters()).device))
+    more = processor_differences(folder, loaded, prepared.inputs, prepared.prepare_inputs)
+    return replace(found, differences=(*found.differences, *more))
 
 
 def verdict(verification: Verification, study: Study, folder: Path) -> str:

@@ -126,6 +126,26 @@ def test_verify_exits_with_1_and_names_the_difference_where_a_weight_was_changed
     assert "Traceback" not in done.stderr
 
 
+def swap_channels_mean(folder: Path) -> None:
+    path = folder / "preprocessor_config.json"
+    path.write_text(path.read_text().replace('"image_mean": [', '"image_mean": [0.25],\n  "was": ['))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "processor: "),
+        (swap_channels_mean, "processor: pixel_values that the export's ViTImageProcessor makes of the calibration "),
+    ],
+)
+def test_verify_exits_with_1_where_the_image_processor_is_gone_or_another(finished, damage, said, tmp_path):
+    folder = shutil.copytree(finished / "export", tmp_path / "export")
+    damage(folder)
+    done = at_once("verify", folder, "--config", "runs/vit/config.yaml", cwd=finished.parents[1])
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"not verified: {folder}: {said}" in done.stdout
+
+
 def heed_ctrl_c() -> None:
     """Whoever runs the tests in the background may have had them ignore it, which children inherit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -149,7 +169,11 @@ def test_verify_tells_all_differences_of_weights_that_are_no_numbers_and_of_file
     assert done.returncode == 2 and "probe: found 3; allowed: what export wrote" in done.stderr
     (tmp_path / "nan/jointopt.json").write_text("[]")
     done = at_once("verify", tmp_path / "nan", cwd=place)
-    assert done.returncode == 2 and "has no probe, costs, layers" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "has no choices, probe, costs, layers" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(place):

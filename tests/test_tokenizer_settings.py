@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import jointopt
+from jointopt.checkpoint.processors import processor_differences
 from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
@@ -62,3 +63,31 @@ def test_an_export_has_the_settings_of_the_file_that_a_tokenizer_was_loaded_from
     folder = jointopt.export(supernet, genome, tmp_path / "out", target=target, processor=processor)
     assert settings(folder) == settings(tmp_path)
     assert processor.backend_tokenizer.truncation == called
+
+
+def swap_words(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"good"', '"x"').replace('"bad"', '"good"').replace('"x"', '"bad"'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: None, []),
+        (swap_words, ["input_ids that the export's TokenizersBackend makes of the calibration data are others"]),
+        (bake, ["truncation {", "padding {"]),
+        (lambda folder: (folder / "tokenizer.json").unlink(), ["the folder '"]),
+    ],
+)
+def test_a_tokenizer_that_is_another_or_gone_is_told(damage, said, tmp_path):
+    loaded = load_model(str(save_bert(tmp_path)), None, "cpu")
+    source = DataSource(str(write_reviews(tmp_path / "reviews.csv")))
+
+    def prepare(processor):
+        return TASKS["text-classification"].batches(source, processor, loaded.model, 8)
+
+    loaded.processor.save_pretrained(tmp_path / "export")
+    damage(tmp_path / "export")
+    found = processor_differences(tmp_path / "export", loaded, prepare(loaded.processor), prepare)
+    assert len(found) == len(said)
+    assert all(line.startswith(f"processor: {start}") for line, start in zip(found, said, strict=True)), found
