@@ -7,13 +7,25 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet, load_config
-from jointopt.checkpoint.vllm import _width
+from jointopt.checkpoint.vllm import _width, check
+from jointopt.prepared import prepare
 from jointopt.targets import TARGETS
 from tests import zoo
+from tests.saved import save_tokenizer
 from tests.zoo import batches, logits, make
 
 PLAIN = ["embedding", "head"]
@@ -161,6 +173,67 @@ def test_what_vllm_would_not_load_or_not_compute_alike_is_refused(tmp_path):
                 supernet, supernet.space.smallest if genome is None else genome, tmp_path / "out", target="vllm"
             )
     assert not (tmp_path / "out").exists()
+
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
+QWEN2, QWEN3 = (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
+LLAMA, MISTRAL = (LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
+
+
+def small(kind: tuple, **options) -> torch.nn.Module:
+    config, model = kind
+    return model(config(**{**SIZES, **options}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "match"),
+    [
+        (QWEN3, {"attention_bias": True}, r"layers\.0\.self_attn\.o_proj with a bias; allowed for this qwen3: without"),
+        (MISTRAL, {"attention_bias": True}, r"q_proj without a bias; allowed for this mistral: with one"),
+        (LLAMA, {"qkv_bias": True}, r"q_proj without a bias; allowed for this llama: with one"),
+        (LLAMA, {"hidden_act": "gelu"}, "found hidden_act gelu; allowed: silu"),
+        (QWEN2, {**WINDOW, "max_window_layers": 1}, "found layers of full_attention and sliding_attention in a qwen2"),
+    ],
+)
+def test_what_vllm_computes_otherwise_or_does_not_load_is_refused_at_export(kind, options, match, tmp_path):
+    model = small(kind, **options)
+    supernet = zoo.supernet_of("llama_tied", ["none", "W8A8"], model=model, preset="fixed", unquantized=PLAIN)
+    with pytest.raises(JointoptError, match=match):
+        jointopt.export(supernet, supernet.space.smallest, tmp_path / "out", target="vllm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_and_before_the_search(tmp_path, monkeypatch):
+    small(QWEN3, attention_bias=True).save_pretrained(tmp_path / "llama")
+    save_tokenizer(tmp_path / "llama")
+    path = configured(tmp_path, "{depth: [2, 3]}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JointoptError, match="o_proj with a bias; allowed for this qwen3"):
+        prepare(load_config(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (QWEN2, {}),
+        (QWEN2, {**WINDOW, "max_window_layers": 0}),
+        (QWEN3, {}),
+        (MISTRAL, {"sliding_window": 4}),
+        (LLAMA, {"attention_bias": True}),
+        (LLAMA, {"mlp_bias": True}),
+    ],
+)
+def test_biases_and_windows_that_vllm_has_too_are_none_of_these(kind, options):
+    check(small(kind, **options))
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,12 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
 
 
 def check(model: Any, processor: Any = None) -> None:
-    """Raises JointoptError for a model of another family or that transformers does not build again, heads that differ
-    from block to block, a first block without attention, a format that vLLM does not compute or that layers which it
-    fuses do not share, a quantized embedding, head or cache; with the layer's name."""
+    """Raises JointoptError for a model of another family or that transformers does not build again, an activation,
+    biases or a window of attention that vLLM does not have there, heads that differ from block to block, a first block
+    without attention, a format that vLLM does not compute or that layers which it fuses do not share, a quantized
+    embedding, head or cache; with the layer's name."""
     check_language_model(model, "vllm", KINDS)
+    _check_computed(model)
     if not is_uniform(model):
         _check_blocks(model)
     layers: dict[str, Any] = quantized_layers(model)
@@ -123,6 +125,36 @@ def check(model: Any, processor: Any = None) -> None:
             told = ", ".join(f"{other} in {each}" for other, each in zip(others, found, strict=True))
             raise JointoptError(f"export: {parent}: target vllm: found {told}; allowed: one format, they are one layer")
     assert by_compressed_tensors(model), "all of the target's formats are compressed-tensors'"
+
+
+def _check_computed(model: Any) -> None:
+    """What vLLM's classes refuse to load, or drop without a word, of a model that they know by its config."""
+    config, kind = model.config, model.config.model_type
+    if config.hidden_act != "silu":
+        raise JointoptError(f"target vllm: found hidden_act {config.hidden_act}; allowed: silu")
+    if kind in ("qwen2", "qwen3") and len(found := sorted(set(config.layer_types or ()))) > 1:
+        raise JointoptError(f"target vllm: found layers of {' and '.join(found)} in a {kind}; allowed: one of them")
+    wanted = _biases(config)
+    for path, layer in model.named_modules():
+        name = path.rpartition(".")[2]
+        if name not in wanted or (getattr(layer, "bias", None) is not None) == wanted[name]:
+            continue
+        told = ("without", "with") if wanted[name] else ("with", "without")
+        raise JointoptError(f"target vllm: found {path} {told[0]} a bias; allowed for this {kind}: {told[1]} one")
+
+
+def _biases(config: Any) -> dict[str, bool]:
+    """Name of a projection -> whether vLLM builds it with a bias (its `llama.py`, which Mistral and DeciLM build on,
+    `qwen2.py` and `qwen3.py`)."""
+    attention, mlp = bool(getattr(config, "attention_bias", False)), False
+    if config.model_type in ("llama", "mistral"):
+        attention = attention or bool(getattr(config, "bias", False))
+        inputs, output = bool(getattr(config, "qkv_bias", attention)), attention
+        mlp = bool(getattr(config, "mlp_bias", False))
+    else:
+        inputs, output = config.model_type == "qwen2" or attention, False
+    fused = dict.fromkeys(FUSED[0], inputs) | dict.fromkeys(FUSED[1], mlp)
+    return fused | {"o_proj": output, "down_proj": mlp}
 
 
 def _check_blocks(model: Any) -> None:
