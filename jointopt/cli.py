@@ -384,6 +384,7 @@ def _verify(options: argparse.Namespace) -> int:
     config: Config | None = load_config(path) if options.config or path.is_file() else None
     if config is not None:
         stay_offline(config)
+        _check_task(folder, config, path)
     verification = verify_export(folder, None if config is None else prepare(config))
     scored = [f"{name} {value:.6g}" for name, value in verification.metrics.items()]
     told = ", ".join([*scored, f"{verification.size / 1e6:.6g} MB"])
@@ -392,3 +393,12 @@ def _verify(options: argparse.Namespace) -> int:
         return 0
     print(f"not verified: {folder}: {'; '.join(verification.differences)}")
     return 1
+
+
+def _check_task(folder: Path, config: Config, path: Path) -> None:
+    """Raises JointoptError where the export is of another task than the config, whose data it cannot take."""
+    from jointopt.models import exported_task, find_source, model_task
+
+    found, wanted = exported_task(folder), config.task or model_task(find_source(config.model))
+    if found not in (None, wanted):
+        raise JointoptError(f"verify: {str(folder)!r} is of {found}, {str(path)!r} of {wanted}; allowed: one task")

@@ -12,7 +12,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,14 +158,30 @@ def model_task(source: ModelSource) -> str:
     if source.timm:
         return "image-classification"
     architectures = getattr(model_config(source), "architectures", None) or []
-    for suffix, task in _TASK_OF.items():
-        if any(name.endswith(suffix) for name in architectures):
-            return task
+    if task := _task_of(architectures):
+        return task
     said = ", ".join(architectures) or "no architecture"
     raise JointoptError(
         f"task: {source.name!r} names {said}, which is no model of {', '.join(TASKS)}; allowed: one with a head for "
         "these, or a config whose task says which"
     )
+
+
+def exported_task(folder: Path) -> str | None:
+    """The task of an export, read off its config.json; None where that does not say or cannot be read."""
+    try:
+        config = _read_config(folder)
+    except JointoptError:  # what is wrong with the folder is verify's to say
+        return None
+    if "timm" in config:
+        return "image-classification"
+    architectures = config.get("architectures")
+    return _task_of(map(str, architectures)) if isinstance(architectures, list) else None
+
+
+def _task_of(architectures: Iterable[str]) -> str | None:
+    named = (task for name in architectures for suffix, task in _TASK_OF.items() if name.endswith(suffix))
+    return next(named, None)
 
 
 def model_config(source: ModelSource) -> Any:

@@ -126,6 +126,16 @@ def test_verify_exits_with_1_and_names_the_difference_where_a_weight_was_changed
     assert "Traceback" not in done.stderr
 
 
+def test_verify_refuses_the_config_of_another_task(finished, tmp_path):
+    save_bert(tmp_path / "bert")
+    write_reviews(tmp_path / "reviews.csv")
+    data = {"calibrate": "reviews.csv", "evaluate": "reviews.csv"}
+    write_config(tmp_path, model="bert", task="text-classification", data=data, space={"schemes": ["W8A8"]})
+    done = at_once("verify", finished / "export", "--config", "config.yaml", cwd=tmp_path)
+    told = "export' is of image-classification, 'config.yaml' of text-classification; allowed: one task\n"
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.endswith(told)
+
+
 def swap_channels_mean(folder: Path) -> None:
     path = folder / "preprocessor_config.json"
     path.write_text(path.read_text().replace('"image_mean": [', '"image_mean": [0.25],\n  "was": ['))
@@ -423,6 +433,7 @@ def test_a_training_that_was_killed_goes_on_with_its_own_config_alone(place, cap
             "--context: found 0; allowed: a whole number from 1",
         ),
         (("report", "runs/vit", "--batch", "8"), "--batch: found 8 and no --device; allowed: with one"),
+        (("report", "runs/vit", "-o", "."), "report: found path '.'; allowed: that of an HTML file"),
         (("report", "nowhere"), "study: 'nowhere' does not exist"),
         (("run", "nowhere.yaml"), "nowhere.yaml: No such file"),
         (("init", "nowhere/at/all"), "model: no folder 'nowhere/at/all'"),

@@ -49,7 +49,8 @@ def write_report(
                 cannot be written.
     """
     if not isinstance(path, str | Path) or not Path(path).name:
-        raise JointoptError(f"report: found path {path!r}; allowed: that of an HTML file")
+        shown = str(path) if isinstance(path, Path) else path
+        raise JointoptError(f"report: found path {shown!r}; allowed: that of an HTML file")
     for each in devices:
         if not isinstance(each, OnDevice):
             raise JointoptError(f"report: found device {each!r}; allowed: what jointopt.report.devices.on_device gives")
