@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import logging
 import math
 import os
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     options = _parser().parse_args(arguments)
     _quiet()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without some character must not cost a search
+        sys.stdout.reconfigure(errors="replace")
     try:
         return options.command(options)
     except JointoptError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -87,6 +88,14 @@ def test_nothing_of_the_libraries_inside_reaches_the_terminal(finished):
     done = command("report", "runs/vit", cwd=finished.parents[1])
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_a_character_that_the_output_has_no_code_for_is_a_question_mark(finished, tmp_path, monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert main(["report", str(finished), "-o", str(tmp_path / "±.html")]) == 0
+    narrow.flush()
+    assert narrow.buffer.getvalue().decode().splitlines()[-1] == f"report: {tmp_path}/?.html"
 
 
 def test_a_second_run_does_nothing_again_and_more_evaluations_go_on(finished):
