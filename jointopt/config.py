@@ -8,6 +8,7 @@ Paths in it are relative to the directory that the command is started in, not to
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from jointopt.config_sections import (
     limits,
 )
 from jointopt.names import TASKS, TargetName, TaskName
-from jointopt.objectives import ON_HARDWARE
+from jointopt.objectives import ON_HARDWARE, RANGES, constraint
 from jointopt.rows import DataSource
 from jointopt.targets import TARGETS, UNEVEN, Target, check_schemes, closed_key, narrowed, of_kind
 from jointopt.transforms import TRANSFORMS
@@ -122,6 +123,9 @@ class Config(Section):
             raise ValueError(f"space.schemes: {error}") from None
         try:
             self._check_open(wanted)
+            if self.quality is None:
+                for name, text in (self.constraints or {}).items():
+                    constraint(name, text).check_within(*RANGES.get(name, (-math.inf, math.inf)))
         except JointoptError as error:
             raise ValueError(str(error)) from None
         if wanted.fused and self.space.precision_per == "layer":

@@ -33,6 +33,16 @@ DIRECTIONS = {
     "decode_energy": "min",
     "peak_memory": "min",
 }
+RANGES = {
+    "accuracy": (0.0, 1.0),
+    "f1": (0.0, 1.0),
+    "pearson": (-1.0, 1.0),
+    "loss": (0.0, math.inf),
+    "mse": (0.0, math.inf),
+    "kl": (0.0, math.inf),
+    "perplexity": (1.0, math.inf),
+}
+"""Least and most of the metrics of the tasks. A function of the user's may give others by these names: percent, say."""
 ON_HARDWARE = ("latency", "decode_latency", "energy", "decode_energy", "peak_memory")
 """Costs that a model of latency answers for."""
 COSTS = ("size", "macs", "bops", "parameters", "cache", "decode_macs", *ON_HARDWARE)
@@ -129,6 +139,12 @@ class Constraint:
 
     def __str__(self) -> str:
         return f"{self.name} {self.relation} {self.limit:g}"
+
+    def check_within(self, least: float, most: float) -> None:
+        """Raises JointoptError where no value from `least` to `most` keeps to it."""
+        if (self.limit < least) if self.relation == "<=" else (self.limit > most):
+            allowed = f"from {least:g} to {most:g}" if math.isfinite(most) else f"from {least:g}"
+            raise JointoptError(f"constraints {self}; allowed: a number {allowed}, as all {self.name} is")
 
     def excess(self, values: np.ndarray) -> np.ndarray:
         """How far values are beyond the limit, 0 where they keep to it; in the shape of `values`."""

@@ -233,7 +233,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     )
     try:
         wanted = config.choose.model_dump(exclude_none=True)
-        genome, finished = study.best(**wanted), None
+        genome, finished = _chosen(study, wanted), None
         if prepared.unseen is None:
             forget(study)  # scores on data that the config named before
         else:
@@ -269,6 +269,14 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     finally:
         study.close()
     return verification
+
+
+def _chosen(study: Study, wanted: Mapping[str, Any]) -> np.ndarray:
+    """`Study.best`; where nothing fits, it is said what else can be done with what was searched."""
+    try:
+        return study.best(**wanted)
+    except JointoptError as error:
+        raise JointoptError(f"{error}; more evaluations may find one, and export --pick NUMBER takes any") from None
 
 
 def note_choice(

@@ -369,6 +369,14 @@ def test_a_function_that_always_fails_stops_the_run_after_the_first_batch(place,
     assert len(Study.open(place / "runs/nan/study.db")) == 5
 
 
+def test_where_nothing_keeps_to_a_constraint_what_was_searched_can_still_be_exported(place, capsys, monkeypatch):
+    write_config(place, output="runs/hard", constraints={"accuracy": ">= 1"}, search={"evaluations": 5})
+    said = refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert "constraints: no evaluation has accuracy >= 1; the closest has 0." in said
+    assert said.endswith("more evaluations may find one, and export --pick NUMBER takes any")
+    assert main(["export", "runs/hard", "--pick", "3"]) == 0
+
+
 def test_another_config_in_the_same_output_is_refused_and_harms_nothing(finished, capsys, monkeypatch):
     place = finished.parents[1]
     study, export = (finished / "study.db").read_bytes(), (finished / "export/model.safetensors").read_bytes()

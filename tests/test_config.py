@@ -154,6 +154,23 @@ def test_what_is_missing_is_named(tmp_path, text, said):
     assert said in complaint(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ("accuracy: '>= 80'", "found constraints accuracy >= 80; allowed: a number from 0 to 1, as all accuracy is"),
+        ("pearson: '<= -2'", "found constraints pearson <= -2; allowed: a number from -1 to 1, as all pearson is"),
+        ("perplexity: '<= 0.5'", "found constraints perplexity <= 0.5; allowed: a number from 1, as all perplexity"),
+    ],
+)
+def test_a_limit_that_no_metric_of_the_tasks_can_keep_is_refused(tmp_path, limit, said):
+    assert said in complaint(tmp_path, MINIMAL + f"constraints: {{{limit}}}\n")
+
+
+def test_a_metric_of_ones_own_may_be_of_another_range(tmp_path):
+    own = "quality: mine.percent\nobjectives: [accuracy]\nconstraints: {accuracy: '>= 80'}\n"
+    assert load_config(written(tmp_path, MINIMAL + own)).constraints == {"accuracy": ">= 80"}
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(JointoptError, match="none.yaml: No such file"):
         load_config(tmp_path / "none.yaml")
