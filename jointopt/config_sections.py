@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from jointopt.names import MOST
 from jointopt.objectives import DIRECTIONS, EVALUATIONS, constraint, is_column
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES
 
 Positive = Annotated[int, Field(gt=0)]
+Threads = Annotated[int, Field(gt=0, le=MOST["threads"])]
 Choices = list[int | float]
 
 
@@ -248,15 +250,15 @@ class Search(Section):
     """
 
     strategy: Literal["guided", "evolutionary", "random"] = "guided"
-    evaluations: Positive | None = None
-    minutes: Annotated[float, Field(gt=0)] | None = None
+    evaluations: Annotated[int, Field(gt=0, le=MOST["evaluations"])] | None = None
+    minutes: Annotated[float, Field(gt=0, le=MOST["minutes"])] | None = None
     patience: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     warm_start: bool = False
-    batch: Positive = 5
+    batch: Annotated[int, Field(gt=0, le=MOST["batch"])] = 5
     workers: Positive | None = None
     ray: str | None = None
-    threads: Positive | None = None
+    threads: Threads | None = None
     asynchronous: bool = False
 
     @model_validator(mode="after")
@@ -341,7 +343,7 @@ class Hardware(Section):
     batch: Positive = 1
     context: Positive | None = None
     parallel: Positive = 1
-    threads: Positive = 1
+    threads: Threads = 1
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> Hardware:

@@ -27,7 +27,9 @@ def check_path(path: str | Path, what: str) -> None:
         what: an error begins with: the config's key, or the command.
     """
     try:
-        Path(path).exists()
+        os.stat(path)  # pathlib tells of some that they are not there
+    except (FileNotFoundError, NotADirectoryError):
+        return
     except (OSError, ValueError) as error:  # ValueError: a character that no path has
         raise JointoptError(f"{what}: {str(path)!r} cannot be looked up: {getattr(error, 'strerror', error)}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from jointopt import strategies
 from jointopt import workers as workplaces
 from jointopt.evaluation import Evaluation, Quality, check_supernet
+from jointopt.names import MOST
 from jointopt.objectives import COSTS, Constraint, Objective
 from jointopt.sensitivity import quality_prior, telling
 from jointopt.sharing import evaluation_order, parts_of
@@ -103,7 +105,7 @@ def search(
     _check_searched(supernet, quality)
     budget = Budget(evaluations, minutes, patience)
     for name, count in (("workers", workers), ("threads", threads), ("batch", batch)):
-        check_count(name, count)
+        check_count(name, count, MOST.get(name, math.inf))
     check_ray("ray", ray)
     original, wanted, limits = resolved(supernet, objectives, constraints or {})
     asking = _strategy(supernet, wanted, limits, strategy, strategy_options or {}, seed, warm_start)

@@ -12,5 +12,8 @@ NOISY = ("transformers", "datasets", "timm", "httpx", "huggingface_hub", "torch.
 TASKS: tuple[str, ...] = get_args(TaskName)
 TARGETS: tuple[str, ...] = get_args(TargetName)
 
+MOST = {"evaluations": 10**9, "minutes": 10**7, "batch": 10**6, "threads": 1024}
+"""Of a search. More is a slip of the pen, of which a clock, the memory or the system would make an error of its own."""
+
 NEAREST = "nearest"
 """How weights are rounded that no finishing has rounded."""

@@ -14,6 +14,7 @@ from types import FrameType
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn
 
+from jointopt.names import MOST
 from jointopt.objectives import EVALUATIONS, hypervolume, minimized
 from jointopt.study import Study
 from quant.errors import check_above_0, check_count
@@ -35,10 +36,10 @@ class Budget:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("evaluations", self.evaluations)
+        check_count("evaluations", self.evaluations, MOST["evaluations"])
         check_count("patience", self.patience)
         if self.minutes is not None:
-            check_above_0("minutes", self.minutes)
+            check_above_0("minutes", self.minutes, MOST["minutes"])
         if self.evaluations is None and self.minutes is None and self.patience is None:
             object.__setattr__(self, "evaluations", EVALUATIONS)
 

@@ -41,16 +41,17 @@ def check_kind(name: str, value: object, kind: type | tuple[type, ...], allowed:
         raise JointoptError(f"{name}: found {found}; allowed: {allowed}")
 
 
-def check_count(name: str, value: object) -> None:
-    """Raises JointoptError for what is neither None nor a whole number from 1."""
+def check_count(name: str, value: object, most: float = math.inf) -> None:
+    """Raises JointoptError for what is neither None nor a whole number from 1 to `most`."""
     if value is not None:
-        check_whole(name, value, 1)
+        check_whole(name, value, 1, most)
 
 
-def check_whole(name: str, value: object, least: int = 0) -> None:
-    """Raises JointoptError for what is no whole number from `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise JointoptError(f"{name}: found {value!r}; allowed: a whole number from {least}")
+def check_whole(name: str, value: object, least: int = 0, most: float = math.inf) -> None:
+    """Raises JointoptError for what is no whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= most:
+        allowed = f"{least}" if most == math.inf else f"{least} to {most}"
+        raise JointoptError(f"{name}: found {value!r}; allowed: a whole number from {allowed}")
 
 
 def check_number(name: str, value: object, most: float = math.inf) -> None:
@@ -58,9 +59,10 @@ def check_number(name: str, value: object, most: float = math.inf) -> None:
     _check_real(name, value, "0 or more" if most == math.inf else f"from 0 to {most}", lambda x: 0 <= x <= most)
 
 
-def check_above_0(name: str, value: object) -> None:
-    """Raises JointoptError for what is no finite number above 0."""
-    _check_real(name, value, "above 0", lambda x: x > 0)
+def check_above_0(name: str, value: object, most: float = math.inf) -> None:
+    """Raises JointoptError for what is no finite number above 0, up to `most`."""
+    allowed = "above 0" if most == math.inf else f"above 0, up to {most}"
+    _check_real(name, value, allowed, lambda x: 0 < x <= most)
 
 
 def _check_real(name: str, value: object, allowed: str, fits: Callable[[float], bool]) -> None:

@@ -322,6 +322,7 @@ def refused(capsys, place: Path, monkeypatch, *words: str) -> str:
         ({"quality": "mine.nothing", "task": None}, "quality: "),
         ({"device": "cuda:9"}, "device: cuda:9 is not available here"),
         ({"output": "images"}, "output: 'images' exists and is no run"),
+        ({"output": "a\0b"}, r"output: 'a\x00b' cannot be looked up: "),
         ({"choose": {"size_mb": 1, "drop": 1}}, "allowed: one of size_mb, drop, knee"),
         ({"target": "vllm"}, "target vllm: found a vit; allowed: language models of llama"),
         ({"target": "gguf", "space": None}, "target gguf: found a vit; allowed: language models of llama"),

@@ -130,6 +130,9 @@ def test_an_output_that_looks_like_a_number_reads_back_as_text(tmp_path):
         ("train: {epochs: .inf}", "train.epochs: found inf; allowed: a number"),
         ("search: {minutes: .inf}", "search.minutes: found inf; allowed: a number"),
         ("search: {strategy: random, warm_start: true}", "warm_start with the random strategy; allowed: with guided"),
+        ("search: {batch: 99999999999}", "search.batch: found 99999999999; allowed: at most 1000000"),
+        ("search: {threads: 100000}", "search.threads: found 100000; allowed: at most 1024"),
+        ("search: {minutes: 1.0e14}", "search.minutes: found 100000000000000.0; allowed: at most 10000000"),
         ("model2: [", "not YAML"),
     ],
 )

@@ -82,8 +82,11 @@ def test_bad_budgets_are_refused(supernet):
         ({"evaluations": 2.5}, "evaluations: found 2.5"),
         ({"minutes": 0}, "minutes: found 0"),
         ({"minutes": float("nan")}, "minutes: found nan"),
+        ({"minutes": 1e14}, "minutes: found 100000000000000.0; allowed: above 0, up to 10000000"),
         ({"patience": True}, "patience: found True"),
         ({"batch": 0}, "batch: found 0"),
+        ({"batch": 10**7}, "batch: found 10000000; allowed: a whole number from 1 to 1000000"),
+        ({"threads": 10**5}, "threads: found 100000; allowed: a whole number from 1 to 1024"),
     ):
         with pytest.raises(JointoptError, match=said):
             jointopt.search(supernet, agreement, **given)

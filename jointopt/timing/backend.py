@@ -14,6 +14,7 @@ from torch import nn
 
 from jointopt.checkpoint.onnx.session import saturates
 from jointopt.cost.operators import Operator
+from jointopt.names import MOST
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError, check_count
 from quant.formats import Scheme
@@ -62,7 +63,7 @@ class Backend:
             JointoptError: an unknown name, threads that are no number from 1, a number format that has no form in ONNX
                 Runtime; for torch, a space with formats that round inputs, bitsandbytes' formats or quantized caches.
         """
-        check_count("threads", threads)
+        check_count("threads", threads, MOST["threads"])
         if name == ONNXRUNTIME:
             check_schemes(TARGETS[ONNXRUNTIME], sorted({each.name for each in supernet._schemes.values()}))
             return cls(threads=threads)
