@@ -35,14 +35,27 @@ def check_output(config: Config) -> None:
         raise JointoptError(
             f"output: {config.output!r} exists and is no run; allowed: a new folder, or a run to go on with"
         )
-    if any((output / name).is_file() for name in (STUDY, TRAINED, CHECKPOINT, LATENCY)):
-        searched = (output / STUDY).is_file()
+    searched = has_asked(output / STUDY)
+    if searched or any((output / name).is_file() for name in (TRAINED, CHECKPOINT, LATENCY)):
         told = differing(*(_kept_to(each, searched) for each in (load_config(output / CONFIG), config)))
         if told:
             raise JointoptError(
                 f"output: {config.output!r} was made with another config: {told}; "
                 "allowed: that config, or another output"
             )
+
+
+def has_asked(path: Path) -> bool:
+    """Whether a study has asked for a genome; of one that cannot be opened, whose error is the search's to say, so."""
+    from jointopt.study import Study
+
+    if not path.is_file():
+        return False
+    try:
+        with closing(Study.open(path)) as study:
+            return study.last_generation() is not None
+    except JointoptError:
+        return True
 
 
 def _kept_to(config: Config, searched: bool) -> dict[str, Any]:

@@ -109,7 +109,8 @@ class Study:
         """A new study, or the one at `path` to go on with, locked against other writers.
 
         Args:
-            config: what the results depend on; a study that was made with another is refused.
+            config: what the results depend on; a study that was made with another is refused, unless it has asked for
+                nothing yet: then it is begun anew.
 
         Raises:
             JointoptError: another config (the differences are named), another writer, a file that is no study.
@@ -135,10 +136,13 @@ class Study:
             }
             with explained(path):
                 stored = dict(connection.execute("SELECT key, value FROM facts").fetchall())
-                if stored:
-                    _compare(path, {key: json.loads(stored.get(key, "null")) for key in wanted}, wanted)
-                else:
+                found = {key: json.loads(stored.get(key, "null")) for key in wanted}
+                asked = connection.execute("SELECT 1 FROM generations LIMIT 1").fetchone() is not None
+                if stored and (asked or found["version"] != VERSION):
+                    _compare(path, found, wanted)
+                elif found != json.loads(json.dumps(wanted)):  # of what is there, if anything, no genome was asked
                     with connection:
+                        connection.execute("DELETE FROM facts")
                         computed = [o.name for o in objectives if o.compute is not None]
                         facts = {**wanted, "computed": computed, "software": _software()}
                         rows = [(key, json.dumps(value)) for key, value in facts.items()]

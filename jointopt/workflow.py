@@ -16,7 +16,7 @@ from jointopt.digests import digest_of
 from jointopt.files import reading, write_whole
 from jointopt.names import NEAREST
 from jointopt.prepared import Prepared, prepare, stay_offline
-from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, taken
+from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, has_asked, taken
 from jointopt.timing.hardware import THIS, check_timed, latency_of, look_up, measured_beside
 from quant.errors import JointoptError
 
@@ -103,7 +103,7 @@ def _recorded(config: Config, name: str) -> Any:
 
 def _take_shapes(config: Config, supernet: Supernet) -> None:
     """Counts positions as the study that goes on did, so that its costs stay of one kind."""
-    shapes = _recorded(config, "shapes")
+    shapes = _recorded(config, "shapes") if has_asked(Path(config.output) / STUDY) else None
     own = supernet.shapes() if shapes else {}
     if shapes and shapes.get("leaving") == own["leaving"] and shapes["positions"].keys() == own["positions"].keys():
         supernet.take_shapes(shapes)

@@ -27,7 +27,7 @@ from jointopt.cli import main
 from jointopt.config import load_config
 from jointopt.files import locked
 from jointopt.prepared import prepare
-from jointopt.run_folder import CHECKPOINT, LOCK, STUDY
+from jointopt.run_folder import CHECKPOINT, LOCK, STUDY, taken
 from jointopt.workflow import make_supernet
 from tests.commands import ROOT, at_once, command
 from tests.saved import save_bert, save_llama, save_timm, save_vit, write_images, write_reviews
@@ -376,6 +376,18 @@ def test_where_nothing_keeps_to_a_constraint_what_was_searched_can_still_be_expo
     assert "constraints: no evaluation has accuracy >= 1; the closest has 0." in said
     assert said.endswith("more evaluations may find one, and export --pick NUMBER takes any")
     assert main(["export", "runs/hard", "--pick", "3"]) == 0
+
+
+def test_a_study_that_has_asked_for_nothing_holds_the_output_to_no_config(place):
+    write_config(place, output="runs/idle", constraints={"accuracy": ">= 1"})
+    config = load_config(place / "config.yaml", {"output": str(place / "runs/idle")})
+    with taken(config):
+        space = SearchSpace([Gene("a", (1, 2))])
+        Study.create(place / "runs/idle" / STUDY, space, [Objective("size", "min")], {}).close()
+    write_config(place, output="runs/idle", search={"evaluations": 2})
+    done = at_once("run", "config.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert len(Study.open(place / "runs/idle" / STUDY)) == 2
 
 
 def test_another_config_in_the_same_output_is_refused_and_harms_nothing(finished, capsys, monkeypatch):

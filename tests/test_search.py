@@ -461,6 +461,14 @@ def test_a_study_that_is_refused_is_closed(wrong, tmp_path):
     assert len(os.listdir("/proc/self/fd")) == len(before), kept
 
 
+def test_a_study_that_has_asked_for_nothing_is_begun_anew_by_another_search(supernet, tmp_path):
+    path = tmp_path / "study.db"
+    with contextlib.closing(Study.create(path, supernet.space, [Objective("loss", "min")], {"seed": 7})) as begun:
+        begun.note("baselines", {"original": {"loss": 1.0}})
+    with contextlib.closing(jointopt.search(supernet, agreement, evaluations=3, storage=path)) as study:
+        assert len(study) == 3 and "loss" not in study.baselines["original"]
+
+
 def test_a_study_of_another_super_network_is_refused_in_one_line(supernet, tmp_path):
     path, before = tmp_path / "study.db", "0f" * 32  # as long as fingerprints were
     jointopt.search(supernet, agreement, evaluations=3, storage=path).close()
