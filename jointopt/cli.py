@@ -19,7 +19,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from jointopt.files import check_path
+from jointopt.files import check_path, from_home
 from jointopt.names import MODELS, NEAREST, NOISY, TARGETS
 from quant.errors import JointoptError, check_count
 
@@ -87,7 +87,10 @@ def _given(text: str) -> str:
     """A path. An empty one is a variable of the shell's that was not set, and no wish for the default."""
     if not text:
         raise argparse.ArgumentTypeError("found ''; allowed: a path")
-    return text
+    try:
+        return from_home(text)
+    except JointoptError as error:
+        raise argparse.ArgumentTypeError(f"found {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

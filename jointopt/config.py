@@ -28,6 +28,7 @@ from jointopt.config_sections import (
     Section,
     Space,
     Train,
+    UserPath,
     choose_entry,
     limits,
 )
@@ -57,7 +58,7 @@ class Config(Section):
         output: the folder of everything that the run writes.
     """
 
-    model: Annotated[str, Field(min_length=1)]
+    model: UserPath
     task: TaskName | None = None
     quality: str | None = None
     data: Data = Data()
@@ -74,7 +75,7 @@ class Config(Section):
     hardware: Hardware | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    output: Annotated[str, Field(min_length=1)]
+    output: UserPath
 
     @field_validator("quality")
     @classmethod

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from jointopt.files import from_home
 from jointopt.names import MOST
 from jointopt.objectives import DIRECTIONS, EVALUATIONS, constraint, is_column
 from quant.errors import JointoptError, did_you_mean
@@ -15,6 +16,7 @@ from quant.formats import SCHEMES
 
 Positive = Annotated[int, Field(gt=0)]
 Threads = Annotated[int, Field(gt=0, le=MOST["threads"])]
+UserPath = Annotated[str, Field(min_length=1), AfterValidator(from_home)]
 Choices = list[int | float]
 
 
@@ -46,7 +48,7 @@ class Source(Section):
             (default: all; to calibrate 128 rows or 16 pieces).
     """
 
-    path: Annotated[str, Field(min_length=1)]
+    path: UserPath
     split: str | None = None
     text: str | None = None
     text_pair: str | None = None
@@ -126,7 +128,7 @@ class Distill(Section):
     hidden: Annotated[float, Field(ge=0)] = 0.0
     attention: Annotated[float, Field(ge=0)] = 0.0
     labels: Annotated[float, Field(ge=0)] = 0.0
-    teacher: str | None = None
+    teacher: UserPath | None = None
 
 
 class Lora(Section):
@@ -339,7 +341,7 @@ class Hardware(Section):
         threads: of the CPU, for "this".
     """
 
-    device: str
+    device: UserPath
     batch: Positive = 1
     context: Positive | None = None
     parallel: Positive = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,18 @@ _SPEAKING: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError)
 _NOT_SPEAKING = (AttributeError, LookupError, NotImplementedError, OverflowError, RecursionError, TypeError)
 DAMAGED: tuple[type[Exception], ...] = (*_SPEAKING, *_NOT_SPEAKING)
 """What reading a file raises that is cut short, was edited, or is of another kind than its name says."""
+
+
+def from_home(path: str) -> str:
+    """A path as a user writes it, with the home folder in place of a ~ that it begins with, which is the shell's to do
+    and left undone in a file or behind an =. Raises JointoptError for a ~ of nobody, and for a variable of the
+    shell's, which nothing fills in."""
+    if re.search(r"(^|/)\$(\w+|\{\w+\})(/|$)", path):
+        raise JointoptError(f"{path!r}; allowed: a path without variables; ~ is your home")
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise JointoptError(f"{path!r}, which is nobody's home; allowed: ./{path} for a folder of that name") from None
 
 
 def check_path(path: str | Path, what: str) -> None:

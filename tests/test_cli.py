@@ -489,6 +489,13 @@ def test_an_empty_path_is_not_taken_for_the_default(capsys):
     assert "argument --to: found ''; allowed: a path" in capsys.readouterr().err
 
 
+def test_a_path_behind_an_equals_sign_may_begin_at_home(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = at_once("report", "runs/vit", "--out=~/seen.html", cwd=finished.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen.html").is_file()
+
+
 def test_an_export_that_is_refused_leaves_the_choice_as_it_was(finished, capsys, monkeypatch):
     study = Study.open(finished / "study.db")
     before = study.fact("choice"), study.fact("verified")

@@ -174,6 +174,26 @@ def test_a_metric_of_ones_own_may_be_of_another_range(tmp_path):
     assert load_config(written(tmp_path, MINIMAL + own)).constraints == {"accuracy": ">= 80"}
 
 
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "model: ~/m\ntask: causal-lm\ndata: {calibrate: ~/a.txt, evaluate: {path: ~/b.txt}}\noutput: ~/runs/x\n"
+    config = load_config(written(tmp_path, text + "hardware: {device: ~/mine.yaml}\n"))
+    paths = [config.model, config.data.calibrate.path, config.data.evaluate.path, config.output, config.hardware.device]
+    assert paths == ["/home/me/m", "/home/me/a.txt", "/home/me/b.txt", "/home/me/runs/x", "/home/me/mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("$HOME/x", "line 4: output: found '$HOME/x'; allowed: a path without variables; ~ is your home"),
+        ("runs/${USER}", "output: found 'runs/${USER}'; allowed: a path without variables"),
+        ("~nobody-at-all/x", "output: found '~nobody-at-all/x', which is nobody's home; allowed: ./~nobody-at-all/x"),
+    ],
+)
+def test_what_only_a_shell_fills_in_is_refused(tmp_path, path, said):
+    assert said in complaint(tmp_path, MINIMAL.replace("runs/x", f'"{path}"'))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(JointoptError, match="none.yaml: No such file"):
         load_config(tmp_path / "none.yaml")
