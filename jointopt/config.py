@@ -37,7 +37,7 @@ from jointopt.objectives import ON_HARDWARE, RANGES, constraint
 from jointopt.rows import DataSource
 from jointopt.targets import TARGETS, UNEVEN, Target, check_schemes, closed_key, narrowed, of_kind
 from jointopt.transforms import TRANSFORMS
-from jointopt.yaml_lines import lines_of
+from jointopt.yaml_lines import Dumper, read_yaml
 from quant.errors import JointoptError, did_you_mean
 from search_spaces.defaults import ARCHITECTURE, space_for_model
 from search_spaces.space import SearchSpace
@@ -211,21 +211,7 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The whole configuration, defaults written out; `load_config` reads it back."""
         content = self.model_dump(exclude_none=True)
-        return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML by safe loading, in which 5e-5 is a number, as in YAML 1.2."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Its inverse, which writes text that looks like such a number in quotes."""
-
-
-for _each in (_Loader, _Dumper):
-    _each.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-    )
+        return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -244,16 +230,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise JointoptError(f"{path}: {reason}; allowed: a YAML file") from None
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        lines = lines_of(node, path) if node else {}
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise JointoptError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise JointoptError(f"{path}: found a list or mapping that holds itself; allowed: none such") from None
+    content, lines = read_yaml(text, str(path))
     if not isinstance(content, dict):
         raise JointoptError(f"{path}: found {described(content)}; allowed: keys, {', '.join(Config.model_fields)}")
     for key, value in (overrides or {}).items():

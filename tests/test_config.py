@@ -79,8 +79,20 @@ def test_the_written_out_config_reads_back_the_same(tmp_path):
 
 
 def test_an_output_that_looks_like_a_number_reads_back_as_text(tmp_path):
-    config = load_config(written(tmp_path, MINIMAL.replace("runs/x", '"1e5"')))
-    assert load_config(written(tmp_path, config.to_yaml())).output == "1e5"
+    for text in ("1e5", "010", "0o10", "1:00", "2026-11-30", ".5", "1."):
+        config = load_config(written(tmp_path, MINIMAL.replace("runs/x", f'"{text}"')))
+        assert load_config(written(tmp_path, config.to_yaml())).output == text
+
+
+@pytest.mark.parametrize("output", ["2026-30-11", "2026-11-30", "1:00"])
+def test_an_output_that_is_a_number_or_a_date_to_older_yaml_is_text(tmp_path, output):
+    assert load_config(written(tmp_path, MINIMAL.replace("runs/x", output))).output == output
+
+
+@pytest.mark.parametrize(("text", "number"), [("010", 10), ("0o10", 8), ("0x10", 16), ("+7", 7)])
+def test_whole_numbers_are_those_of_yaml_1_2(tmp_path, text, number):
+    config = load_config(written(tmp_path, MINIMAL + f"search: {{evaluations: {text}}}\n"))
+    assert config.search.evaluations == number
 
 
 @pytest.mark.parametrize(
@@ -130,6 +142,9 @@ def test_an_output_that_looks_like_a_number_reads_back_as_text(tmp_path):
         ("train: {epochs: .inf}", "train.epochs: found inf; allowed: a number"),
         ("search: {minutes: .inf}", "search.minutes: found inf; allowed: a number"),
         ("search: {strategy: random, warm_start: true}", "warm_start with the random strategy; allowed: with guided"),
+        ("search: {evaluations: 1:00}", "search.evaluations: found '1:00'; allowed: a whole number"),
+        ("search: {evaluations: 1_000}", "search.evaluations: found '1_000'; allowed: a whole number"),
+        ("search: {evaluations: !!timestamp 2026-30-11}", "not YAML: month must be in 1..12"),
         ("search: {batch: 99999999999}", "search.batch: found 99999999999; allowed: at most 1000000"),
         ("search: {threads: 100000}", "search.threads: found 100000; allowed: at most 1024"),
         ("search: {minutes: 1.0e14}", "search.minutes: found 100000000000000.0; allowed: at most 10000000"),

@@ -74,7 +74,7 @@ def test_a_device_of_one_s_own_is_read_and_a_missing_figure_is_named(tmp_path):
     with pytest.raises(JointoptError, match=r"mine\.yaml.*cache\.bandwidth: field required"):
         load_device(str(path))
     path.write_text("name: [")
-    with pytest.raises(JointoptError, match="no YAML"):
+    with pytest.raises(JointoptError, match="mine.yaml', line 1: not YAML"):
         load_device(str(path))
     with pytest.raises(JointoptError, match="cannot be read"):
         load_device(str(tmp_path / "other.yaml"))
@@ -111,6 +111,7 @@ def test_a_figure_that_is_none_is_named(tmp_path, key, value, said):
         (b"name: a\noverhead: 1\nname: b\n", "line 3: name: found twice; allowed: once"),
         (b"\xff", "not UTF-8"),
         (b"[" * 3000, "nested too deeply"),
+        (b"name: !!timestamp 2026-30-11", "not YAML: month must be in 1..12"),
     ],
 )
 def test_a_device_file_that_says_nothing_or_two_things_is_named(tmp_path, content, said):

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from jointopt.cost.operators import check_kernel
-from jointopt.yaml_lines import lines_of
+from jointopt.yaml_lines import read_yaml
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
 
@@ -178,7 +178,7 @@ def load_device(name: str | Path) -> Device:
         near, allowed = did_you_mean(name, device_names()), ", ".join(device_names())
         raise JointoptError(f"device: found {name!r}{near}; allowed: {allowed}, or a YAML file of one's own")
     try:
-        content = _read(text, name)
+        content, _ = read_yaml(text, f"device: {name!r}")
         if not isinstance(content, dict):
             raise JointoptError(f"device: {name!r} holds no figures; allowed: {', '.join(Device.model_fields)}")
         return Device.model_validate(content)
@@ -187,14 +187,3 @@ def load_device(name: str | Path) -> Device:
         where = ".".join(map(str, first["loc"]))
         said = first["msg"].removeprefix("Value error, ")
         raise JointoptError(f"device: {name!r}: {where}: {said[0].lower()}{said[1:]}") from None
-
-
-def _read(text: str, name: str) -> Any:
-    try:
-        if (node := yaml.compose(text, Loader=yaml.SafeLoader)) is not None:
-            lines_of(node, f"device: {name!r}")
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise JointoptError(f"device: {name!r} is no YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise JointoptError(f"device: {name!r} is nested too deeply; allowed: the figures of a device") from None
