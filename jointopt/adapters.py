@@ -33,7 +33,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
     """The model in which adapters are part of the weights; itself where there are none."""
     if not adapted(model):
         return model
-    clones = structural_clones(model)
+    clones, _ = structural_clones(model)
     absorb(clones.values())
     return clones[""]
 

@@ -26,7 +26,7 @@ from quant.formats import Scheme
 from quant.layers import as_quantized
 from quant.learned_ranges import learn_range
 from quant.reference import straight_through
-from search_spaces.clones import structural_clones, without_autocast
+from search_spaces.clones import LEFT, exchange, structural_clones, without_autocast
 from search_spaces.family import Block, Branch, Cache, Family, Layer, within
 
 
@@ -84,7 +84,7 @@ def build(
     With `training`, slices keep their link to the whole parameters, so that gradients reach them: of a quantized weight
     straight through its rounding (Bengio et al., arXiv 1308.3432), or as the `learned` factors of ranges have it.
     """
-    modules = structural_clones(model)
+    modules, keepers = structural_clones(model)
     shell = modules[""]
     if not training:
         without_autocast(shell)
@@ -126,6 +126,8 @@ def build(
             if width.gene in plan.units and not _is_in(path, gone):
                 setattr(modules[path], name, plan.units[width.gene] * per_unit)
     _drop(shell, family, plan, training)
+    if keepers and gone:
+        _forget(modules, keepers, plan, gone)
     _count_caches(modules, gone)
     if training and not plan.whole(family):
         keep_statistics(modules.values())
@@ -308,6 +310,16 @@ def _drop(shell: nn.Module, family: Family, plan: Plan, training: bool) -> None:
             container = shell.get_submodule(blocks[0].path.rpartition(".")[0])
             modules = [container._modules[block.path.rpartition(".")[2]] for block in kept]
             container._modules = dict(zip(_names(kept), modules, strict=True))
+
+
+def _forget(modules: Mapping[str, nn.Module], keepers: Iterable[nn.Module], plan: Plan, gone: Sequence[str]) -> None:
+    """Takes what is gone out of the lists that modules keep beside torch's own; what stands in for a branch, in it."""
+    others: dict[int, Any] = {id(module): LEFT for path, module in modules.items() if _is_in(path, gone)}
+    for branch in plan.dropped:
+        for path in branch.replacements:
+            holder, _, name = path.rpartition(".")
+            others[id(modules[path])] = modules[holder]._modules[name]
+    exchange(keepers, others)
 
 
 def _count_caches(modules: Mapping[str, nn.Module], gone: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from jointopt.batch_norm import SAMPLES
 from jointopt.batches import check_batch, first_samples, lengths, none_alone, of_average_length, on_device, sample_count
@@ -22,6 +23,7 @@ from jointopt.supernet_state import stamp
 from jointopt.transforms import reread, scale_links
 from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
 from search_spaces.clones import structural_clone, without_autocast
+from search_spaces.family import has_module
 
 if TYPE_CHECKING:
     from jointopt.supernet import Supernet
@@ -108,7 +110,10 @@ def _ran(supernet: Supernet, which: str, plan: Plan, batch: Mapping[str, Any]) -
     model's forward pass asks."""
     view = supernet.view_to_train(plan, False)
     try:
-        return _answer(view, batch)
+        with _by_itself(supernet, which):
+            return _answer(view, batch)
+    except JointoptError:
+        raise
     except DOES_NOT_RUN as error:
         told = f"{type(error).__name__} {in_one_line(error)}"
         raise JointoptError(
@@ -116,6 +121,32 @@ def _ran(supernet: Supernet, which: str, plan: Plan, batch: Mapping[str, Any]) -
             "widths name all that carries them, and whose removable blocks are run by a loop over their list, none by "
             "its index or name"
         ) from error
+
+
+@contextmanager
+def _by_itself(supernet: Supernet, which: str) -> Iterator[None]:
+    """Raises JointoptError where a sub-network runs a declared module of a model that it was cloned from."""
+    family, run = supernet.family, []
+    paths = {layer.path for layer in family.layers} | {block.path for block in family.blocks}
+    paths |= {part.module for width in family.widths for part in (*width.producers, *width.consumers)}
+    models = (supernet.model, supernet._given)
+    originals = {id(model.get_submodule(path)): path for model in models for path in paths if has_module(model, path)}
+
+    def see(module: nn.Module, args: tuple) -> None:
+        if id(module) in originals:
+            run.append(originals[id(module)])
+
+    handle = register_module_forward_pre_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if run:
+            raise JointoptError(
+                f"{family.name}: the {which} sub-network does not run its own {run[0]}, but that of the model from "
+                "which it is cut; allowed: a forward pass that reaches its modules by attributes, lists, tuples, dicts "
+                "and sets, none by a function or an object that holds them"
+            )
 
 
 def sort_again(

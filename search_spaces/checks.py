@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from quant.errors import JointoptError, check_kind, did_you_mean
+from search_spaces.clones import keeping
 from search_spaces.family import Block, Cache, Family, Layer, Link, Part, Width, extent, has_module, within
 
 Holders = Mapping[int, Sequence[tuple[str, str]]]
@@ -26,6 +27,7 @@ def check(family: Family, model: nn.Module) -> None:
     holders = _holders(model)
     _check_unshared(family, model, holders)
     _check_layers(family, model, holders)
+    _check_kept(family, model)
     for width in family.widths:
         if width.size % width.unit:
             raise JointoptError(f"{width.gene}: {width.size} is not a whole number of units of {width.unit}")
@@ -127,6 +129,19 @@ def _check_unshared(family: Family, model: nn.Module, holders: Holders) -> None:
                 f"{family.name}: {path}, which width {width.gene!r} names, shares a tensor with "
                 f"{', '.join(sorted(others))}, where it would be sorted and cut too; allowed: tensors of its own, or "
                 "leave the width out"
+            )
+
+
+def _check_kept(family: Family, model: nn.Module) -> None:
+    """That no module keeps a tensor that is cut or quantized where it would stay as it is."""
+    paths = {part.module for width in family.widths for part in (*width.producers, *width.consumers)}
+    paths |= {layer.path for layer in family.layers}
+    changed = {id(each) for path in paths if has_module(model, path) for each in model.get_submodule(path).parameters()}
+    for path, module in model.named_modules():
+        if names := keeping(module, changed):
+            raise JointoptError(
+                f"{family.name}: {f'{path}.' if path else ''}{names[0]} keeps a parameter of a declared layer or "
+                "width, where it would be neither cut nor quantized; allowed: the module that has it"
             )
 
 

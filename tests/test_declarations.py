@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -319,3 +321,106 @@ class OfSixteen(Looped):
 
 def test_a_model_that_asserts_how_many_samples_it_takes_is_calibrated():
     assert calibrated(OfSixteen("blocks"), declaring(["blocks.0", "blocks.1"])).calibrated
+
+
+class Ends(NamedTuple):
+    first: nn.Module
+    last: nn.Module
+
+
+class Keeping(Residual):
+    """A block that runs its layers by what it keeps of them."""
+
+    def __init__(self, keep: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.steps = keep(self)
+
+    def widened(self, input: Tensor) -> Tensor:
+        return torch.relu(self.up(input))
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = input
+        for step in self.steps.values() if isinstance(self.steps, dict) else self.steps:
+            hidden = step(hidden)
+        return input + hidden
+
+
+KEPT: Mapping[str, Callable[[Any], Any]] = {
+    "a list": lambda block: [block.up, torch.relu, block.down],
+    "a tuple": lambda block: (block.up, torch.relu, block.down),
+    "a deque": lambda block: deque([block.up, torch.relu, block.down]),
+    "a dict": lambda block: {"up": block.up, "act": torch.relu, "down": block.down},
+    "methods": lambda block: [block.widened, block.down.__call__],
+    "partials": lambda block: [partial(Keeping.widened, block), partial(block.down)],
+}
+
+
+class Ordered(nn.Module):
+    """Runs through a list of its blocks beside that in which they are registered."""
+
+    def __init__(self, keep: Callable[[Any], Any], order: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Keeping(keep) for _ in range(4))
+        self.order, self.ends = order(self), [Ends(nn.Linear(32, 32), nn.Linear(32, 3))]
+        self.first, self.last = self.ends[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        input = self.ends[0].first(input)
+        for group in self.order:
+            for block in group:
+                input = block(input)
+        return self.ends[0].last(input)
+
+
+class Plain(nn.Module):
+    """The same, without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual() for _ in range(4))
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        input = self.first(input)
+        for block in self.blocks:
+            input = block(input)
+        return self.last(input)
+
+
+def declare_ordered(model: nn.Module) -> Family:
+    family = declaring([f"blocks.{index}" for index in range(4)])(model)
+    ends = tuple(Layer(name, name, name) for name in ("first", "last"))
+    blocks = (replace(each, branches=(Branch("mlp", {f"{each.path}.down": SkipBranch}),)) for each in family.blocks)
+    return replace(family, blocks=tuple(blocks), layers=family.layers + ends)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("order", ["modules", "methods"])
+def test_modules_that_attributes_keep_in_plain_containers_are_the_sub_network_s(kept, order):
+    orders = {
+        "modules": lambda model: [tuple(model.blocks[:2]), list(model.blocks[2:])],
+        "methods": lambda model: [[block.__call__ for block in model.blocks]],
+    }
+    model, plain = Ordered(KEPT[kept], orders[order]), Plain()
+    plain.load_state_dict(model.state_dict())
+    found, expected = (calibrated(each, declare_ordered, depth=[1, 2, 4], mlp_keep=True) for each in (model, plain))
+    space = found.space
+    for genome in (space.largest, space.smallest, *space.sample(8, seed=0)):
+        extracted, wanted = found.extract(genome), expected.extract(genome)
+        with torch.no_grad(), found.active(genome) as view:
+            assert torch.equal(view(INPUTS), wanted(INPUTS)) and torch.equal(extracted(INPUTS), wanted(INPUTS))
+        assert torch.equal(*(each.training_view(genome, True)(INPUTS) for each in (found, expected)))
+
+
+def test_modules_that_are_kept_where_they_cannot_follow_are_refused():
+    def hidden(block: Any) -> Any:
+        return [lambda input: block.up(input), torch.relu, block.down]
+
+    found = refusal(Ordered(hidden, lambda model: [model.blocks]), declare_ordered)
+    assert found.startswith(
+        "own: the smallest sub-network does not run its own blocks.0.up, but that of the model from"
+    )
+    model = Looped("blocks")
+    model.weights = [model.blocks[1].up.weight]
+    found = refusal(model, declaring(["blocks.0", "blocks.1"]))
+    assert found.startswith("own: weights keeps a parameter of a declared layer or width, where it would be neither")

@@ -208,6 +208,29 @@ def test_its_inputs_and_outputs_keep_their_names(tmp_path, kind):
     torch.testing.assert_close(torch.tensor(total), expected["total"])
 
 
+class Listed(Recommender):
+    """The same, its layers in a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [self.items, self.up, self.down]
+
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        items, up, down = self.layers
+        return down(torch.relu(up((items(ids) * weights[..., None]).sum(1))))
+
+
+def test_layers_in_a_list_are_exported_in_their_formats(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    torch.manual_seed(1)
+    batch = {"ids": torch.randint(0, 40, (4, 5)), "weights": torch.rand(4, 5)}
+    supernet = for_onnx(Listed(), declare_recommender, batch, mlp=[32, 64])
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
+    assert jointopt.verify(folder).ok
+    stored = [each.data_type for each in onnx.load(folder / "model.onnx").graph.initializer if len(each.dims) > 1]
+    assert stored and onnx.TensorProto.FLOAT not in stored
+
+
 class Scaled(Recommender):
     """Takes what no normal number can stand for, an optional input, a plain value and a table without samples."""
 

@@ -17,7 +17,7 @@ from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
 from jointopt.checkpoint.onnx.shared_weights import write_shared_weights
 from quant.errors import DOES_NOT_RUN, JointoptError, first_line
-from search_spaces.clones import structural_clone
+from search_spaces.clones import exchange, structural_clone
 
 OPSET = 21
 """The first with 4-bit and FP8 types throughout; ONNX Runtime 1.20 and later run it."""
@@ -209,6 +209,7 @@ def with_twins(model: nn.Module) -> nn.Module:
     """The model with an ONNX layer in place of each quantized one; tied ones share their codes."""
     shell = structural_clone(model)
     made: dict[int, OnnxLayer] = {}
+    others: dict[int, OnnxLayer] = {}
     for path, layer in list(shell.named_modules()):
         if not hasattr(layer, "quantized"):
             continue
@@ -217,7 +218,8 @@ def with_twins(model: nn.Module) -> nn.Module:
         holder, _, name = path.rpartition(".")
         twin = kind(layer, made.get(weight))
         made.setdefault(weight, twin)
-        shell.get_submodule(holder)._modules[name] = twin
+        shell.get_submodule(holder)._modules[name] = others[id(layer)] = twin
+    exchange(shell.modules(), others)
     return shell
 
 
