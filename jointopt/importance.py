@@ -151,9 +151,18 @@ def hidden_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
 
 def unit_importance(model: nn.Module, width: Width, channel_energy: Mapping[str, Tensor]) -> Tensor:
     """Importance of each unit of a width, [units]: over its channels and consumers, the sum of weight norm x
-    activation norm of every input column (the saliency of Wanda, arXiv 2306.11695, summed over a column)."""
+    activation norm of every input column (the saliency of Wanda, arXiv 2306.11695, summed over a column).
+
+    Raises:
+        JointoptError: a consumer that no batch reached.
+    """
     total = torch.zeros(width.units)
     for part in width.consumers:
+        if part.module not in channel_energy:
+            raise JointoptError(
+                f"{part.module}: no calibration batch reaches it, by which width {width.gene!r} is sorted; allowed: "
+                "batches that do, and a forward pass that calls it as a module; or leave the width out"
+            )
         weight = model.get_submodule(part.module).get_parameter("weight").detach().float()
         columns = weight.transpose(0, 1).flatten(1).norm(dim=1)
         scores = columns * channel_energy[part.module].sqrt()

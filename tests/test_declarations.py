@@ -424,3 +424,13 @@ def test_modules_that_are_kept_where_they_cannot_follow_are_refused():
     model.weights = [model.blocks[1].up.weight]
     found = refusal(model, declaring(["blocks.0", "blocks.1"]))
     assert found.startswith("own: weights keeps a parameter of a declared layer or width, where it would be neither")
+
+
+class Unreached(Residual):
+    def forward(self, input: Tensor) -> Tensor:
+        return input + self.down.forward(torch.relu(self.up(input)))
+
+
+def test_a_width_whose_consumer_no_batch_reaches_is_refused():
+    found = refusal(nn.Sequential(Unreached(), nn.Linear(32, 3)), declaring(["0"]))
+    assert found.startswith("0.down: no calibration batch reaches it, by which width 'block0.mlp' is sorted; allowed: ")
