@@ -17,19 +17,19 @@ LIBRARIES = ("torch", "transformers", "timm", "accelerate", "peft")
 
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """A deep copy; what is no module is left for the family's declaration to refuse.
+    """A deep copy.
 
     Raises:
         JointoptError: a tensor that is computed from others, by its path.
     """
-    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+    for path, module in model.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not value.is_leaf:
                 raise JointoptError(
                     f"model: {path}.{name} is computed from others (pruning); allowed: a plain tensor, as "
                     "torch.nn.utils.prune.remove leaves it"
                 )
-    return copy.deepcopy(model) if isinstance(model, nn.Module) else model
+    return copy.deepcopy(model)
 
 
 def warn_of_what_is_lost(model: nn.Module) -> None:

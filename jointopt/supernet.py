@@ -113,7 +113,8 @@ class Supernet:
         transforms: Sequence[str] = (),
         latency: LatencyModel | None = None,
     ):
-        dtypes = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
+        check_kind("model", model, nn.Module, "a torch.nn.Module")
+        dtypes = {p.dtype for p in model.parameters()}
         if not dtypes <= {torch.float32, torch.bfloat16}:
             raise JointoptError(f"dtype: the model holds {', '.join(map(str, dtypes))}; allowed: float32, bfloat16")
         check_kind("space", space, SearchSpace, "a SearchSpace, such as SearchSpace.for_model(model)")

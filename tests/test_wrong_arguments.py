@@ -49,6 +49,10 @@ def test_a_model_in_place_of_a_super_network(call, said):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
+        (lambda: Supernet(None, SPACE), "model: found None; allowed: a torch.nn.Module"),
+        (lambda: Supernet("bert", SPACE), "model: found 'bert'; allowed: a torch.nn.Module"),
+        (lambda: Supernet(MODEL.state_dict(), SPACE), "model: found a OrderedDict; allowed: a torch.nn.Module"),
+        (lambda: Supernet(Supernet(MODEL, SPACE), SPACE), "model: found a Supernet; allowed: a torch.nn.Module"),
         (lambda: Supernet(MODEL, "vit"), "space: found 'vit'; allowed: a SearchSpace"),
         (lambda: SearchSpace.for_model(MODEL, schemes="W8A8"), "schemes: found 'W8A8'; allowed: a list of names"),
         (lambda: SearchSpace.for_model(MODEL, schemes=[]), "schemes: found none; allowed: one or more"),
