@@ -6,6 +6,7 @@ tensors copied, an export writes the codes that the view's values stand for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -132,6 +133,8 @@ def build(
     if training and not plan.whole(family):
         keep_statistics(modules.values())
     family.configure(shell, plan.blocks)
+    if "generation_config" in shell.__dict__:
+        shell.__dict__["generation_config"] = copy.copy(shell.generation_config)
     if not (training and shell.training) and any(module.training != training for module in modules.values()):
         shell.train(training)
     return shell
@@ -143,9 +146,9 @@ def detach(shell: nn.Module) -> nn.Module:
 
     def own(tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
-            copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+            made = tensor.detach().clone(memory_format=torch.contiguous_format)
             wanted = isinstance(tensor, nn.Parameter)
-            copies[id(tensor)] = nn.Parameter(copy, requires_grad=tensor.requires_grad) if wanted else copy
+            copies[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if wanted else made
         return copies[id(tensor)]
 
     for module in shell.modules():

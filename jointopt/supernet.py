@@ -66,6 +66,7 @@ from quant.reference import Clip
 from search_spaces.clones import structural_clone
 from search_spaces.defaults import default_order, requirements
 from search_spaces.families import Declare, declare
+from search_spaces.family import own_settings
 from search_spaces.space import SearchSpace
 
 
@@ -197,8 +198,8 @@ class Supernet:
 
     @contextmanager
     def original(self) -> Iterator[nn.Module]:
-        """The model that was given, in eval mode, through a clone that shares its tensors: it warns where these were
-        changed since, by which sub-networks would be compared with what they are not cut from."""
+        """The model that was given, in eval mode, through a clone that shares its tensors alone: it warns where these
+        were changed since, by which sub-networks would be compared with what they are not cut from."""
         found = stamp(self._given)
         if found[0] == self._given_stamp[0] and found != self._given_stamp:
             warnings.warn(
@@ -209,7 +210,9 @@ class Supernet:
             )
         half = next(self._given.parameters()).dtype != torch.float32
         # Which mends what `model.to(bfloat16)` rounds though no checkpoint stores it.
-        yield (self._declared(self._given)[0] if half else structural_clone(self._given)).eval()
+        clone = self._declared(self._given)[0] if half else structural_clone(self._given)
+        own_settings(clone)
+        yield clone.eval()
 
     def extract(self, genome: Any) -> nn.Module:
         """The sub-network as a model of its own, which shares no tensor with the super-network."""

@@ -338,3 +338,12 @@ def own_config(model: Model) -> Any:
         if module.__dict__.get("config") is whole:
             module.__dict__["config"] = config
     return config
+
+
+def own_settings(model: Model) -> None:
+    """Copies of all that configures a model and its modules, which they have from then on."""
+    copied: dict[int, Any] = {}
+    for module in model.modules():
+        for name in ("config", "generation_config"):
+            if name in module.__dict__:
+                module.__dict__[name] = copy.deepcopy(module.__dict__[name], copied)

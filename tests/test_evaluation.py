@@ -217,6 +217,28 @@ def test_a_function_that_writes_to_the_weights_ends_the_search(quality, workers)
         search(supernet, quality, evaluations=10, workers=workers)
 
 
+def settings_of(model: nn.Module) -> tuple:
+    return model.config.use_cache, model.config._attn_implementation, model.generation_config.max_new_tokens
+
+
+def with_settings_of_its_own(model: nn.Module) -> float:
+    found = settings_of(model)
+    model.config.use_cache, model.generation_config.max_new_tokens = False, 7
+    model.set_attn_implementation("eager")
+    return float(found[:2] == (True, "sdpa") and found[2] is None)
+
+
+def test_what_the_function_sets_in_a_model_s_configs_is_set_in_no_other():
+    model = make("llama_tied")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"])
+    supernet = Supernet(model, space)
+    supernet.calibrate(batches("llama_tied"))
+    before = settings_of(model)
+    study = search(supernet, with_settings_of_its_own, evaluations=4, strategy="random")
+    assert set(study.evaluations()["quality"]) == {1.0}
+    assert settings_of(model) == settings_of(supernet.model) == before
+
+
 def test_a_model_that_the_function_moved_to_another_dtype_is_as_it_was():
     model = make("bert")
     before = {name: each.clone() for name, each in model.state_dict().items()}
