@@ -221,6 +221,18 @@ def test_a_file_that_is_not_what_its_name_says_is_one_line(name, content, tmp_pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("target", ["transformers", "vllm", "onnxruntime", "gguf"])
+def test_all_files_of_an_export_are_readable_to_whom_the_umask_says(target, tmp_path):
+    supernet = supernet_of("llama_tied", ["none", "W8A16_G32" if target == "gguf" else "W8A8"], preset="fixed")
+    genome = uniform(supernet)
+    before = os.umask(0o027)
+    try:
+        folder = jointopt.export(supernet, genome, tmp_path / "out", target=target)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
 def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path):
     supernet = supernet_of("bert", schemes=["none", "W8A8"])
     folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")

@@ -49,8 +49,12 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
 
 
 def write_weights(place: Path, model: nn.Module) -> None:
-    """model.safetensors."""
-    save_file(tensors_of(model), place / "model.safetensors", metadata={"format": "pt"})
+    """model.safetensors, readable to whom the umask says: safetensors alone makes it readable to its owner only."""
+    path = place / "model.safetensors"
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors_of(model), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def write_config(place: Path, model: Any) -> str:
