@@ -380,3 +380,20 @@ def test_of_prompts_too_a_step_of_small_batches_is_that_of_the_whole_one(tmp_pat
         found.append(made.supernet.model.state_dict())
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_in_which_no_label_counts_says_so(tmp_path):
+    (batch,) = batches("llama_tied", 1, 4)
+    ignored = torch.full_like(batch["input_ids"], -100)
+    ignored[:, 0] = 3  # which no token comes before
+    supernet = calibrated("llama_tied")
+    with pytest.warns(UserWarning, match="train: in all steps no label counted, each was -100: nothing was learned"):
+        assert jointopt.train_supernet(supernet, [{**batch, "labels": ignored}], 2) == [0.0, 0.0]
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in zip(batch["input_ids"], ignored, strict=True)]
+    made = ElasticTrainer(
+        model=make("llama_tied"), args=arguments(tmp_path, max_steps=2), train_dataset=rows, eval_dataset=rows
+    )
+    with pytest.warns(UserWarning, match="train: in all steps no label counted"):
+        made.train()
+    with pytest.raises(JointoptError, match="evaluate: no label counts, each is -100; allowed: some that do"):
+        made.evaluate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,7 @@ from jointopt.supernet_state import distinct_tensors, read_tensors
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import gradients_of, processes
 from jointopt.training.lora import attach, merge
-from jointopt.training.recipe import Recipe, checked
+from jointopt.training.recipe import NONE_COUNTED, Recipe, checked
 from quant.errors import JointoptError, check_above_0, check_count, check_kind, check_number, check_whole
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def train_supernet(
         config: what else the result depends on (model, data); compared when a checkpoint is gone on with.
 
     Returns:
-        The largest sub-network's loss at each step.
+        The largest sub-network's loss at each step. It warns where none of the labels counted.
 
     Raises:
         JointoptError: the super-network is not calibrated, no batch came, labels are missing, a loss is not finite, a
@@ -117,6 +118,7 @@ def train_supernet(
     with _ending(supernet, optimizer), _seeded(supernet, seed):
         if kept is not None:
             history = kept.restore(model, optimizer)
+        counted = bool(history)  # what came before is not known
         numbered = zip(range(len(history), steps), endless(batches, seed, len(history)), strict=False)
         for step, batch in track(
             numbered, "super-network training", total=steps, completed=len(history), disable=not progress
@@ -129,12 +131,15 @@ def train_supernet(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             history.append(losses[0].item())
+            counted = counted or recipe.counts(batch["labels"])
             if sort_every is not None and (step + 1) % sort_every == 0:
                 supernet.sort_again([{k: v for k, v in batch.items() if k != "labels"}], optimizer)
             if kept is not None and (step + 1) % EVERY == 0:
                 kept.write(model, optimizer, history)
     if kept is not None:
         kept.path.unlink(missing_ok=True)
+    if not counted:
+        warnings.warn(NONE_COUNTED, stacklevel=2)
     return history
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from jointopt.batches import Batch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from jointopt.supernet import Supernet
 
 Loss = Callable[[Tensor, Batch], Tensor]
+NONE_COUNTED = f"train: in all steps no label counted, each was {IGNORED}: nothing was learned from labels"
 
 
 def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0, problem: str | None = None) -> Tensor:
@@ -148,6 +150,12 @@ class Recipe:
     def is_usual(self) -> bool:
         """Whether the loss is `task_loss`, as it is or with settings of its own."""
         return getattr(self.loss, "func", self.loss) is task_loss
+
+    def counts(self, labels: Any) -> bool:
+        """Whether the loss counts any of these; of a loss of one's own nobody can say, and so it does."""
+        labels = torch.as_tensor(labels)
+        of_tokens = labels.dim() == 2 and not labels.is_floating_point()
+        return not self.is_usual or bool(((labels[:, 1:] if of_tokens else labels) != IGNORED).any())
 
     def suited(self, model: nn.Module) -> Recipe:
         """With the loss that the model's `config.problem_type` asks for, in place of the usual one."""

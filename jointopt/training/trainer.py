@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,7 +39,7 @@ from jointopt.outputs import IGNORED, logits_of
 from jointopt.supernet import Supernet
 from jointopt.training.elastic import elastic_loss
 from jointopt.training.lora import attach, merge
-from jointopt.training.recipe import Recipe, checked, task_loss
+from jointopt.training.recipe import NONE_COUNTED, Recipe, checked, task_loss
 from quant.errors import JointoptError, check_count, check_kind, in_one_line
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
@@ -99,6 +100,7 @@ class ElasticTrainer(Trainer):
         recipe = (checked(recipe) or Recipe(seed=args.seed)).suited(self.supernet.model)
         self.recipe = _smoothed(recipe, args.label_smoothing_factor)
         self.sort_every = sort_every
+        self._counted: bool | None = None
         self._use_cache = getattr(getattr(self.supernet.model, "config", None), "use_cache", None)
         super().__init__(
             model=self.supernet.model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options
@@ -181,6 +183,7 @@ class ElasticTrainer(Trainer):
         However it ends, adapters become part of the weights. Another call trains new ones, by an optimizer of its own.
         """
         self._last_sorted: int | None = None
+        self._counted = None
         if self._add():
             self.optimizer = self.lr_scheduler = None
         ended = self._ended(args[0] if args else options.get("resume_from_checkpoint"))
@@ -191,6 +194,8 @@ class ElasticTrainer(Trainer):
             if adapted(self.supernet.model):
                 merge(self.supernet)
         self.supernet.calibrate(self._calibration)
+        if self._counted is False:
+            warnings.warn(NONE_COUNTED, stacklevel=2)
         return found
 
     def _ended(self, resumed: str | bool | None) -> str | None:
@@ -252,6 +257,7 @@ class ElasticTrainer(Trainer):
         batch = self._labelled(inputs)
         if model.training:
             self._elastic = True
+            self._counted = self._counted or self.recipe.counts(batch["labels"])
             step = self.state.global_step
             if self.sort_every and step == 1:
                 check_sortable(self._inner_optimizer())
@@ -323,13 +329,16 @@ class ElasticTrainer(Trainer):
         view = supernet.training_view(genome, self.recipe.precision_from is not None).eval()
         if has_batch_norm(view) and not np.array_equal(genome, supernet.space.largest):
             reestimate(view, supernet.samples)
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(3, dtype=torch.float64)
         for inputs in dataloader:
             batch = self._labelled(self._prepare_inputs(inputs))
             with self.accelerator.autocast():
                 loss = self.recipe.loss(logits_of(view, self._inputs(batch)), batch)
-            total += torch.tensor([float(loss) * len(batch["labels"]), len(batch["labels"])])
+            count = len(batch["labels"])
+            total += torch.tensor([float(loss) * count, count, self.recipe.counts(batch["labels"])])
         total = self.accelerator.reduce(total.float().to(self.args.device), "sum")
+        if not total[2]:
+            raise JointoptError(f"evaluate: no label counts, each is {IGNORED}; allowed: some that do")
         return float(total[0] / total[1])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
