@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant.errors import JointoptError
 
@@ -23,6 +23,16 @@ def check_batch(name: str, batch: Any) -> None:
         )
     if not batch:
         raise JointoptError(f"{name}: found an empty batch; allowed: dicts of the model's inputs")
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """How many tokens a text may have at most, as the model has positions; None where it does not say."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa counts its positions from behind the padding's.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            most = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return most
 
 
 def sample_count(batch: Mapping[str, Any]) -> int:

@@ -38,6 +38,13 @@ def supernet_of(name: str, latency=FAST, **options) -> Supernet:
     return zoo.supernet_of(name, latency=latency, **{"schemes": ["none", "W8A8", "W4A16", "FP8_DYNAMIC"], **options})
 
 
+def long_llama() -> nn.Module:
+    """As small as the others, and it says that it takes long texts."""
+    model = make("llama_tied")
+    model.config.max_position_embeddings = 4096
+    return model
+
+
 @pytest.mark.parametrize("name", device_names())
 def test_a_device_that_comes_with_the_package_is_whole_and_says_where_from(name):
     device = load_device(name)
@@ -146,7 +153,7 @@ def test_norms_within_heads_follow_the_context_and_decode_one_token():
     space = SearchSpace.for_model(model, schemes=["none", "W8A8"])
     found = []
     for tokens in (4, 12):
-        supernet = Supernet(model, space, latency=Roofline(load_device("h100"), batch=8, context=96))
+        supernet = Supernet(model, space, latency=Roofline(load_device("h100"), batch=8, context=64))
         supernet.calibrate([{"input_ids": torch.randint(3, 90, (2, tokens))}])
         found.append(supernet.costs(space.largest))
     for name in ("latency", "decode_latency"):
@@ -161,7 +168,7 @@ def test_norms_within_heads_take_no_more_than_the_heads_that_are_left_need():
         def answer(self, operator):  # of a norm: the numbers that it reads
             return Answer(operator.positions * operator.rows if operator.kind == "norm" else 0.0, 0.0)
 
-    supernet = Supernet(model, space, latency=Numbers(FAST.device, context=96))
+    supernet = Supernet(model, space, latency=Numbers(FAST.device, context=64))
     supernet.calibrate(batches("qwen3"))
     whole = space.largest.copy()
     half = whole.copy()
@@ -170,9 +177,9 @@ def test_norms_within_heads_take_no_more_than_the_heads_that_are_left_need():
         parts = {part["path"]: part for part in supernet.breakdown(genome)}
         read = parts["model.layers.0.self_attn.q_norm"]
         width = model.config.head_dim
-        assert read["latency"] == 96 * heads * width and read["decode_latency"] == heads * width
-        assert parts["model.layers.0.self_attn.k_norm"]["latency"] == 96 * heads // 2 * width
-        assert parts["model.layers.1.self_attn.q_norm"]["latency"] == 96 * 4 * width
+        assert read["latency"] == 64 * heads * width and read["decode_latency"] == heads * width
+        assert parts["model.layers.0.self_attn.k_norm"]["latency"] == 64 * heads // 2 * width
+        assert parts["model.layers.1.self_attn.q_norm"]["latency"] == 64 * 4 * width
         found = float(expected_cost(supernet, one_hot(space, genome), "latency"))
         assert found == pytest.approx(supernet.costs(genome)["latency"])
 
@@ -241,12 +248,12 @@ def test_latency_is_that_of_each_operator_alone():
 
 
 def test_a_longer_context_costs_more_and_a_quantized_cache_less():
-    short, long = (supernet_of("llama_tied", Roofline(FAST.device, 4, n)) for n in (64, 4096))
+    short, long = (supernet_of("llama_tied", Roofline(FAST.device, 4, n), model=long_llama()) for n in (64, 4096))
     whole = short.space.largest
     for measure in ("latency", "decode_latency", "peak_memory"):
         assert short.costs(whole)[measure] < long.costs(whole)[measure]
     assert long.costs(whole)["decode_latency"] < long.costs(whole)["latency"] / 10
-    held = supernet_of("llama_tied", Roofline(FAST.device, 4, 4096), caches=["INT8", "none"])
+    held = supernet_of("llama_tied", Roofline(FAST.device, 4, 4096), model=long_llama(), caches=["INT8", "none"])
     genomes = [
         held.space.encode(
             {**dict(held.space.decode(held.space.largest)), **{f"block{i}.cache": form for i in range(3)}}
@@ -270,7 +277,7 @@ def test_keys_and_values_from_cached_inputs_are_computed_again_for_each_token():
         def answer(self, operator: Operator) -> Answer:
             return Answer(operator.macs, operator.macs)
 
-    supernet = supernet_of("llama_tied", Products(), caches=["INT8", "X_INT8"])
+    supernet = supernet_of("llama_tied", Products(), model=long_llama(), caches=["INT8", "X_INT8"])
     names = [gene.name for gene in supernet.space.genes]
     kept, inputs = (supernet.space.decode(supernet.space.largest) | caches for caches in (
         {name: form for name in names if name.endswith(".cache")} for form in ("INT8", "X_INT8")
@@ -315,11 +322,11 @@ def test_one_study_on_many_devices_measures_no_quality_again(tmp_path):
     model = make("llama_tied").to("meta")
     bare = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16", "FP8_DYNAMIC"]))
     bare.take_shapes(json.loads(json.dumps(study.fact("shapes"))))
-    found = [on_device(study, bare, name, Roofline(load_device(name), 2, 512)) for name in ("h100", "orin")]
+    found = [on_device(study, bare, name, Roofline(load_device(name), 2, 64)) for name in ("h100", "orin")]
     assert len(calls) == asked
     for each, name in zip(found, ("h100", "orin"), strict=True):
         genome = np.array(each.chosen)
-        with_weights = supernet.costs_by(Roofline(load_device(name), 2, 512)).columns(genome[None])
+        with_weights = supernet.costs_by(Roofline(load_device(name), 2, 64)).columns(genome[None])
         row = each.rows[each.rows["genome"] == each.chosen].iloc[0]
         assert row["decode_latency"] == pytest.approx(with_weights["decode_latency"][0])
         assert each.chosen in set(each.front["genome"])
@@ -460,6 +467,12 @@ def test_impossible_hardware_is_refused():
         "context: found 128, and a vit reads no tokens": lambda: supernet_of(
             "vit", Roofline(FAST.device, 1, 128)
         ).original_costs(),
+        "context: found 65; the model takes 64 tokens at most": lambda: supernet_of(
+            "llama_tied", Roofline(FAST.device, 1, 65)
+        ).original_costs(),
+        "context: found 69; the model takes 64 tokens at most": lambda: supernet_of(
+            "roberta", Roofline(FAST.device, 1, 69)
+        ).original_costs(),
     }.items():
         with pytest.raises(JointoptError, match=match):
             call()
@@ -472,7 +485,7 @@ def test_what_fits_is_told_from_what_does_not_where_cached_inputs_are_larger_tha
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=64,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=2**17,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     space = SearchSpace.for_model(model, ["none"], depth=[2, 3], caches=["none", "X_INT8"])

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from jointopt.adapters import NAMES as ADAPTERS
+from jointopt.batches import most_tokens
 from jointopt.cost.operators import Answer, LatencyModel, Operator
 from jointopt.cost.positions import Positions, kind_of
 from jointopt.cost.tables import Axis, Table, Tables
@@ -109,7 +110,7 @@ class ShapeCosts:
         """Tokens of a measured sample, and by how much the stated context is longer.
 
         Raises:
-            JointoptError: a context for a model that reads no tokens.
+            JointoptError: a context for a model that reads no tokens, or not as many.
         """
         attention = next((width for width in self.family.widths if width.attention), None)
         tokens = self.positions.get(attention.consumers[0].module, 1.0) if attention else 1.0
@@ -120,6 +121,9 @@ class ShapeCosts:
             raise JointoptError(
                 f"context: found {latency.context}, and a {self.family.name} reads no tokens; allowed: none"
             )
+        most = most_tokens(self._model)
+        if most is not None and latency.context > most:
+            raise JointoptError(f"context: found {latency.context}; the model takes {most} tokens at most")
         return tokens, latency.context / tokens
 
     def _axis(self, found: tuple[Width, int] | None, full: int) -> Axis:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.batches import Batch
+from jointopt.batches import Batch, most_tokens
 from jointopt.outputs import MULTI_LABEL, REGRESSION, problem_of
 from jointopt.rows import Columns, DataSource
 from jointopt.tasks.problems import CLASSIFICATION, ONE_CLASS, Problem
@@ -128,11 +128,7 @@ def picked_labels(labels: Tensor | None, indices: Sequence[int]) -> dict[str, Te
 
 def text_length(source: DataSource, model: nn.Module) -> int:
     """Tokens in a text at most: what the config says, or as many as the model takes, 512 at most."""
-    most = getattr(model.config, "max_position_embeddings", None) or LENGTH
-    for name, module in model.named_modules():
-        # RoBERTa counts its positions from behind the padding's.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            most = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    most = most_tokens(model) or LENGTH
     if source.length is not None and source.length > most:
         raise JointoptError(f"data.length: found {source.length}; the model takes {most} tokens at most")
     return source.length or min(most, LENGTH)
