@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import (
     BertConfig,
     BertForMultipleChoice,
-    BertForPreTraining,
+    BertForNextSentencePrediction,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForQuestionAnswering,
@@ -129,7 +129,7 @@ def test_costs_of_a_model_that_takes_no_sample_are_refused_in_one_line():
         Supernet(model, SearchSpace.for_model(model)).original_costs()
 
 
-@pytest.mark.parametrize("model", [BertForPreTraining(BertConfig(**SMALL)), timm_vit(norm_layer="rmsnorm")])
+@pytest.mark.parametrize("model", [BertForNextSentencePrediction(BertConfig(**SMALL)), timm_vit(norm_layer="rmsnorm")])
 def test_what_no_library_will_build_again_is_said_before_the_search(model, tmp_path):
     """What `export` would say after it."""
     space = SearchSpace.for_model(model, schemes=["none", "W8A8"])
