@@ -27,12 +27,16 @@ def check_batch(name: str, batch: Any) -> None:
 
 def most_tokens(model: nn.Module) -> int | None:
     """How many tokens a text may have at most, as the model has positions; None where it does not say."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return learned_positions(model) or getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions the model has a vector for, beyond which it cannot run; None where it computes them (RoPE)."""
     for name, module in model.named_modules():
-        # RoBERTa counts its positions from behind the padding's.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            most = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return most
+            # RoBERTa counts its positions from behind the padding's.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def sample_count(batch: Mapping[str, Any]) -> int:

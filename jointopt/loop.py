@@ -95,7 +95,7 @@ def search(
     Returns:
         The study, open; `study.stopped` says why it ended. Where the space has fewer genomes than `evaluations`, all
         of them are in it. A study goes on with the same call and a larger budget; one of which every evaluation
-        failed is begun anew. Where a new one fails with the original, or its warm start, no file of it is left.
+        failed is begun anew. Where a new one fails with the original, or its warm start, no study is left.
 
     Raises:
         JointoptError: a super-network that is not calibrated, an unknown objective or strategy, constraints that no
@@ -113,7 +113,7 @@ def search(
     switches = {"warm_start": warm_start, "asynchronous": asynchronous}
     recorded = _recorded(supernet, settings, switches, limits, config or {})
     study = Study.create(storage, supernet.space, wanted, recorded)
-    fresh = not study.baselines
+    fresh = not len(study) and study.last_generation() is None
     try:
         threads = _threads(study, threads, workers is not None or ray is not None)
         try:

@@ -18,6 +18,7 @@ from jointopt.objectives import COSTS
 from jointopt.sharing import SharedEvaluator
 from jointopt.study import Study
 from jointopt.study_file import damaged
+from quant.errors import JointoptError
 
 if TYPE_CHECKING:
     from jointopt.finishing import Finished
@@ -56,9 +57,13 @@ def rescore_finished(study: Study, finished: Finished, quality: Quality) -> None
     """Measures what finishing made of a genome by `quality`, unless the study has it already."""
     key = tuple(finished.genome.tolist()), finished.rounding
     if key not in rescored_finished(study):
-        found = measured(quality, finished.model)
-        record = {"genome": list(key[0]), "rounding": key[1], "metrics": dict(found), "errors": found.errors}
-        _note(study, record)
+        record: dict[str, Any] = {"genome": list(key[0]), "rounding": key[1], "metrics": {}, "errors": {}}
+        try:
+            found = measured(quality, finished.model)
+        except JointoptError as error:  # such as of a loss that is no number, which must not cost the export
+            _note(study, {**record, "failed": str(error)})
+        else:
+            _note(study, {**record, "metrics": dict(found), "errors": found.errors})
 
 
 def forget(study: Study, source: Any = None) -> None:

@@ -40,6 +40,7 @@ _KINDS = {
     "choice": dict,
     "unseen": list,
 }
+_OF_GENOMES = ("generations", "evaluations")
 _FINISHED = {"genome": list, "rounding": str, "metrics": dict}
 VERSION = 3
 P = ParamSpec("P")
@@ -137,7 +138,7 @@ class Study:
             with explained(path):
                 stored = dict(connection.execute("SELECT key, value FROM facts").fetchall())
                 found = {key: json.loads(stored.get(key, "null")) for key in wanted}
-                asked = connection.execute("SELECT 1 FROM generations LIMIT 1").fetchone() is not None
+                asked = any(connection.execute(f"SELECT 1 FROM {each} LIMIT 1").fetchone() for each in _OF_GENOMES)
                 if stored and (asked or found["version"] != VERSION):
                     _compare(path, found, wanted)
                 elif found != json.loads(json.dumps(wanted)):  # of what is there, if anything, no genome was asked
@@ -182,7 +183,7 @@ class Study:
         self._connection.close()
         if self.path is not None:
             for ending in ("", "-wal", "-shm"):  # the latter two where a reader has it open
-                Path(f"{self.path}{ending}").unlink(missing_ok=True)
+                Path(f"{self.path.resolve()}{ending}").unlink(missing_ok=True)
         self.unlock()
 
     def unlock(self) -> None:

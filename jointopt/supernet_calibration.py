@@ -139,14 +139,17 @@ def _by_itself(supernet: Supernet, which: str) -> Iterator[None]:
     handle = register_module_forward_pre_hook(see)
     try:
         yield
+    except DOES_NOT_RUN:
+        if not run:  # else this is why
+            raise
     finally:
         handle.remove()
-        if run:
-            raise JointoptError(
-                f"{family.name}: the {which} sub-network does not run its own {run[0]}, but that of the model from "
-                "which it is cut; allowed: a forward pass that reaches its modules by attributes, lists, tuples, dicts "
-                "and sets, none by a function or an object that holds them"
-            )
+    if run:
+        raise JointoptError(
+            f"{family.name}: the {which} sub-network does not run its own {run[0]}, but that of the model from which "
+            "it is cut; allowed: a forward pass that reaches its modules by attributes, lists, tuples, dicts and sets, "
+            "none by a function or an object that holds them"
+        )
 
 
 def sort_again(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jointopt.files import reading
 from jointopt.rows import looks_like_hub_id
 
 FILE = "tokenizer.json"
@@ -42,7 +43,8 @@ def settings_of_its_files(processor: Any) -> Iterator[None]:
         if file is not None:
             from tokenizers import Tokenizer
 
-            loaded = Tokenizer.from_file(str(file))
+            with reading(f"processor: {str(file)!r}", "what it was loaded from", Exception):  # all that tokenizers has
+                loaded = Tokenizer.from_file(str(file))
             _set(processor.backend_tokenizer, loaded.truncation, loaded.padding)
         yield
 

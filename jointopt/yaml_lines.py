@@ -63,8 +63,8 @@ def read_yaml(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise JointoptError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    except ValueError as error:  # of a value that is not what its tag says
-        raise JointoptError(f"{where}: not YAML: {error}") from None
+    except (ValueError, LookupError, AttributeError) as error:  # of a value that is not what its tag says
+        raise JointoptError(f"{where}: not YAML: a value is not what its tag says: {error!r}") from None
     except RecursionError:
         told = "a list or mapping that holds itself, or is nested too deeply"
         raise JointoptError(f"{where}: found {told}; allowed: none such") from None

@@ -141,7 +141,8 @@ def _check_kept(family: Family, model: nn.Module) -> None:
         if names := keeping(module, changed):
             raise JointoptError(
                 f"{family.name}: {f'{path}.' if path else ''}{names[0]} keeps a parameter of a declared layer or "
-                "width, where it would be neither cut nor quantized; allowed: the module that has it"
+                "width, where it would be neither cut nor quantized; allowed: the module that has it, or to "
+                "delete what the forward pass does not read"
             )
 
 

@@ -102,13 +102,13 @@ def keeping(module: nn.Module, ids: Collection[int]) -> list[str]:
     """Attributes in which a module keeps one of these modules or parameters beside torch's own registers."""
     wanted = dict.fromkeys(ids, LEFT)
     kept = ((name, value) for name, value in vars(module).items() if name not in _REGISTERS)
-    return [name for name, value in kept if _exchanged(value, wanted) is not value]
+    return [name for name, value in kept if _exchanged(value, wanted, {}) is not value]
 
 
 def _exchange(module: nn.Module, name: str, others: Mapping[int, Any]) -> bool:
     """Of one attribute; whether it kept something."""
     value = module.__dict__[name]
-    new = _exchanged(value, others)
+    new = _exchanged(value, others, {})
     if new is LEFT:
         del module.__dict__[name]
     elif new is not value:
@@ -116,34 +116,45 @@ def _exchange(module: nn.Module, name: str, others: Mapping[int, Any]) -> bool:
     return new is not value
 
 
-def _exchanged(value: Any, others: Mapping[int, Any]) -> Any:
+def _exchanged(value: Any, others: Mapping[int, Any], done: dict[int, Any]) -> Any:
+    """
+    Args:
+        done: id of a container -> what became of it, itself while its values are gone through: one may hold itself.
+    """
     kind = type(value)
     if kind in _PLAIN:
         return value
     if isinstance(value, nn.Module) or kind is nn.Parameter:
         return others.get(id(value), value)
     if isinstance(value, _COLLECTIONS):
-        return _exchanged_in(value, others)
+        if id(value) not in done:
+            done[id(value)] = value
+            done[id(value)] = _exchanged_in(value, others, done)
+        return done[id(value)]
     if kind is MethodType:
-        owner = _exchanged(value.__self__, others)
+        owner = _exchanged(value.__self__, others, done)
         return value if owner is value.__self__ else LEFT if owner is LEFT else MethodType(value.__func__, owner)
     if kind is partial:
         bound = (value.func, *value.args, *value.keywords.values())
-        new = [_exchanged(each, others) for each in bound]
+        new = [_exchanged(each, others, done) for each in bound]
         if all(map(is_, new, bound)):
             return value
         count = 1 + len(value.args)
-        named = dict(zip(value.keywords, new[count:], strict=True))
-        return LEFT if any(each is LEFT for each in new) else partial(new[0], *new[1:count], **named)
+        if any(each is LEFT for each in new):
+            return LEFT
+        made = partial(new[0], *new[1:count], **dict(zip(value.keywords, new[count:], strict=True)))
+        # `__wrapped__` among them, by which inspect finds what a forward takes.
+        made.__dict__.update({name: _exchanged(each, others, done) for name, each in vars(value).items()})
+        return made
     return value
 
 
-def _exchanged_in(value: Any, others: Mapping[int, Any]) -> Any:
+def _exchanged_in(value: Any, others: Mapping[int, Any], done: dict[int, Any]) -> Any:
     """A container with others in place of some values; itself where it has none of these."""
     kept = list(value.values() if isinstance(value, dict) else value)
     if _PLAIN.issuperset(map(type, kept)):  # a vocabulary has many
         return value
-    new = [_exchanged(each, others) for each in kept]
+    new = [_exchanged(each, others, done) for each in kept]
     if all(map(is_, new, kept)):
         return value
     staying = [each for each in new if each is not LEFT]

@@ -223,6 +223,7 @@ def test_a_file_that_is_not_what_its_name_says_is_one_line(name, content, tmp_pa
 
 @pytest.mark.parametrize("target", ["transformers", "vllm", "onnxruntime", "gguf"])
 def test_all_files_of_an_export_are_readable_to_whom_the_umask_says(target, tmp_path):
+    pytest.importorskip({"onnxruntime": "onnxruntime", "gguf": "gguf"}.get(target, "torch"))
     supernet = supernet_of("llama_tied", ["none", "W8A16_G32" if target == "gguf" else "W8A8"], preset="fixed")
     genome = uniform(supernet)
     before = os.umask(0o027)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, update_wrapper
+from inspect import signature
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt import Block, Branch, Family, JointoptError, Layer, Part, SearchSpace, SkipBranch, Supernet, Width
+from search_spaces.clones import structural_clone
 
 INPUTS = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
 Declare = Callable[[nn.Module], Family]
@@ -410,6 +412,22 @@ def test_modules_that_attributes_keep_in_plain_containers_are_the_sub_network_s(
         with torch.no_grad(), found.active(genome) as view:
             assert torch.equal(view(INPUTS), wanted(INPUTS)) and torch.equal(extracted(INPUTS), wanted(INPUTS))
         assert torch.equal(*(each.training_view(genome, True)(INPUTS) for each in (found, expected)))
+
+
+def test_a_container_that_holds_itself_is_the_sub_network_s_too():
+    model = Looped("blocks")
+    model.tree = {"blocks": [model.blocks[0], model.blocks[1]]}
+    model.tree["itself"] = model.tree
+    shell = structural_clone(model)
+    assert shell.tree["blocks"][0] is shell.blocks[0] and model.tree["blocks"][0] is model.blocks[0]
+
+
+def test_a_bound_forward_still_says_what_it_wraps():
+    """As accelerate's hooks leave it; what a model takes is read off it."""
+    model = Looped("blocks")
+    model.forward = update_wrapper(partial(type(model).forward, model), type(model).forward)
+    shell = structural_clone(model)
+    assert signature(shell.forward) == signature(model.forward) and shell.forward.args == (shell,)
 
 
 def test_modules_that_are_kept_where_they_cannot_follow_are_refused():

@@ -467,15 +467,13 @@ def test_impossible_hardware_is_refused():
         "context: found 128, and a vit reads no tokens": lambda: supernet_of(
             "vit", Roofline(FAST.device, 1, 128)
         ).original_costs(),
-        "context: found 65; the model takes 64 tokens at most": lambda: supernet_of(
-            "llama_tied", Roofline(FAST.device, 1, 65)
-        ).original_costs(),
         "context: found 69; the model takes 64 tokens at most": lambda: supernet_of(
             "roberta", Roofline(FAST.device, 1, 69)
         ).original_costs(),
     }.items():
         with pytest.raises(JointoptError, match=match):
             call()
+    assert supernet_of("llama_tied", Roofline(FAST.device, 1, 65)).original_costs()  # whose positions are computed
     plain = supernet_of("vit", None)
     with pytest.raises(JointoptError, match="objective 'latency': found no hardware"):
         jointopt.search(plain, lambda m: 1.0, ["quality", "latency"], evaluations=2)

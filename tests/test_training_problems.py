@@ -97,3 +97,13 @@ def test_a_regression_has_no_temperature():
     recipe = Recipe(distillation=Distillation(temperature=2.0))
     with pytest.raises(JointoptError, match="temperature: found 2.0 for a regression, which has no distribution"):
         jointopt.elastic_loss(supernet_for("regression"), labelled("regression")[0], 0, recipe)
+
+
+def test_whole_numbers_that_are_measured_are_no_tokens(tmp_path):
+    (first, *_) = labelled("regression", 1)
+    rows = [{"input_ids": ids, "labels": [at]} for at, ids in enumerate(first["input_ids"])]
+    trained = supernet_for("regression", 1)
+    made = ElasticTrainer(
+        model=trained.model, args=arguments(tmp_path, max_steps=1), train_dataset=rows, eval_dataset=rows
+    )
+    assert made.evaluate()["eval_loss"] > 1

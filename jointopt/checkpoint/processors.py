@@ -10,7 +10,7 @@ import torch
 
 from jointopt.batches import Batch
 from jointopt.tokenizer_settings import SETTINGS, settings_of
-from quant.errors import JointoptError
+from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
 
 if TYPE_CHECKING:
     from jointopt.models import LoadedModel
@@ -35,10 +35,12 @@ def processor_differences(
         found = prepare(shipped)
     except JointoptError as error:
         return [f"processor: {str(error).removeprefix('model: ')}"]
+    except DOES_NOT_RUN as error:
+        return [f"processor: the export's cannot prepare the calibration data: {in_one_line(error)}"]
     differences = []
     for key, mine, theirs in zip(SETTINGS, settings_of(shipped), settings_of(loaded.processor), strict=True):
         if mine != theirs:
-            differences.append(f"processor: {key} {mine} in the export, {theirs} in the original")
+            differences.append(f"processor: {key} {mine} in the export, {theirs} in the original; export it again")
     if (name := _first_apart(found, expected)) is not None:
         kind = type(shipped).__name__
         differences.append(f"processor: {name} that the export's {kind} makes of the calibration data are others")

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from jointopt.adapters import NAMES as ADAPTERS
-from jointopt.batches import most_tokens
+from jointopt.batches import learned_positions
 from jointopt.cost.operators import Answer, LatencyModel, Operator
 from jointopt.cost.positions import Positions, kind_of
 from jointopt.cost.tables import Axis, Table, Tables
@@ -121,7 +121,7 @@ class ShapeCosts:
             raise JointoptError(
                 f"context: found {latency.context}, and a {self.family.name} reads no tokens; allowed: none"
             )
-        most = most_tokens(self._model)
+        most = learned_positions(self._model)
         if most is not None and latency.context > most:
             raise JointoptError(f"context: found {latency.context}; the model takes {most} tokens at most")
         return tokens, latency.context / tokens

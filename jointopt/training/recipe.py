@@ -153,9 +153,11 @@ class Recipe:
 
     def counts(self, labels: Any) -> bool:
         """Whether the loss counts any of these; of a loss of one's own nobody can say, and so it does."""
+        if not self.is_usual or getattr(self.loss, "keywords", {}).get("problem"):
+            return True  # of measured values and of several classes -100 is one like any other
         labels = torch.as_tensor(labels)
         of_tokens = labels.dim() == 2 and not labels.is_floating_point()
-        return not self.is_usual or bool(((labels[:, 1:] if of_tokens else labels) != IGNORED).any())
+        return bool(((labels[:, 1:] if of_tokens else labels) != IGNORED).any())
 
     def suited(self, model: nn.Module) -> Recipe:
         """With the loss that the model's `config.problem_type` asks for, in place of the usual one."""
