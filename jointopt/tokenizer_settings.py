@@ -30,7 +30,7 @@ def settings_kept(processor: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if hasattr(processor, "backend_tokenizer"):
+        if getattr(processor, "backend_tokenizer", None) is not None:
             _set(processor.backend_tokenizer, *found)
 
 
@@ -39,7 +39,7 @@ def settings_of_its_files(processor: Any) -> Iterator[None]:
     """Within the block the tokenizer has the truncation and padding of the tokenizer.json that it was loaded from;
     where that is not here, those that it has."""
     with settings_kept(processor):
-        file = _file_of(processor) if hasattr(processor, "backend_tokenizer") else None
+        file = _file_of(processor) if getattr(processor, "backend_tokenizer", None) is not None else None
         if file is not None:
             from tokenizers import Tokenizer
 

@@ -276,7 +276,7 @@ def _chosen(study: Study, wanted: Mapping[str, Any]) -> np.ndarray:
     try:
         return study.best(**wanted)
     except JointoptError as error:
-        raise JointoptError(f"{error}; more evaluations may find one, and export --pick NUMBER takes any") from None
+        raise JointoptError(f"{error}; export --pick NUMBER takes any evaluation") from None
 
 
 def note_choice(

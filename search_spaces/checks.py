@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
+from types import FunctionType
 
 from torch import nn
 
@@ -133,16 +135,25 @@ def _check_unshared(family: Family, model: nn.Module, holders: Holders) -> None:
 
 
 def _check_kept(family: Family, model: nn.Module) -> None:
-    """That no module keeps a tensor that is cut or quantized where it would stay as it is."""
+    """Refuses a forward pass that is bound to modules of this model for good, and warns of a tensor that is cut or
+    quantized where a module keeps it as it is."""
     paths = {part.module for width in family.widths for part in (*width.producers, *width.consumers)}
     paths |= {layer.path for layer in family.layers}
     changed = {id(each) for path in paths if has_module(model, path) for each in model.get_submodule(path).parameters()}
     for path, module in model.named_modules():
-        if names := keeping(module, changed):
+        place = f"{family.name}: {path}." if path else f"{family.name}: "
+        forward = vars(module).get("forward")
+        if isinstance(forward, FunctionType) and forward.__closure__:
             raise JointoptError(
-                f"{family.name}: {f'{path}.' if path else ''}{names[0]} keeps a parameter of a declared layer or "
-                "width, where it would be neither cut nor quantized; allowed: the module that has it, or to "
-                "delete what the forward pass does not read"
+                f"{place}forward is a function that holds what it runs, as torch.compile(model.forward) makes one, and "
+                "which no sub-network could have for its own; allowed: a method, or model.compile()"
+            )
+        if names := keeping(module, changed):
+            warnings.warn(
+                f"{place}{names[0]} keeps a parameter of a layer; where the forward pass reads it there, sub-networks "
+                "compute with it neither cut nor quantized",
+                UserWarning,
+                stacklevel=4,
             )
 
 

@@ -11,10 +11,11 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 _CONTAINERS = frozenset((dict, OrderedDict, set))
 _COLLECTIONS = (dict, list, tuple, set, frozenset, deque)
-_KEEPERS = (*_COLLECTIONS, nn.Module, MethodType, partial)
+_KEEPERS = (*_COLLECTIONS, nn.Module, MethodType, partial, RemovableHandle)
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 _REGISTERS = frozenset(vars(nn.Module()))
 """What torch itself keeps in every module: tensors, modules, hooks."""
@@ -50,9 +51,11 @@ def structural_clones(module: nn.Module) -> tuple[dict[str, nn.Module], list[nn.
     """A `structural_clone`, under "", and all modules in it by their paths; and those of them that keep others beside
     torch's own registers (`exchange`)."""
     found: dict[str, nn.Module] = {}
-    clones: dict[int, nn.Module] = {}
+    clones: dict[int, Any] = {}
     noted: list[tuple[nn.Module, str]] = []
     _clone(module, "", found, clones, noted)
+    if any(_has_handles(clone.__dict__[name]) for clone, name in noted):
+        clones |= _registers(module, found)
     keepers = {id(clone): clone for clone, name in noted if _exchange(clone, name, clones)}
     return found, list(keepers.values())
 
@@ -131,6 +134,8 @@ def _exchanged(value: Any, others: Mapping[int, Any], done: dict[int, Any]) -> A
             done[id(value)] = value
             done[id(value)] = _exchanged_in(value, others, done)
         return done[id(value)]
+    if kind is RemovableHandle:
+        return _handle(value, others)
     if kind is MethodType:
         owner = _exchanged(value.__self__, others, done)
         return value if owner is value.__self__ else LEFT if owner is LEFT else MethodType(value.__func__, owner)
@@ -147,6 +152,34 @@ def _exchanged(value: Any, others: Mapping[int, Any], done: dict[int, Any]) -> A
         made.__dict__.update({name: _exchanged(each, others, done) for name, each in vars(value).items()})
         return made
     return value
+
+
+def _has_handles(value: Any) -> bool:
+    return isinstance(value, RemovableHandle) or (
+        isinstance(value, list) and any(isinstance(each, RemovableHandle) for each in value)
+    )
+
+
+def _registers(module: nn.Module, clones: Mapping[str, nn.Module]) -> dict[int, Any]:
+    """id of each register of hooks -> that of the clone by the same path."""
+    return {
+        id(value): clones[path].__dict__[name]
+        for path, each in module.named_modules(remove_duplicate=False)
+        for name, value in vars(each).items()
+        if type(value) is OrderedDict and name in _REGISTERS
+    }
+
+
+def _handle(handle: RemovableHandle, others: Mapping[int, Any]) -> RemovableHandle:
+    """That of the same hook in the clone's register. One of the original's would outlive what it refers to weakly, and
+    then torch cannot copy it."""
+    refers = (handle.hooks_dict_ref, *(handle.extra_dict_ref or ()))
+    registers = [others.get(id(register)) for refer in refers if (register := refer()) is not None]
+    if None in registers or len(registers) < len(refers):
+        return handle
+    made = RemovableHandle(registers[0], extra_dict=registers[1:])
+    made.id = handle.id
+    return made
 
 
 def _exchanged_in(value: Any, others: Mapping[int, Any], done: dict[int, Any]) -> Any:

@@ -438,10 +438,20 @@ def test_modules_that_are_kept_where_they_cannot_follow_are_refused():
     assert found.startswith(
         "own: the smallest sub-network does not run its own blocks.0.up, but that of the model from"
     )
+
+
+def test_of_parameters_that_are_kept_beside_their_modules_is_warned():
     model = Looped("blocks")
     model.weights = [model.blocks[1].up.weight]
+    with pytest.warns(UserWarning, match="own: weights keeps a parameter of a layer; where the forward pass reads it"):
+        calibrated(model, declaring(["blocks.0", "blocks.1"]))
+
+
+def test_a_forward_that_holds_its_model_is_refused():
+    model = Looped("blocks")
+    model.forward = torch.no_grad()(model.forward)
     found = refusal(model, declaring(["blocks.0", "blocks.1"]))
-    assert found.startswith("own: weights keeps a parameter of a declared layer or width, where it would be neither")
+    assert found.startswith("own: forward is a function that holds what it runs")
 
 
 class Unreached(Residual):

@@ -118,7 +118,7 @@ def test_a_figure_that_is_none_is_named(tmp_path, key, value, said):
         (b"name: a\noverhead: 1\nname: b\n", "line 3: name: found twice; allowed: once"),
         (b"\xff", "not UTF-8"),
         (b"[" * 3000, "nested too deeply"),
-        (b"name: !!timestamp 2026-30-11", "not YAML: month must be in 1..12"),
+        (b"name: !!timestamp 2026-30-11", "not YAML: a value is not what its tag says"),
     ],
 )
 def test_a_device_file_that_says_nothing_or_two_things_is_named(tmp_path, content, said):

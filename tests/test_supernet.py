@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -493,3 +494,19 @@ def test_the_original_s_layout_has_the_layers_that_no_genome_of_the_space_keeps(
     assert linear.keys() <= whole.keys() and len(supernet.layout(supernet.space.largest)) < len(whole)
     for name, layer in linear.items():
         assert (whole[name]["rows"], whole[name]["columns"], whole[name]["bits"]) == (*layer.weight.shape, 32)
+
+
+def test_a_super_network_of_a_model_with_hooks_that_it_can_take_back_is_copied_and_sent():
+    model = make("bert")
+    model.enable_input_require_grads()  # as gradient checkpointing does, and adapters do
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+    supernet.calibrate(batches("bert"))
+    genome, batch = supernet.space.smallest, batches("bert", seed=1)[0]
+    with supernet.active(genome) as view:
+        expected = logits(view, batch)
+    for other in (copy.deepcopy(supernet), cloudpickle.loads(cloudpickle.dumps(supernet.for_workers(1)))):
+        with other.active(genome) as view:
+            assert torch.equal(logits(view, batch), expected)
+    extracted = supernet.extract(genome)
+    extracted.disable_input_require_grads()
+    assert not extracted.get_input_embeddings()._forward_hooks and model.get_input_embeddings()._forward_hooks
