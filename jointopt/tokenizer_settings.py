@@ -19,7 +19,7 @@ SETTINGS = ("truncation", "padding")
 
 def settings_of(processor: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Truncation and padding; None where there is none, and for what is no tokenizer with settings of its own."""
-    backend = getattr(processor, "backend_tokenizer", None)
+    backend = _backend(processor)
     return getattr(backend, "truncation", None), getattr(backend, "padding", None)
 
 
@@ -30,8 +30,8 @@ def settings_kept(processor: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if getattr(processor, "backend_tokenizer", None) is not None:
-            _set(processor.backend_tokenizer, *found)
+        if (backend := _backend(processor)) is not None:
+            _set(backend, *found)
 
 
 @contextmanager
@@ -39,14 +39,20 @@ def settings_of_its_files(processor: Any) -> Iterator[None]:
     """Within the block the tokenizer has the truncation and padding of the tokenizer.json that it was loaded from;
     where that is not here, those that it has."""
     with settings_kept(processor):
-        file = _file_of(processor) if getattr(processor, "backend_tokenizer", None) is not None else None
+        backend = _backend(processor)
+        file = None if backend is None else _file_of(processor)
         if file is not None:
             from tokenizers import Tokenizer
 
             with reading(f"processor: {str(file)!r}", "what it was loaded from", Exception):  # all that tokenizers has
                 loaded = Tokenizer.from_file(str(file))
-            _set(processor.backend_tokenizer, loaded.truncation, loaded.padding)
+            _set(backend, loaded.truncation, loaded.padding)
         yield
+
+
+def _backend(processor: Any) -> Any:
+    """The tokenizer of the tokenizers library that is inside, None where there is none."""
+    return getattr(processor, "backend_tokenizer", None)
 
 
 def _set(backend: Any, truncation: dict[str, Any] | None, padding: dict[str, Any] | None) -> None:

@@ -29,6 +29,7 @@ def check(family: Family, model: nn.Module) -> None:
     holders = _holders(model)
     _check_unshared(family, model, holders)
     _check_layers(family, model, holders)
+    _check_forwards(family, model)
     _check_kept(family, model)
     for width in family.widths:
         if width.size % width.unit:
@@ -134,27 +135,35 @@ def _check_unshared(family: Family, model: nn.Module, holders: Holders) -> None:
             )
 
 
+def _check_forwards(family: Family, model: nn.Module) -> None:
+    """That no forward pass is bound to modules of this model for good."""
+    for path, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, FunctionType) and forward.__closure__:
+            raise JointoptError(
+                f"{family.name}: {_joined(path, 'forward')} is a function that holds what it runs, as "
+                "torch.compile(model.forward) makes one, and which no sub-network could have for its own; allowed: a "
+                "method, or model.compile()"
+            )
+
+
 def _check_kept(family: Family, model: nn.Module) -> None:
-    """Refuses a forward pass that is bound to modules of this model for good, and warns of a tensor that is cut or
-    quantized where a module keeps it as it is."""
+    """Warns of a tensor that is cut or quantized where a module keeps it as it is."""
     paths = {part.module for width in family.widths for part in (*width.producers, *width.consumers)}
     paths |= {layer.path for layer in family.layers}
     changed = {id(each) for path in paths if has_module(model, path) for each in model.get_submodule(path).parameters()}
     for path, module in model.named_modules():
-        place = f"{family.name}: {path}." if path else f"{family.name}: "
-        forward = vars(module).get("forward")
-        if isinstance(forward, FunctionType) and forward.__closure__:
-            raise JointoptError(
-                f"{place}forward is a function that holds what it runs, as torch.compile(model.forward) makes one, and "
-                "which no sub-network could have for its own; allowed: a method, or model.compile()"
-            )
         if names := keeping(module, changed):
             warnings.warn(
-                f"{place}{names[0]} keeps a parameter of a layer; where the forward pass reads it there, sub-networks "
-                "compute with it neither cut nor quantized",
+                f"{family.name}: {_joined(path, names[0])} keeps a parameter of a layer; where the forward pass reads "
+                "it there, sub-networks compute with it neither cut nor quantized",
                 UserWarning,
                 stacklevel=4,
             )
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _check_part(family: Family, model: nn.Module, width: Width, part: Part, side: str) -> None:

@@ -12,8 +12,6 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,8 @@ from jointopt.outputs import IGNORED, logits_of
 from jointopt.supernet import Supernet
 from jointopt.training.elastic import elastic_loss
 from jointopt.training.lora import attach, merge
-from jointopt.training.recipe import NONE_COUNTED, Recipe, checked, task_loss
+from jointopt.training.recipe import NONE_COUNTED, Recipe, checked
+from jointopt.training.trainer_arguments import check_args, check_optimizer, smoothed, supernet_of
 from quant.errors import JointoptError, check_count, check_kind, in_one_line
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
@@ -95,17 +94,17 @@ class ElasticTrainer(Trainer):
     ):
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         check_kind("args", args, TrainingArguments, "TrainingArguments, or None")
-        _check_args(args, options)
-        self.supernet = _supernet(model, space, supernet, family)
+        check_args(args, options)
+        self.supernet = supernet_of(model, space, supernet, family)
         recipe = (checked(recipe) or Recipe(seed=args.seed)).suited(self.supernet.model)
-        self.recipe = _smoothed(recipe, args.label_smoothing_factor)
+        self.recipe = smoothed(recipe, args.label_smoothing_factor)
         self.sort_every = sort_every
         self._counted: bool | None = None
         self._use_cache = getattr(getattr(self.supernet.model, "config", None), "use_cache", None)
         super().__init__(
             model=self.supernet.model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options
         )
-        _check_optimizer(self.optimizer, self.supernet)
+        check_optimizer(self.optimizer, self.supernet)
         self.label_names: list[str] = self.label_names or ["labels"]
         check_count("sort_every", sort_every)
         if train_dataset is not None:
@@ -453,66 +452,3 @@ def _written(folder: Path) -> Iterator[None]:
         raise JointoptError(
             f"train: {str(folder)!r} cannot be written: torch.save fails, as it does on a full disk"
         ) from error
-
-
-def _smoothed(recipe: Recipe, smoothing: float) -> Recipe:
-    """The recipe with the labels of its loss smoothed."""
-    if not smoothing:
-        return recipe
-    if recipe.loss is not task_loss:
-        raise JointoptError(
-            f"args: label_smoothing_factor {smoothing} beside a loss that is not of one class; allowed: 0 (a recipe's "
-            "own loss may smooth)"
-        )
-    return replace(recipe, loss=partial(task_loss, smoothing=smoothing))
-
-
-def _check_args(args: TrainingArguments, options: Mapping[str, Any]) -> None:
-    """Raises JointoptError for what the Trainer does elsewhere and would do wrong, or not at all, here."""
-    if args.fp16:
-        raise JointoptError("args: fp16, in which gradients of small sub-networks vanish; allowed: bf16, or neither")
-    if args.bf16_full_eval or args.fp16_full_eval:
-        raise JointoptError(
-            "args: bf16_full_eval or fp16_full_eval, which leave the super-network in 16 bits; allowed: bf16, with "
-            "which evaluation computes so too"
-        )
-    if args.fsdp or args.deepspeed:
-        raise JointoptError("args: fsdp or deepspeed, which keep parts of the weights; allowed: data parallelism")
-    if args.torch_compile:
-        raise JointoptError("args: torch_compile, which compiles blocks anew for each width; allowed: False")
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise JointoptError("args: gradient_checkpointing_kwargs use_reentrant True; allowed: False")
-    if options.get("model_init") is not None:
-        raise JointoptError("model_init: found one; allowed: model=, or supernet=, of which the trainer is made")
-    if options.get("compute_loss_func") is not None:
-        raise JointoptError("compute_loss_func: is not called here; allowed: recipe=Recipe(loss=...)")
-
-
-def _supernet(
-    model: nn.Module | None, space: SearchSpace | None, supernet: Supernet | None, family: Declare | None
-) -> Supernet:
-    if supernet is not None:
-        if not isinstance(supernet, Supernet):
-            raise JointoptError(
-                f"supernet: found a {type(supernet).__name__}; allowed: a Supernet, or model= and space="
-            )
-        if model is not None or space is not None:
-            raise JointoptError("supernet: given beside a model or a space; allowed: it alone, or these")
-        return supernet
-    if isinstance(model, Supernet):
-        raise JointoptError("model: found a super-network; allowed: supernet=, or the model that it was made of")
-    if not isinstance(model, nn.Module):
-        raise JointoptError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
-    return Supernet(model, space or SearchSpace.for_model(model, family=family), family=family)
-
-
-def _check_optimizer(optimizer: Any, supernet: Supernet) -> None:
-    """Raises JointoptError for an optimizer of the model that was copied, which would train nothing."""
-    if optimizer is None:
-        return
-    own = {id(each) for each in supernet.model.parameters()}
-    if any(id(each) not in own for group in optimizer.param_groups for each in group["params"]):
-        raise JointoptError(
-            "optimizers: found one of other parameters than the super-network's, whose model is a copy; allowed: one "
-            "of supernet.model.parameters(), with supernet= in place of model, or optimizer_cls_and_kwargs"
-        )
