@@ -16,7 +16,6 @@ from functools import cached_property
 import numpy as np
 from scipy.linalg import cho_solve, cholesky
 from scipy.optimize import minimize
-from threadpoolctl import threadpool_limits
 
 from jointopt.objectives import Objective
 from search_spaces.space import Gene, SearchSpace
@@ -303,8 +302,7 @@ class Predictor:
         grams = np.stack([features @ features.T for features in self._features.values()])
         late = slice(-LATEST, None)
         tried = scales(costs)[: None if transforms else 1]
-        with threadpool_limits(1, "blas"):  # a second one has more to wait than to compute, more so on a busy machine
-            fits = [self._fit(scale, costs[late], grams[:, late, late]) for scale in tried]
+        fits = [self._fit(scale, costs[late], grams[:, late, late]) for scale in tried]
         _, self.scale, variances, self._mean, self._spread = min(fits, key=lambda fit: fit[0] + fit[1].doubt)
         self._standard = (self.scale.forward(costs) - self._mean) / self._spread
         self.weights = dict(zip(groups, variances[:-1].tolist(), strict=True))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from jointopt.objectives import Constraint, Objective, non_dominated
 from jointopt.predictors import LIMIT, Choices, Predictor, robust
@@ -104,6 +105,10 @@ class GuidedSearch(Strategy):
                 )
             found[names[name]] = self.choices.prior(np.concatenate(arrays))
         self.priors: dict[int, np.ndarray] = found
+
+    def ask(self, n: int) -> np.ndarray:
+        with threadpool_limits(1, "blas"):  # a second one has more to wait than to compute, more so on a busy machine
+            return super().ask(n)
 
     def _propose(self, n: int) -> Iterable[np.ndarray]:
         known = np.isfinite(self.values).all(axis=1)
