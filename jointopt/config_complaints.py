@@ -50,7 +50,13 @@ def _complaint(error: Any, schema: type[BaseModel], at: tuple) -> str:
         return f"found {error['ctx']['error']}"
     if kind == "too_short":
         return "found an empty list; allowed: one or more"
-    return f"found {found}; allowed: " + (_bound(error) or _expected(schema, at))
+    quotes = " (in quotes, where it looks like a number or a truth value)" if _unquoted(error) else ""
+    return f"found {found}; allowed: " + (_bound(error) or _expected(schema, at)) + quotes
+
+
+def _unquoted(error: Any) -> bool:
+    """Whether YAML took for a number, or for true or false, what was to be a text: 2024, no."""
+    return error["type"] == "string_type" and isinstance(error["input"], int | float)
 
 
 def _bound(error: Any) -> str | None:

@@ -167,6 +167,10 @@ def test_a_mistake_is_named_with_what_is_allowed(tmp_path, line, said):
         ("model: m\ntask: causal-lm\ndata: {evaluate: a}\noutput: o", "neither data.calibrate nor data.train"),
         ("model: m\ntask: causal-lm\ndata: {evaluate: 3}\noutput: o", "data.evaluate: found 3; allowed: a path"),
         ("model: m\ntask: causal-lm\ndata: {evaluate: ''}\noutput: o", "data.evaluate: found ''; allowed: a path"),
+        (
+            "model: m\ntask: causal-lm\ndata: {calibrate: a, evaluate: b}\noutput: 010",
+            "output: found 10; allowed: a folder (in quotes, where it looks like a number or a truth value)",
+        ),
         ("- a\n- b", "found a list; allowed: keys, model"),
         ("", "found nothing; allowed: keys, model"),
     ],

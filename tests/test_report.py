@@ -279,6 +279,11 @@ def test_the_terminal_tells_how_many_evaluations_failed_and_why_most_of_them():
     assert "failed" not in printed(front_table(make_study(failures=0)))
 
 
+def test_a_point_that_is_not_on_the_front_is_not_said_to_be_marked_there():
+    study = Study.create(None, SPACE, OBJECTIVES, {})
+    assert "chosen" not in printed(front_table(study, SPACE.largest))
+
+
 def test_a_long_front_is_thinned_out_but_keeps_the_chosen_point():
     space = SearchSpace([Gene("x", tuple(range(100)))])
     study = Study.create(None, space, OBJECTIVES, {})
