@@ -26,10 +26,10 @@ from quant.errors import JointoptError, check_count
 if TYPE_CHECKING:
     import numpy as np
 
-    from jointopt.config import Config
+    from jointopt.config.config import Config
     from jointopt.report.devices import OnDevice
-    from jointopt.study import Study
-    from jointopt.supernet import Supernet
+    from jointopt.study.study import Study
+    from jointopt.supernet.supernet import Supernet
 
 PICKS = "knee, size_mb=20, drop=0.01, or the number of an evaluation"
 
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from jointopt.config import load_config
+    from jointopt.config.config import load_config
     from jointopt.workflow import run
 
     given = {
@@ -176,7 +176,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from jointopt.starter import starter_config
+    from jointopt.config.starter import starter_config
 
     text = starter_config(options.model)
     if options.out == "-":
@@ -197,7 +197,7 @@ def _init(options: argparse.Namespace) -> int:
 def _space(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from jointopt.config import load_config
+    from jointopt.config.config import load_config
     from jointopt.prepared import stay_offline
 
     config = load_config(options.config)
@@ -221,7 +221,7 @@ def _report(options: argparse.Namespace) -> int:
     from jointopt.report.page import write_report
     from jointopt.report.terminal import device_table, finished_table, front_table
     from jointopt.run_folder import REPORT, STUDY
-    from jointopt.study import Study
+    from jointopt.study.study import Study
 
     check_path(options.study, "report")
     given = Path(options.study)
@@ -249,7 +249,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list[OnDevice]:
     """The study's sub-networks on each device that was asked for; no quality is measured again."""
-    from jointopt.config import load_config
+    from jointopt.config.config import load_config
     from jointopt.cost.device import load_device
     from jointopt.cost.roofline import Roofline
     from jointopt.prepared import stay_offline
@@ -282,7 +282,7 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
 def _without_weights(config: Config) -> Supernet:
     """The config's super-network on the meta device: for its space and its costs."""
     from jointopt.models import empty_model, find_source, model_task
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
     from jointopt.timing.hardware import latency_of
 
     source = find_source(config.model)
@@ -292,10 +292,10 @@ def _without_weights(config: Config) -> Supernet:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from jointopt.config import load_config
+    from jointopt.config.config import load_config
     from jointopt.prepared import prepare, stay_offline
     from jointopt.run_folder import CONFIG, EXPORT, STUDY
-    from jointopt.study import Study
+    from jointopt.study.study import Study
     from jointopt.workflow import export_genome, finished_genome, finishing_of, make_supernet, note_choice
 
     pick = parse_pick(options.pick)
@@ -375,7 +375,7 @@ def picked(study: Study, pick: dict[str, Any], rounding: str | None) -> np.ndarr
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from jointopt.config import load_config
+    from jointopt.config.config import load_config
     from jointopt.prepared import prepare, stay_offline
     from jointopt.run_folder import CONFIG, EXPORT, STUDY
     from jointopt.workflow import verify_export

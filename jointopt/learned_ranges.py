@@ -18,7 +18,7 @@ from quant.formats import Scheme
 from quant.learned_ranges import ends, factors, has_learnable_inputs, input_range, is_learnable, widened
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 NAME = "learned_ranges"
 """Under which they are a parameter of the model while they are trained, and stand in files."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from jointopt.config import Config
+from jointopt.config.config import Config
 from jointopt.digests import digest_of
 from jointopt.rows import is_hub_id
 from jointopt.timing.hardware import latency_of
@@ -20,7 +20,7 @@ from search_spaces.families import declare
 
 if TYPE_CHECKING:
     from jointopt.batches import Batch
-    from jointopt.evaluation import Quality
+    from jointopt.evaluation.evaluation import Quality
     from jointopt.models import LoadedModel
     from jointopt.tasks.problems import Problem
     from jointopt.tasks.task import Samples

@@ -12,9 +12,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from jointopt.config import Config, load_config
-from jointopt.differences import differing
+from jointopt.config.config import Config, load_config
 from jointopt.files import check_path, locked, write_whole
+from jointopt.study.differences import differing
 from jointopt.timing.hardware import LATENCY
 from quant.errors import JointoptError
 
@@ -47,7 +47,7 @@ def check_output(config: Config) -> None:
 
 def has_asked(path: Path) -> bool:
     """Whether a study has asked for a genome; of one that cannot be opened, whose error is the search's to say, so."""
-    from jointopt.study import Study
+    from jointopt.study.study import Study
 
     if not path.is_file():
         return False

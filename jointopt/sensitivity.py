@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jointopt.batches import first_samples, on_device, sample_count
-from jointopt.genes import precision_genes
-from jointopt.importance import hidden_input
 from jointopt.objectives import COSTS, DIRECTIONS, Objective
 from jointopt.outputs import MULTI_LABEL, REGRESSION, logits_of, problem_of
 from jointopt.rebuilding.held_cache import cache_name
-from jointopt.subnetwork import Plan
+from jointopt.supernet.genes import precision_genes
+from jointopt.supernet.importance import hidden_input
+from jointopt.supernet.subnetwork import Plan
 from quant.errors import JointoptError
 from search_spaces.clones import structural_clone
 from search_spaces.family import Branch, branch_keep
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 SAMPLES = 64
 """As many samples are looked at, where there are so many."""

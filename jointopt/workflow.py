@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jointopt.config import Config
+from jointopt.config.config import Config
 from jointopt.digests import digest_of
 from jointopt.files import reading, write_whole
 from jointopt.names import NEAREST
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jointopt.checkpoint.verification import Verification
-    from jointopt.finishing import Finished, Finishing
-    from jointopt.study import Study
-    from jointopt.supernet import Supernet
+    from jointopt.finishing.finishing import Finished, Finishing
+    from jointopt.study.study import Study
+    from jointopt.supernet.supernet import Supernet
     from jointopt.training.loop import Batches
 
 
@@ -36,7 +36,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     Args:
         console: where progress is shown; None trains nothing, and what was not trained is refused.
     """
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
     model = prepared.loaded.model
     space = config.search_space(model)
@@ -89,7 +89,7 @@ def _trained_before(config: Config, wanted: Mapping[str, Any]) -> bool:
 
 def _recorded(config: Config, name: str) -> Any:
     """A fact of the run's study; None where there is none yet."""
-    from jointopt.study import Study
+    from jointopt.study.study import Study
 
     try:
         study = Study.open(Path(config.output) / STUDY)
@@ -120,8 +120,8 @@ def _trained_from(prepared: Prepared) -> dict[str, str]:
 
 def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> None:
     """What the search would refuse, before training and timing. One that goes on scores the original again anyway."""
+    from jointopt.loop.wishes import check_wishes
     from jointopt.objectives import ON_HARDWARE
-    from jointopt.wishes import check_wishes
 
     check_timed(config, supernet)
     timed_later = ON_HARDWARE if supernet.latency is None else ()
@@ -193,7 +193,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     Raises:
         JointoptError: anything that does not fit, said before the search where it can be known before.
     """
-    from jointopt.loop import check_ray
+    from jointopt.loop.loop import check_ray
 
     check_output(config)
     check_ray("search.ray", config.search.ray)
@@ -206,12 +206,12 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
 
 
 def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) -> Verification:
-    from jointopt.finishing import finish_top
-    from jointopt.loop import search
+    from jointopt.finishing.finishing import finish_top
+    from jointopt.loop.loop import search
     from jointopt.report.page import write_report
     from jointopt.report.quantities import counted
     from jointopt.report.terminal import finished_table, front_table
-    from jointopt.rescoring import forget, rescore_finished, rescore_front
+    from jointopt.study.rescoring import forget, rescore_finished, rescore_front
 
     output = Path(config.output)
     supernet = make_supernet(config, prepared, console)
@@ -293,7 +293,7 @@ def finished_genome(
     config: Config, supernet: Supernet, study: Study, genome: np.ndarray, prepared: Prepared
 ) -> Finished | None:
     """What the config's finishing makes of a genome; None where it has none, or it is no better."""
-    from jointopt.finishing import better_finished, finish_recorded
+    from jointopt.finishing.finishing import better_finished, finish_recorded
 
     if config.finish is None:
         return None
@@ -304,7 +304,7 @@ def finished_genome(
 
 def finishing_of(config: Config, prepared: Prepared) -> Finishing:
     """What the config's `finish:` says, which is there; of other training data under the same name it is another."""
-    from jointopt.finishing import Finishing
+    from jointopt.finishing.finishing import Finishing
 
     assert config.finish is not None
     wanted = config.finish

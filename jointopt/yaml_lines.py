@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from jointopt.config_complaints import dotted
 from quant.errors import JointoptError
 
 
@@ -88,3 +87,7 @@ def lines_of(node: yaml.Node, where: str, at: tuple = ()) -> dict[tuple, int]:
         for index, value in enumerate(node.value):
             found |= lines_of(value, where, (*at, index))
     return found
+
+
+def dotted(at: tuple) -> str:
+    return ".".join(map(str, at))

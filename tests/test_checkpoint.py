@@ -25,7 +25,7 @@ import jointopt
 from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
 from jointopt.checkpoint.reload import load_model
 from jointopt.checkpoint.writer import LOCK, REPLACED, stored_bytes
-from jointopt.config import Config
+from jointopt.config.config import Config
 from jointopt.files import locked
 from jointopt.outputs import logits_of
 from jointopt.rebuilding.block_sizes import is_uniform, settle_sizes, sizes_of_blocks

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from jointopt import Gene, Objective, SearchSpace, Study
 from jointopt.cli import main
-from jointopt.config import load_config
+from jointopt.config.config import load_config
 from jointopt.files import locked
 from jointopt.prepared import prepare
 from jointopt.run_folder import CHECKPOINT, LOCK, STUDY, taken

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from jointopt import JointoptError, strategies
 from jointopt.checkpoint import card
 from jointopt.checkpoint.writers import WRITERS
-from jointopt.config import Config, load_config
-from jointopt.config_sections import Finish, Search, Space, Train
+from jointopt.config.config import Config, load_config
+from jointopt.config.sections import Finish, Search, Space, Train
+from jointopt.finishing.rounding import ROUNDINGS
 from jointopt.models import DTYPES
-from jointopt.rounding import ROUNDINGS
 from jointopt.targets import TARGETS
 from jointopt.tasks import TASKS
 from jointopt.training import sampling

@@ -21,11 +21,11 @@ from transformers import BertConfig, BertModel, LlamaForSequenceClassification
 
 from jointopt import JointoptError
 from jointopt.cli import main
-from jointopt.config import Config
-from jointopt.config_sections import Data, Source
+from jointopt.config.config import Config
+from jointopt.config.sections import Data, Source
+from jointopt.config.starter import starter_config
 from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
 from jointopt.rows import DataSource, looks_like_hub_id, read_columns, some
-from jointopt.starter import starter_config
 from jointopt.tasks import TASKS
 from jointopt.tasks.labels import class_indices, label_indices
 from tests.saved import (

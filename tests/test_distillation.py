@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from jointopt.outputs import MULTI_LABEL, REGRESSION
-from jointopt.subnetwork import Plan
+from jointopt.supernet.subnetwork import Plan
 from jointopt.training.distillation import Distillation, seen, soft_labels
 from search_spaces.family import Block, Branch, Family, Part, SkipBranch, Width
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from jointopt import JointoptError, SearchSpace, Supernet, search
-from jointopt.batch_norm import SAMPLES
-from jointopt.evaluation import evaluate
+from jointopt.evaluation.evaluation import evaluate
+from jointopt.supernet.batch_norm import SAMPLES
 from quant.calibration import METHODS, choose_clip
 from quant.formats import ELEMENTS, SCHEMES, Element, Format, Scheme, own_definition
 from quant.reference import quantize

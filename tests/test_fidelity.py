@@ -14,12 +14,12 @@ from rich.console import Console
 from torch import nn
 
 from jointopt import JointoptError, SearchSpace, Study, Supernet, finish, rescore_finished, rescore_front, search
-from jointopt.config import load_config
-from jointopt.evaluation import Metrics, evaluate, measured
+from jointopt.config.config import load_config
+from jointopt.evaluation.evaluation import Metrics, evaluate, measured
+from jointopt.evaluation.sharing import SharedEvaluator
 from jointopt.report.page import write_report
 from jointopt.report.terminal import finished_table, front_table
-from jointopt.rescoring import rescored, rescored_finished
-from jointopt.sharing import SharedEvaluator
+from jointopt.study.rescoring import rescored, rescored_finished
 from jointopt.tasks.problems import NEXT_TOKEN, ONE_CLASS, quality_function
 from tests.zoo import batches, make
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import jointopt
 from jointopt import JointoptError, Objective, SearchSpace, Supernet
-from jointopt.finishing import Finishing, finish_top
-from jointopt.lockstep import in_step, starting
+from jointopt.finishing.finishing import Finishing, finish_top
+from jointopt.finishing.lockstep import in_step, starting
 from tests.zoo import MODELS, RELATIVES, batches, logits, make, supernet_of
 
 SCHEMES = ["W4A16", "NVFP4A16", "MXFP4A16", "W4A16_ASYM", "FP4A16", "W8A16_CHANNEL", "FP8A16"]

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTForImageClassificatio
 import jointopt
 from jointopt import Family, Gene, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
 from jointopt.cli import _on_devices
-from jointopt.config import load_config
+from jointopt.config.config import load_config
 from jointopt.cost.device import device_names
 from jointopt.cost.expected import expected_cost
 from jointopt.cost.operators import Answer, Operator

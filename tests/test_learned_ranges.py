@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.learned_ranges import NAME
-from jointopt.subnetwork import renaming
+from jointopt.supernet.subnetwork import renaming
 from jointopt.training import loop
 from jointopt.training.distillation import soft_labels
 from quant.calibration import choose_clip

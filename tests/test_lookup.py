@@ -12,7 +12,7 @@ import torch
 
 import jointopt
 from jointopt import JointoptError, Lookup, SearchSpace, Supernet
-from jointopt.config import load_config
+from jointopt.config.config import load_config
 from jointopt.cost.operators import Answer, Operator
 from jointopt.timing.backend import Backend, host
 from jointopt.timing.hardware import check_timed

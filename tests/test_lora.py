@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe
 from jointopt.adapters import adapted
-from jointopt.config import load_config
+from jointopt.config.config import load_config
 from jointopt.training import loop
 from jointopt.training.configured import lora_of
 from jointopt.training.lora import attach, merge

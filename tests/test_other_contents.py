@@ -12,11 +12,11 @@ from PIL import Image
 
 from jointopt import Study
 from jointopt.cli import main
-from jointopt.config import Config
-from jointopt.config_sections import Data, Source, Train
+from jointopt.config.config import Config
+from jointopt.config.sections import Data, Source, Train
 from jointopt.prepared import PROCESSED, prepare
-from jointopt.rescoring import rescored
 from jointopt.rows import DataSource, read_columns
+from jointopt.study.rescoring import rescored
 from jointopt.training import loop
 from tests.saved import LABELS, save_bert, save_vit, write_images, write_reviews
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from jointopt import JointoptError, Study
 from jointopt.cli import main
+from jointopt.config.starter import starter_config
 from jointopt.models import load_model
 from jointopt.outputs import MULTI_LABEL, REGRESSION, problem_of
 from jointopt.rows import DataSource, read_columns
 from jointopt.sensitivity import estimated_losses
-from jointopt.starter import starter_config
 from jointopt.tasks import TASKS
 from jointopt.tasks.labels import multi_labels, value_labels
 from jointopt.tasks.problems import CLASSIFICATION, NEXT_TOKEN, SEVERAL_CLASSES, VALUES, Problem

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import jointopt
-from jointopt import Gene, JointoptError, SearchSpace, Supernet, config, config_sections
+from jointopt import Gene, JointoptError, SearchSpace, Supernet, load_config
 from jointopt.checkpoint import verification
+from jointopt.config import sections
 from jointopt.rebuilding.structure import by_bitsandbytes
 from quant import SCHEMES, fake_quantize_activation, quantize
 from quant.layers import llm_int8_linear
@@ -218,10 +219,10 @@ def test_without_bitsandbytes_verifying_and_configs_say_what_to_install(tmp_path
     supernet = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=["none", "BNB_NF4"], preset="fixed"))
     folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
     monkeypatch.setattr(verification, "find_spec", lambda name: None)
-    monkeypatch.setattr(config_sections, "find_spec", lambda name: None)
+    monkeypatch.setattr(sections, "find_spec", lambda name: None)
     with pytest.raises(JointoptError, match=r"holds BNB_NF4, .* not installed; pip install 'jointopt\[bitsandbytes\]'"):
         jointopt.verify(folder)
     text = "model: m\ntask: causal-lm\ndata: {calibrate: a, evaluate: b}\noutput: x\nspace: {schemes: [BNB_NF4]}\n"
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(JointoptError, match=r"space.schemes: found BNB_NF4, .*jointopt\[bitsandbytes\]"):
-        config.load_config(tmp_path / "config.yaml")
+        load_config(tmp_path / "config.yaml")

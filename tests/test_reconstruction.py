@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from jointopt.lockstep import Arrived, Call
-from jointopt.reconstruction import reconstruct
-from jointopt.subnetwork import quantize_layer
-from jointopt.weight_bank import BankedWeight
+from jointopt.finishing.lockstep import Arrived, Call
+from jointopt.finishing.reconstruction import reconstruct
+from jointopt.supernet.subnetwork import quantize_layer
+from jointopt.supernet.weight_bank import BankedWeight
 from quant import quantize, scheme
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from jointopt import SearchSpace, Supernet
-from jointopt.repair import Repairs, repaired
+from jointopt.supernet.repair import Repairs, repaired
 from quant.rounding.moments import InputMoments
 from tests.test_quant_gptq import moments_of
 from tests.test_three_are_one import three_are_one

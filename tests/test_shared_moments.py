@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jointopt.lockstep import Arrived, Call
-from jointopt.shared_moments import SharedMoments
+from jointopt.finishing.lockstep import Arrived, Call
+from jointopt.finishing.shared_moments import SharedMoments
 from quant import scheme
 from quant.rounding.compensated import gptq
 from quant.rounding.moments import Halves, InputMoments, joined

@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jointopt import Supernet
-from jointopt.evaluation import evaluate
-from jointopt.sharing import HiddenStates, SharedEvaluator, block_signatures, can_share, evaluation_order, parts_of
+from jointopt.evaluation.evaluation import evaluate
+from jointopt.evaluation.sharing import (
+    HiddenStates,
+    SharedEvaluator,
+    block_signatures,
+    can_share,
+    evaluation_order,
+    parts_of,
+)
 from search_spaces.clones import structural_clone
 from tests import zoo
 from tests.zoo import batches, logits

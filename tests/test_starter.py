@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jointopt import SearchSpace, load_config
+from jointopt.config.starter import starter_config
 from jointopt.models import empty_model, find_source
-from jointopt.starter import starter_config
 from tests.saved import save_timm
 from tests.zoo import make
 

@@ -12,8 +12,8 @@ import torch
 
 import jointopt
 from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet
-from jointopt.loop import _Run
-from jointopt.stopping import Budget, Watch, expected_gain, heeding_ctrl_c
+from jointopt.loop.loop import _Run
+from jointopt.loop.stopping import Budget, Watch, expected_gain, heeding_ctrl_c
 from tests.zoo import batches, logits, make
 
 DATA = batches("vit", seed=5)[0]
@@ -203,7 +203,7 @@ def test_numbers_follow_the_order_of_asking_whatever_ends_first(supernet):
 
         def collect(self, seconds):
             number, genome = self.held.pop()
-            return [(number, jointopt.evaluation.evaluate(supernet, genome, agreement))]
+            return [(number, jointopt.evaluation.evaluation.evaluate(supernet, genome, agreement))]
 
     objectives = [Objective("quality", "max"), Objective("size", "min")]
 
@@ -215,7 +215,7 @@ def test_numbers_follow_the_order_of_asking_whatever_ends_first(supernet):
         assert reason == "evaluations: 23 done"
         return study.evaluations().drop(columns="seconds").fillna("none").to_dict("records")
 
-    from jointopt.workers import Serial
+    from jointopt.evaluation.workers import Serial
 
     assert searched(Backwards()) == searched(Serial(supernet, agreement, 1))
 

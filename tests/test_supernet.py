@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
 from jointopt.batches import lengths, of_average_length
-from jointopt.subnetwork import Plan, renaming, staying_layers
+from jointopt.supernet.subnetwork import Plan, renaming, staying_layers
 from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make, supernet_of
 
 ALL = [*MODELS, *RELATIVES]

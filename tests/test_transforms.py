@@ -10,8 +10,8 @@ from torch import nn
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
-from jointopt.config import load_config
-from jointopt.transforms import TRANSFORMS, rotate_heads, rotate_stream, scale_link
+from jointopt.config.config import load_config
+from jointopt.supernet.transforms import TRANSFORMS, rotate_heads, rotate_stream, scale_link
 from quant.formats import SCHEMES
 from quant.reference import fake_quantize
 from quant.rotations import hadamard, mean_keeping_rotation, rotation

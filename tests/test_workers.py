@@ -16,7 +16,7 @@ import torch
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Study, Supernet
-from jointopt.workers import Processes, read_payload, write_payload
+from jointopt.evaluation.workers import Processes, read_payload, write_payload
 from tests.readme import code
 from tests.zoo import batches, logits, make
 

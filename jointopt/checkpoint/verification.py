@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from jointopt.checkpoint.writer import RECORD, UNCHANGED, probe_inputs, probed, stored_bytes
 from jointopt.checkpoint.writers import WRITERS
-from jointopt.evaluation import Quality, measured
+from jointopt.evaluation.evaluation import Quality, measured
 from jointopt.files import DAMAGED, check_path, reading
 from jointopt.targets import TARGETS
 from quant.errors import JointoptError, check_kind, first_line

@@ -24,17 +24,17 @@ from jointopt.batches import on_device, sample_count
 from jointopt.checkpoint import card, gguf_writer
 from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes
 from jointopt.checkpoint.writers import WRITERS
-from jointopt.evaluation import check_supernet
+from jointopt.evaluation.evaluation import check_supernet
 from jointopt.files import check_path, locked, reading
-from jointopt.finishing import Finished
+from jointopt.finishing.finishing import Finished
 from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
 from jointopt.rebuilding.timm_recipe import by_library
-from jointopt.study import Study
+from jointopt.study.study import Study
 from jointopt.tokenizer_settings import settings_of_its_files
 from quant.errors import DOES_NOT_RUN, JointoptError, check_kind, in_one_line
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 RECORD = "jointopt.json"
 LOCK, REPLACED = "jointopt.lock", "replaced"

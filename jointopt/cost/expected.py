@@ -14,7 +14,7 @@ from search_spaces.family import branch_keep, within
 
 if TYPE_CHECKING:
     from jointopt.cost.shapes import ShapeCosts
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 
 def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: str) -> Tensor:

@@ -18,7 +18,7 @@ from jointopt.cost.operators import Answer, Operator, times_to_fit
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 
 @dataclass(frozen=True)

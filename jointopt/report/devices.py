@@ -11,16 +11,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from jointopt.choice import best_of, front_of, within
 from jointopt.objectives import ON_HARDWARE, Objective
 from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, style
 from jointopt.report.quantities import label, scale, time_source, written
-from jointopt.study import Study
+from jointopt.study.choice import best_of, front_of, within
+from jointopt.study.study import Study
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
     from jointopt.cost.operators import LatencyModel
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 
 @dataclass(frozen=True)

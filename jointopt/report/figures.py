@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 
 from jointopt.objectives import Objective, is_column
 from jointopt.report.quantities import label, scale, written
-from jointopt.study import Study
+from jointopt.study.study import Study
 from search_spaces.family import is_depth
 from search_spaces.precision import is_precision
 from search_spaces.space import SearchSpace

@@ -18,8 +18,8 @@ from jointopt.report.figures import Layers, front_figure, hypervolume_figure, la
 from jointopt.report.quantities import axes, counted, label, on_unseen, scale, time_source, written
 from jointopt.report.spent import spent_figure
 from jointopt.report.template import PAGE, SCRIPT, STYLE
-from jointopt.rescoring import rescored, rescored_finished
-from jointopt.study import Study
+from jointopt.study.rescoring import rescored, rescored_finished
+from jointopt.study.study import Study
 from quant.errors import JointoptError
 
 

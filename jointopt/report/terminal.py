@@ -12,8 +12,8 @@ from rich.text import Text
 from jointopt.objectives import COSTS
 from jointopt.report.devices import OnDevice
 from jointopt.report.quantities import label, on_unseen, scale
-from jointopt.rescoring import rescored, rescored_finished
-from jointopt.study import Study
+from jointopt.study.rescoring import rescored, rescored_finished
+from jointopt.study.study import Study
 from search_spaces.space import SearchSpace
 
 ROWS = 30

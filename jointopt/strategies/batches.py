@@ -1,8 +1,8 @@
 """Picks genomes for a batch: for the hypervolume they add together, in proportion to the time each of them takes.
 
 A genome that agrees on the first parts of the model with one that was picked takes the time of the rest alone
-(`jointopt.sharing`): what gains a little less and takes far less time goes before, as by expected improvement per
-second (Snoek, Larochelle, Adams 2012).
+(`jointopt.evaluation.sharing`): what gains a little less and takes far less time goes before, as by expected
+improvement per second (Snoek, Larochelle, Adams 2012).
 """
 
 from __future__ import annotations

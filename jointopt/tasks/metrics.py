@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from jointopt.evaluation import Metrics
+from jointopt.evaluation.evaluation import Metrics
 
 
 def class_scores(logits: Tensor, classes: Tensor, reference: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batches import Batch
-from jointopt.evaluation import Metrics, Quality
+from jointopt.evaluation.evaluation import Metrics, Quality
 from jointopt.outputs import IGNORED, MULTI_LABEL, REGRESSION, logits_of, row_groups
 from jointopt.tasks.labels import LabelReader, class_labels, multi_labels, value_labels
 from jointopt.tasks.metrics import (

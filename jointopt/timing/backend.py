@@ -20,7 +20,7 @@ from quant.errors import JointoptError, check_count
 from quant.formats import Scheme
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 ONNXRUNTIME, TORCH = "onnxruntime", "torch"
 

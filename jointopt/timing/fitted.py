@@ -25,7 +25,7 @@ from jointopt.timing.lookup import operators_of, times_of
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 FEWEST = 8
 """Operators without which rates, bandwidths and overhead cannot be told apart."""

@@ -13,10 +13,10 @@ from quant.errors import JointoptError
 
 if TYPE_CHECKING:
     from jointopt.batches import Batch
-    from jointopt.config import Config
+    from jointopt.config.config import Config
     from jointopt.cost.roofline import Roofline
-    from jointopt.study import Study
-    from jointopt.supernet import Supernet
+    from jointopt.study.study import Study
+    from jointopt.supernet.supernet import Supernet
 
 THIS = "this"
 """Hardware: this machine, by the times of its operators in what the target runs in."""

@@ -18,7 +18,7 @@ from jointopt.timing.timers import time_exports
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 FITTED = ("seconds", "factors", "error")
 FITTED_BY = 4

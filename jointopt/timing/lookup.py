@@ -27,7 +27,7 @@ from jointopt.timing.backend import ONNXRUNTIME, TORCH, Backend, host
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 TOGETHER = 10**9
 """Bytes of weights in float32 of operators that are timed in turns, so that what else the machine does falls on all of

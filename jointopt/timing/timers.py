@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from jointopt.batches import on_device
 from jointopt.cost.operators import Operator
+from jointopt.evaluation.workers import threads_of_torch
 from jointopt.timing.backend import TORCH, Backend
-from jointopt.workers import threads_of_torch
 from quant.kernels import quantize
 from quant.layers import as_quantized
 

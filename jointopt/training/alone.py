@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from jointopt.batches import check_batch, on_device
 from jointopt.outputs import REGRESSION, logits_of, problem_of
-from jointopt.subnetwork import Holder, Plan, detach, quantize_tied, renaming
+from jointopt.supernet.subnetwork import Holder, Plan, detach, quantize_tied, renaming
+from jointopt.supernet.weight_bank import BankedWeight
 from jointopt.training.distillation import soft_labels
 from jointopt.training.loop import Batches, check_batches, endless, schedule
-from jointopt.weight_bank import BankedWeight
 from quant.calibration import choose_clip, static_constants
 from quant.errors import JointoptError
 from quant.formats import Scheme
@@ -31,7 +31,7 @@ from quant.learned_ranges import ends, factors, has_learnable_inputs, input_rang
 from search_spaces.clones import structural_clone
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 PACE = 5
 """How much faster than weights, by share, ranges move, since these trainings have some hundred steps and not LSQ's 90

@@ -13,9 +13,9 @@ from quant.errors import JointoptError
 from search_spaces.family import has_module
 
 if TYPE_CHECKING:
-    from jointopt.config import Config
+    from jointopt.config.config import Config
     from jointopt.models import LoadedModel
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 
 def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe:

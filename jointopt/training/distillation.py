@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from jointopt.batches import Batch
 from jointopt.outputs import MULTI_LABEL, REGRESSION, logits_of, problem_of, row_groups
-from jointopt.subnetwork import Plan, renaming
+from jointopt.supernet.subnetwork import Plan, renaming
 from quant.errors import JointoptError, check_above_0, check_number
 from search_spaces.family import Family, Width, within
 from search_spaces.space import SearchSpace

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.batch_norm import running_statistics
 from jointopt.batches import Batch, check_batch, on_device
-from jointopt.evaluation import check_supernet
+from jointopt.evaluation.evaluation import check_supernet
 from jointopt.learned_ranges import NAME
 from jointopt.outputs import IGNORED, problem_of
-from jointopt.subnetwork import Plan
+from jointopt.supernet.batch_norm import running_statistics
+from jointopt.supernet.subnetwork import Plan
 from jointopt.training.distillation import (
     Distillation,
     Seen,
@@ -41,7 +41,7 @@ from jointopt.training.sampling import step_seed
 from quant.errors import JointoptError, check_count, check_whole
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 
 def elastic_loss(

@@ -23,7 +23,7 @@ from jointopt.adapters import adapted
 from jointopt.batches import Batch
 from jointopt.files import check_path, reading
 from jointopt.learned_ranges import learn, settle
-from jointopt.supernet_state import distinct_tensors, read_tensors
+from jointopt.supernet.state import distinct_tensors, read_tensors
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import gradients_of, processes
 from jointopt.training.lora import attach, merge
@@ -31,7 +31,7 @@ from jointopt.training.recipe import NONE_COUNTED, Recipe, checked
 from quant.errors import JointoptError, check_above_0, check_count, check_kind, check_number, check_whole
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 Batches = Sequence[Batch] | Callable[[int], Iterable[Batch]]
 EVERY = 50

@@ -17,7 +17,7 @@ from quant.errors import JointoptError, did_you_mean, in_one_line
 from search_spaces.clones import structural_clone
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 
 def attach(supernet: Supernet, config: Any) -> list[str]:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batches import Batch
-from jointopt.evaluation import check_supernet
+from jointopt.evaluation.evaluation import check_supernet
 from jointopt.outputs import IGNORED, MULTI_LABEL, REGRESSION, problem_of
 from jointopt.training.distillation import Distillation, are_probabilities
 from jointopt.training.sampling import Sampling, strategy_of
 from quant.errors import JointoptError, check_number, check_whole
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 Loss = Callable[[Tensor, Batch], Tensor]
 NONE_COUNTED = f"train: in all steps no label counted, each was {IGNORED}: nothing was learned from labels"

@@ -27,14 +27,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from jointopt.adapters import NAMES, adapted, with_adapters
-from jointopt.batch_norm import has_batch_norm, reestimate
 from jointopt.batches import Batch
 from jointopt.files import reading, write_whole
-from jointopt.importance import check_sortable
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.outputs import IGNORED, logits_of
-from jointopt.supernet import Supernet
+from jointopt.supernet.batch_norm import has_batch_norm, reestimate
+from jointopt.supernet.importance import check_sortable
+from jointopt.supernet.supernet import Supernet
 from jointopt.training.elastic import elastic_loss
 from jointopt.training.lora import attach, merge
 from jointopt.training.recipe import NONE_COUNTED, Recipe, checked

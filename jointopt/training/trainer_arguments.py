@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from jointopt.supernet import Supernet
+from jointopt.supernet.supernet import Supernet
 from jointopt.training.recipe import Recipe, task_loss
 from quant.errors import JointoptError
 from search_spaces.families import Declare

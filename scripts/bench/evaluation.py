@@ -49,10 +49,10 @@ from transformers import (
 )
 
 from jointopt import SearchSpace, Supernet
-from jointopt.batch_norm import has_batch_norm, reestimate
-from jointopt.evaluation import evaluate, measured
-from jointopt.loop import search
-from jointopt.sharing import SharedEvaluator, block_signatures
+from jointopt.evaluation.evaluation import evaluate, measured
+from jointopt.evaluation.sharing import SharedEvaluator, block_signatures
+from jointopt.loop.loop import search
+from jointopt.supernet.batch_norm import has_batch_norm, reestimate
 from jointopt.tasks.problems import NEXT_TOKEN, ONE_CLASS, quality_function
 from search_spaces.precision import is_precision
 

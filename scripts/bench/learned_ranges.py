@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jointopt import finish
-from jointopt.evaluation import measured
+from jointopt.evaluation.evaluation import measured
 
 SCHEMES = ("W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8")
 LEARNING_RATE = 2e-5

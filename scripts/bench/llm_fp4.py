@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from jointopt.evaluation import measured
+from jointopt.evaluation.evaluation import measured
 from jointopt.rows import DataSource
 from quant.llm_fp4 import E2M1, SEARCHED, LayerFormats, plain, search
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from jointopt.batches import Batch
-from jointopt.evaluation import Quality
+from jointopt.evaluation.evaluation import Quality
 from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import jointopt
 from jointopt import SearchSpace, Supernet
-from jointopt.rounding import ROUNDINGS
+from jointopt.finishing.rounding import ROUNDINGS
 
 CASES = {
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,

@@ -16,7 +16,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 import jointopt
 from jointopt import SearchSpace, Supernet
 from jointopt.batches import Batch
-from jointopt.evaluation import Quality
+from jointopt.evaluation.evaluation import Quality
 from jointopt.rows import DataSource
 from jointopt.training.recipe import task_loss
 

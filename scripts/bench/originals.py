@@ -15,7 +15,7 @@ from loading import Loaded, unlabelled
 from torch import nn
 
 from jointopt.batches import Batch
-from jointopt.evaluation import Quality
+from jointopt.evaluation.evaluation import Quality
 from jointopt.outputs import logits_of
 from jointopt.rows import DataSource
 from jointopt.training.recipe import task_loss

@@ -27,7 +27,7 @@ from networks import Ready, prepare
 
 import jointopt
 from jointopt import Study
-from jointopt.evaluation import evaluate, measured
+from jointopt.evaluation.evaluation import evaluate, measured
 from jointopt.objectives import named
 from search_spaces.space import SearchSpace
 

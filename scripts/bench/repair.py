@@ -18,7 +18,7 @@ from originals import cases, original
 from rich.console import Console
 
 from jointopt import SearchSpace, Supernet
-from jointopt.evaluation import measured
+from jointopt.evaluation.evaluation import measured
 from search_spaces.family import is_depth
 
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from jointopt import Objective, strategies
-from jointopt.evaluation import evaluate
+from jointopt.evaluation.evaluation import evaluate
 from jointopt.objectives import non_dominated
 from jointopt.sensitivity import estimated_losses
 

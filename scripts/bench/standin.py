@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 import jointopt
 from jointopt import SearchSpace, Supernet
-from jointopt.evaluation import measured
+from jointopt.evaluation.evaluation import measured
 from search_spaces.precision import is_precision
 
 SCHEMES = ("W8A8", "W4A16", "NVFP4", "MXFP4", "W4A8", "FP8_DYNAMIC")

@@ -40,7 +40,7 @@ from rich.console import Console
 import jointopt
 from jointopt import Recipe, SearchSpace, Supernet
 from jointopt.batches import Batch
-from jointopt.evaluation import Quality
+from jointopt.evaluation.evaluation import Quality
 from jointopt.objectives import hypervolume
 from jointopt.outputs import logits_of
 from jointopt.timing.timers import in_turns

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from jointopt import SearchSpace, Supernet
 from jointopt.batches import Batch
-from jointopt.evaluation import Quality
-from jointopt.importance import CalibrationPass
+from jointopt.evaluation.evaluation import Quality
 from jointopt.rows import DataSource
+from jointopt.supernet.importance import CalibrationPass
 from quant.formats import SCHEMES, Format
 from quant.reference import fake_quantize_activation
 from search_spaces.precision import is_precision

@@ -26,21 +26,21 @@ from measures import Measures, command_line
 from rich.console import Console
 
 from jointopt import Gene, SearchSpace
-from jointopt.evaluation import Evaluation
-from jointopt.loop import _Run
+from jointopt.evaluation.evaluation import Evaluation
+from jointopt.evaluation.sharing import evaluation_order
+from jointopt.evaluation.workers import Evaluator, Pool, Processes, Serial
+from jointopt.loop.loop import _Run
+from jointopt.loop.stopping import Budget, Watch
 from jointopt.objectives import Objective
-from jointopt.sharing import evaluation_order
-from jointopt.stopping import Budget, Watch
 from jointopt.strategies import create
-from jointopt.study import Study
-from jointopt.workers import Evaluator, Pool, Processes, Serial
+from jointopt.study.study import Study
 
 SPACE = SearchSpace([Gene(f"gene{at}", (0, 1, 2, 3)) for at in range(40)])
 OBJECTIVES = [Objective("loss", "min"), Objective("size", "min", compute=lambda genomes: genomes.sum(1) * 1.0)]
 
 
 class Sleeping:
-    """A place of `jointopt.workers` whose workers are threads that sleep."""
+    """A place of `jointopt.evaluation.workers` whose workers are threads that sleep."""
 
     def __init__(self, mean: float):
         self.mean = mean

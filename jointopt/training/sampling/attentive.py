@@ -18,7 +18,7 @@ from quant.errors import JointoptError, check_number, check_whole
 from search_spaces.space import SearchSpace
 
 if TYPE_CHECKING:
-    from jointopt.supernet import Supernet
+    from jointopt.supernet.supernet import Supernet
 
 TRIES = 64
 """Candidates from which one in the region is looked for; where none is, the nearest to it is taken."""

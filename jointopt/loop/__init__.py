@@ -1,0 +1,1 @@
+"""Ask -> evaluate -> record -> tell: `jointopt.search`."""

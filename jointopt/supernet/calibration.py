@@ -1,0 +1,229 @@
+"""The one pass over the user's samples that a super-network's importance, order, ranges and repairs come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from jointopt.batches import check_batch, first_samples, lengths, none_alone, of_average_length, on_device, sample_count
+from jointopt.cost.positions import measure_positions
+from jointopt.learned_ranges import settle
+from jointopt.supernet.batch_norm import SAMPLES
+from jointopt.supernet.importance import CalibrationPass, check_sortable, sort_width, sort_widths
+from jointopt.supernet.ranges import Ranges
+from jointopt.supernet.repair import Repairs
+from jointopt.supernet.state import stamp
+from jointopt.supernet.subnetwork import Plan
+from jointopt.supernet.transforms import reread, scale_links
+from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
+from search_spaces.clones import structural_clone, without_autocast
+from search_spaces.family import has_module
+
+if TYPE_CHECKING:
+    from jointopt.supernet.supernet import Supernet
+
+LARGEST_MOVE = 0.01
+"""Of the output's norm; sums in another order move it by some 1e-6 in float32."""
+
+
+@torch.inference_mode(False)  # what is kept of it is trained
+def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
+    """`Supernet.calibrate`."""
+    if supernet.device.type == "meta":
+        raise JointoptError("calibrate: the model is on the meta device, without weights; allowed: a loaded model")
+    if not isinstance(batches, Iterable):
+        raise JointoptError(f"calibrate: found a {type(batches).__name__}; allowed: batches, dicts of model inputs")
+    with _own_changes(supernet):
+        settle(supernet)
+        _scale(supernet, batches)
+        _measure(supernet, batches)
+    supernet.calibrated, supernet._stamp = True, stamp(supernet.model)
+
+
+def _measure(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
+    """The pass, and what follows from it. What is refused leaves all as an earlier calibration made it."""
+    ranges = Ranges(supernet.model, supernet.family, supernet.space, supernet._schemes, supernet.activation_calibration)
+    repairs = Repairs(supernet.model, supernet.family, supernet.space if supernet.repair else None)
+    listeners = ranges.listeners() + repairs.listeners()
+    calibration = CalibrationPass(supernet.model, supernet.family, listeners, ranges.keys)
+    kept: list[Mapping[str, Any]] = []
+    tokens: list[int] = []
+    count = calibration.run(_measured(_checked(supernet, batches, kept), tokens))
+    if not count:
+        raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
+    if supernet._has_batch_norm and sum(map(sample_count, kept)) == 1:
+        raise JointoptError("calibrate: found one sample; allowed: two or more, of which BatchNorm's statistics are")
+    positions = measure_positions(supernet.model, of_average_length(kept[0], tokens))
+    before = _answer(structural_clone(supernet.model), kept[0]) if supernet.own_family else None
+    with _sorted(supernet, calibration, ranges, repairs):
+        statistics, repaired = ranges.constants(), repairs.solved()
+        _ran(supernet, "smallest", supernet.plan(supernet.space.smallest), kept[0])
+        if before is not None:
+            _check_whole(supernet, kept[0], before)
+    supernet._positions, supernet._statistics, supernet._repaired = positions, statistics, repaired
+    supernet.samples = none_alone(kept) if supernet._has_batch_norm else kept
+    supernet._forget()
+
+
+@contextmanager
+def _own_changes(supernet: Supernet) -> Iterator[None]:
+    """What is written to the weights within is not taken for training, even where it is refused half-way."""
+    noticed = supernet._stamp == stamp(supernet.model)
+    try:
+        yield
+    finally:
+        if noticed:
+            supernet._stamp = stamp(supernet.model)
+
+
+def _answer(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """The first floating-point tensor of what a model returns in eval mode."""
+    with torch.no_grad():
+        output = without_autocast(model).eval()(**batch)
+    given = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+    return next((each for each in given if isinstance(each, Tensor) and each.is_floating_point()), None)
+
+
+def _check_whole(supernet: Supernet, batch: Mapping[str, Any], before: Tensor) -> None:
+    """Raises JointoptError where the whole sub-network, sorted, does not compute what the model did."""
+    after = _ran(supernet, "whole", Plan(supernet.family.blocks, (), {}, {}), batch)
+    moved = math.inf
+    if after is not None and after.shape == before.shape:
+        moved = float((after - before).norm() / before.norm())
+    if moved > max(LARGEST_MOVE, torch.finfo(before.dtype).eps ** 0.5):
+        raise JointoptError(
+            f"{supernet.family.name}: with its widths sorted by importance the whole model computes something else, "
+            f"{moved:.1%} away; allowed: widths that name all that carries them, the channels of a unit in a row, and "
+            "a configure that changes nothing where all blocks stay"
+        )
+
+
+def _ran(supernet: Supernet, which: str, plan: Plan, batch: Mapping[str, Any]) -> Tensor | None:
+    """The `_answer` of an unquantized sub-network. Raises JointoptError where a declaration does not say all that a
+    width runs through, so that cut layers do not fit into each other, or says that blocks may leave for which the
+    model's forward pass asks."""
+    view = supernet.view_to_train(plan, False)
+    try:
+        with _by_itself(supernet, which):
+            return _answer(view, batch)
+    except JointoptError:
+        raise
+    except DOES_NOT_RUN as error:
+        told = f"{type(error).__name__} {in_one_line(error)}"
+        raise JointoptError(
+            f"{supernet.family.name}: the {which} sub-network does not run: {told}; allowed: a declaration whose "
+            "widths name all that carries them, and whose removable blocks are run by a loop over their list, none by "
+            "its index or name"
+        ) from error
+
+
+@contextmanager
+def _by_itself(supernet: Supernet, which: str) -> Iterator[None]:
+    """Raises JointoptError where a sub-network runs a declared module of a model that it was cloned from."""
+    family, run = supernet.family, []
+    paths = {layer.path for layer in family.layers} | {block.path for block in family.blocks}
+    paths |= {part.module for width in family.widths for part in (*width.producers, *width.consumers)}
+    models = (supernet.model, supernet._given)
+    originals = {id(model.get_submodule(path)): path for model in models for path in paths if has_module(model, path)}
+
+    def see(module: nn.Module, args: tuple) -> None:
+        if id(module) in originals:
+            run.append(originals[id(module)])
+
+    handle = register_module_forward_pre_hook(see)
+    try:
+        yield
+    except DOES_NOT_RUN:
+        if not run:  # else this is why
+            raise
+    finally:
+        handle.remove()
+    if run:
+        raise JointoptError(
+            f"{family.name}: the {which} sub-network does not run its own {run[0]}, but that of the model from which "
+            "it is cut; allowed: a forward pass that reaches its modules by attributes, lists, tuples, dicts and sets, "
+            "none by a function or an object that holds them"
+        )
+
+
+def sort_again(
+    supernet: Supernet, batches: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer | None
+) -> None:
+    """`Supernet.sort_again`."""
+    if optimizer is not None:
+        own = {id(each) for each in supernet.model.parameters()}
+        if any(id(each) not in own for group in optimizer.param_groups for each in group["params"]):
+            raise JointoptError(
+                "sort_again: found an optimizer of other parameters; allowed: of supernet.model.parameters()"
+            )
+        check_sortable(optimizer)
+    calibration = CalibrationPass(supernet.model, supernet.family)
+    if not calibration.run(_checked(supernet, batches, [])):
+        raise JointoptError("sort_again: found no batch; allowed: one or more dicts of the model's inputs")
+    sort_widths(supernet.model, supernet.family, calibration, optimizer.state if optimizer is not None else {})
+    supernet.weights_changed()
+
+
+def _scale(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
+    wanted = [name for name in supernet.transforms if name in ("smooth", "awq")]
+    if not wanted or supernet._scaled:
+        return
+    reread(batches, wanted)
+    scale_links(supernet.model, supernet.family, wanted[0], _checked(supernet, batches, []), supernet._schemes)
+    supernet._scaled = True
+
+
+def _checked(supernet: Supernet, batches: Iterable[Any], kept: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The batches on the model's device; the first samples of them are kept as well."""
+    wanted = SAMPLES
+    for batch in batches:
+        check_batch("calibrate", batch)
+        moved = on_device(batch, supernet.device)
+        if not sample_count(moved):
+            raise JointoptError(
+                "calibrate: found a batch without samples; allowed: dicts of the model's inputs, tensors among them"
+            )
+        if (found := lengths(moved)) and not any(found):
+            raise JointoptError("calibrate: found a batch of padding alone; allowed: some tokens in each, by its mask")
+        if wanted > 0:
+            kept.append(first_samples(moved, SAMPLES))
+            wanted -= sample_count(moved)
+        yield moved
+
+
+def _measured(batches: Iterable[Mapping[str, Any]], found: list[int]) -> Iterator[Mapping[str, Any]]:
+    """The batches; the lengths of their samples are put down."""
+    for batch in batches:
+        found += lengths(batch)
+        yield batch
+
+
+@contextmanager
+def _sorted(supernet: Supernet, calibration: CalibrationPass, ranges: Ranges, repairs: Repairs) -> Iterator[None]:
+    """Widths and blocks by their importance, unless weights have learned their order; in the order in which they were
+    where what follows is refused."""
+    if supernet.trained:
+        yield
+        return
+    leaving, space, influence = supernet._leaving, supernet.space, calibration.influence
+    orders = sort_widths(supernet.model, supernet.family, calibration)
+    try:
+        for width, order in orders:
+            ranges.reorder(width, order)
+            repairs.reorder(width, order)
+        supernet._leaving = {
+            stage: sorted(names, key=lambda name: influence.get(name, 0.0)) for stage, names in leaving.items()
+        }
+        supernet._condition_space()
+        yield
+    except BaseException:
+        for width, order in reversed(orders):
+            sort_width(supernet.model, width, order.argsort())
+        supernet._leaving, supernet.space = leaving, space
+        raise
