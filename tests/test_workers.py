@@ -94,7 +94,7 @@ def test_workers_find_what_one_finds_also_when_the_search_goes_on(supernet, agre
 
 def children() -> list[int]:
     found = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True)
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if "jointopt import workers" in line]
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "jointopt.evaluation import workers" in line]
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_genome_run_again(supernet, agreement, alone, tmp_path):

@@ -275,7 +275,7 @@ class Process:
         begin = "import logging, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
         for name in NOISY:
             begin += f"logging.getLogger({name!r}).setLevel({logging.getLogger(name).level}); "
-        begin += f"sys.path[:] = {sys.path!r}; from jointopt import workers; "
+        begin += f"sys.path[:] = {sys.path!r}; from jointopt.evaluation import workers; "
         with other:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", begin + f"workers.serve({other.fileno()}, {str(payload)!r}, {threads})"],
