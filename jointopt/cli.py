@@ -20,7 +20,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from jointopt.files import check_path, from_home
-from jointopt.names import MODELS, NEAREST, NOISY, TARGETS
+from jointopt.names import MODELS, NOISY, TARGETS
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
@@ -237,8 +237,7 @@ def _report(options: argparse.Namespace) -> int:
         choice = study.fact("choice", {})
         console.print(front_table(study, choice.get("genome")))
         if study.finished():
-            rounded = choice.get("rounding", NEAREST) != NEAREST
-            console.print(finished_table(study, choice["genome"] if rounded else None))
+            console.print(finished_table(study, choice.get("genome"), choice.get("rounding")))
         for each in devices:
             console.print(device_table(each))
     finally:

@@ -252,7 +252,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
             )
             if finished is not None and prepared.unseen is not None:
                 rescore_finished(study, finished, prepared.unseen)
-            console.print(finished_table(study, genome if finished else None))  # marks what is exported
+            console.print(finished_table(study, genome, finished.rounding if finished else NEAREST))
         write_report(study, output / REPORT)  # there even where the export is refused
         export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite, config.target)
         note_choice(study, supernet, genome, wanted, finished)  # only now: what was refused is no choice

@@ -13,6 +13,7 @@ import jointopt
 from jointopt import JointoptError, Objective, SearchSpace, Supernet
 from jointopt.finishing.finishing import Finishing, finish_top
 from jointopt.finishing.lockstep import in_step, starting
+from jointopt.study.choice import improves
 from tests.zoo import MODELS, RELATIVES, batches, logits, make, supernet_of
 
 SCHEMES = ["W4A16", "NVFP4A16", "MXFP4A16", "W4A16_ASYM", "FP4A16", "W8A16_CHANNEL", "FP8A16"]
@@ -253,6 +254,15 @@ def test_a_cost_of_one_s_own_does_not_decide_which_is_better():
         supernet, study, batches("bert"), lambda model: {"far": 1e9}, {}, Finishing("descent"), top=1
     )
     assert finished is None
+
+
+def test_where_the_first_quality_stays_the_next_one_decides_whether_finishing_is_better():
+    known = [Objective("accuracy", "max"), Objective("kl", "min")]
+    before = {"accuracy": 0.75, "kl": 0.5}
+    assert improves({"accuracy": 0.75, "kl": 0.25}, before, known)
+    assert not improves({"accuracy": 0.75, "kl": 0.5}, before, known)
+    assert not improves({"accuracy": 0.5, "kl": 0.25}, before, known)
+    assert improves({"accuracy": 1.0, "kl": 0.75}, before, known)
 
 
 def test_a_finished_one_that_is_worse_is_not_exported():

@@ -211,6 +211,20 @@ def test_a_cost_of_ones_own_is_neither_finished_nor_scored_on_unseen_data(tmp_pa
         assert "accuracy, unseen data" in text and "mine, unseen data" not in text and "0.625" in text
 
 
+def test_the_finishing_that_was_exported_is_the_marked_one_and_the_chosen_point():
+    study = make_study()
+    genome = study.best(knee=True)
+    for rounding, accuracy in (("gptq", 0.3125), ("descent", 0.4375)):
+        study.add_finished(genome, rounding, {"accuracy": accuracy, "size": 1e6}, 1.0)
+    study.note("choice", {"genome": genome.tolist(), "rounding": "descent"})
+    marked = [line for line in printed(finished_table(study, genome, "descent")).splitlines() if "*" in line]
+    assert len(marked) == 1 and "descent" in marked[0]
+    assert "*" not in printed(finished_table(study, genome, "nearest"))
+    figure = front_figure(study, OBJECTIVES[1], OBJECTIVES[0], genome)
+    (chosen,) = (trace for trace in figure.data if trace.name == "chosen")
+    assert list(chosen.y) == [0.4375]
+
+
 def test_a_page_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(JointoptError, match="report.html' cannot be written"):
         write_report(make_study(), tmp_path / "none" / "report.html")

@@ -26,7 +26,7 @@ from torch import nn
 from jointopt.evaluation.evaluation import Quality, check_supernet, measured
 from jointopt.finishing.rounding import ROUNDINGS, rounded_anew
 from jointopt.objectives import COSTS
-from jointopt.study.choice import front_of, within
+from jointopt.study.choice import front_of, improves, within
 from jointopt.training.alone import train_alone
 from jointopt.training.loop import Batches
 from quant.errors import JointoptError, check_above_0, check_count, check_whole, did_you_mean
@@ -237,8 +237,7 @@ def better_finished(
     """What finishing makes of a genome, with the metrics that the study has of it; None where its quality is no better
     than that of its evaluation, or the study has none. `kept` is one that need not be made again."""
     record, evaluated = _recorded(study, genome, how.name), study.results(genome[None])[0]
-    first = study.quality
-    if record is None or not evaluated or record[first.name] * first.sign >= evaluated[first.name] * first.sign:
+    if record is None or not evaluated or not improves(record, evaluated, study.measured or study.objectives[:1]):
         return None
     if kept is not None and np.array_equal(kept.genome, genome):
         return kept

@@ -53,7 +53,7 @@ def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequenc
             marker = {"color": GREEN, "size": 14, "symbol": next(symbols, "cross")}
             _add_points(figure, study.space, row, across, up, f"the {name}", marker)
     if chosen is not None and len(frame):
-        picked = frame[frame["genome"] == tuple(chosen)]
+        picked = frame[frame["genome"] == tuple(chosen)].assign(**finished_metrics(study, chosen))
         marker = {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}
         _add_points(figure, study.space, picked, across, up, "chosen", marker)
     style(figure, label(across.name), f"{label(up.name)} ({_better(up)})", height=470)
@@ -62,6 +62,14 @@ def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequenc
         if _spans(frame, study.baselines, objective):
             figure.layout[axis].update(type="log", tickmode="array", tickvals=LOG_TICKS, ticktext=LOG_LABELS)
     return figure
+
+
+def finished_metrics(study: Study, chosen: Sequence[int] | np.ndarray | None) -> dict[str, float]:
+    """What the chosen sub-network has as it was exported; nothing where it was not finished."""
+    if chosen is None:
+        return {}
+    key = (list(map(int, chosen)), study.fact("choice", {}).get("rounding"))
+    return next((each["metrics"] for each in study.finished() if (each["genome"], each["rounding"]) == key), {})
 
 
 def _add_points(

@@ -14,7 +14,14 @@ from plotly.offline import get_plotlyjs
 
 from jointopt.files import write_whole
 from jointopt.report.devices import OnDevice, device_figure
-from jointopt.report.figures import Layers, front_figure, hypervolume_figure, layers_figure, predictions_figure
+from jointopt.report.figures import (
+    Layers,
+    finished_metrics,
+    front_figure,
+    hypervolume_figure,
+    layers_figure,
+    predictions_figure,
+)
 from jointopt.report.quantities import axes, counted, label, on_unseen, scale, time_source, written
 from jointopt.report.spent import spent_figure
 from jointopt.report.template import PAGE, SCRIPT, STYLE
@@ -141,9 +148,7 @@ def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
     cards += [(str(len(study.front())), "on the front"), (counted(study.space.count()), "genomes in the space")]
     original = study.baselines.get("original", {})
     rows = frame[frame["genome"] == picked] if picked is not None and len(frame) else frame.iloc[:0]
-    rounding = study.fact("choice", {}).get("rounding")
-    finished = {(tuple(each["genome"]), each["rounding"]): each["metrics"] for each in study.finished()}
-    measured = finished.get((picked, rounding), {}) if picked is not None else {}
+    measured = finished_metrics(study, picked)
     for objective in study.objectives:
         if objective.name in original:
             cards.append(

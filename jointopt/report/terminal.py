@@ -78,9 +78,11 @@ def device_table(on: OnDevice) -> Table:
     return table
 
 
-def finished_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) -> Table:
+def finished_table(
+    study: Study, chosen: Sequence[int] | np.ndarray | None = None, rounding: str | None = None
+) -> Table:
     """Sub-networks that were finished: what they measured before and after; metrics on unseen data of those that were
-    exported. Sizes stay what they were. The `chosen` one is marked, if any is."""
+    exported. Sizes stay what they were. The `chosen` one, finished by `rounding`, is marked."""
     names = [objective.name for objective in study.measured]
     picked = None if chosen is None else tuple(map(int, chosen))
     numbers = {row["genome"]: row for row in study.evaluations().to_dict("records")}
@@ -91,7 +93,7 @@ def finished_table(study: Study, chosen: Sequence[int] | np.ndarray | None = Non
         table.add_column(Text(text), justify="right")
     for record in study.finished():
         before = numbers[tuple(record["genome"])]
-        mark = " *" if before["genome"] == picked else ""
+        mark = " *" if (before["genome"], record["rounding"]) == (picked, rounding) else ""
         values = [f"{_shown(before, name)} -> {_shown(record['metrics'], name)}" for name in names]
         if unseen:
             values += [on_unseen(unseen.get((before["genome"], record["rounding"])), name) for name in names]

@@ -48,20 +48,28 @@ def within(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> pd.DataFra
 
 
 def with_finished(
-    frame: pd.DataFrame, finished: Sequence[Mapping[str, Any]], rounding: str, quality: Objective
+    frame: pd.DataFrame, finished: Sequence[Mapping[str, Any]], rounding: str, qualities: Sequence[Objective]
 ) -> pd.DataFrame:
     """The rows, with the metrics of sub-networks finished by `rounding` in place of their own where they are better.
 
     Args:
         finished: records of `Study.finished`.
+        qualities: what they are compared by, see `improves`.
     """
     frame = frame.copy()
     for record in (each for each in finished if each["rounding"] == rounding):
-        at = frame["genome"] == tuple(record["genome"])
-        better = at & (frame[quality.name] * quality.sign > record["metrics"][quality.name] * quality.sign)
-        for name, value in record["metrics"].items():
-            frame.loc[better, name] = value
+        for at in frame.index[frame["genome"] == tuple(record["genome"])]:
+            if improves(record["metrics"], frame.loc[at], qualities):
+                for name, value in record["metrics"].items():
+                    frame.loc[at, name] = value
     return frame
+
+
+def improves(metrics: Mapping[str, float], known: Any, qualities: Sequence[Objective]) -> bool:
+    """Whether metrics are better than the known ones in the first of the qualities in which the two differ: where as
+    many samples are right, a lower divergence decides."""
+    new, old = ([values[each.name] * each.sign for each in qualities] for values in (metrics, known))
+    return new < old
 
 
 def best_of(

@@ -433,7 +433,7 @@ class Study:
         if frame.empty:
             raise JointoptError("study: no evaluation to choose from")
         if finished is not None:
-            frame = with_finished(frame, self.finished(), finished, self.quality)
+            frame = with_finished(frame, self.finished(), finished, self.measured or self.objectives[:1])
         original = self.baselines.get("original", {}).get(self.quality.name)
         exact = [each.name for each in self.objectives if each not in self.measured]
         kept = within(frame, self.constraints)
