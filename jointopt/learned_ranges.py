@@ -41,7 +41,7 @@ class LearnedRanges:
         tied = {layer.path: layer.tied for layer in supernet.family.layers}
         weights: dict[Key, Scheme] = {}
         inputs: dict[Key, Scheme] = {}
-        for (path, _), scheme in supernet._schemes.items():
+        for (path, _), scheme in supernet.schemes.items():
             if scheme.weights is not None and is_learnable(scheme.weights):
                 weights[path, scheme.name] = scheme
             for each in (path, *tied[path]) if has_learnable_inputs(scheme) else ():

@@ -180,11 +180,11 @@ def test_a_file_that_is_refused_changes_nothing(tmp_path):
     other.save(tmp_path / "smooth.safetensors")
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "smooth.safetensors").read_bytes()[:20000])
     supernet.save(tmp_path / "own.safetensors")
-    leaving = {stage: names[1:] for stage, names in supernet._leaving.items()}
+    leaving = {stage: names[1:] for stage, names in supernet.leaving.items()}
     for name, record in {
         "list": [1],
         "bare": {"trained": True},
-        "said": {"leaving": supernet._leaving, "trained": "yes"},
+        "said": {"leaving": supernet.leaving, "trained": "yes"},
         "short": {"leaving": leaving, "trained": True},
     }.items():
         metadata = {"supernet": json.dumps(record)}

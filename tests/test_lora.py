@@ -192,7 +192,7 @@ def test_a_view_in_the_middle_of_training_computes_with_the_adapters(tmp_path):
 
 def test_adapters_of_a_block_that_left_learn_nothing_from_the_sub_network():
     supernet = calibrated("vit", depth=[2, 3], schemes=["none"])
-    leaving = int(supernet._leaving["depth"][0].removeprefix("block"))
+    leaving = int(supernet.leaving["depth"][0].removeprefix("block"))
     attach(supernet, peft.LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[leaving]))
     jointopt.elastic_loss(supernet, labelled("vit")[0], 0, Recipe(Sandwich(0))).backward()
     found = {name: each.grad for name, each in supernet.model.named_parameters() if each.requires_grad}

@@ -48,7 +48,7 @@ def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
 
 def _measure(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     """The pass, and what follows from it. What is refused leaves all as an earlier calibration made it."""
-    ranges = Ranges(supernet.model, supernet.family, supernet.space, supernet._schemes, supernet.activation_calibration)
+    ranges = Ranges(supernet.model, supernet.family, supernet.space, supernet.schemes, supernet.activation_calibration)
     repairs = Repairs(supernet.model, supernet.family, supernet.space if supernet.repair else None)
     listeners = ranges.listeners() + repairs.listeners()
     calibration = CalibrationPass(supernet.model, supernet.family, listeners, ranges.keys)
@@ -175,7 +175,7 @@ def _scale(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     if not wanted or supernet._scaled:
         return
     reread(batches, wanted)
-    scale_links(supernet.model, supernet.family, wanted[0], _checked(supernet, batches, []), supernet._schemes)
+    scale_links(supernet.model, supernet.family, wanted[0], _checked(supernet, batches, []), supernet.schemes)
     supernet._scaled = True
 
 
@@ -211,13 +211,13 @@ def _sorted(supernet: Supernet, calibration: CalibrationPass, ranges: Ranges, re
     if supernet.trained:
         yield
         return
-    leaving, space, influence = supernet._leaving, supernet.space, calibration.influence
+    leaving, space, influence = supernet.leaving, supernet.space, calibration.influence
     orders = sort_widths(supernet.model, supernet.family, calibration)
     try:
         for width, order in orders:
             ranges.reorder(width, order)
             repairs.reorder(width, order)
-        supernet._leaving = {
+        supernet.leaving = {
             stage: sorted(names, key=lambda name: influence.get(name, 0.0)) for stage, names in leaving.items()
         }
         supernet._condition_space()
@@ -225,5 +225,5 @@ def _sorted(supernet: Supernet, calibration: CalibrationPass, ranges: Ranges, re
     except BaseException:
         for width, order in reversed(orders):
             sort_width(supernet.model, width, order.argsort())
-        supernet._leaving, supernet.space = leaving, space
+        supernet.leaving, supernet.space = leaving, space
         raise

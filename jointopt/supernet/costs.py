@@ -28,9 +28,9 @@ def tables(supernet: Supernet, latency: LatencyModel | None) -> ShapeCosts:
         supernet.family,
         supernet.space,
         positions,
-        supernet._precision_gene,
-        partial(_lookup, supernet._schemes),
-        supernet._leaving,
+        supernet.precision_genes,
+        partial(_lookup, supernet.schemes),
+        supernet.leaving,
         latency,
     )
 
@@ -52,7 +52,7 @@ def original_tables(supernet: Supernet, latency: LatencyModel | None) -> ShapeCo
     model, family = supernet._declared(supernet._given)
     only = SearchSpace([Gene(gene_names(family.layers[0])[0], ("none",))])
     positions = supernet._costs.measured
-    return ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), supernet._leaving, latency)
+    return ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), supernet.leaving, latency)
 
 
 def by_block(records: list[dict[str, Any]], family: Family) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def fingerprint(supernet: Supernet) -> str:
     """A digest of weights, order, space and calibration: equal for super-networks with equal sub-networks."""
     choices = [
         supernet.space.to_dict(),
-        supernet._leaving,
+        supernet.leaving,
         supernet.weight_calibration,
         supernet.activation_calibration,
     ]
@@ -50,7 +50,7 @@ def fingerprint(supernet: Supernet) -> str:
 
 def _own_schemes(supernet: Supernet) -> list[dict[str, Any]]:
     """What the user's own schemes are: the space has but their names, under which others may be put tomorrow."""
-    defined = {each.name: own_definition(each) for each in supernet._schemes.values()}
+    defined = {each.name: own_definition(each) for each in supernet.schemes.values()}
     return [each for _, each in sorted(defined.items()) if each is not None]
 
 
@@ -59,7 +59,7 @@ def save(supernet: Supernet, path: str | Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in distinct_tensors(supernet.model).items()}
     if supernet.learned is not None:
         tensors |= {name: tensor.detach().cpu() for name, tensor in supernet.learned.tensors().items()}
-    record = {"leaving": supernet._leaving, "trained": supernet.trained}
+    record = {"leaving": supernet.leaving, "trained": supernet.trained}
     if supernet.transforms:
         record |= {"transforms": supernet.transforms, "scaled": supernet._scaled}
     try:
@@ -86,7 +86,7 @@ def load(supernet: Supernet, path: str | Path) -> None:
     learned = LearnedRanges(supernet, INPUTS in tensors) if NAME in tensors else None
     if learned is not None:
         own |= learned.tensors()
-    if tensors.keys() != own.keys() or members != {stage: sorted(each) for stage, each in supernet._leaving.items()}:
+    if tensors.keys() != own.keys() or members != {stage: sorted(each) for stage, each in supernet.leaving.items()}:
         raise JointoptError(f"{path}: not a saved super-network of this model")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
@@ -96,7 +96,7 @@ def load(supernet: Supernet, path: str | Path) -> None:
     supernet.learned = learned
     for name, tensor in tensors.items():
         own[name].data.copy_(tensor)
-    supernet._leaving, supernet.trained, supernet.calibrated, supernet._scaled = leaving, trained, False, scaled
+    supernet.leaving, supernet.trained, supernet.calibrated, supernet._scaled = leaving, trained, False, scaled
     supernet._statistics, supernet._repaired = {}, {}
     supernet._condition_space()
     supernet._forget()
@@ -149,7 +149,7 @@ def for_workers(supernet: Supernet, count: int) -> Supernet:
     Up to half of the bank is filled before, for all of them to share; each may fill an equal part of the rest.
     """
     bank = supernet._bank
-    for (path, _), wanted in supernet._schemes.items():
+    for (path, _), wanted in supernet.schemes.items():
         if wanted.weights is not None and 2 * bank.nbytes < bank.limit:
             # What cannot be quantized is the failure of the genomes that ask for it.
             with suppress(JointoptError):

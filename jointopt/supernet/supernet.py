@@ -12,7 +12,7 @@ with supernet.active(space.sample(1, seed=0)[0]) as small:
 #
 # trained              weights_changed, load (as saved)     nothing but load
 # calibrated           calibrate                            weights_changed, load
-# space, _leaving      calibrate, unless trained            load, take_shapes
+# space, leaving       calibrate, unless trained            load, take_shapes
 # _statistics          calibrate                            load; after weights_changed check_calibrated refuses them
 # _repaired            calibrate                            weights_changed, load
 # samples, _positions  calibrate                            nothing; take_shapes sets positions anew
@@ -90,6 +90,10 @@ class Supernet:
 
     Attributes:
         own_family: whether the family is a declaration of one's own.
+        schemes: (layer's path, choice) -> the scheme as it fits that layer.
+        precision_genes: layer's path -> the gene that chooses its scheme.
+        leaving: stage -> names of its blocks, in the order in which they leave.
+        frozen: names of parameters that needed no gradient before adapters were added.
         samples: batches of the first samples that it was calibrated with.
         learned: factors of the ranges of weights and static inputs, where some were trained.
         scores: canonical genome (its bytes) -> metrics that searches have measured; emptied when the weights or the
@@ -136,10 +140,10 @@ class Supernet:
         self.activation_calibration = activation_calibration
         self.calibrated = False
         self.trained = False
-        self._frozen: set[str] = set()
-        self._leaving = default_order(self.family)
-        self._precision_gene = precision_genes(self.family, space)
-        self._schemes = fitted_schemes(self.model, self.family, space, self._precision_gene)
+        self.frozen: set[str] = set()
+        self.leaving = default_order(self.family)
+        self.precision_genes = precision_genes(self.family, space)
+        self.schemes = fitted_schemes(self.model, self.family, space, self.precision_genes)
         check_space(self.model, self.family, space)
         self._bank = WeightBank(bank_bytes)
         self._statistics: ActivationStatistics = {}
@@ -183,13 +187,13 @@ class Supernet:
     def _condition_space(self) -> None:
         """Which genes matter at which depth follows from the order in which blocks leave."""
         choices = {gene.name: gene.choices for gene in self.space.genes}
-        self.space = self.space.replaced(requires=requirements(self.family, choices, self._leaving))
+        self.space = self.space.replaced(requires=requirements(self.family, choices, self.leaving))
 
     def plan(self, genome: Any) -> Plan:
         """What a genome says in the family's terms. Raises JointoptError for a genome that is not of the space."""
         self.space.validate(genome)
         chosen = self.space.decode(self.space.canonical(genome))
-        return plan_of(self.family, chosen, self._leaving, self._precision_gene, self._schemes)
+        return plan_of(self.family, chosen, self.leaving, self.precision_genes, self.schemes)
 
     @contextmanager
     def active(self, genome: Any) -> Iterator[nn.Module]:
@@ -414,11 +418,11 @@ class Supernet:
     def shapes(self) -> dict[str, Any]:
         """What costs depend on beside model and space, for a study to keep: `take_shapes` gives it to another."""
         measured = self._costs.measured
-        return {"leaving": self._leaving, "positions": dict(measured.of), "once": sorted(measured.once)}
+        return {"leaving": self.leaving, "positions": dict(measured.of), "once": sorted(measured.once)}
 
     def take_shapes(self, record: Mapping[str, Any]) -> None:
         """Orders blocks, and counts positions, as the super-network that gave the record."""
-        self._leaving = dict(record["leaving"])
+        self.leaving = dict(record["leaving"])
         self._positions = Positions(dict(record["positions"]), frozenset(record.get("once", ())))
         self._condition_space()
         self.__dict__.pop("_costs", None)

@@ -65,7 +65,7 @@ class Backend:
         """
         check_count("threads", threads, MOST["threads"])
         if name == ONNXRUNTIME:
-            check_schemes(TARGETS[ONNXRUNTIME], sorted({each.name for each in supernet._schemes.values()}))
+            check_schemes(TARGETS[ONNXRUNTIME], sorted({each.name for each in supernet.schemes.values()}))
             return cls(threads=threads)
         if name != TORCH:
             raise JointoptError(f"backend: found {name!r}; allowed: {ONNXRUNTIME}, {TORCH}")
@@ -73,7 +73,7 @@ class Backend:
         cached = next((each.name for each in supernet.family.caches if {*choices.get(each.name, ())} - {"none"}), None)
         if cached is not None:
             raise JointoptError(f"{cached}: quantized caches are not timed in torch; allowed: none")
-        for (path, _), scheme in supernet._schemes.items():
+        for (path, _), scheme in supernet.schemes.items():
             _check_timed(scheme, isinstance(supernet.model.get_submodule(path), nn.Embedding))
         return cls(name, threads, str(supernet.device), next(supernet.model.parameters()).dtype)
 

@@ -74,7 +74,7 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
     if shared := sorted(tied & set(found)):
         raise JointoptError(f"lora: {shared[0]} shares its weight with another layer; allowed: layers with their own")
     kept = tuple(config.modules_to_save or ())
-    supernet._frozen = frozen
+    supernet.frozen = frozen
     for name, parameter in supernet.model.named_parameters():
         parameter.requires_grad_(any(part in kept for part in name.split(".")))
     for path, adapter in found.items():
@@ -112,5 +112,5 @@ def merge(supernet: Supernet) -> None:
     for layer in adapted(supernet.model).values():
         layer.get_parameter("weight").copy_(effective(layer))
         take_off(layer)
-    _freeze(supernet.model, supernet._frozen)
+    _freeze(supernet.model, supernet.frozen)
     supernet.weights_changed()

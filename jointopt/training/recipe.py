@@ -139,10 +139,10 @@ class Recipe:
                 )
         if self.distillation is not None:
             self.distillation.check(supernet.family, supernet.space, supernet.model)
-        quantized = any(wanted.weights is not None for wanted in supernet._schemes.values())
+        quantized = any(wanted.weights is not None for wanted in supernet.schemes.values())
         if self.precision_from is not None and not quantized:
             raise JointoptError("precision_from: found no number format in the space; allowed: leave it out")
-        for (path, _), wanted in supernet._schemes.items() if self.precision_from is not None else ():
+        for (path, _), wanted in supernet.schemes.items() if self.precision_from is not None else ():
             supernet.statistics(path, wanted)
         self.sampling.genomes(supernet.space, 0.0, self.seed)  # type: ignore[union-attr]
 

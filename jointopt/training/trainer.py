@@ -382,7 +382,7 @@ class ElasticTrainer(Trainer):
         """What a resumed training must have in common."""
         return {
             "space": self.supernet.space.to_dict(),
-            "leaving": self.supernet._leaving,
+            "leaving": self.supernet.leaving,
             "added": sorted(self._added()),
             "trained": self._began_with,
         }
