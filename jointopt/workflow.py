@@ -206,12 +206,8 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
 
 
 def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) -> Verification:
-    from jointopt.finishing.finishing import finish_top
-    from jointopt.loop.loop import search
     from jointopt.report.page import write_report
     from jointopt.report.quantities import counted
-    from jointopt.report.terminal import finished_table, front_table
-    from jointopt.study.rescoring import forget, rescore_finished, rescore_front
 
     output = Path(config.output)
     supernet = make_supernet(config, prepared, console)
@@ -220,42 +216,13 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
         f"{supernet.family.name}: {len(space)} genes, {counted(space.count())} genomes; searching in {output / STUDY}",
         highlight=False,
     )
-    study = search(
-        supernet,
-        prepared.quality,
-        [{name: direction} for name, direction in prepared.objectives.items()],
-        storage=output / STUDY,
-        constraints=config.constraints,
-        config={k: v for k, v in config.record().items() if k not in ("search", "objectives", "constraints")}
-        | {"contents": prepared.searched},
-        progress=True,
-        **config.search.model_dump(),
-    )
+    study = _searched(config, prepared, supernet)
     try:
-        wanted = config.choose.model_dump(exclude_none=True)
-        genome, finished = _chosen(study, wanted), None
-        if prepared.unseen is None:
-            forget(study)  # scores on data that the config named before
-        else:
-            rescore_front(supernet, study, prepared.unseen, prepared.contents["test"])
-        console.print(front_table(study, genome))
-        if config.finish is not None:
-            genome, finished = finish_top(
-                supernet,
-                study,
-                _finishing_batches(config, prepared),
-                prepared.quality,
-                wanted,
-                finishing_of(config, prepared),
-                config.finish.top,
-                lambda line: console.print(line, highlight=False),
-            )
-            if finished is not None and prepared.unseen is not None:
-                rescore_finished(study, finished, prepared.unseen)
-            console.print(finished_table(study, genome, finished.rounding if finished else NEAREST))
+        genome, finished = _chosen_and_finished(config, prepared, supernet, study, console)
         write_report(study, output / REPORT)  # there even where the export is refused
         export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite, config.target)
-        note_choice(study, supernet, genome, wanted, finished)  # only now: what was refused is no choice
+        # Only now: what was refused is no choice.
+        note_choice(study, supernet, genome, config.choose.model_dump(exclude_none=True), finished)
         try:
             verification = verify_export(output / EXPORT, prepared)
             study.note("verified", "verified" if verification.ok else "differs")
@@ -269,6 +236,55 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     finally:
         study.close()
     return verification
+
+
+def _searched(config: Config, prepared: Prepared, supernet: Supernet) -> Study:
+    from jointopt.loop.loop import search
+
+    record = {k: v for k, v in config.record().items() if k not in ("search", "objectives", "constraints")}
+    return search(
+        supernet,
+        prepared.quality,
+        [{name: direction} for name, direction in prepared.objectives.items()],
+        storage=Path(config.output) / STUDY,
+        constraints=config.constraints,
+        config=record | {"contents": prepared.searched},
+        progress=True,
+        **config.search.model_dump(),
+    )
+
+
+def _chosen_and_finished(
+    config: Config, prepared: Prepared, supernet: Supernet, study: Study, console: Console
+) -> tuple[np.ndarray, Finished | None]:
+    """The genome that the config asks for, and what finishing made of it; the front is shown, with unseen data."""
+    from jointopt.finishing.finishing import finish_top
+    from jointopt.report.terminal import finished_table, front_table
+    from jointopt.study.rescoring import forget, rescore_finished, rescore_front
+
+    wanted = config.choose.model_dump(exclude_none=True)
+    genome = _chosen(study, wanted)
+    if prepared.unseen is None:
+        forget(study)  # scores on data that the config named before
+    else:
+        rescore_front(supernet, study, prepared.unseen, prepared.contents["test"])
+    console.print(front_table(study, genome))
+    if config.finish is None:
+        return genome, None
+    genome, finished = finish_top(
+        supernet,
+        study,
+        _finishing_batches(config, prepared),
+        prepared.quality,
+        wanted,
+        finishing_of(config, prepared),
+        config.finish.top,
+        lambda line: console.print(line, highlight=False),
+    )
+    if finished is not None and prepared.unseen is not None:
+        rescore_finished(study, finished, prepared.unseen)
+    console.print(finished_table(study, genome, finished.rounding if finished else NEAREST))
+    return genome, finished
 
 
 def _chosen(study: Study, wanted: Mapping[str, Any]) -> np.ndarray:

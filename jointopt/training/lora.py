@@ -34,42 +34,14 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
         JointoptError: peft is not installed, targets that the model lacks or that share their weight with another
             layer, an option that cannot be sliced, adapters that are there already.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-        from peft.tuners.lora import Linear
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        raise JointoptError("lora: found no peft; pip install 'jointopt[lora]'") from None
-    if not isinstance(config, LoraConfig):
-        raise JointoptError(f"lora: found {type(config).__name__}; allowed: a peft.LoraConfig")
-    if config.lora_dropout or config.use_dora:
-        raise JointoptError("lora: found lora_dropout or use_dora; allowed: neither, since adapters become weights")
-    # What PEFT would train beside the adapters, and nothing here reads.
-    for name, plain in (("bias", "none"), ("lora_bias", False), ("trainable_token_indices", None),
-                        ("target_parameters", None)):  # fmt: skip
-        if (given := getattr(config, name, plain)) != plain:
-            raise JointoptError(
-                f"lora: found {name}={given!r}; allowed: {plain!r} (modules_to_save trains whole modules)"
-            )
+    _check_config(config)
     if adapted(supernet.model):
         raise JointoptError("lora: the super-network has adapters already; allowed: one set")
-    targets = config.target_modules
-    names = check_targets(supernet.model, () if targets is None or isinstance(targets, str) else targets)
     frozen = {name for name, each in supernet.model.named_parameters() if not each.requires_grad}
     try:
-        wrapped = get_peft_model(structural_clone(supernet.model), config)
-    except ValueError as error:
-        raise JointoptError(f"lora: {in_one_line(error)}; allowed: {', '.join(names)}") from None
+        found = _wrapped(supernet.model, config)
     finally:  # PEFT freezes the clone's parameters, which are the model's
         _freeze(supernet.model, frozen)
-    found: dict[str, Any] = {
-        name.removeprefix("base_model.model."): module
-        for name, module in wrapped.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    }
-    if other := [path for path, module in found.items() if not isinstance(module, Linear)]:
-        kind = type(supernet.model.get_submodule(other[0])).__name__
-        raise JointoptError(f"lora: {other[0]} is a {kind}; allowed: target_modules that are Linear layers")
     tied = {path for layer in supernet.family.layers for path in (*layer.tied, *([layer.path] if layer.tied else []))}
     if shared := sorted(tied & set(found)):
         raise JointoptError(f"lora: {shared[0]} shares its weight with another layer; allowed: layers with their own")
@@ -85,6 +57,47 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
             layer.register_parameter(name, nn.Parameter(value.clone()))
         layer.__dict__["lora_scale"] = float(adapter.scaling["default"])
     return list(found)
+
+
+def _check_config(config: Any) -> None:
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise JointoptError("lora: found no peft; pip install 'jointopt[lora]'") from None
+    if not isinstance(config, LoraConfig):
+        raise JointoptError(f"lora: found {type(config).__name__}; allowed: a peft.LoraConfig")
+    if config.lora_dropout or config.use_dora:
+        raise JointoptError("lora: found lora_dropout or use_dora; allowed: neither, since adapters become weights")
+    # What PEFT would train beside the adapters, and nothing here reads.
+    for name, plain in (("bias", "none"), ("lora_bias", False), ("trainable_token_indices", None),
+                        ("target_parameters", None)):  # fmt: skip
+        if (given := getattr(config, name, plain)) != plain:
+            raise JointoptError(
+                f"lora: found {name}={given!r}; allowed: {plain!r} (modules_to_save trains whole modules)"
+            )
+
+
+def _wrapped(model: nn.Module, config: Any) -> dict[str, Any]:
+    """Path -> what PEFT makes of the layer there, in a clone that shares the model's parameters."""
+    from peft import get_peft_model
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    targets = config.target_modules
+    names = check_targets(model, () if targets is None or isinstance(targets, str) else targets)
+    try:
+        wrapped = get_peft_model(structural_clone(model), config)
+    except ValueError as error:
+        raise JointoptError(f"lora: {in_one_line(error)}; allowed: {', '.join(names)}") from None
+    found: dict[str, Any] = {
+        name.removeprefix("base_model.model."): module
+        for name, module in wrapped.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    if other := [path for path, module in found.items() if not isinstance(module, Linear)]:
+        kind = type(model.get_submodule(other[0])).__name__
+        raise JointoptError(f"lora: {other[0]} is a {kind}; allowed: target_modules that are Linear layers")
+    return found
 
 
 def _freeze(model: nn.Module, names: Collection[str]) -> None:
