@@ -158,6 +158,20 @@ def test_labels_are_names_or_indices_in_numbers_or_text():
     assert class_indices(["b", "a"], ["LABEL_0", "LABEL_1"], "k", ["a", "b"]) == [1, 0]
 
 
+def test_folders_0_to_11_are_the_indices_of_classes_without_names():
+    folders = sorted(map(str, range(12)))
+    with pytest.warns(UserWarning, match="^folders 0 to 11 are taken for the indices of the model's classes"):
+        assert class_indices(["10", "2"], [f"LABEL_{index}" for index in range(12)], "k", folders) == [10, 2]
+    assert class_indices(["10", "2"], list(map(str, range(12))), "k", folders) == [10, 2]
+
+
+def test_folders_1_to_10_of_classes_without_names_are_refused_and_01_to_10_count_from_there():
+    labels = [f"LABEL_{index}" for index in range(10)]
+    with pytest.raises(JointoptError, match="^k: found folders 1 to 10, .* in one order alphabetically and in another"):
+        class_indices(["10", "2"], labels, "k", sorted(map(str, range(1, 11))))
+    assert class_indices(["10", "02"], labels, "k", [f"{number:02}" for number in range(1, 11)]) == [9, 1]
+
+
 def test_names_of_classes_match_in_capitals_unless_there_is_a_closer_one():
     assert class_indices(["TOXIC", "Insult"], ["Toxic", "insult"], "k") == [0, 1]
     assert class_indices(["a", "A"], ["A", "a"], "k") == [1, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
@@ -206,12 +207,12 @@ def class_indices(
     Args:
         values: names of the model's labels, be it in capitals, or their indices, as numbers or as text.
         labels: the model's, by index.
-        folders: which the values are names of, in the order in which they number the classes where the model's labels
-            have no names.
+        folders: which the values are names of, alphabetically; they number the classes where the model's labels have
+            no names, see `_by_class`.
         rows: where the values are, for what is said about them (default: 1, 2, 3, ...).
 
     Raises:
-        JointoptError: a label that the model does not have; more or fewer folders than classes without names.
+        JointoptError: a label that the model does not have; folders that cannot number the classes without names.
     """
     called = _called({str(value) for value in values}, labels)
     if all(called.values()):
@@ -226,9 +227,10 @@ def class_indices(
         if len(folders) != len(labels):
             raise JointoptError(
                 f"{key}: found {len(folders)} folders, and the model has {len(labels)} classes without names, which "
-                "folders number alphabetically; allowed: one for each class, be it empty"
+                "folders number; allowed: one for each class, be it empty"
             )
-        return [folders.index(str(value)) for value in values]
+        place = {name: index for index, name in enumerate(_by_class(folders, key))}
+        return [place[str(value)] for value in values]
     named, indices = any(called.values()), []
     for row, value in zip(rows or count(1), values, strict=False):
         index = next(iter(called[str(value)]), None) if named else _whole(value)
@@ -238,6 +240,31 @@ def class_indices(
             )
         indices.append(index)
     return indices
+
+
+def _by_class(folders: Sequence[str], key: str) -> list[str]:
+    """Names of folders in the order of the classes that they number: the numbers from 0 are the indices of classes, as
+    they are in a table; other names count alphabetically, as is usual where a model is trained on folders.
+
+    Raises:
+        JointoptError: other numbers, whose order as numbers is another one: models are trained on either.
+    """
+    if not all(name.isascii() and name.isdecimal() for name in folders):
+        return list(folders)
+    counted = sorted(folders, key=int)
+    indices = list(map(int, counted)) == list(range(len(folders)))
+    if counted != list(folders) and not indices:
+        raise JointoptError(
+            f"{key}: found folders {counted[0]} to {counted[-1]}, which number the {len(folders)} classes of a model "
+            "without names for them in one order alphabetically and in another as numbers; allowed: folders 0 to "
+            f"{len(folders) - 1}, the indices of the classes, or a model whose config has these names in id2label"
+        )
+    if counted != list(folders):
+        warnings.warn(
+            f"folders 0 to {len(folders) - 1} are taken for the indices of the model's classes, not alphabetically",
+            stacklevel=2,
+        )
+    return counted
 
 
 def _whole(value: Any) -> int | None:
