@@ -179,6 +179,11 @@ def test_names_of_classes_match_in_capitals_unless_there_is_a_closer_one():
         class_indices(["TOXIC"], ["Toxic", "toxic"], "k")
 
 
+@pytest.mark.parametrize(("folder", "label"), [("cafe\u0301", "caf\u00e9"), ("CAF\u00c9", "cafe\u0301")])
+def test_names_of_classes_match_whether_their_accents_are_apart_or_not(folder, label):
+    assert class_indices(["tea", folder], [label, "tea"], "k") == [1, 0]
+
+
 def test_a_name_that_two_classes_have_is_refused():
     labels = ["crane", "maillot", "crane"]
     assert class_indices([2, 0], labels, "k") == [2, 0]

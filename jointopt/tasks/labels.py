@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
@@ -178,13 +179,19 @@ def _indices_of(names: Sequence[str], labels: Sequence[str]) -> list[int | None]
 
 
 def _called(names: Iterable[str], labels: Sequence[str]) -> dict[str, list[int]]:
-    """For each name the model's labels of the same name; where there are none, of the same in capitals."""
+    """For each name the model's labels of the same name; where there are none, of the same in capitals, or written by
+    other code points."""
     exact: dict[str, list[int]] = {}
-    lower: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
         exact.setdefault(label, []).append(index)
-        lower.setdefault(label.lower(), []).append(index)
-    return {name: exact.get(name) or lower.get(name.lower(), []) for name in names}
+        alike.setdefault(_folded(label), []).append(index)
+    return {name: exact.get(name) or alike.get(_folded(name), []) for name in names}
+
+
+def _folded(name: str) -> str:
+    # Old file systems of macOS take accents apart from their letters (NFD); keyboards write both as one (NFC).
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def _nameless(labels: Sequence[str]) -> bool:
