@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from jointopt.config.config import Config
 from jointopt.digests import digest_of
-from jointopt.rows import is_hub_id
+from jointopt.rows import class_folders, is_hub_id
 from jointopt.timing.hardware import latency_of
 from quant.errors import JointoptError
 from search_spaces.families import declare
@@ -95,6 +96,8 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
     from jointopt.checkpoint.writers import WRITERS
     from jointopt.models import import_function, load_model
     from jointopt.tasks import TASKS
+    from jointopt.tasks.labels import check_same_folders
+    from jointopt.tasks.task import label_names
 
     latency_of(config)
     writer = WRITERS[target or config.target]
@@ -132,6 +135,10 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
     trains = config.train is not None or (config.finish is not None and config.finish.steps is not None)
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
     unseen = scored_on("test") if config.data.test is not None else None
+    labelled = {"train": trains, "evaluate": function is None, "test": unseen is not None}
+    given = [config.source(entry) for entry, read in labelled.items() if read]
+    folders = {source.key: class_folders(Path(source.path)) for source in given if Path(source.path).is_dir()}
+    check_same_folders(folders, label_names(loaded.model))
     return Prepared(loaded, quality, objectives, inputs, train, contents, prepare_inputs, unseen)
 
 

@@ -12,10 +12,14 @@ from PIL import ExifTags, Image
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from jointopt import JointoptError
+from jointopt.config.config import Config
+from jointopt.config.sections import Data, Source, Train
 from jointopt.models import load_model
 from jointopt.outputs import logits_of
+from jointopt.prepared import prepare
 from jointopt.rows import DataSource, read_columns
 from jointopt.tasks import TASKS
+from jointopt.tasks.labels import check_same_folders
 from tests.saved import quality_of, save_timm, save_vit, write_images
 
 
@@ -33,6 +37,26 @@ def test_images_come_from_folders_of_their_class(folders, tmp_path, name):
     with torch.no_grad():
         inputs = {key: value for key, value in batches[0].items() if key != "labels"}
         assert logits_of(loaded.model, inputs).shape == (5, 3)
+
+
+def test_folders_that_number_classes_are_the_same_in_all_of_the_data(folders, tmp_path):
+    write_images(tmp_path / "seen")
+    write_images(tmp_path / "unseen", classes=("cat", "cow", "dog"))
+    data = {name: Source(path=str(tmp_path / "seen")) for name in ("calibrate", "evaluate")}
+    for name, train in (("vit", None), ("timm", Train(steps=1))):
+        other = {"test" if train is None else "train": Source(path=str(tmp_path / "unseen"))}
+        config = Config(
+            model=str(folders[name]), task="image-classification", data=Data(**data, **other), train=train, output="out"
+        )
+        with pytest.raises(JointoptError, match=r"^data\..*: its folders number the .* found 2: cow, owl in one alone"):
+            prepare(config)
+
+
+def test_folders_that_are_named_as_classes_are_need_not_be_the_same():
+    check_same_folders({"data.evaluate": ["cat", "dog"], "data.test": ["cat"]}, ["cat", "dog"])
+    check_same_folders({"data.evaluate": ["0", "1"], "data.test": ["1"]}, ["0", "1"])
+    with pytest.raises(JointoptError, match=r"^data.test: .* so do those of data.evaluate; found 4: 0, 1, cat, dog in"):
+        check_same_folders({"data.evaluate": ["0", "1"], "data.test": ["cat", "dog"]}, ["0", "1"])
 
 
 def test_files_with_a_dot_before_their_name_are_no_images(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -272,6 +272,25 @@ def _by_class(folders: Sequence[str], key: str) -> list[str]:
             stacklevel=2,
         )
     return counted
+
+
+def check_same_folders(folders: Mapping[str, Sequence[str]], labels: Sequence[str]) -> None:
+    """Raises JointoptError where a class without a name is one thing in some of the data and another in the rest.
+
+    Args:
+        folders: key of the config -> names of its folders of images by class.
+        labels: the model's, by index.
+    """
+    if not _nameless(labels) or all(all(_called(names, labels).values()) for names in folders.values()):
+        return
+    (first, one), *others = folders.items()
+    for key, other in others:
+        alone = sorted({*one} ^ {*other})
+        if alone:
+            raise JointoptError(
+                f"{key}: its folders number the model's classes, which have no names, and so do those of {first}; "
+                f"found {_few(alone)} in one alone; allowed: folders of the same names in both, be they empty"
+            )
 
 
 def _whole(value: Any) -> int | None:
