@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -122,11 +124,14 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
         task.check_scored(loaded.model)
     objectives = _objectives(config, problem)
 
-    contents = {}
+    contents, marks = {}, {}
 
     def scored_on(entry: str) -> Quality:
-        scored = task.batches(config.source(entry), loaded.processor, loaded.model, size)
+        samples = task.samples(config.source(entry), loaded.processor, loaded.model)
+        scored = samples.batches(size)
         contents[entry] = digest_of(scored)
+        if config.data.test is not None:
+            marks[f"data.{entry}"] = list(_marks(samples))
         return problem.quality(scored, loaded.model if "kl" in objectives else None, f"data.{entry}.label")
 
     quality = _named_failures(function, str(config.quality)) if function is not None else scored_on("evaluate")
@@ -135,11 +140,39 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
     trains = config.train is not None or (config.finish is not None and config.finish.steps is not None)
     train = task.samples(config.source("train"), loaded.processor, loaded.model) if trains else None
     unseen = scored_on("test") if config.data.test is not None else None
+    if unseen is not None:
+        _check_unseen(marks.pop("data.test"), marks if train is None else {**marks, "data.train": _marks(train)})
     labelled = {"train": trains, "evaluate": function is None, "test": unseen is not None}
     given = [config.source(entry) for entry, read in labelled.items() if read]
     folders = {source.key: class_folders(Path(source.path)) for source in given if Path(source.path).is_dir()}
     check_same_folders(folders, label_names(loaded.model))
     return Prepared(loaded, quality, objectives, inputs, train, contents, prepare_inputs, unseen)
+
+
+def _marks(samples: Samples) -> Iterator[bytes]:
+    return (xxhash.xxh3_128_digest(samples.mark(index)) for index in range(samples.count))
+
+
+def _check_unseen(test: Sequence[bytes], seen: Mapping[str, Iterable[bytes]]) -> None:
+    """Raises JointoptError where the search has seen most of what its front is to be scored on again; tells of less,
+    as short texts are the same by chance.
+
+    Args:
+        test: marks of samples. One that several samples have tells none of them from another.
+        seen: key of the config -> marks.
+    """
+    own = _once(test)
+    for key, found in seen.items():
+        shared = len(_once(mark for mark in found if mark in own))
+        told = f"data.test: {shared} of its {len(test)} samples are in {key} too"
+        if 2 * shared > len(test):
+            raise JointoptError(f"{told}; allowed: samples that the search does not see")
+        if shared:
+            warnings.warn(told, stacklevel=2)
+
+
+def _once(marks: Iterable[bytes]) -> set[bytes]:
+    return {mark for mark, times in Counter(marks).items() if times == 1}
 
 
 def _objectives(config: Config, problem: Problem) -> dict[str, str]:

@@ -108,9 +108,9 @@ def write_reviews(path: Path, count: int = 40, seed: int = 0) -> Path:
     return path
 
 
-def write_images(folder: Path, each: int = 4, classes: tuple[str, ...] = ("cat", "dog", "owl")) -> Path:
+def write_images(folder: Path, each: int = 4, classes: tuple[str, ...] = ("cat", "dog", "owl"), seed: int = 0) -> Path:
     """Gray 8x8 images in a folder for each class."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for name in classes:
         (folder / name).mkdir(parents=True)
         for index in range(each):

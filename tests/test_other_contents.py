@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jointopt import Study
+from jointopt import JointoptError, Study
 from jointopt.cli import main
 from jointopt.config.config import Config
 from jointopt.config.sections import Data, Source, Train
@@ -30,9 +31,9 @@ def run_on_images(folder: Path, monkeypatch, more: str = "", data: str = ", test
 
 
 def write_run(folder: Path, more: str = "", data: str = "") -> None:
-    for name in ("taught", "seen", "scored", "test"):
+    for seed, name in enumerate(("taught", "seen", "scored", "test")):
         if not (folder / name).exists():
-            write_images(folder / name)
+            write_images(folder / name, seed=seed)
     if not (folder / "vit").exists():
         save_vit(folder / "vit")
     text = (
@@ -93,6 +94,38 @@ def test_a_training_that_ended_early_does_not_go_on_with_other_images_under_the_
     capsys.readouterr()
     assert main(["run", "config.yaml"]) == 2
     assert "training.safetensors' was written by another training, with another data.train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("test", ["./scored/", "{path: scored, samples: 9}", "copy", "taught"])
+def test_unseen_images_that_the_search_does_see_are_refused(test, tmp_path, monkeypatch, capsys):
+    write_run(tmp_path, ", train: {steps: 9, batch_size: 4}", f", test: {test}")
+    shutil.copytree(tmp_path / "scored", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "config.yaml"]) == 2
+    told = r"data.test: (\d+) of its \1 samples are in data.(evaluate|train) too; allowed: samples that the search does"
+    assert re.search(told, capsys.readouterr().err)
+
+
+def unseen(folder: Path, lines: list[str]) -> None:
+    """Prepares a config whose unseen texts, of the 40 that are searched with and of others, are these lines."""
+    (folder / "unseen.csv").write_text("\n".join(["text,label", *lines]))
+    data = {name: Source(path=str(folder / "seen.csv")) for name in ("calibrate", "evaluate")}
+    data["test"] = Source(path=str(folder / "unseen.csv"))
+    prepare(Config(model=str(folder / "bert"), task="text-classification", data=Data(**data), device="cpu", output="o"))
+
+
+def test_unseen_texts_may_be_the_same_by_chance_as_few_as_are_told(tmp_path, recwarn):
+    save_bert(tmp_path / "bert")
+    _, *seen = write_reviews(tmp_path / "seen.csv").read_text().splitlines()
+    _, *others = write_reviews(tmp_path / "others.csv", seed=1).read_text().splitlines()
+    alone = [line for line in seen if seen.count(line) == 1]
+    others = [line for line in others if line not in seen]
+    unseen(tmp_path, others)
+    assert not recwarn.list
+    unseen(tmp_path, others[:20] + alone[:5])
+    assert "data.test: 5 of its 25 samples are in data.evaluate too" in [str(each.message) for each in recwarn]
+    with pytest.raises(JointoptError, match=r"^data.test: 5 of its 9 samples are in data.evaluate too; allowed: "):
+        unseen(tmp_path, others[:4] + alone[:5])
 
 
 def trained_on(folder: Path, model: Path, task: str) -> str:
