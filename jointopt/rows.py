@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -199,14 +200,21 @@ def _rows(rows: list[Any]) -> Columns:
 
 def _image_folder(path: Path, key: str, labelled: bool) -> Columns:
     if not labelled and not class_folders(path):
-        return Columns({"image": [str(file) for file in _files(path) if file.suffix.lower() in IMAGES]})
-    files = [(file, name) for name in class_folders(path) for file in _files(path / name)]
-    found = [(str(file), name) for file, name in files if file.suffix.lower() in IMAGES]
-    others = [str(file.relative_to(path)) for file, _ in files if file.suffix.lower() not in IMAGES]
+        return Columns({"image": [str(file) for file in _files(path, key) if _is_image(file)]})
+    files = [(file, name) for name in class_folders(path) for file in _files(path / name, key)]
+    found = [(str(file), name) for file, name in files if _is_image(file)]
+    others = [str(file.relative_to(path)) for file, _ in files if not _is_image(file)]
+    flat = sorted(each.name for each in path.iterdir() if _is_image(each) and not each.is_dir())
+    beside = [name for name in flat if not name.startswith(".")]
     if found and others:
         warnings.warn(
             f"{str(path)!r}: {len(others)} of {len(files)} files in its class folders are left out, such as "
             f"{others[0]}; images end in {', '.join(IMAGES)}",
+            stacklevel=2,
+        )
+    if found and beside:
+        warnings.warn(
+            f"{str(path)!r}: {len(beside)} images beside its class folders are left out, such as {beside[0]}",
             stacklevel=2,
         )
     if not found:
@@ -221,10 +229,25 @@ def class_folders(path: Path) -> list[str]:
     return sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
 
 
-def _files(folder: Path) -> list[Path]:
-    """In order. What systems and notebooks put beside a user's files, and copies of these, begins with a dot."""
-    found = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGES or file.is_file())
-    return sorted(each for each in found if not any(part.startswith(".") for part in each.relative_to(folder).parts))
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGES
+
+
+def _files(folder: Path, key: str) -> list[Path]:
+    """In order, those behind links to folders too. What systems and notebooks put beside a user's files, and copies of
+    these, begins with a dot."""
+
+    def refuse(error: OSError) -> None:
+        raise JointoptError(f"{key}: {error.filename!r} cannot be read: {error.strerror}")
+
+    found = []
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))  # links can lead in a circle, and out of the class
+    for at, inside, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(at)
+        inside[:] = [] if real in seen else sorted(name for name in inside if not name.startswith("."))
+        found += [Path(at, name) for name in files if real not in seen and not name.startswith(".")]
+        seen.add(real)
+    return sorted(found)
 
 
 def _hub_columns(source: DataSource) -> Columns:

@@ -77,6 +77,25 @@ def test_images_have_any_of_the_usual_suffixes_and_other_files_are_counted(tmp_p
         assert len(read_columns(DataSource(str(images)))["image"]) == 15
 
 
+def test_images_behind_links_to_folders_count_once_and_in_their_class_alone(tmp_path):
+    images, elsewhere = write_images(tmp_path / "images"), write_images(tmp_path / "elsewhere", seed=1)
+    (images / "cat/more").symlink_to(elsewhere / "cat")
+    (images / "cat/again").symlink_to(elsewhere / "cat")
+    (images / "dog/here").symlink_to(images / "dog")
+    (images / "owl/all").symlink_to(images)
+    found = read_columns(DataSource(str(images)))
+    assert [found["label"].count(name) for name in ("cat", "dog", "owl")] == [8, 4, 4]
+    assert str(images / "cat/again/0.png") in found["image"]
+
+
+def test_images_beside_class_folders_are_told(tmp_path):
+    images = write_images(tmp_path)
+    for name in ("b.png", "a.jpg", "notes.txt", "._a.jpg"):
+        shutil.copy(images / "cat/0.png", images / name)
+    with pytest.warns(UserWarning, match=r"2 images beside its class folders are left out, such as a.jpg$"):
+        assert len(read_columns(DataSource(str(images)))["image"]) == 12
+
+
 def test_a_table_names_its_images_relative_to_itself(folders, tmp_path):
     write_images(tmp_path / "images")
     (tmp_path / "table.csv").write_text("image,label\nimages/cat/0.png,2\nimages/dog/1.png,0\n")
