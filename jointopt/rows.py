@@ -123,7 +123,7 @@ def read_text(source: DataSource) -> str | None:
     if not path.is_file() or path.suffix.lower() in TABLES:
         return None
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise JointoptError(f"{source.key}: {source.path!r} is not UTF-8 text: {error}") from None
 

@@ -25,7 +25,7 @@ from jointopt.config.config import Config
 from jointopt.config.sections import Data, Source
 from jointopt.config.starter import starter_config
 from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
-from jointopt.rows import DataSource, looks_like_hub_id, read_columns, some
+from jointopt.rows import DataSource, looks_like_hub_id, read_columns, read_text, some
 from jointopt.tasks import TASKS
 from jointopt.tasks.labels import class_indices, label_indices
 from tests.saved import (
@@ -124,6 +124,13 @@ def test_tables_of_every_kind_hold_the_same_rows(tmp_path):
         found = read_columns(DataSource(str(path)))
         assert found["text"] == ["NA", 'a, "b"'], path
         assert class_indices(found["label"], ["x", "y"], "k") == [1, 0], path
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("good film", encoding="utf-8-sig")
+    (tmp_path / "a.csv").write_text("text\ngood film\n", encoding="utf-8-sig")
+    assert read_text(DataSource(str(tmp_path / "a.txt"))) == "good film"
+    assert read_columns(DataSource(str(tmp_path / "a.csv"))) == {"text": ["good film"]}
 
 
 def test_a_tables_suffix_may_be_in_capitals(tmp_path):
