@@ -167,8 +167,18 @@ def _objects(text: str) -> list[Any]:
         try:
             found += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+            told = _over_lines(text) or f"line {number}, column {error.colno}: {error.msg}"
+            raise ValueError(told) from None
     return found
+
+
+def _over_lines(text: str) -> str | None:
+    """What is said of JSON that is one value over several lines; None of what is none."""
+    try:
+        kind = type(json.loads(text)).__name__
+    except json.JSONDecodeError:
+        return None
+    return f"found one {kind} over several lines; allowed: an object a line, or in a .json file a list of objects"
 
 
 def _separated(text: str, delimiter: str) -> list[dict[str, str]]:
@@ -181,7 +191,7 @@ def _separated(text: str, delimiter: str) -> list[dict[str, str]]:
     header = lines[0] if lines else []
     for name in header:
         if header.count(name) > 1:
-            raise ValueError(f"the header has {name!r} twice")
+            raise ValueError(f"the header has {name!r:.200} twice")
     for number, line in enumerate(lines[1:], 1):
         if len(line) != len(header):
             raise ValueError(f"row {number} has {len(line)} fields, the header {len(header)}")
@@ -194,7 +204,7 @@ def _rows(rows: list[Any]) -> Columns:
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is a {type(row).__name__}; allowed: an object, its columns by name")
         if set(row) != set(names):
-            raise ValueError(f"row {number} has not the columns of the first: {', '.join(map(str, names))}")
+            raise ValueError(f"row {number} has not the columns of the first: {', '.join(map(str, names)):.300}")
     return Columns({str(name): [row[name] for row in rows] for name in names})
 
 
@@ -301,14 +311,14 @@ def name_of(columns: Columns, wanted: str | None, usual: Sequence[str], key: str
     if wanted is not None and wanted in columns:
         return wanted
     sought = f"no column {wanted!r}" if wanted else f"none of the columns {', '.join(usual)}"
-    raise JointoptError(f"{key}: found {sought}; there are {', '.join(columns)}")
+    raise JointoptError(f"{key}: found {sought}; there are {', '.join(columns):.300}")
 
 
 def texts(values: Sequence[Any], key: str) -> list[str]:
     """The values, all of which must be text."""
     for row, value in enumerate(values, 1):
         if not isinstance(value, str):
-            raise JointoptError(f"{key}: found {value!r} in row {row}; allowed: text")
+            raise JointoptError(f"{key}: found {value!r:.200} in row {row}; allowed: text")
         try:
             value.encode()
         except UnicodeEncodeError as error:

@@ -317,6 +317,8 @@ def test_a_source_that_is_not_there_is_named(path, said):
     [
         ('{"text": "a", "label": 0}\n{"text": }', "line 2, column 10: Expecting value"),
         ('[{"text": "a", "label": 0}]', "row 1 is a list; allowed: an object"),
+        ('{"data": [\n{"text": "a"}\n]}', "found one dict over several lines; allowed: an object a line, or in a"),
+        ('[\n{"text": "a", "label": 0}\n]', "found one list over several lines; allowed: an object a line"),
     ],
 )
 def test_a_line_of_json_that_is_none_is_named(tmp_path, content, said):
@@ -343,6 +345,22 @@ def test_json_that_is_nested_too_deeply_is_told(tmp_path):
     (tmp_path / "t.json").write_text("[" * 100_000)
     with pytest.raises(JointoptError, match=r"t.json' cannot be read: RecursionError"):
         read_columns(DataSource(str(tmp_path / "t.json")))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": {"0": "good " * 5000}, "label": 1}],
+        [{"text": "good", "label": "good " * 5000}],
+        [{"good " * 5000: "text", "label": 1}],
+        [{"text": "good", "label": 1, "good " * 5000: 1}, {"text": "bad"}],
+    ],
+)
+def test_what_is_said_of_a_long_value_is_short(folders, tmp_path, rows):
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    with pytest.raises(JointoptError) as raised:
+        quality_of(folders["bert"], "text-classification", DataSource(str(tmp_path / "t.json")))
+    assert len(str(raised.value).replace(str(tmp_path), "")) < 500
 
 
 def test_a_name_among_which_one_is_missing_is_the_one_that_is_named():

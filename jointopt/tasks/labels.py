@@ -50,7 +50,7 @@ def multi_labels(
     for number, row in enumerate(rows, 1):
         for value in row:
             if _whole(value) not in (0, 1):
-                raise JointoptError(f"{key}: found {value!r} in row {number}; allowed: 0 or 1, for each class")
+                raise JointoptError(f"{key}: found {value!r:.200} in row {number}; allowed: 0 or 1, for each class")
     return torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float32)
 
 
@@ -161,7 +161,9 @@ def _indices(
     for row, value in zip(rows or count(1), values, strict=False):
         at = _whole(value)
         if at is None or not 0 <= at < len(own):
-            raise JointoptError(f"{key}: found label {value!r} in row {row}; the data set names 0 to {len(own) - 1}")
+            raise JointoptError(
+                f"{key}: found label {value!r:.200} in row {row}; the data set names 0 to {len(own) - 1}"
+            )
         index = of_model[at]
         if index is None:
             raise JointoptError(
@@ -226,7 +228,7 @@ def class_indices(
         for row, value in zip(rows or count(1), values, strict=False):
             if len(called[str(value)]) > 1:
                 raise JointoptError(
-                    f"{key}: found label {value!r} in row {row}, which several classes of the model are called; "
+                    f"{key}: found label {value!r:.200} in row {row}, which several classes of the model are called; "
                     f"allowed: their indices, 0 to {len(labels) - 1}"
                 )
         return [called[str(value)][0] for value in values]
@@ -243,7 +245,8 @@ def class_indices(
         index = next(iter(called[str(value)]), None) if named else _whole(value)
         if index is None or not 0 <= index < len(labels):
             raise JointoptError(
-                f"{key}: found label {value!r} in row {row}; the model has {_few(labels)}, or 0 to {len(labels) - 1}"
+                f"{key}: found label {value!r:.200} in row {row}; the model has {_few(labels)}, or 0 to "
+                f"{len(labels) - 1}"
             )
         indices.append(index)
     return indices
