@@ -74,10 +74,18 @@ class Prepared:
 
 
 def stay_offline(config: Config) -> None:
-    """Forbids the hub's libraries to look anything up, unless the config names a hub id. Before they are imported."""
-    from jointopt.models import find_source
+    """Forbids the hub's libraries to look anything up, unless the config names a hub id or timm/NAME. Before they are
+    imported.
+
+    Raises:
+        JointoptError: a model or a teacher that is not there.
+    """
+    from jointopt.models import find_source, said_of
 
     local = find_source(config.model).local
+    if config.train is not None and config.train.distill and config.train.distill.teacher is not None:
+        with said_of("train.distill.teacher"):
+            local &= find_source(config.train.distill.teacher).local
     given = [
         config.source(entry) for entry in ("train", "calibrate", "evaluate", "test") if getattr(config.data, entry)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +23,10 @@ from transformers import BertConfig, BertModel, LlamaForSequenceClassification
 from jointopt import JointoptError
 from jointopt.cli import main
 from jointopt.config.config import Config
-from jointopt.config.sections import Data, Source
+from jointopt.config.sections import Data, Distill, Source, Train
 from jointopt.config.starter import starter_config
 from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
+from jointopt.prepared import stay_offline
 from jointopt.rows import DataSource, looks_like_hub_id, read_columns, read_text, some
 from jointopt.tasks import TASKS
 from jointopt.tasks.labels import class_indices, label_indices
@@ -544,6 +546,42 @@ def test_a_device_that_is_not_here_is_named():
 def test_a_hub_id_looks_like_one(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert looks_like_hub_id(name)
+
+
+def offline(folder: Path, monkeypatch, model: str = "", teacher: str = "", **data: Source) -> dict[str, str]:
+    """What `stay_offline` sets for a config of a local model, teacher and data, where not told other."""
+    local = str(folder)
+    named = {entry: Source(path=f"{entry}.csv") for entry in ("train", "calibrate", "evaluate", "test")} | data
+    train = Train(steps=1, distill=Distill(teacher=teacher or local))
+    config = Config(model=model or local, task="text-classification", data=Data(**named), train=train, output="out")
+    monkeypatch.setattr(os, "environ", {})
+    stay_offline(config)
+    return dict(os.environ)
+
+
+def test_where_all_that_is_named_is_here_nothing_is_looked_up_on_the_hub(folders, monkeypatch):
+    found = offline(folders["bert"], monkeypatch)
+    assert found == {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"model": "google-bert/bert-base-uncased"},
+        {"model": "timm/vit_tiny_patch16_224"},
+        {"teacher": "google-bert/bert-large-uncased"},
+        {"teacher": "timm/vit_base_patch16_224"},
+        *({entry: Source(path="owner/name", split="train")} for entry in ("train", "calibrate", "evaluate", "test")),
+    ],
+    ids=lambda named: " ".join(named),
+)
+def test_what_is_on_the_hub_may_be_looked_up_there(folders, monkeypatch, named):
+    assert offline(folders["bert"], monkeypatch, **named) == {}
+
+
+def test_a_teacher_that_is_not_there_is_named_by_its_key(folders, monkeypatch):
+    with pytest.raises(JointoptError, match=r"^train.distill.teacher: no folder './none', and it is no hub id"):
+        offline(folders["bert"], monkeypatch, teacher="./none")
 
 
 def test_a_function_is_imported_from_the_current_directory_too(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe
     Raises:
         JointoptError: a teacher that cannot be loaded or has other labels, whatever does not fit the super-network.
     """
-    from jointopt.models import load_model
+    from jointopt.models import load_model, said_of
 
     wanted = config.train
     assert wanted is not None
@@ -33,10 +33,8 @@ def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe
         numbers = {name: getattr(wanted.distill, name) for name in NUMBERS}
         given, teacher = wanted.distill.teacher, None
         if given is not None:
-            try:
+            with said_of("train.distill.teacher"):
                 teacher = load_model(given, loaded.task, str(supernet.device), config.dtype).model
-            except JointoptError as error:
-                raise JointoptError(f"train.distill.teacher: {str(error).removeprefix('model: ')}") from None
         distillation = Distillation(**numbers, teacher=teacher)
     recipe = Recipe(
         _sampling(config, supernet), distillation, wanted.precision_from, wanted.learned_ranges, seed=config.search.seed
