@@ -135,6 +135,35 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert read_columns(DataSource(str(tmp_path / "a.csv"))) == {"text": ["good film"]}
 
 
+@pytest.mark.parametrize("label", ["label", "labels", "class", "target"])
+@pytest.mark.parametrize(
+    ("name", "task", "column"),
+    [
+        *(("bert", "text-classification", column) for column in ("text", "sentence", "snippet", "review", "content")),
+        *(("vit", "image-classification", column) for column in ("image", "img", "path", "file", "file_name")),
+    ],
+)
+def test_columns_are_found_by_their_usual_names(folders, tmp_path, name, task, column, label):
+    images = write_images(tmp_path / "images")
+    values = ["good film", "bad"] if name == "bert" else [f"{images}/cat/0.png", f"{images}/dog/0.png"]
+    (tmp_path / "t.csv").write_text(f"other,{label},{column}\n7,1,{values[0]}\n7,0,{values[1]}\n")
+    loaded = load_model(str(folders[name]), task, "cpu")
+    (batch,) = TASKS[task].batches(DataSource(str(tmp_path / "t.csv")), loaded.processor, loaded.model, 2)
+    order = [1, 0] if name == "bert" else [0, 1]  # texts by length
+    assert batch["labels"][order].tolist() == [1, 0]
+    assert not torch.equal(*batch["input_ids" if name == "bert" else "pixel_values"])
+
+
+@pytest.mark.parametrize("column", ["text", "sentence", "snippet", "review", "content"])
+def test_a_language_model_takes_a_column_of_a_usual_name(folders, tmp_path, column):
+    (tmp_path / "t.csv").write_text(f"label,{column}\n1,good film\n0,bad film\n")
+    loaded = load_model(str(folders["llama"]), None, "cpu")
+    (batch,) = TASKS["causal-lm"].batches(
+        DataSource(str(tmp_path / "t.csv"), length=5), loaded.processor, loaded.model, 2
+    )
+    assert loaded.processor.decode(batch["input_ids"][0]) == "good film [END] bad film"
+
+
 def test_a_tables_suffix_may_be_in_capitals(tmp_path):
     (tmp_path / "A.CSV").write_text("text,label\ngood,1\n")
     assert read_columns(DataSource(str(tmp_path / "A.CSV"))) == {"text": ["good"], "label": ["1"]}
