@@ -166,6 +166,8 @@ def model_task(source: ModelSource) -> str:
     """The task that a model was made for, read off its config alone. Raises JointoptError where that does not say."""
     if source.timm:
         return "image-classification"
+    if source.kind == "gguf":  # which names no head, and has none but this
+        return "causal-lm"
     architectures = getattr(model_config(source), "architectures", None) or []
     if task := _task_of(architectures):
         return task

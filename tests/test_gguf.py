@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet, load_config
 from jointopt.checkpoint.gguf_writer import check
+from jointopt.config.starter import starter_config
+from jointopt.models import load_model
 from tests import zoo
 from tests.zoo import batches, logits, make
 
@@ -111,14 +113,24 @@ def test_scales_that_float16_holds_below_its_normal_numbers_are_the_same_in_the_
     assert found.ok, found.differences
 
 
-def test_a_tokenizer_goes_into_the_file(tmp_path):
+LETTERS = {letter: at for at, letter in enumerate(["<end>", *"abcdefgh", "ab", "cd"])}
+
+
+def letters():
+    """A tokenizer of these."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = {letter: at for at, letter in enumerate(["<end>", *"abcdefgh", "ab", "cd"])}
-    tokenizer = Tokenizer(models.BPE(letters, [("a", "b"), ("c", "d")]))
+    tokenizer = Tokenizer(models.BPE(LETTERS, [("a", "b"), ("c", "d")]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    processor = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def test_a_tokenizer_goes_into_the_file(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    processor = letters()
     processor.chat_template = "{{ messages[0]['content'] }}<end>"
     supernet = supernet_of("llama_tied")
     folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf", processor=processor)
@@ -126,7 +138,7 @@ def test_a_tokenizer_goes_into_the_file(tmp_path):
     tokens = fields["tokenizer.ggml.tokens"]
     named = [bytes(tokens.parts[at]).decode() for at in tokens.data]
     rows = supernet.model.config.vocab_size
-    assert named == [*letters, *(f"[PAD{number}]" for number in range(len(letters), rows))]
+    assert named == [*LETTERS, *(f"[PAD{number}]" for number in range(len(LETTERS), rows))]
     assert fields["tokenizer.ggml.token_type"].contents()[-1] == gguf.TokenType.UNUSED
     assert int(fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == 0
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
@@ -142,6 +154,25 @@ def test_a_tokenizer_goes_into_the_file(tmp_path):
             processor=PreTrainedTokenizerFast(tokenizer_object=words),
         )
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "."])
+def test_what_was_written_is_read_as_a_model_of_a_config(name, tmp_path):
+    supernet = supernet_of("llama_tied")
+    genome = supernet.space.sample(1, seed=4)[0]
+    folder = jointopt.export(supernet, genome, tmp_path / "out", target="gguf", processor=letters())
+    with pytest.warns(UserWarning, match="^dtype: the weights are stored as GGUF and read as float32"):
+        loaded = load_model(str(folder / name), None, "cpu")
+        assert "task: causal-lm" in starter_config(str(folder / name))
+    assert (loaded.task, loaded.source.kind, loaded.model.dtype) == ("causal-lm", "gguf", torch.float32)
+    assert loaded.processor("abcd")["input_ids"] == letters()("abcd")["input_ids"]
+    batch = batches("llama_tied", seed=2)[0]
+    scored = logits(supernet.extract(genome), batch)
+    torch.testing.assert_close(logits(loaded.model, batch), scored, rtol=1e-4, atol=1e-4)
+    again = Supernet(loaded.model, SearchSpace.for_model(loaded.model, schemes=["none", "W8A8"]))
+    again.calibrate(batches("llama_tied"))
+    found = jointopt.verify(jointopt.export(again, again.space.largest, tmp_path / "again"))
+    assert found.ok, found.differences
 
 
 WORDS = (
