@@ -207,6 +207,8 @@ def test_folders_1_to_10_of_classes_without_names_are_refused_and_01_to_10_count
     labels = [f"LABEL_{index}" for index in range(10)]
     with pytest.raises(JointoptError, match="^k: found folders 1 to 10, .* in one order alphabetically and in another"):
         class_indices(["10", "2"], labels, "k", sorted(map(str, range(1, 11))))
+    with pytest.raises(JointoptError, match="^k: found folders 1 to 10, "):
+        class_indices(["2"], list(map(str, range(10))), "k", sorted(map(str, range(1, 11))))
     assert class_indices(["10", "02"], labels, "k", [f"{number:02}" for number in range(1, 11)]) == [9, 1]
 
 

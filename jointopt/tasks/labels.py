@@ -224,7 +224,9 @@ def class_indices(
         JointoptError: a label that the model does not have; folders that cannot number the classes without names.
     """
     called = _called({str(value) for value in values}, labels)
-    if all(called.values()):
+    # Of folders 1 to 10 none may be called 10 among a few samples, and 1 to 9 are not the classes 1 to 9.
+    numbers = [name for name in folders or () if name.isdecimal()] if _nameless(labels) else []
+    if all(called.values()) and all(_called(numbers, labels).values()):
         for row, value in zip(rows or count(1), values, strict=False):
             if len(called[str(value)]) > 1:
                 raise JointoptError(
