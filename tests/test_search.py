@@ -48,7 +48,7 @@ def dump(study: Study) -> str:
 class Careless(Strategy):
     """Proposes lists of indices, many of them for genes that cannot matter."""
 
-    def _propose(self, n: int):
+    def propose(self, n: int):
         return np.random.default_rng(len(self._seen)).integers(0, self.space.sizes, (n, len(self.space))).tolist()
 
 

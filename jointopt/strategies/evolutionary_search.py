@@ -32,7 +32,7 @@ class EvolutionarySearch(Strategy):
         self.size = population
         self._members = np.empty(0, dtype=np.int64)
 
-    def _propose(self, n: int) -> Iterable[np.ndarray]:
+    def propose(self, n: int) -> Iterable[np.ndarray]:
         if len(self._seen) < self.size or len(self._members) < 2:
             yield from (self.space.largest, self.space.smallest)
             yield from self.space.sample(2 * n, int(self.random.integers(2**31)))
@@ -42,7 +42,7 @@ class EvolutionarySearch(Strategy):
             children = offspring(self.space, self.told[self._members], place, n, self.random)
             yield from self.feasible.repaired(children, self.random)
 
-    def _learn(self, rows: np.ndarray) -> None:
+    def learn(self, rows: np.ndarray) -> None:
         costs = self._handicapped()
         pool = np.union1d(self._members, rows)
         pool = pool[np.isfinite(costs[pool]).all(axis=1)]

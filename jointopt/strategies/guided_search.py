@@ -110,7 +110,7 @@ class GuidedSearch(Strategy):
         with threadpool_limits(1, "blas"):  # a second one has more to wait than to compute, more so on a busy machine
             return super().ask(n)
 
-    def _propose(self, n: int) -> Iterable[np.ndarray]:
+    def propose(self, n: int) -> Iterable[np.ndarray]:
         known = np.isfinite(self.values).all(axis=1)
         if len(self._seen) < self.initial or known.sum() < FEWEST:
             yield from self._design(n)

@@ -15,7 +15,7 @@ from search_spaces.space import SearchSpace
 
 
 class Strategy:
-    """Asks for genomes, is told their values. Subclasses say what to propose (`_propose`).
+    """Asks for genomes, is told their values. Subclasses have their own `propose`, and `learn` where needed.
 
     Args:
         constraints: limits to keep to. Exact ones every genome asked for keeps; measured ones
@@ -50,7 +50,7 @@ class Strategy:
         """
         check_whole("ask", n, 1)
         self.predicted = np.full((n, len(self.objectives)), np.nan)
-        found = self._unseen(self._propose(n), n)
+        found = self._unseen(self.propose(n), n)
         if len(found) < n:
             found += self._fill(n - len(found), {genome.tobytes() for genome in found})
         self._seen |= {genome.tobytes() for genome in found}
@@ -71,7 +71,7 @@ class Strategy:
         told = np.array([rows.setdefault(genome.tobytes(), len(rows)) for genome in genomes], dtype=np.int64)
         self.told, self.values = _with_rows(self.told, told, genomes), _with_rows(self.values, told, values)
         self._seen |= rows.keys()
-        self._learn(np.unique(told))
+        self.learn(np.unique(told))
 
     def _shaped(self, values: np.ndarray, n: int) -> np.ndarray:
         expected = (n, len(self.objectives))
@@ -85,12 +85,12 @@ class Strategy:
             raise JointoptError(f"tell: found values of shape {found.shape}; allowed: {expected}")
         return found
 
-    def _propose(self, n: int) -> Iterable[np.ndarray]:
+    def propose(self, n: int) -> Iterable[np.ndarray]:
         """Genomes in order of preference, [genes] each. Repetitions, known ones and what is not canonical may be
         among them; what is missing is drawn at random."""
         return ()
 
-    def _learn(self, rows: np.ndarray) -> None:
+    def learn(self, rows: np.ndarray) -> None:
         """What a strategy keeps beside `told` and `values`, of which these rows are new or replaced."""
 
     def costs(self) -> np.ndarray:

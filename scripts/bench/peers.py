@@ -94,7 +94,7 @@ class Linas(Strategy):
     def ask(self, n: int) -> np.ndarray:
         return super().ask(50)
 
-    def _propose(self, n: int):
+    def propose(self, n: int):
         if not len(self.told):
             return
         models = {at: self._learned(at) for at, o in enumerate(self.objectives) if o.compute is None}
