@@ -46,13 +46,13 @@ def _conference(prime: int) -> Tensor:
     return matrix
 
 
-def rotation(order: int, seed: int = 0) -> Tensor:
+def rotation(order: int) -> Tensor:
     """An orthogonal matrix, float64 [order, order], whose every entry is small.
 
     A Hadamard matrix with columns of random sign, over the root of its order (QuaRot, arXiv 2404.00456, section 3);
     where `hadamard` has none, a random orthogonal one (as SpinQuant starts from, 2405.16406).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     known = hadamard(order)
     if known is None:
         return _random_orthogonal(order, generator)
@@ -60,13 +60,13 @@ def rotation(order: int, seed: int = 0) -> Tensor:
     return signs * known / order**0.5
 
 
-def mean_keeping_rotation(order: int, seed: int = 0) -> Tensor:
+def mean_keeping_rotation(order: int) -> Tensor:
     """A random orthogonal matrix Q with Q 1 = 1, float64: a vector's mean and variance stay, so LayerNorm without
     weight and bias commutes with it.
 
     Q = U diag(1, R) U^T, where U reflects the first axis onto 1 / sqrt(order) and R is random in what is orthogonal.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     turned = torch.eye(order, dtype=torch.float64)
     turned[1:, 1:] = _random_orthogonal(order - 1, generator)
     normal = torch.full((order,), -(order**-0.5), dtype=torch.float64)

@@ -33,8 +33,6 @@ from search_spaces.space import Gene, SearchSpace
 DEFAULT_SCHEMES = ("none", "W8A8", "W4A16", "FP8_DYNAMIC")
 ARCHITECTURE = ("depth", "keep", "attention_keep", "mlp_keep", "heads", "mlp", "bottleneck", "stage")
 
-Choices = Sequence[int | float]
-
 
 def presets() -> dict[str, dict[str, Any]]:
     """Name -> content of every preset that comes with the package."""

@@ -231,9 +231,6 @@ class Family:
     stream: Stream | None = None
     staying: Mapping[str, str] = field(default_factory=dict)
 
-    def block(self, name: str) -> Block:
-        return next(block for block in self.blocks if block.name == name)
-
     def stages(self) -> dict[str, tuple[Block, ...]]:
         """Depth gene -> its blocks, in the order of the forward pass."""
         names = dict.fromkeys(block.stage for block in self.blocks)

@@ -163,11 +163,6 @@ class SearchSpace:
         genomes = self.validate(genomes)
         return np.where(self._active(genomes), genomes, 0)
 
-    def is_canonical(self, genomes: Any) -> np.ndarray:
-        """For each genome, whether it is its own canonical form."""
-        genomes = self.validate(genomes)
-        return (genomes == self.canonical(genomes)).all(axis=-1)
-
     def validate(self, genomes: Any) -> np.ndarray:
         """The genomes as int64. Raises JointoptError for another length, type or an index out of range."""
         found = np.asarray(genomes)

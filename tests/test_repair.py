@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from jointopt import SearchSpace, Supernet
+from jointopt.supernet import repair
 from jointopt.supernet.repair import Repairs, repaired
 from quant.rounding.moments import InputMoments
 from tests.test_quant_gptq import moments_of
@@ -41,19 +42,21 @@ def test_a_repaired_layer_is_never_further_from_the_whole_one_than_its_slice(see
     assert error <= plain * 1.0001
 
 
-def test_without_damping_it_is_the_least_squares_fit():
+def test_without_damping_it_is_the_least_squares_fit(monkeypatch):
+    monkeypatch.setattr(repair, "DAMPINGS", (1e-9,))
     layer, x = nn.Linear(12, 5), correlated(300, 12, 0).double().float()
-    weight, bias = repaired(layer, all_in_one(layer, x), 7, dampings=[1e-9])
+    weight, bias = repaired(layer, all_in_one(layer, x), 7)
     design = torch.cat([x[:, :7], torch.ones(300, 1)], dim=1).double()
     fit = torch.linalg.lstsq(design, layer(x).detach().double()).solution.T
     torch.testing.assert_close(weight, fit[:, :7].float(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(bias, fit[:, 7].float(), rtol=1e-3, atol=1e-3)
 
 
-def test_channels_that_repeat_others_can_leave_at_no_loss():
+def test_channels_that_repeat_others_can_leave_at_no_loss(monkeypatch):
+    monkeypatch.setattr(repair, "DAMPINGS", (1e-7,))
     layer, half = nn.Linear(8, 3), correlated(100, 4, 0)
     x = torch.cat([half, half], dim=1)
-    weight, bias = repaired(layer, all_in_one(layer, x), 4, dampings=[1e-7])
+    weight, bias = repaired(layer, all_in_one(layer, x), 4)
     torch.testing.assert_close(nn.functional.linear(half, weight, bias), layer(x), rtol=1e-3, atol=1e-3)
 
 

@@ -88,7 +88,6 @@ def test_canonical_changes_only_what_cannot_matter_and_only_once(space, data):
     assert not canonical[~active].any()
     assert np.array_equal(space.canonical(canonical), canonical)
     assert np.array_equal(space.active(canonical), active)
-    assert np.array_equal(space.is_canonical(genomes), (canonical == genomes).all(1))
 
 
 @law
@@ -103,7 +102,7 @@ def test_samples_are_canonical_all_different_and_the_same_for_one_seed(space, da
     n, seed = data.draw(st.integers(0, 30)), data.draw(st.integers(0, 99))
     drawn = space.sample(n, seed)
     assert drawn.dtype == np.int64 and drawn.shape == (min(n, space.count()), len(space))
-    assert space.is_canonical(drawn).all() if len(drawn) else n == 0
+    assert np.array_equal(space.canonical(drawn), drawn) if len(drawn) else n == 0
     assert len(rows(drawn)) == len(drawn)
     assert np.array_equal(drawn, space.sample(n, seed))
     assert rows(space.sample(space.count() + 5, seed)) == rows(np.array(list(space.genomes())))
@@ -152,7 +151,7 @@ def test_a_space_with_few_genomes_among_many_vectors_is_filled():
 def test_genomes_that_are_hardly_ever_drawn_are_reached_too():
     space = chain(30, 10**6)
     drawn = space.sample(200, 0)
-    assert len(rows(drawn)) == 200 and space.is_canonical(drawn).all()
+    assert len(rows(drawn)) == 200 and np.array_equal(space.canonical(drawn), drawn)
     assert space.count() == 30 + 10**6
 
 
@@ -196,7 +195,7 @@ def test_four_hundred_genes_take_milliseconds():
     started = time.process_time()
     assert space.count() > 10**150
     drawn = space.sample(500, 0)
-    assert space.is_canonical(drawn).all()
+    assert np.array_equal(space.canonical(drawn), drawn)
     for genome in drawn[:50]:
         assert np.array_equal(space.encode(space.decode(genome)), genome)
     assert time.process_time() - started < 3

@@ -33,11 +33,11 @@ def test_a_hadamard_matrix_has_orthogonal_rows_of_ones(order):
     assert torch.equal(matrix @ matrix.T, order * torch.eye(order, dtype=torch.float64))
 
 
-@given(st.integers(1, 100), st.integers(0, 3))
-def test_rotations_of_every_order_are_orthogonal_and_one_of_them_keeps_the_mean(order, seed):
+@given(st.integers(1, 100))
+def test_rotations_of_every_order_are_orthogonal_and_one_of_them_keeps_the_mean(order):
     unit = torch.eye(order, dtype=torch.float64)
     for make_one in (rotation, mean_keeping_rotation):
-        turn = make_one(order, seed)
+        turn = make_one(order)
         torch.testing.assert_close(turn @ turn.T, unit)
     torch.testing.assert_close(turn.sum(1), unit.sum(1))
 

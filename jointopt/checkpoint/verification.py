@@ -30,6 +30,8 @@ from quant.formats import scheme
 from search_spaces.precision import is_precision
 
 TOLERANCE = 1e-3
+"""How far metrics may be apart, times the larger of 1 and the recorded value."""
+
 _SECONDS = 900.0
 
 
@@ -52,9 +54,7 @@ class Verification:
         return not self.differences
 
 
-def verify(
-    folder: str | Path, quality: Quality | None = None, tolerance: float = TOLERANCE, device: str = "cpu"
-) -> Verification:
+def verify(folder: str | Path, quality: Quality | None = None, device: str = "cpu") -> Verification:
     """Reloads an exported folder in a fresh process, by transformers, timm or ONNX Runtime alone, and compares it with
     its record.
 
@@ -63,7 +63,6 @@ def verify(
 
     Args:
         quality: the function that the search used; its model's forward passes run in the other process.
-        tolerance: how far metrics may be apart, times the larger of 1 and the recorded value.
         device: where the other process runs the model; ONNX Runtime runs it on the CPU.
 
     Raises:
@@ -90,7 +89,7 @@ def verify(
         differences.append(f"reload: {error}")
     for name, value in metrics.items():
         recorded = record["metrics"].get(name)
-        if recorded is not None and abs(value - recorded) > tolerance * max(1.0, abs(recorded)):
+        if recorded is not None and abs(value - recorded) > TOLERANCE * max(1.0, abs(recorded)):
             differences.append(f"{name}: {value:.6g} reloaded, {recorded:.6g} recorded")
     return Verification(tuple(differences), metrics, size)
 

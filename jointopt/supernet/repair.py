@@ -21,14 +21,15 @@ from search_spaces.family import Family, Part, Width
 from search_spaces.space import SearchSpace
 
 DAMPINGS = (0.01, 0.1)
-"""Of the mean diagonal of the kept inputs' second moments, as in GPTQ: the pull back to the unrepaired weight."""
+"""Of the mean diagonal of the kept inputs' second moments, as in GPTQ: the pull back to the unrepaired weight. One of
+them is chosen."""
 
 Repaired = tuple[Tensor, Tensor | None]
 """Weight [rows, channels that stay, ...] and bias [rows]."""
 
 
 @torch.no_grad()
-def repaired(layer: nn.Module, halves: Halves, channels: int, dampings: Sequence[float] = DAMPINGS) -> Repaired:
+def repaired(layer: nn.Module, halves: Halves, channels: int) -> Repaired:
     """A layer's weight and bias for its first `channels` input channels: min over D of E|W x - (W_S + D) x_S|^2 +
     damping |D|^2, where a bias takes up the mean of the error.
 
@@ -39,7 +40,6 @@ def repaired(layer: nn.Module, halves: Halves, channels: int, dampings: Sequence
     Args:
         halves: the moments of all its inputs, of two parts of the data, in the order of the weight's columns. Where
             one has none, all of D is taken, with the first damping.
-        dampings: what may be chosen.
 
     Raises:
         JointoptError: there were no inputs, or some that are not finite.
@@ -54,7 +54,7 @@ def repaired(layer: nn.Module, halves: Halves, channels: int, dampings: Sequence
     both, parts = joined(halves), [hessian(half) for half in halves if half.count]
     whole = weight.flatten(1).double()
     stay, leave = whole[:, :kept], whole[:, kept:]
-    damping, share = _that_holds(parts, leave, dampings) if len(parts) > 1 else (dampings[0], 1.0)
+    damping, share = _that_holds(parts, leave) if len(parts) > 1 else (DAMPINGS[0], 1.0)
     change = share * _least_squares(hessian(both), leave, damping)
     shape = (len(weight), channels, *weight.shape[2:])
     repaired_weight = (stay + change).reshape(shape).to(weight)
@@ -75,12 +75,12 @@ def _least_squares(hessian: Tensor, leave: Tensor, damping: float) -> Tensor:
     return torch.cholesky_solve(hessian[:kept, kept:] @ leave.mT, torch.linalg.cholesky(damped)).mT
 
 
-def _that_holds(halves: Sequence[Tensor], leave: Tensor, dampings: Sequence[float]) -> tuple[float, float]:
+def _that_holds(halves: Sequence[Tensor], leave: Tensor) -> tuple[float, float]:
     """The damping, and the share from 0 to 1 of D, with which fits to each half lose least on the other."""
     kept = len(halves[0]) - leave.shape[1]
     wanted, hessians = [leave @ half[kept:, :kept] for half in halves], [half[:kept, :kept] for half in halves]
-    most, best = -1.0, (dampings[0], 0.0)
-    for damping in dampings:
+    most, best = -1.0, (DAMPINGS[0], 0.0)
+    for damping in DAMPINGS:
         share, gain = tried([_least_squares(half, leave, damping) for half in halves], wanted, hessians)
         if gain > most:
             most, best = gain, (damping, share)

@@ -7,19 +7,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant.errors import JointoptError
 from quant.formats import Format
 from quant.reference import Clip, QuantizedTensor, code_values, round_to_format, value_codes
 from quant.rounding.compensated import DAMPING, gptq, spread_grid
 
 SWEEPS = 4
+"""How often it goes over all columns."""
+
 _COLUMNS = 128
 
 
 @torch.no_grad()
-def descent(
-    weight: Tensor, hessian: Tensor, format: Format, clip: Clip | None = None, sweeps: int = SWEEPS
-) -> QuantizedTensor:
+def descent(weight: Tensor, hessian: Tensor, format: Format, clip: Clip | None = None) -> QuantizedTensor:
     """Rounds as `gptq` does, then goes over the columns again: each takes the value that is best beside the others.
 
     GPTQ's columns know of those before them alone; here the squared output error falls with every column, whatever
@@ -27,13 +26,10 @@ def descent(
 
     Args:
         weight, hessian, format, clip: see `gptq`.
-        sweeps: how often, over all columns.
 
     Raises:
-        JointoptError: what `gptq` refuses, or a number of sweeps below 0.
+        JointoptError: what `gptq` refuses.
     """
-    if sweeps < 0:
-        raise JointoptError(f"sweeps: found {sweeps}; allowed: a number from 0")
     start = gptq(weight, hessian, format, clip)
     groups = len(hessian)
     target, step, zero, units = (
@@ -49,7 +45,7 @@ def descent(
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     diagonal += DAMPING * diagonal.mean(-1, keepdim=True)
     lost = (units - zero) * step - target
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         for start_at in range(0, target.shape[-1], _COLUMNS):
             part = slice(start_at, min(start_at + _COLUMNS, target.shape[-1]))
             slope, within = lost @ damped[..., part], damped[:, part, part]

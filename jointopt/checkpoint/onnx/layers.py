@@ -235,9 +235,6 @@ class OnnxConv2d(OnnxLayer):
 
 def integers(x: Tensor, format: Format, scale: Tensor | None, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's input as uint8 codes, with their scale and zero point."""
-    if format.dynamic and format.granularity == "tensor":
-        types, shapes = (torch.uint8, torch.float32, torch.uint8), (x.shape, (), ())
-        return tuple(ops.symbolic_multi_out("DynamicQuantizeLinear", (x,), dtypes=types, shapes=shapes))  # type: ignore[return-value]
     if format.dynamic:
         scale = dynamic_scale(x, format)
         codes = _quantize_linear(x / scale, torch.tensor(1.0), zero_point)
