@@ -20,7 +20,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from jointopt.files import check_path, from_home
-from jointopt.names import MODELS, NOISY, TARGETS
+from jointopt.names import MODELS, NOISY, TARGET_NAMES
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", metavar="FOLDER", type=_given, help="the folder to be made (default: OUTPUT/export)")
     export.add_argument(
         "--target",
-        choices=TARGETS,
+        choices=TARGET_NAMES,
         help="the library that it is for (default: the config's)",
     )
     export.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")

@@ -9,8 +9,8 @@ TaskName = Literal["text-classification", "image-classification", "causal-lm"]
 TargetName = Literal["transformers", "onnxruntime", "gguf", "vllm"]
 NOISY = ("transformers", "datasets", "timm", "httpx", "huggingface_hub", "torch.utils._pytree")
 """Loggers of libraries whose notices are not for the user of a command."""
-TASKS: tuple[str, ...] = get_args(TaskName)
-TARGETS: tuple[str, ...] = get_args(TargetName)
+TASK_NAMES: tuple[str, ...] = get_args(TaskName)
+TARGET_NAMES: tuple[str, ...] = get_args(TargetName)
 
 MOST = {"evaluations": 10**9, "minutes": 10**7, "batch": 10**6, "threads": 1024}
 """Of a search. More is a slip of the pen, of which a clock, the memory or the system would make an error of its own."""

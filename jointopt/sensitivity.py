@@ -42,7 +42,7 @@ channels, the name of a scheme or of a cache's format."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class ForwardRecord:
     """One call of a module in the whole network: its inputs, its output, and how the answers hang on the output.
 
     Attributes:
@@ -92,10 +92,10 @@ def estimated_losses(
     become = _becoming(supernet, {change for each in changes.values() for change in each})
     totals, labels = dict.fromkeys(changes, 0.0), 0
     for batch in _first(supernet, batches):
-        seen, count = _observed(supernet, batch, dict.fromkeys(path for _, path, _ in become), generator)
+        records, count = _observed(supernet, batch, dict.fromkeys(path for _, path, _ in become), generator)
         labels += count
         with torch.no_grad():
-            effects = {change: seen[change[1]].effect(new(seen[change[1]])) for change, new in become.items()}
+            effects = {change: records[change[1]].effect(new(records[change[1]])) for change, new in become.items()}
         for slot, each in changes.items():
             if each:
                 totals[slot] += float(torch.stack([effects[change] for change in each]).sum(0).square().sum()) / 2
@@ -174,12 +174,12 @@ def _ends(branch: Branch) -> list[str]:
     return [path for path, replacement in branch.replacements.items() if replacement is not nn.Identity]
 
 
-def _becoming(supernet: Supernet, changes: Iterable[Change]) -> dict[Change, Callable[[Seen], Tensor]]:
+def _becoming(supernet: Supernet, changes: Iterable[Change]) -> dict[Change, Callable[[ForwardRecord], Tensor]]:
     """Change -> the function that gives the module's output under it."""
     branches = [branch for block in supernet.family.blocks for branch in block.branches]
     replacements = {path: new for branch in branches for path, new in branch.replacements.items()}
     modules = _changed_modules(supernet)
-    found: dict[Change, Callable[[Seen], Tensor]] = {}
+    found: dict[Change, Callable[[ForwardRecord], Tensor]] = {}
     for change in sorted(changes, key=str):
         kind, path, _ = change
         if kind == "block":
@@ -227,29 +227,29 @@ def _turns(supernet: Supernet, genes: Collection[str]) -> Iterator[Plan]:
         yield supernet.plan(np.where(chosen, np.minimum(turn, space.sizes - 1), space.largest))
 
 
-def _skipped(seen: Seen) -> Tensor:
-    return hidden_input(seen.args, seen.kwargs)
+def _skipped(record: ForwardRecord) -> Tensor:
+    return hidden_input(record.args, record.kwargs)
 
 
-def _replaced(module: nn.Module, seen: Seen) -> Tensor:
-    return _tensor(module(*seen.args, **seen.kwargs)).expand_as(seen.output)
+def _replaced(module: nn.Module, record: ForwardRecord) -> Tensor:
+    return _tensor(module(*record.args, **record.kwargs)).expand_as(record.output)
 
 
-def _called(module: nn.Module, seen: Seen) -> Tensor:
-    return module(*seen.args, **seen.kwargs)
+def _called(module: nn.Module, record: ForwardRecord) -> Tensor:
+    return module(*record.args, **record.kwargs)
 
 
-def _reattended(attention: nn.Module, seen: Seen) -> Tensor:
+def _reattended(attention: nn.Module, record: ForwardRecord) -> Tensor:
     """The output of attention with an empty cache in place of the one that already holds these tokens."""
-    return _tensor(attention(*seen.args, **{**seen.kwargs, cache_name(seen.kwargs): None}))
+    return _tensor(attention(*record.args, **{**record.kwargs, cache_name(record.kwargs): None}))
 
 
-def _narrowed(module: nn.Module, seen: Seen) -> Tensor:
+def _narrowed(module: nn.Module, record: ForwardRecord) -> Tensor:
     """The output where the layer has lost input channels. Rows that it has lost too stay as they were."""
-    whole, dim = hidden_input(seen.args, seen.kwargs), 1 if isinstance(module, nn.Conv2d) else -1
+    whole, dim = hidden_input(record.args, record.kwargs), 1 if isinstance(module, nn.Conv2d) else -1
     new = module(whole.narrow(dim, 0, module.get_parameter("weight").shape[1]))
-    lost = seen.output.shape[dim] - new.shape[dim]
-    return torch.cat([new, seen.output.narrow(dim, new.shape[dim], lost)], dim)
+    lost = record.output.shape[dim] - new.shape[dim]
+    return torch.cat([new, record.output.narrow(dim, new.shape[dim], lost)], dim)
 
 
 def _tensor(output: Any) -> Tensor:
@@ -258,7 +258,7 @@ def _tensor(output: Any) -> Tensor:
 
 def _observed(
     supernet: Supernet, batch: Mapping[str, Any], paths: Iterable[str], generator: torch.Generator
-) -> tuple[dict[str, Seen], int]:
+) -> tuple[dict[str, ForwardRecord], int]:
     """Path -> what the module there saw, and how the answers hang on it; and the number of labels of the batch."""
     model = structural_clone(supernet.model).eval()
     calls: dict[str, tuple[tuple, dict, Tensor, Tensor]] = {}
@@ -283,11 +283,11 @@ def _observed(
         score, count = _pushed(logits_of(model, batch), batch, generator, problem_of(model))
         outputs = [tensor for _, _, tensor, _ in calls.values()]
         gradients = torch.autograd.grad(score, outputs, materialize_grads=True)
-    seen = {
-        path: Seen(args, kwargs, tensor.detach(), gradient, id(handed) in normalized)
+    records = {
+        path: ForwardRecord(args, kwargs, tensor.detach(), gradient, id(handed) in normalized)
         for (path, (args, kwargs, tensor, handed)), gradient in zip(calls.items(), gradients, strict=True)
     }
-    return seen, count
+    return records, count
 
 
 def _pushed(

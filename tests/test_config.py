@@ -234,10 +234,10 @@ def test_overrides_take_the_place_of_the_files_values(tmp_path):
         (Config, "target", WRITERS),
         (Config, "dtype", ["auto", *DTYPES]),
         (Space, "precision_per", PRECISION_PER),
-        (Train, "sampling", sampling.STRATEGIES),
+        (Train, "sampling", sampling.SAMPLERS),
         (Search, "strategy", strategies.STRATEGIES),
         (Finish, "rounding", ROUNDINGS),
-        (Finish, "rounding", [name for name in card.ROUNDINGS if name != "nearest"]),
+        (Finish, "rounding", [name for name in card.ROUNDED_BY if name != "nearest"]),
     ],
 )
 def test_a_config_names_what_there_is(section, key, table):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from jointopt.outputs import MULTI_LABEL, REGRESSION
 from jointopt.supernet.subnetwork import Plan
-from jointopt.training.distillation import Distillation, seen, soft_labels
+from jointopt.training.distillation import Distillation, model_outputs, soft_labels
 from search_spaces.family import Block, Branch, Family, Part, SkipBranch, Width
 
 
@@ -107,7 +107,7 @@ def test_attention_stays_where_a_branch_of_a_like_name_left():
     attention = Width("block0.heads", "heads", 6, (Part("0.mixer"),), (Part("0.out"),), block="block0", attention=True)
     block = Block("block0", "0", branches=(Branch("mlp", {"0.mix": SkipBranch}),))
     plan = Plan((block,), block.branches, {}, {})
-    found = seen(
+    found = model_outputs(
         nn.Sequential(Mixed()),
         {"input": torch.ones(2, 4)},
         Family("own", (block,), (attention,), ()),

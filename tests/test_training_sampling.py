@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from jointopt import Gene, SearchSpace
-from jointopt.training.sampling import STRATEGIES, Attentive, Progressive, Sandwich, Uniform
+from jointopt.training.sampling import SAMPLERS, Attentive, Progressive, Sandwich, Uniform
 from jointopt.training.sampling.attentive import beyond_limits
 from tests.test_training import calibrated
 
 
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_strategy_samples_the_same_for_the_same_step_and_others_for_another(name):
     supernet = calibrated("vit")
     options = {"region": lambda genomes: np.zeros(len(genomes))} if name == "attentive" else {}
-    strategy = STRATEGIES[name](count=3, **options)
+    strategy = SAMPLERS[name](count=3, **options)
     first, again, other = (np.stack(strategy.genomes(supernet.space, 0.9, seed)) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     supernet.space.validate(first)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jointopt.report.quantities import label, scale, time_source
 
-ROUNDINGS = {
+ROUNDED_BY = {
     "nearest": "the nearest value",
     "gptq": "GPTQ (arXiv 2210.17323), layer after layer",
     "descent": "GPTQ and coordinate descent from there (QuantEase, arXiv 2309.01885), layer after layer",
@@ -92,8 +92,8 @@ def timm_snippet(folder: str) -> str:
 
 def _weights_made(how: str) -> str:
     """How the weights came about, by the name that `Finishing` gives it."""
-    if how in ROUNDINGS:
-        return f"Weights were rounded by {ROUNDINGS[how]}."
+    if how in ROUNDED_BY:
+        return f"Weights were rounded by {ROUNDED_BY[how]}."
     kind, steps, *_ = how.split("-")
     ranges = " and the ranges of their scales (LSQ, arXiv 1902.08153)" if kind == "learned" else ""
     return (

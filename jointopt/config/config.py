@@ -32,7 +32,7 @@ from jointopt.config.sections import (
     choose_entry,
     limits,
 )
-from jointopt.names import TASKS, TargetName, TaskName
+from jointopt.names import TASK_NAMES, TargetName, TaskName
 from jointopt.objectives import ON_HARDWARE, RANGES, constraint
 from jointopt.rows import DataSource
 from jointopt.supernet.transforms import TRANSFORMS
@@ -95,7 +95,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _complete(self) -> Config:
         if self.task is None and self.quality is None:
-            raise ValueError(f"neither task nor quality; allowed: {', '.join(TASKS)}; or quality: package.function")
+            raise ValueError(
+                f"neither task nor quality; allowed: {', '.join(TASK_NAMES)}; or quality: package.function"
+            )
         if self.quality is None and self.data.evaluate is None:
             raise ValueError("no data.evaluate; allowed: what every genome is scored on, a path or a hub id")
         if self.data.test is not None and self.data.test == self.data.evaluate:

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from jointopt import tasks
-from jointopt.names import MODELS, TASKS
+from jointopt.names import MODELS, TASK_NAMES
 from jointopt.outputs import MULTI_LABEL, REGRESSION, problem_of
 from search_spaces.space import SearchSpace
 
@@ -85,7 +85,7 @@ def starter_config(name: str) -> str:
         f"# A search over {_quoted(name)}: family {family.name}, {len(space)} genes, {counted(space.count())} genomes.",
         "# Paths are relative to the directory that the command is started in.",
         f"model: {_quoted(name)}  # {MODELS}",
-        f"task: {task}  # {', '.join(TASKS)}; or quality: my_package.my_function",
+        f"task: {task}  # {', '.join(TASK_NAMES)}; or quality: my_package.my_function",
         "",
         f"# {kinds.format(task.partition('-')[0])}; or a hub id with its split",
         "data:",

@@ -31,7 +31,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Cache(_Part):
+class LastLevelCache(_Part):
     """The last level of cache: bytes, and bytes a second."""
 
     capacity: Rate
@@ -82,7 +82,7 @@ class Device(_Part):
     peak: dict[Compute, Rate]
     bandwidth: Rate
     capacity: Rate
-    cache: Cache
+    cache: LastLevelCache
     network: Network | None = None
     overhead: FromZero
     efficiency: Efficiency
@@ -118,7 +118,7 @@ class Device(_Part):
                 "peak": {name: rate / factor for name, rate in self.peak.items()},
                 "kernels": {name: rate / factor for name, rate in self.kernels.items()},
                 "bandwidth": self.bandwidth / factor,
-                "cache": Cache(capacity=self.cache.capacity, bandwidth=self.cache.bandwidth / factor),
+                "cache": LastLevelCache(capacity=self.cache.capacity, bandwidth=self.cache.bandwidth / factor),
                 "network": network and Network(bandwidth=network.bandwidth / factor, latency=network.latency * factor),
                 "overhead": self.overhead * factor,
             }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import least_squares
 
-from jointopt.cost.device import Cache, Device, load_device
+from jointopt.cost.device import Device, LastLevelCache, load_device
 from jointopt.cost.operators import Operator
 from jointopt.cost.roofline import Roofline
 from jointopt.timing.backend import ONNXRUNTIME, Backend
@@ -83,7 +83,7 @@ def _device(base: Device, kernels: Sequence[str], parameters: np.ndarray) -> Dev
         update={
             "kernels": dict(zip(kernels, rates, strict=True)),
             "bandwidth": bandwidth,
-            "cache": Cache(capacity=base.cache.capacity, bandwidth=cache),
+            "cache": LastLevelCache(capacity=base.cache.capacity, bandwidth=cache),
             "overhead": overhead,
             "efficiency": base.efficiency.model_copy(update={"memory": 1.0}),
         }

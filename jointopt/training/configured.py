@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jointopt.training.distillation import NUMBERS, Distillation
 from jointopt.training.lora import check_targets
 from jointopt.training.recipe import Recipe
-from jointopt.training.sampling import STRATEGIES, Attentive, Sampling
+from jointopt.training.sampling import SAMPLERS, Attentive, Sampling
 from jointopt.training.sampling.attentive import beyond_limits
 from quant.errors import JointoptError
 from search_spaces.family import has_module
@@ -72,4 +72,4 @@ def _sampling(config: Config, supernet: Supernet) -> Sampling:
     count = config.train.random_subnetworks
     if config.train.sampling == "attentive":
         return Attentive(count, region=beyond_limits(supernet, config.constraints or {}))
-    return STRATEGIES[config.train.sampling](count)
+    return SAMPLERS[config.train.sampling](count)

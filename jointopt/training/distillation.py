@@ -103,7 +103,7 @@ def _check_teacher(model: Any, teacher: Any) -> None:
 
 
 @dataclass
-class Seen:
+class ModelOutputs:
     """What a forward pass showed: logits, hidden states by block, and the last attention's queries, keys, values."""
 
     logits: Tensor
@@ -112,7 +112,7 @@ class Seen:
 
 
 @dataclass
-class Target:
+class TeacherOutputs:
     """What sub-networks are compared with, made once for all of them.
 
     Attributes:
@@ -127,7 +127,7 @@ class Target:
     attention: list[Tensor] = field(default_factory=list)
 
 
-def target(shown: Seen, temperature: float, problem: str | None = None) -> Target:
+def teacher_outputs(shown: ModelOutputs, temperature: float, problem: str | None = None) -> TeacherOutputs:
     """What a teacher showed, without gradients and in float32, its distributions at a temperature.
 
     Args:
@@ -147,7 +147,7 @@ def target(shown: Seen, temperature: float, problem: str | None = None) -> Targe
     else:
         outputs = _log_probabilities(_choices(outputs, problem), temperature)
     hidden = {name: each.detach() for name, each in shown.hidden.items()}
-    return Target(outputs, problem, hidden, [each.detach() for each in shown.attention])
+    return TeacherOutputs(outputs, problem, hidden, [each.detach() for each in shown.attention])
 
 
 def _choices(logits: Tensor, problem: str | None) -> Tensor:
@@ -159,9 +159,9 @@ def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     return (logits.float() if temperature == 1 else logits.float() / temperature).log_softmax(-1)
 
 
-def seen(view: nn.Module, inputs: Batch, family: Family, plan: Plan, wanted: Distillation) -> Seen:
+def model_outputs(view: nn.Module, inputs: Batch, family: Family, plan: Plan, wanted: Distillation) -> ModelOutputs:
     """Runs a training view and keeps what its distillation compares. The view is left without hooks."""
-    found = Seen(torch.empty(0))
+    found = ModelOutputs(torch.empty(0))
     renamed = renaming(family, plan)
     with ExitStack() as hooks:
         if wanted.hidden:
@@ -206,7 +206,7 @@ def _last_attention(family: Family, plan: Plan) -> Width | None:
 
 
 def loss_of(
-    student: Seen, teacher: Target, batch: Batch, wanted: Distillation, counted: Tensor | None = None
+    student: ModelOutputs, teacher: TeacherOutputs, batch: Batch, wanted: Distillation, counted: Tensor | None = None
 ) -> Tensor:
     """The weighted sum of what a student is compared in, a scalar in float32.
 
@@ -236,10 +236,10 @@ def soft_labels(
     """KL divergence of the student's from the teacher's distribution at a temperature, times its square, averaged over
     samples or, where `mask` [batch, tokens] fits, over unmasked tokens; of several classes at once that of each, right
     or not, averaged over them too; of a regression the mean squared difference."""
-    return _divergence(student, target(Seen(teacher), temperature, problem), mask, temperature)
+    return _divergence(student, teacher_outputs(ModelOutputs(teacher), temperature, problem), mask, temperature)
 
 
-def _divergence(student: Tensor, teacher: Target, mask: Tensor | None, temperature: float) -> Tensor:
+def _divergence(student: Tensor, teacher: TeacherOutputs, mask: Tensor | None, temperature: float) -> Tensor:
     if teacher.problem == REGRESSION:
         return nn.functional.mse_loss(student.float(), teacher.outputs)
     rows = teacher.outputs.shape[:-1]

@@ -28,13 +28,13 @@ from jointopt.supernet.batch_norm import running_statistics
 from jointopt.supernet.subnetwork import Plan
 from jointopt.training.distillation import (
     Distillation,
-    Seen,
-    Target,
+    ModelOutputs,
+    TeacherOutputs,
     check_one_class,
     loss_of,
-    seen,
-    target,
+    model_outputs,
     teacher_logits,
+    teacher_outputs,
 )
 from jointopt.training.recipe import Recipe, checked
 from jointopt.training.sampling import step_seed
@@ -138,7 +138,7 @@ def gradients_of(
             loss, shown = _loss(supernet, student, view, batch, teacher, recipe)
             losses.append(learn(loss, slices))
             if recipe.distillation is not None and teacher is None:
-                teacher = target(shown, recipe.distillation.temperature, problem_of(supernet.model))
+                teacher = teacher_outputs(shown, recipe.distillation.temperature, problem_of(supernet.model))
             del loss, shown, view, modules, slices
     supernet.weights_changed()  # as soon as the optimizer steps: what was quantized here is of the weights before
     return losses, gradients, parameters
@@ -244,12 +244,12 @@ def _words_as_leaves(view: Sequence[nn.Module], places: Mapping[int, int], batch
 
 
 def _loss(
-    supernet: Supernet, student: _Student, view: nn.Module, batch: Batch, teacher: Target | None, recipe: Recipe
-) -> tuple[Tensor, Seen]:
+    supernet: Supernet, student: _Student, view: nn.Module, batch: Batch, teacher: TeacherOutputs | None, recipe: Recipe
+) -> tuple[Tensor, ModelOutputs]:
     """Of one sub-network; of the largest where there is no teacher yet."""
     wanted = recipe.distillation
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    shown = seen(view, inputs, supernet.family, student.plan, wanted or Distillation())
+    shown = model_outputs(view, inputs, supernet.family, student.plan, wanted or Distillation())
     if wanted is None:
         return _task_loss(recipe, shown.logits, batch), shown
     counted = _counted(recipe, shown.logits, batch["labels"])
@@ -261,13 +261,13 @@ def _loss(
     if problem is None:
         check_one_class(shown.logits, batch["labels"])
     if wanted.teacher is not None:
-        given = Seen(teacher_logits(wanted.teacher, inputs))
+        given = ModelOutputs(teacher_logits(wanted.teacher, inputs))
         if given.logits.shape != shown.logits.shape:
             raise JointoptError(
                 f"teacher: its logits are {list(given.logits.shape)}, the model's {list(shown.logits.shape)}; allowed: "
                 "the same"
             )
-        loss = loss + loss_of(shown, target(given, wanted.temperature, problem), batch, wanted, counted)
+        loss = loss + loss_of(shown, teacher_outputs(given, wanted.temperature, problem), batch, wanted, counted)
         shown.logits = given.logits
     return loss, shown
 

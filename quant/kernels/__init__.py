@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quant import reference
 from quant.formats import Format
 from quant.kernels import cpu, grouped
-from quant.kernels.grouped import Backend
+from quant.kernels.grouped import KernelBackend
 from quant.reference import Clip, QuantizedTensor
 
 __all__ = ["fake_quantize", "fake_quantize_activation", "pack", "quantize", "quantize_and_hold"]
@@ -77,12 +77,12 @@ def pack(codes: Tensor, bits: int, offset: int, dtype: torch.dtype) -> Tensor | 
     return backend.pack(codes, bits, offset, dtype)  # type: ignore[attr-defined]
 
 
-def _weight_kernels(weight: Tensor, format: Format, clip: Clip | None) -> Backend | None:
+def _weight_kernels(weight: Tensor, format: Format, clip: Clip | None) -> KernelBackend | None:
     plain = clip is None or all(each.dtype == torch.float32 and each.device == weight.device for each in clip)
     return _kernels(weight, format) if plain and weight.dim() >= 2 else None
 
 
-def _kernels(x: Tensor, format: Format) -> Backend | None:
+def _kernels(x: Tensor, format: Format) -> KernelBackend | None:
     """The backend of the tensor's device, None where plain torch is to do it."""
     plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and x.numel()
     if not plain or not grouped.takes(x, format) or torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -98,7 +98,7 @@ def _has_triton() -> bool:
     return False
 
 
-def _backend(device: str) -> Backend | None:
+def _backend(device: str) -> KernelBackend | None:
     if device == "cpu":
         return cpu if cpu.library() is not None else None
     if device == "cuda" and _has_triton():

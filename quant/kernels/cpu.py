@@ -120,7 +120,7 @@ def _folder() -> Path:
 
 
 def convert(job: Job, x: Tensor, groups: int, places: Mapping[str, Tensor | None]) -> int:
-    """`Backend.convert`, where `library()` is there."""
+    """`KernelBackend.convert`, where `library()` is there."""
     at = _Places(x.data_ptr(), **{name: None if each is None else each.data_ptr() for name, each in places.items()})
     return _kernels().convert_groups(_sized(job, x, groups), at)
 

@@ -198,7 +198,7 @@ def _pack(codes, packed, columns, out_columns, total,
 
 
 def convert(job: Job, x: Tensor, groups: int, places: Mapping[str, Tensor | None]) -> int:
-    """`Backend.convert`."""
+    """`KernelBackend.convert`."""
     size = x.numel() // groups
     if job.scale == 0:  # where groups do not matter
         groups, size = triton.cdiv(x.numel(), 1024), 1024

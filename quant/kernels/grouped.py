@@ -68,7 +68,7 @@ class Job:
         return 3 if self.mantissa == 1 else 7
 
 
-class Backend(Protocol):
+class KernelBackend(Protocol):
     def convert(self, job: Job, x: Tensor, groups: int, places: Mapping[str, Tensor | None]) -> int:
         """Fills `values` (like x), `codes` (uint8), `scales` as stored and `zero_points` (float32, one a group), each
         where there is a place for it.
@@ -119,7 +119,7 @@ def _job_of(format: Format, kind: Element, dtype: torch.dtype, weight: bool) -> 
 
 
 def activation(
-    backend: Backend,
+    backend: KernelBackend,
     x: Tensor,
     format: Format,
     scale: Tensor | None,
@@ -159,7 +159,7 @@ def _groups(x: Tensor, format: Format) -> int:
 
 
 def weight(
-    backend: Backend, whole: Tensor, format: Format, clip: Clip | None, codes: bool, values: bool
+    backend: KernelBackend, whole: Tensor, format: Format, clip: Clip | None, codes: bool, values: bool
 ) -> tuple[QuantizedTensor | None, Tensor | None]:
     """(`quantize`, `fake_quantize`) of a weight that is not empty, each if it is wanted.
 

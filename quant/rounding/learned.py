@@ -22,7 +22,7 @@ rounding error would decide."""
 
 
 @dataclass(frozen=True)
-class Positions:
+class CodePositions:
     """Where the elements of a quantized tensor begin, between the values that their format can hold.
 
     Attributes:
@@ -54,7 +54,7 @@ class Positions:
 
 
 @torch.no_grad()
-def positions(quantized: QuantizedTensor, target: Tensor) -> Positions:
+def positions(quantized: QuantizedTensor, target: Tensor) -> CodePositions:
     """The positions of a tensor's elements: as near to `target` as their codes allow.
 
     Args:
@@ -71,7 +71,7 @@ def positions(quantized: QuantizedTensor, target: Tensor) -> Positions:
     above = torch.where(index == len(values) - 1, 2 * units - below, above)
     wanted = target.detach().float().flatten(1) / step + zero
     inside = (units + _INSIDE / 2 * (side - units) for side in (below, above))
-    return Positions(quantized, wanted.clamp(*inside), (above - below) / 2, step, zero)
+    return CodePositions(quantized, wanted.clamp(*inside), (above - below) / 2, step, zero)
 
 
 def _values(kind: Element, device: torch.device) -> Tensor:

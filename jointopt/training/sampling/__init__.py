@@ -15,14 +15,14 @@ from jointopt.training.sampling.sandwich import Sandwich
 from jointopt.training.sampling.uniform import Uniform
 from quant.errors import JointoptError, did_you_mean
 
-STRATEGIES: dict[str, type] = {
+SAMPLERS: dict[str, type] = {
     "sandwich": Sandwich,
     "random": Uniform,
     "attentive": Attentive,
     "progressive": Progressive,
 }
 
-__all__ = ["STRATEGIES", "Attentive", "Progressive", "Sampling", "Sandwich", "Uniform", "strategy_of"]
+__all__ = ["SAMPLERS", "Attentive", "Progressive", "Sampling", "Sandwich", "Uniform", "strategy_of"]
 
 
 def strategy_of(wanted: str | Sampling) -> Sampling:
@@ -31,14 +31,14 @@ def strategy_of(wanted: str | Sampling) -> Sampling:
     if not isinstance(wanted, str):
         if isinstance(wanted, type) or not callable(getattr(wanted, "genomes", None)):
             raise JointoptError(
-                f"sampling: found {wanted!r}; allowed: {', '.join(STRATEGIES)}, or a strategy such as Sandwich(count=2)"
+                f"sampling: found {wanted!r}; allowed: {', '.join(SAMPLERS)}, or a strategy such as Sandwich(count=2)"
             )
         return wanted
-    if wanted not in STRATEGIES:
+    if wanted not in SAMPLERS:
         raise JointoptError(
-            f"sampling: found {wanted!r}{did_you_mean(wanted, STRATEGIES)}; allowed: {', '.join(STRATEGIES)}"
+            f"sampling: found {wanted!r}{did_you_mean(wanted, SAMPLERS)}; allowed: {', '.join(SAMPLERS)}"
         )
-    return STRATEGIES[wanted]()
+    return SAMPLERS[wanted]()
 
 
 def step_seed(seed: int, step: int) -> int:
