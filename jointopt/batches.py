@@ -49,6 +49,11 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: torch.as_tensor(v).to(device) if isinstance(v, Tensor | np.ndarray) else v for k, v in batch.items()}
 
 
+def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's forward takes of a batch."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
 def first_samples(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     """A copy of the batch, cut to its first `count` samples where it holds more."""
     return {k: v[:count].clone() if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}

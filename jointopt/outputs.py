@@ -39,6 +39,11 @@ def problem_of(model: Any) -> str | None:
     return problem if classifies and problem in (MULTI_LABEL, REGRESSION) else None
 
 
+def first_output(output: Any) -> Any:
+    """What a module returns, or the first of several: a block's hidden state, before its weights of attention."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
     """The logits, whether the model returns a tensor (timm) or an output with `.logits` (transformers)."""
     output = model(**inputs)

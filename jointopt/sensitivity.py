@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jointopt.batches import first_samples, on_device, sample_count
+from jointopt.batches import first_samples, on_device, sample_count, without_labels
 from jointopt.objectives import COSTS, DIRECTIONS, Objective
-from jointopt.outputs import MULTI_LABEL, REGRESSION, logits_of, problem_of
+from jointopt.outputs import MULTI_LABEL, REGRESSION, first_output, logits_of, problem_of
 from jointopt.rebuilding.held_cache import cache_name
 from jointopt.supernet.genes import precision_genes
 from jointopt.supernet.importance import hidden_input
@@ -135,7 +135,7 @@ def _first(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> Iterator
     for batch in batches:
         if wanted <= 0:
             return
-        cut = first_samples({k: v for k, v in batch.items() if k != "labels"}, wanted)
+        cut = first_samples(without_labels(batch), wanted)
         wanted -= sample_count(cut)
         yield on_device(cut, supernet.device)
 
@@ -232,7 +232,7 @@ def _skipped(record: ForwardRecord) -> Tensor:
 
 
 def _replaced(module: nn.Module, record: ForwardRecord) -> Tensor:
-    return _tensor(module(*record.args, **record.kwargs)).expand_as(record.output)
+    return first_output(module(*record.args, **record.kwargs)).expand_as(record.output)
 
 
 def _called(module: nn.Module, record: ForwardRecord) -> Tensor:
@@ -241,7 +241,7 @@ def _called(module: nn.Module, record: ForwardRecord) -> Tensor:
 
 def _reattended(attention: nn.Module, record: ForwardRecord) -> Tensor:
     """The output of attention with an empty cache in place of the one that already holds these tokens."""
-    return _tensor(attention(*record.args, **{**record.kwargs, cache_name(record.kwargs): None}))
+    return first_output(attention(*record.args, **{**record.kwargs, cache_name(record.kwargs): None}))
 
 
 def _narrowed(module: nn.Module, record: ForwardRecord) -> Tensor:
@@ -250,10 +250,6 @@ def _narrowed(module: nn.Module, record: ForwardRecord) -> Tensor:
     new = module(whole.narrow(dim, 0, module.get_parameter("weight").shape[1]))
     lost = record.output.shape[dim] - new.shape[dim]
     return torch.cat([new, record.output.narrow(dim, new.shape[dim], lost)], dim)
-
-
-def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _observed(
@@ -266,7 +262,7 @@ def _observed(
 
     def keep(path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            tensor = _tensor(output)
+            tensor = first_output(output)
             if not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
             handed = tensor.clone()  # what comes next may work in place

@@ -20,13 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from jointopt import targets
-from jointopt.batches import on_device, sample_count
+from jointopt.batches import on_device, sample_count, without_labels
 from jointopt.checkpoint import card, gguf_writer
 from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes
 from jointopt.checkpoint.writers import WRITERS
 from jointopt.evaluation.evaluation import check_supernet
 from jointopt.files import check_path, locked, reading
 from jointopt.finishing.finishing import Finished
+from jointopt.outputs import first_output
 from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
 from jointopt.rebuilding.timm_recipe import by_library
 from jointopt.study.study import Study
@@ -202,7 +203,7 @@ def _example(supernet: Supernet) -> dict[str, Any]:
     """The first batch that the super-network was calibrated with; before that what its family declares."""
     if not supernet.samples and supernet.family.example is not None:
         return dict(supernet.family.example(supernet.model))
-    return {name: value for name, value in supernet.samples[0].items() if name != "labels"}
+    return without_labels(supernet.samples[0])
 
 
 def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
@@ -279,7 +280,7 @@ def probe_inputs(probe: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
 
 def probed(output: Any) -> Tensor:
     """Up to 64 of a model's outputs for the probe, float32, on the CPU."""
-    tensor = output[0] if isinstance(output, tuple) else output
+    tensor = first_output(output)
     for name in ("logits", "last_hidden_state"):
         tensor = getattr(tensor, name, tensor)
     if isinstance(tensor, Mapping):

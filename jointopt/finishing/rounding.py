@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from jointopt.batches import check_batch, on_device
+from jointopt.batches import check_batch, on_device, without_labels
 from jointopt.finishing.lockstep import Arrived, in_step, starting
 from jointopt.finishing.reconstruction import reconstruct
 from jointopt.finishing.shared_moments import SharedMoments
@@ -42,7 +42,7 @@ def rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str, 
     moved = []
     for batch in batches:
         check_batch("finish", batch)
-        moved.append(starting({k: v for k, v in on_device(batch, supernet.device).items() if k != "labels"}))
+        moved.append(starting(without_labels(on_device(batch, supernet.device))))
     if not moved:
         raise JointoptError("finish: found no batch; allowed: one or more dicts of the model's inputs")
     modules = dict(supernet.model.named_modules())

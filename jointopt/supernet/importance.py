@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jointopt.outputs import first_output
 from jointopt.rebuilding.held_cache import cache_name
 from quant.cache import KeyObserver
 from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
@@ -114,7 +115,7 @@ class CalibrationPass:
 
     def _influence_hook(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            after = output[0] if isinstance(output, tuple) else output
+            after = first_output(output)
             before = hidden_input(args, kwargs)
             if before.shape == after.shape:
                 first, second = (self._tokens(each, module).float() for each in (before, after))

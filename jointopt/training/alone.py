@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from jointopt.batches import check_batch, on_device
+from jointopt.batches import check_batch, on_device, without_labels
 from jointopt.outputs import REGRESSION, logits_of, problem_of
 from jointopt.supernet.subnetwork import Holder, Plan, detach, quantize_tied, renaming
 from jointopt.supernet.weight_bank import BankedWeight
@@ -79,7 +79,7 @@ def train_alone(
     with _whole(supernet) as teacher, torch.enable_grad():
         for step, batch in track(numbered, "finishing", total=steps, disable=not progress):
             check_batch("finish", batch)
-            inputs = {k: v for k, v in on_device(batch, supernet.device).items() if k != "labels"}
+            inputs = without_labels(on_device(batch, supernet.device))
             with torch.no_grad():
                 target = logits_of(teacher, inputs)
             if target.shape[-1] == 1 and problem is None:

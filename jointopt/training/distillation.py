@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batches import Batch
-from jointopt.outputs import MULTI_LABEL, REGRESSION, logits_of, problem_of, row_groups
+from jointopt.outputs import MULTI_LABEL, REGRESSION, first_output, logits_of, problem_of, row_groups
 from jointopt.supernet.subnetwork import Plan, renaming
 from quant.errors import JointoptError, check_above_0, check_number
 from search_spaces.family import Family, Width, within
@@ -187,7 +187,7 @@ def _hooked(view: nn.Module, path: str, hook: Callable) -> Iterator[None]:
 
 def _keeper(store: dict[str, Tensor], name: str) -> Callable:
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        store[name] = output[0] if isinstance(output, tuple) else output
+        store[name] = first_output(output)
 
     return hook
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.batches import Batch, check_batch, on_device
+from jointopt.batches import Batch, check_batch, on_device, without_labels
 from jointopt.evaluation.evaluation import check_supernet
 from jointopt.learned_ranges import NAME
 from jointopt.outputs import IGNORED, problem_of
@@ -248,7 +248,7 @@ def _loss(
 ) -> tuple[Tensor, ModelOutputs]:
     """Of one sub-network; of the largest where there is no teacher yet."""
     wanted = recipe.distillation
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = without_labels(batch)
     shown = model_outputs(view, inputs, supernet.family, student.plan, wanted or Distillation())
     if wanted is None:
         return _task_loss(recipe, shown.logits, batch), shown

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt.adapters import adapted
-from jointopt.batches import Batch
+from jointopt.batches import Batch, without_labels
 from jointopt.files import check_path, reading
 from jointopt.learned_ranges import learn, settle
 from jointopt.supernet.state import distinct_tensors, read_tensors
@@ -133,7 +133,7 @@ def train_supernet(
             history.append(losses[0].item())
             counted = counted or recipe.counts(batch["labels"])
             if sort_every is not None and (step + 1) % sort_every == 0:
-                supernet.sort_again([{k: v for k, v in batch.items() if k != "labels"}], optimizer)
+                supernet.sort_again([without_labels(batch)], optimizer)
             if kept is not None and (step + 1) % EVERY == 0:
                 kept.write(model, optimizer, history)
     if kept is not None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import jointopt
 from jointopt import SearchSpace, Supernet
+from jointopt.batches import without_labels
 from jointopt.checkpoint.verification import reloaded
 from jointopt.rows import DataSource
 
@@ -46,7 +47,7 @@ def inputs_of(name: str, loaded: Loaded, assets: Path) -> list[dict[str, Tensor]
     batches, missing = [], INPUTS
     for place in places:
         for batch in loaded.batches(replace(place, samples=None), BATCH):
-            part = {key: value[:missing] for key, value in batch.items() if key != "labels"}
+            part = {key: value[:missing] for key, value in without_labels(batch).items()}
             missing -= len(next(iter(part.values())))
             batches.append(part)
             if not missing:

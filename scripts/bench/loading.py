@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from jointopt.batches import Batch
+from jointopt.batches import Batch, without_labels
 from jointopt.evaluation.evaluation import Quality
 from jointopt.models import load_model
 from jointopt.rows import DataSource
@@ -46,4 +46,4 @@ def padded(batch: Batch, length: int) -> dict[str, Tensor]:
 
 
 def unlabelled(batches: Sequence[Batch]) -> list[Batch]:
-    return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
+    return [without_labels(batch) for batch in batches]

@@ -14,7 +14,7 @@ import torch
 from loading import Loaded, unlabelled
 from torch import nn
 
-from jointopt.batches import Batch
+from jointopt.batches import Batch, without_labels
 from jointopt.evaluation.evaluation import Quality
 from jointopt.outputs import logits_of
 from jointopt.rows import DataSource
@@ -158,7 +158,7 @@ def fine_tune(model: nn.Module, epochs: Callable, steps: int, learning_rate: flo
     while step < steps:
         for batch in epochs(epoch):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = task_loss(logits_of(model, {k: v for k, v in batch.items() if k != "labels"}), batch)
+                loss = task_loss(logits_of(model, without_labels(batch)), batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

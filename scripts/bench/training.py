@@ -39,7 +39,7 @@ from rich.console import Console
 
 import jointopt
 from jointopt import Recipe, SearchSpace, Supernet
-from jointopt.batches import Batch
+from jointopt.batches import Batch, without_labels
 from jointopt.evaluation.evaluation import Quality
 from jointopt.objectives import hypervolume
 from jointopt.outputs import logits_of
@@ -139,7 +139,7 @@ def alone(made: Case, genome: np.ndarray) -> float:
     supernet.calibrate(made.inputs)
     optimizer = torch.optim.AdamW(supernet.model.parameters(), lr=made.network.learning_rate, weight_decay=0.01)
     for step, batch in zip(range(made.steps), endless(made.train, 0, 0), strict=False):
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        inputs = without_labels(batch)
         optimizer.zero_grad(set_to_none=True)
         task_loss(logits_of(supernet.training_view(genome), inputs), batch).backward()
         torch.nn.utils.clip_grad_norm_(supernet.model.parameters(), 1.0)
@@ -157,7 +157,7 @@ def overhead(made: Case, rounds: int = 15) -> float:
     supernet = Supernet(made.model, made.space)
     supernet.calibrate(made.inputs)
     batch = next(iter(made.train(0)))
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    inputs = without_labels(batch)
     genomes = [supernet.space.largest, *Sandwich().genomes(supernet.space, 0.0, step_seed(0, 0))]
     models = []
     for genome in genomes:
