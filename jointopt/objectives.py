@@ -115,6 +115,11 @@ def named(objective: str | Objective | dict[str, str]) -> Objective:
     return Objective(objective, DIRECTIONS[objective])
 
 
+def cost_and_unit(name: str) -> tuple[str, float]:
+    """The cost or metric that a constraint is on, and what its limit counts in: "size_mb" is the size in 10^6 bytes."""
+    return ("size", 1e6) if name == "size_mb" else (name, 1.0)
+
+
 @dataclass(frozen=True)
 class Constraint:
     """A limit that a genome must keep to, so that evaluations go where the user will choose.

@@ -10,7 +10,7 @@ import numpy as np
 
 from jointopt import strategies
 from jointopt.evaluation.evaluation import Quality, measured
-from jointopt.objectives import COSTS, ON_HARDWARE, Constraint, Objective, constraint, named
+from jointopt.objectives import COSTS, ON_HARDWARE, Constraint, Objective, constraint, cost_and_unit, named
 from jointopt.sensitivity import telling
 from quant.errors import JointoptError, did_you_mean
 from search_spaces.precision import is_cache
@@ -91,12 +91,12 @@ def _constraints(
 
     found = []
     for name, text in given.items():
-        cost = "size" if name == "size_mb" else name
+        cost, unit = cost_and_unit(name)
         if cost not in costs and name not in own:
             allowed = ["size_mb", *costs, *own]
             meant = "" if name in ON_HARDWARE else did_you_mean(name, [*allowed, *ON_HARDWARE])
             raise JointoptError(f"constraints: found {name!r}{meant}; allowed: {', '.join(allowed)}")
-        compute = column(cost, 1e6 if name == "size_mb" else 1.0) if cost in costs else own[name]
+        compute = column(cost, unit) if cost in costs else own[name]
         found.append(constraint(name, text, compute))
     latency = supernet.latency
     if latency is not None:

@@ -8,7 +8,7 @@ from itertools import islice, product
 
 import numpy as np
 
-from jointopt.objectives import COSTS, Constraint, Objective
+from jointopt.objectives import COSTS, Constraint, Objective, cost_and_unit
 from jointopt.strategies.genetic import distinct, offspring
 from quant.errors import JointoptError
 from search_spaces.space import SearchSpace
@@ -112,7 +112,7 @@ class Feasible:
                 Feasible(self.space, (), (Constraint(each.name, each.limit, each.relation, compute),))
         every = math.prod(map(int, self.space.sizes)) <= ENUMERATED
         # What a sub-network costs grows with each gene, so that its least and its most are where descent ends.
-        sure = every or (len(self._exact) == 1 and self._exact[0][0].name in (*COSTS, "size_mb"))
+        sure = every or (len(self._exact) == 1 and cost_and_unit(self._exact[0][0].name)[0] in COSTS)
         further = [] if sure else self._evolved(np.vstack([found, starts]))
         for genomes in self._all() if every else further:
             found.append(genomes[self.excess(genomes).argmin()])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jointopt.objectives import Constraint, Objective, minimized, non_dominated
+from jointopt.objectives import Constraint, Objective, cost_and_unit, minimized, non_dominated
 from quant.errors import JointoptError
 
 
@@ -36,7 +36,8 @@ def within(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> pd.DataFra
     """The rows that keep to all constraints. Raises JointoptError where none does, naming the closest."""
     excess = np.zeros(len(frame))
     for each in constraints:
-        values = (frame["size"] / 1e6 if each.name == "size_mb" else frame[each.name]).to_numpy(dtype=float)
+        name, unit = cost_and_unit(each.name)
+        values = frame[name].to_numpy(dtype=float) / unit
         beyond = each.excess(values)
         if beyond.min() > 0:
             raise JointoptError(f"constraints: no evaluation has {each}; the closest has {values[beyond.argmin()]:.4g}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from jointopt.objectives import constraint
+from jointopt.objectives import constraint, cost_and_unit
 from quant.errors import JointoptError, check_number, check_whole
 from search_spaces.space import SearchSpace
 
@@ -88,7 +88,7 @@ def beyond_limits(supernet: Supernet, constraints: Mapping[str, str]) -> Callabl
     costs = supernet.original_costs()
     limits = []
     for name, text in constraints.items():
-        cost, unit = ("size", 1e6) if name == "size_mb" else (name, 1.0)
+        cost, unit = cost_and_unit(name)
         if cost in costs:
             limits.append((cost, unit, constraint(name, text)))
     if not limits:
