@@ -295,6 +295,38 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
         jointopt.train_supernet(calibrated("vit"), data, 5, checkpoint=file, recipe=Recipe(Sandwich(1)))
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"data": {("a", 1): 2}}, r"config\.data: found the key \('a', 1\); allowed: text or whole numbers"),
+        ({"data": [object()]}, r"config\.data\[0\]: found <object object.*; allowed: text, numbers, paths"),
+    ],
+)
+def test_a_config_that_no_other_process_could_compare_is_refused(tmp_path, config, told):
+    with pytest.raises(JointoptError, match=told):
+        jointopt.train_supernet(calibrated("vit"), labelled("vit"), 1, checkpoint=tmp_path / "file", config=config)
+
+
+def test_a_checkpoint_does_not_compare_the_objects_of_a_sampling_strategy(tmp_path, monkeypatch):
+    class WithObject(Sandwich):
+        def __init__(self, count: int):
+            super().__init__(count)
+            self.held = object()
+
+    monkeypatch.setattr(loop, "EVERY", 1)
+    file, data = tmp_path / "training.safetensors", labelled("vit")
+
+    def two(epoch: int):
+        yield from data
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        jointopt.train_supernet(calibrated("vit"), two, 3, checkpoint=file, recipe=Recipe(WithObject(1)))
+    with pytest.raises(JointoptError, match="with another sampling"):
+        jointopt.train_supernet(calibrated("vit"), data, 3, checkpoint=file, recipe=Recipe(WithObject(2)))
+    assert len(jointopt.train_supernet(calibrated("vit"), data, 3, checkpoint=file, recipe=Recipe(WithObject(1)))) == 3
+
+
 def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "EVERY", 1)
     file, data = tmp_path / "training.safetensors", labelled("vit")

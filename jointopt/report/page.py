@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from jointopt.report.figures import (
 from jointopt.report.quantities import axes, counted, label, on_unseen, scale, time_source, written
 from jointopt.report.spent import spent_figure
 from jointopt.report.template import PAGE, SCRIPT, STYLE
+from jointopt.study.differences import flat
 from jointopt.study.rescoring import rescored, rescored_finished
 from jointopt.study.study import Study
 from quant.errors import JointoptError
@@ -274,17 +275,13 @@ def _failures(frame: Any) -> str:
 
 
 def _settings(study: Study) -> str:
-    rows = [*_flat(study.config), *_flat(study.fact("software", {}), "software")]
-    lines = [f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows]
+    rows = [*flat(study.config).items(), *flat(study.fact("software", {}), "software").items()]
+    lines = [f"<tr><td>{escape(key)}</td><td>{escape(_told(value))}</td></tr>" for key, value in rows]
     return f'<h2>Config and versions</h2><div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        return [line for key, each in value.items() for line in _flat(each, f"{prefix}.{key}".lstrip("."))]
-    if isinstance(value, list):
-        return [(prefix, ", ".join(str(each) for each in value))]
-    return [(prefix, str(value))]
+def _told(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _record(study: Study, frame: Any, picked: tuple[int, ...] | None) -> dict[str, Any]:

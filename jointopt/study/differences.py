@@ -1,10 +1,15 @@
-"""In what two configs differ, in few words, so that whoever is refused sees what to put back."""
+"""Configs as JSON holds them, and in what two differ, so that whoever is refused sees in few words what to put back."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
+
+import numpy as np
+
+from quant.errors import JointoptError
 
 SHOWN = 6
 LONGEST = 60
@@ -12,16 +17,41 @@ LONGEST = 60
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """ "search.seed was 0, is 1; dtype was null, is auto", values as JSON has them; empty where they are the same."""
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     different = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     told = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in different[:SHOWN])
     return told + (f" and {len(different) - SHOWN} more" if len(different) > SHOWN else "")
 
 
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """{"search.seed": 0, "dtype": None} of mappings in mappings; `key` is put before all."""
     if not isinstance(value, Mapping):
         return {key: value}
-    return {k: v for name, each in value.items() for k, v in _flat(each, f"{key}.{name}".lstrip(".")).items()}
+    return {k: v for name, each in value.items() for k, v in flat(each, f"{key}.{name}".lstrip(".")).items()}
+
+
+def plain(key: str, value: Any) -> Any:
+    """As JSON gives it back. Raises JointoptError for what it cannot hold, by the key."""
+    return json.loads(json.dumps(_without_types(key, value)))
+
+
+def _without_types(key: str, value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return _without_types(key, value.tolist())
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str | int):
+                raise JointoptError(f"{key}: found the key {name!r:.60}; allowed: text or whole numbers")
+        return {name: _without_types(f"{key}.{name}", each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_types(f"{key}[{at}]", each) for at, each in enumerate(value)]
+    if isinstance(value, PurePath):
+        return str(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise JointoptError(
+        f"{key}: found {value!r:.60}; allowed: text, numbers, paths, arrays, None, and lists and mappings of these"
+    )
 
 
 def _short(value: Any) -> str:

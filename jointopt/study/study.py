@@ -14,7 +14,7 @@ from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from numbers import Real
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ import pandas as pd
 from jointopt.files import check_path, locked
 from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized
 from jointopt.study.choice import best_of, costs_of, front_of, with_finished, within
-from jointopt.study.differences import differing
+from jointopt.study.differences import differing, plain
 from jointopt.study.reference_point import reference_point
 from jointopt.study.study_file import closed_if_refused, connect, damaged, explained
 from quant.errors import JointoptError, check_kind
@@ -133,7 +133,7 @@ class Study:
                 "version": VERSION,
                 "space": space.to_dict(),
                 "objectives": [[o.name, o.direction] for o in objectives],
-                "config": json.loads(json.dumps(_plain("config", config))),
+                "config": plain("config", config),
             }
             with explained(path):
                 stored = dict(connection.execute("SELECT key, value FROM facts").fetchall())
@@ -446,26 +446,6 @@ def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, 
     if facts or config:
         told = "; ".join(filter(None, (facts, config)))
         raise JointoptError(f"study {str(path)!r} has another config: {told}; allowed: that one, or another storage")
-
-
-def _plain(key: str, value: Any) -> Any:
-    """As JSON can hold it. Raises JointoptError for what it cannot, by the key."""
-    if isinstance(value, np.generic | np.ndarray):
-        return _plain(key, value.tolist())
-    if isinstance(value, Mapping):
-        for name in value:
-            if not isinstance(name, str | int):
-                raise JointoptError(f"{key}: found the key {name!r:.60}; allowed: text or whole numbers")
-        return {name: _plain(f"{key}.{name}", each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(f"{key}[{at}]", each) for at, each in enumerate(value)]
-    if isinstance(value, PurePath):
-        return str(value)
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise JointoptError(
-        f"{key}: found {value!r:.60}; allowed: text, numbers, paths, arrays, None, and lists and mappings of these"
-    )
 
 
 def _software() -> dict[str, str]:

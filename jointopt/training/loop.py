@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from jointopt.adapters import adapted
 from jointopt.batches import Batch, without_labels
 from jointopt.files import check_path, reading
 from jointopt.learned_ranges import learn, settle
+from jointopt.study.differences import plain
 from jointopt.supernet.state import distinct_tensors, read_tensors
 from jointopt.training.distillation import NUMBERS
 from jointopt.training.elastic import gradients_of, processes
@@ -66,15 +67,16 @@ def train_supernet(
         lora: a `peft.LoraConfig`: adapters of its layers alone are trained, and merged at the end (`training.lora`).
         checkpoint: a file from which the same call goes on where an earlier one was killed, with the same result to
             the bit; written every 50 steps, removed at the end. None keeps none.
-        config: what else the result depends on (model, data); compared when a checkpoint is gone on with.
+        config: what else the result depends on (model, data), as JSON can hold it; compared when a checkpoint is gone
+            on with.
 
     Returns:
         The largest sub-network's loss at each step. It warns where none of the labels counted.
 
     Raises:
         JointoptError: the super-network is not calibrated, no batch came, labels are missing, a loss is not finite, a
-            checkpoint of another training, several processes of torch.distributed. Like an interrupt, it leaves what
-            was trained so far.
+            checkpoint of another training, a config that JSON cannot hold, several processes of torch.distributed.
+            Like an interrupt, it leaves what was trained so far.
     """
     if processes() > 1:
         raise JointoptError(
@@ -113,7 +115,7 @@ def train_supernet(
         described = {"steps": steps, "seed": seed, **rates, **_described(supernet, recipe)}
         if known := set(config or {}) & set(described):
             raise JointoptError(f"config: found {min(known)!r}, which every checkpoint records; allowed: another key")
-        kept = _Checkpoint(Path(checkpoint), {**described, **_plain(config or {})})
+        kept = _Checkpoint(Path(checkpoint), {**described, **plain("config", config or {})})
     history: list[float] = []
     with _ending(supernet, optimizer), _seeded(supernet, seed):
         if kept is not None:
@@ -222,11 +224,10 @@ def endless(batches: Batches, seed: int, done: int) -> Iterator[Batch]:
 
 def _described(supernet: Supernet, recipe: Recipe) -> dict[str, Any]:
     """What a checkpoint must have been written with to be gone on from, as far as JSON can hold it."""
-    sampling = {name: value for name, value in getattr(recipe.sampling, "__dict__", {}).items() if not callable(value)}
     described = {
         "space": supernet.space.to_dict(),
         "the recipe's seed": recipe.seed,
-        "sampling": {"kind": type(recipe.sampling).__name__, **sampling},
+        "sampling": _held_by(recipe.sampling),
         "precision_from": recipe.precision_from,
         "distillation": recipe.distillation and [getattr(recipe.distillation, name) for name in NUMBERS],
         "lora": {path: layer.lora_scale for path, layer in adapted(supernet.model).items()},
@@ -234,14 +235,17 @@ def _described(supernet: Supernet, recipe: Recipe) -> dict[str, Any]:
             f"{name} {list(each.shape)}" for name, each in supernet.model.named_parameters() if each.requires_grad
         ),
     }
-    return _plain(described)
+    return plain("train", described)
 
 
-def _plain(described: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON can hold it."""
-    return json.loads(
-        json.dumps(described, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
-    )
+def _held_by(sampling: Any) -> dict[str, Any]:
+    """The kind of a sampling strategy, and its numbers and texts: functions and other objects that it holds cannot be
+    compared with those of another process."""
+    found: dict[str, Any] = {"kind": type(sampling).__name__}
+    for name, value in getattr(sampling, "__dict__", {}).items():
+        with suppress(JointoptError):
+            found[name] = plain(name, value.tolist() if isinstance(value, Tensor) else value)
+    return found
 
 
 class _Checkpoint:
