@@ -1,4 +1,4 @@
-"""What a config may name, apart from the code behind the names, which takes seconds to load."""
+"""What a config may name, and what it gets where it says nothing, apart from the code behind, slow to load."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ TARGET_NAMES: tuple[str, ...] = get_args(TargetName)
 
 MOST = {"evaluations": 10**9, "minutes": 10**7, "batch": 10**6, "threads": 1024}
 """Of a search. More is a slip of the pen, of which a clock, the memory or the system would make an error of its own."""
+
+BATCH = 5
+"""Sub-networks that a search asks for at a time."""
+TRAINING_RATE, FINISHING_RATE = 5e-5, 1e-4
+"""AdamW's learning rates, of a super-network's training and of a sub-network's alone."""
 
 NEAREST = "nearest"
 """How weights are rounded that no finishing has rounded."""

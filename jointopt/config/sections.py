@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from jointopt.files import from_home
-from jointopt.names import MOST
+from jointopt.names import BATCH, FINISHING_RATE, MOST, TRAINING_RATE
 from jointopt.objectives import DIRECTIONS, EVALUATIONS, constraint, is_column
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES
@@ -164,7 +164,7 @@ class Train(Section):
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_size: Positive = 32
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    learning_rate: Annotated[float, Field(gt=0)] = TRAINING_RATE
     sampling: Literal["sandwich", "random", "attentive", "progressive"] = "sandwich"
     random_subnetworks: Annotated[int, Field(ge=0)] = 2
     precision_from: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -257,7 +257,7 @@ class Search(Section):
     patience: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     warm_start: bool = False
-    batch: Annotated[int, Field(gt=0, le=MOST["batch"])] = 5
+    batch: Annotated[int, Field(gt=0, le=MOST["batch"])] = BATCH
     workers: Positive | None = None
     ray: str | None = None
     threads: Threads | None = None
@@ -315,7 +315,7 @@ class Finish(Section):
     rounding: Literal["gptq", "descent", "learned"] | None = None
     steps: Positive | None = None
     batch_size: Positive = 32
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = FINISHING_RATE
     learned_ranges: bool = False
     top: Positive = 3
 

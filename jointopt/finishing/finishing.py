@@ -25,6 +25,7 @@ from torch import nn
 
 from jointopt.evaluation.evaluation import Quality, check_supernet, measured
 from jointopt.finishing.rounding import ROUNDINGS, rounded_anew
+from jointopt.names import FINISHING_RATE
 from jointopt.objectives import COSTS
 from jointopt.study.choice import front_of, improves, within
 from jointopt.training.alone import train_alone
@@ -51,7 +52,7 @@ class Finishing:
 
     rounding: str = "gptq"
     steps: int | None = None
-    learning_rate: float = 1e-4
+    learning_rate: float = FINISHING_RATE
     seed: int = 0
     learned_ranges: bool = False
     data: str = ""
@@ -104,7 +105,7 @@ def finish(
     quality: Quality | None = None,
     *,
     steps: int | None = None,
-    learning_rate: float = 1e-4,
+    learning_rate: float = FINISHING_RATE,
     seed: int = 0,
     learned_ranges: bool = False,
 ) -> Finished:

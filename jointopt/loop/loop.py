@@ -22,7 +22,7 @@ from jointopt.evaluation.evaluation import Evaluation, Quality, check_supernet
 from jointopt.evaluation.sharing import evaluation_order, parts_of
 from jointopt.loop.stopping import Budget, Watch, heeding_ctrl_c
 from jointopt.loop.wishes import check_metrics, metrics_of_original, resolved
-from jointopt.names import MOST
+from jointopt.names import BATCH, MOST
 from jointopt.objectives import COSTS, Constraint, Objective
 from jointopt.sensitivity import quality_prior, telling
 from jointopt.study.study import Study
@@ -33,8 +33,6 @@ from search_spaces.space import SearchSpace
 
 if TYPE_CHECKING:
     from jointopt.supernet.supernet import Supernet
-
-BATCH = 5
 
 
 def search(

@@ -23,6 +23,7 @@ from jointopt.adapters import adapted
 from jointopt.batches import Batch, without_labels
 from jointopt.files import check_path, reading
 from jointopt.learned_ranges import learn, settle
+from jointopt.names import TRAINING_RATE
 from jointopt.study.differences import plain
 from jointopt.supernet.state import distinct_tensors, read_tensors
 from jointopt.training.distillation import NUMBERS
@@ -45,7 +46,7 @@ def train_supernet(
     steps: int,
     *,
     recipe: Recipe | None = None,
-    learning_rate: float = 5e-5,
+    learning_rate: float = TRAINING_RATE,
     weight_decay: float = 0.01,
     seed: int = 0,
     sort_every: int | None = None,
