@@ -263,19 +263,16 @@ class SearchSpace:
         from the others.
         """
         fixed = dict(fixed)
-        linked: dict[int, list[int]] = {}
+        groups: list[set[int]] = []
         for at in members:
             if not self._allowed(at, fixed):
                 fixed[at] = -1
                 continue
-            together = [at]
-            for group in {id(linked[o]): linked[o] for o, _ in self._requires[at] if o in linked}.values():
-                together = group + together
-            linked.update(dict.fromkeys(together, together))
-        total = 1
-        for group in {id(group): group for group in linked.values()}.values():
-            total *= self._count_linked(sorted(group), fixed)
-        return total
+            required = {other for other, _ in self._requires[at]}
+            linked = [group for group in groups if required & group]
+            groups = [group for group in groups if not required & group]
+            groups.append({at}.union(*linked))
+        return prod(self._count_linked(sorted(group), fixed) for group in groups)
 
     def _count_linked(self, members: Sequence[int], fixed: Mapping[int, int]) -> int:
         """Of genes that hang together, the first is fixed to each of its choices in turn; choices that are alike to

@@ -143,18 +143,18 @@ class ShapeCosts:
         gene, schemes = self._schemes(layer)
         readers = [self._schemes(each) for each in self._readers(layer)]
         apart = [each for each in dict.fromkeys(of for of, _ in readers) if each not in (None, gene)]
-        others = [*apart, None, None][:2]
-        counts = [len(next((found for of, found in readers if of == each), (None,))) for each in others]
-        values = self._zeros((len(rows.sizes), len(columns.sizes), len(schemes), *counts))
+        one, other = [*apart, None, None][:2]  # genes of readers that are not the layer's own
+        choices = [1 if each is None else len(self.space.genes[each].choices) for each in (one, other)]
+        values = self._zeros((len(rows.sizes), len(columns.sizes), len(schemes), *choices))
         for at in np.ndindex(values["macs"].shape):
-            r, c, s = at[:3]
-            chosen: dict[int | None, int] = {**dict(zip(others, at[3:], strict=True)), gene: s, None: 0}
-            by = {found[chosen[of]] for of, found in readers}
-            reader = by.pop() if len(by) == 1 else None
+            r, c, s, of_one, of_other = at
+            chosen: dict[int | None, int] = {one: of_one, other: of_other, gene: s, None: 0}
+            read_in = {found[chosen[of]] for of, found in readers}
+            reader = read_in.pop() if len(read_in) == 1 else None
             cost = self._module_cost(path, module, owned, rows.sizes[r], columns.sizes[c], schemes[s], reader)
             for measure, value in cost.items():
                 values[measure][at] = value
-        return Table(path, kind_of(module) or "other", rows, columns, gene, (others[0], others[1]), values)
+        return Table(path, kind_of(module) or "other", rows, columns, gene, (one, other), values)
 
     def _heads_of(self, path: str, module: nn.Module) -> Axis | None:
         """The heads that a normalization within them meets at each token; None for all other modules. Only times depend

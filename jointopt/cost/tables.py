@@ -6,6 +6,7 @@ rows, the one of its columns, the one of its precision, and for a convolution's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,12 +53,15 @@ class Tables:
         self._index = {name: i for i, name in enumerate(space.names)}
         # An entry is at `_first` + indices of its table's five genes x `_strides`; a gene that a table does not depend
         # on is the one past the last.
-        none = len(space)
-        genes = [(table.rows.gene, table.columns.gene, table.precision, *table.readers) for table in tables]
-        shapes = np.array([table.values["macs"].shape for table in tables])
-        self._genes = np.array([[none if gene is None else gene for gene in five] for five in genes])
-        self._strides = np.cumprod(np.pad(shapes[:, :0:-1], ((0, 0), (1, 0)), constant_values=1), axis=1)[:, ::-1]
-        self._first = np.cumsum(shapes.prod(1)) - shapes.prod(1)
+        genes, strides, first, entries = [], [], [], 0
+        for table in tables:
+            five = (table.rows.gene, table.columns.gene, table.precision, *table.readers)
+            shape = table.values["macs"].shape
+            genes.append([len(space) if gene is None else gene for gene in five])
+            strides.append([math.prod(shape[axis + 1 :]) for axis in range(len(five))])
+            first.append(entries)
+            entries += math.prod(shape)
+        self._genes, self._strides, self._first = np.array(genes), np.array(strides), np.array(first)
         self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in tables[0].values}
         branches = [path for block in family.blocks for branch in block.branches for path in branch.replacements]
         parents = [*(block.path for block in family.blocks), *branches]

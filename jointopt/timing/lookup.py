@@ -140,15 +140,11 @@ class Lookup:
         return self._between(operator) if found is None else found
 
     def _between(self, operator: Operator) -> float:
+        wanted = _record(operator, self.batch)
         timed = [(json.loads(key), seconds) for key, seconds in self.seconds.items()]
         for sides in _WIDTHS:
-            wanted = {side: getattr(operator, side) for side in sides}
-            rest = {**_record(operator, self.batch), **dict.fromkeys(sides)}
             near = sorted(
-                (record[sides[0]] / wanted[sides[0]], seconds)
-                for record, seconds in timed
-                if rest == {**record, **dict.fromkeys(sides)}
-                and all(record[side] * wanted[sides[0]] == wanted[side] * record[sides[0]] for side in sides)
+                (scale, seconds) for record, seconds in timed if (scale := _scale(record, wanted, sides)) is not None
             )
             if near and near[0][0] <= 1 <= near[-1][0]:
                 sizes, times = zip(*near, strict=True)
@@ -244,6 +240,17 @@ def _record(operator: Operator, batch: int) -> dict[str, Any]:
         "batch": operator.samples(batch),
         **({"fused": operator.fused} if operator.kind == "conv" else {}),
     }
+
+
+def _scale(record: Mapping[str, Any], wanted: Mapping[str, Any], sides: Sequence[str]) -> float | None:
+    """How many times as wide a record's operator is as the wanted one; None where they differ in more than that, or
+    not all of these sides grew alike."""
+    left_out, first = dict.fromkeys(sides), sides[0]
+    if {**record, **left_out} != {**wanted, **left_out}:
+        return None
+    if any(record[side] * wanted[first] != wanted[side] * record[first] for side in sides):
+        return None
+    return record[first] / wanted[first]
 
 
 def key_of(operator: Operator, batch: int) -> Key:
