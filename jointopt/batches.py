@@ -60,8 +60,8 @@ def first_samples(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def none_alone(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The batches, those of one sample joined to a neighbour of like shape: where maps are of one pixel, a sample by
-    itself has no variance."""
+    """Merges a batch of one sample with a neighbour of the same shape, because BatchNorm over a single pixel of one
+    sample has no variance."""
     found: list[Mapping[str, Any]] = []
     for batch in batches:
         if found and sample_count(found[-1]) == 1 and _alike(found[-1], batch):

@@ -14,16 +14,15 @@ from safetensors import SafetensorError
 from quant.errors import JointoptError, first_line
 
 _SPEAKING: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError)
-"""Whose text says by itself what is wrong."""
+"""Exceptions whose own message can be shown unchanged."""
 _NOT_SPEAKING = (AttributeError, LookupError, NotImplementedError, OverflowError, RecursionError, TypeError)
 DAMAGED: tuple[type[Exception], ...] = (*_SPEAKING, *_NOT_SPEAKING)
 """What reading a file raises that is cut short, was edited, or is of another kind than its name says."""
 
 
 def from_home(path: str) -> str:
-    """A path as a user writes it, with the home folder in place of a ~ that it begins with, which is the shell's to do
-    and left undone in a file or behind an =. Raises JointoptError for a ~ of nobody, and for a variable of the
-    shell's, which nothing fills in."""
+    """A path as a user writes it, with the home folder in place of a leading ~, which no shell has replaced in a file
+    or behind an =. Raises JointoptError for the ~ of an unknown user, and for a variable, which nothing fills in."""
     if re.search(r"(^|/)\$(\w+|\{\w+\})(/|$)", path):
         raise JointoptError(f"{path!r}; allowed: a path without variables; ~ is your home")
     try:

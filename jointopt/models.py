@@ -324,7 +324,7 @@ def _stored_in(folder: Path) -> torch.dtype | None:
 
 
 def _dtype(wanted: str, stored: torch.dtype | str | None) -> torch.dtype:
-    """What weights are read as. Where that is wider than they are stored, sizes are to be taken for what they are."""
+    """The type that weights are read as. Warns where it is wider than the stored one, since sizes count the wider."""
     if wanted != "auto":
         return DTYPES[wanted]
     if stored in ("GGUF", torch.float16):

@@ -41,10 +41,10 @@ LATEST = 200
 TOGETHER = 512
 """Genomes that are summed at a time, so that what is worked on stays in the processor's cache."""
 MARGINS = 0.1, 0.5, 2.0
-"""Of a logarithmic scale's end from the costs nearest to it, as shares of how far these are from the median."""
+"""Where a logarithm's pole lies: these shares of the distance from the extreme to the median, beyond the extreme."""
 DOUBT = 2.0
-"""Of scales that draw the bad end out, and the good one, where the search goes, together: a few evaluations are often a
-little likelier on one of these by chance."""
+"""Extra log evidence that a scale which stretches the bad end must show before it is preferred, since it squeezes the
+good end, where the search goes: a few evaluations are often a little likelier on such a scale by chance."""
 LIMIT = 1e100
 """Values beyond are taken as this, so that their squares are finite."""
 STARTLING = 3.0

@@ -73,7 +73,8 @@ def _codebook_codes(points: Tensor, kind: Element) -> Tensor:
 
 
 def round_to_steps(clamped: Tensor, kind: Element) -> Tensor:
-    """For what torch has no cast to, and for float64, which its casts round to float32 first: twice, ties go wrong."""
+    """Rounds to a float type that torch has no cast to, or from float64: torch's casts round that to float32 first, and
+    ties that are rounded twice go wrong."""
     assert kind.mantissa is not None
     exponent = (torch.frexp(clamped).exponent - 1).clamp(min=kind.exponent_min)
     step = torch.ldexp(torch.ones_like(clamped), exponent - kind.mantissa)

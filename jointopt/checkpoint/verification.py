@@ -134,7 +134,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def _parts(record: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Key, value and kind of what is read here, what holds others first."""
+    """Key, value and expected type of each part of the record that is read here, containers before their content."""
     for key, kind in _KINDS.items():
         yield key, record[key], kind
     yield "costs.size", record["costs"].get("size"), Real

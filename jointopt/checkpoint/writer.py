@@ -136,7 +136,7 @@ def _check_study(study: Any, supernet: Supernet) -> None:
 
 
 def clear_killed(folder: Path) -> None:
-    """Removes what exports to this folder that were killed have left beside it: what no living one has locked."""
+    """Removes the temporary folders of killed exports to this folder: those that no running export has locked."""
     for left in folder.parent.glob(f".{escape(folder.name)}-????????"):
         alone = (left / REPLACED).exists() and not folder.exists()  # killed between two renames: the only one there is
         if (left / LOCK).is_file() and not alone:
@@ -234,8 +234,8 @@ def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
 
 
 def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
-    """Of one sample, as these may be large; "largest" is the largest of what is probed of the batch that it is the
-    first of, as one sample's outputs may all be near 0."""
+    """A probe with one calibration sample, since a batch may be large. "largest" is the largest probed output of the
+    sample's whole batch, since one sample's outputs may all be near 0."""
     together = _example(supernet)
     example, count, described = dict(together), sample_count(together), dict[str, dict[str, Any]]()
     for name, value in together.items():

@@ -174,7 +174,7 @@ class Pool:
                 self._slots[slot] = self._place.start(slot)
 
     def _next(self) -> list[int]:
-        """Half of what would be an even share; one that a worker died on comes alone."""
+        """What a worker gets next: half an even share of the waiting genomes; one that a worker died on goes alone."""
         size = math.ceil(len(self._waiting) / (2 * self.count))
         taken = [self._waiting.popleft()]
         while len(taken) < size and not self._deaths[taken[0]] and not self._deaths[self._waiting[0]]:

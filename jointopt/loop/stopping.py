@@ -83,8 +83,8 @@ def heeding_ctrl_c() -> Iterator[Callable[[], None]]:
 
 
 def _without_gain(study: Study) -> int:
-    """Evaluations since the last that gained hypervolume: that is within the reference point, and neither equal to an
-    earlier one nor dominated by it. A volume itself shows no gain that is small beside it."""
+    """Evaluations since the last that gained hypervolume. One gains if it is within the reference point, and no earlier
+    one equals or dominates it; the volumes themselves are not compared, as rounding would hide a small gain."""
     costs, reference = study.costs(), study.reference_point()
     if reference is None:
         return len(costs)

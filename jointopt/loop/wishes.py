@@ -40,8 +40,8 @@ def check_wishes(
     quality: Quality | None = None,
     warm_start: bool = False,
 ) -> None:
-    """Raises what `search` would of these, before anything is run; of metrics that a function lacks, by running it on
-    the original."""
+    """Raises early what `search` would raise; runs the quality function, where given, on the original once to see which
+    metrics it returns."""
     _, wanted, limits = resolved(supernet, objectives, constraints)
     strategies.create("random", supernet.space, wanted, constraints=limits)
     if warm_start:

@@ -37,8 +37,8 @@ def settle_sizes(model: nn.Module, config: Any) -> None:
 
 
 def save_configs(model: Any, place: Path) -> None:
-    """config.json with the model's own sizes, for what reads them beside a file of another library, and how it
-    generates, where it does."""
+    """Writes config.json with the model's own sizes, and generation_config.json of a model that generates, for programs
+    that read them beside another library's file."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     settle_sizes(model, config)

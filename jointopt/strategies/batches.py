@@ -62,7 +62,8 @@ class Points:
 
 
 class Times:
-    """Time that each genome takes beside those that were picked, of what it takes alone.
+    """How long each genome takes, as a share of its time alone, where it need not compute the first parts that it has
+    in common with a picked one.
 
     Args:
         parts: see `GuidedSearch`.

@@ -83,7 +83,8 @@ class Feasible:
         return found
 
     def repaired(self, genomes: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """The genomes; of those that keep not to all, as few genes as will do, in random order, are the anchor's."""
+        """Genomes that violate an exact constraint get the anchor's choice in some genes: the first of a random order,
+        as few as are needed."""
         wrong = np.flatnonzero(self.excess(genomes) > 0)
         rank = random.permuted(np.tile(np.arange(len(self.space)), (len(wrong), 1)), axis=1)
         low, high = np.zeros(len(wrong), dtype=int), np.full(len(wrong), len(self.space))

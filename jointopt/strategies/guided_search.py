@@ -321,9 +321,9 @@ class Beliefs:
         return compared
 
     def picked(self, found: np.ndarray, n: int, parts: Sequence[Sequence[int]] = ()) -> list[int]:
-        """Indices of up to n genomes, each the one expected to add most hypervolume to what is there by then, for the
-        time that it takes where `parts` are shared; what exceeds a constraint adds none, and where nothing adds any,
-        that which exceeds least is next."""
+        """Indices of up to n genomes, picked one by one: each time the one that is expected to add most hypervolume to
+        what was told and picked, divided by its time where it shares `parts` with others. A genome that exceeds a
+        constraint adds nothing; where none adds anything, the one that exceeds least is next."""
         if not len(found):
             return []
         costs = self._compared(self.costs)

@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 def _reading(method: Callable[Concatenate[Study, P], T]) -> Callable[Concatenate[Study, P], T]:
-    """A method that reads the file, what is wrong with which is said in one line."""
+    """Decorator: turns errors while reading the study's file into one line."""
 
     @wraps(method)
     def read(self: Study, *args: P.args, **kwargs: P.kwargs) -> T:

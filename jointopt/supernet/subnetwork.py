@@ -78,8 +78,8 @@ def build(
     training: bool = False,
     learned: LearnedRanges | None = None,
 ) -> nn.Module:
-    """A module tree of its own whose tensors are leading slices of `model`'s, in eval mode unless `training`; then in
-    training mode, but for what a model in training mode has in eval mode.
+    """A module tree of its own whose tensors are leading slices of `model`'s, in eval mode. With `training`,
+    modules keep the modes they have in a `model` that is in training mode; else all are put in training mode.
 
     What `repaired` has for a layer and its number of input channels stands in for the slice of its weight, and bias.
     With `training`, slices keep their link to the whole parameters, so that gradients reach them: of a quantized weight

@@ -34,7 +34,7 @@ SHORTEST = 1e-6
 RATE, BANDWIDTH, CACHE_BANDWIDTH, OVERHEAD = 3e10, 1e10, 5e10, 5e-6
 """Of one core, about: where the fit begins."""
 HELD = 0.05
-"""How much what the times do not tell is held to what is expected, beside a relative error."""
+"""Weight of the prior that holds parameters which the timings do not determine near their expected values."""
 
 
 def fit_roofline(

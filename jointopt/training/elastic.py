@@ -210,12 +210,15 @@ def _students(supernet: Supernet, step: int, progress: float, recipe: Recipe) ->
 
 
 def _as_leaves(view: Sequence[nn.Module], places: Mapping[int, int]) -> list[tuple[Tensor, int]]:
-    """Cuts a training view's slices of parameters off from these, and returns them with their parameters' places: a
-    slice's gradient can be added to the leading block of the whole one's, where autograd would fill it up with zeros.
+    """Detaches a training view's slices of parameters, so that each gets its own gradient, to be added to the leading
+    block of its parameter's: autograd would fill it up with zeros to the whole parameter's size.
 
     Args:
         view: all of its modules.
         places: id of a parameter -> its place.
+
+    Returns:
+        The slices, each with its parameter's place.
     """
     found = []
     for module in view:

@@ -341,7 +341,7 @@ class ElasticTrainer(Trainer):
         return float(total[0] / total[1])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's, of which no part is left where it cannot be written whole: the last one is gone on with."""
+        """The Trainer's. A checkpoint that cannot be written whole is removed: training resumes from the one before."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with _written(folder):
@@ -388,7 +388,7 @@ class ElasticTrainer(Trainer):
         }
 
     def _load_best_model(self) -> None:
-        """As a checkpoint is loaded: the Trainer would look for names as they are in memory, and skip all others."""
+        """Loads it like any checkpoint: the Trainer would look for names as they are in memory, and skip all others."""
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
