@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,8 @@ def at_once(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     finally:
         os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def heed_ctrl_c() -> None:
+    """Whoever runs the tests in the background may have had them ignore it, which children inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from quant import QuantizedTensor
+
+if TYPE_CHECKING:
+    from jointopt import Study
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -24,3 +29,8 @@ def same(found: Tensor | None, expected: Tensor | None) -> bool:
 def same_codes(found: QuantizedTensor, expected: QuantizedTensor) -> bool:
     parts = ("codes", "scale", "zero_point", "global_scale")
     return found.shape == expected.shape and all(same(getattr(found, p), getattr(expected, p)) for p in parts)
+
+
+def dump(study: Study) -> list[dict]:
+    """What was evaluated and found, without the time that it took."""
+    return study.evaluations().drop(columns="seconds").fillna("none").to_dict("records")

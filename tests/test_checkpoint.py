@@ -33,7 +33,7 @@ from jointopt.rebuilding.timm_recipe import preprocessing
 from jointopt.run_folder import EXPORT, taken
 from quant.formats import ELEMENTS, Element, Format, Scheme
 from quant.formats import SCHEMES as FORMATS
-from tests.zoo import SCHEMES, batches, logits, make, supernet_of
+from tests.zoo import SCHEMES, batches, logits, make, mean_square, supernet_of
 
 BLOCKS = {"qwen2": "layers", "llama_tied": "layers", "bert": "encoder.layer"}
 """Where their blocks are, in the base model."""
@@ -49,8 +49,7 @@ def uniform(supernet: Supernet, **choices) -> object:
     return supernet.space.encode(chosen)
 
 
-def quality(model: nn.Module) -> float:
-    return float(logits(model, batches("llama_tied", seed=3)[0]).square().mean())
+quality = mean_square("llama_tied", seed=3)
 
 
 def dynamic(element: str, granularity: str = "token", group: int | None = None, **options) -> Format:

@@ -29,7 +29,7 @@ from jointopt.files import locked
 from jointopt.prepared import prepare
 from jointopt.run_folder import CHECKPOINT, LOCK, STUDY, taken
 from jointopt.workflow import make_supernet
-from tests.commands import ROOT, at_once, command
+from tests.commands import ROOT, at_once, command, heed_ctrl_c
 from tests.saved import save_bert, save_llama, save_timm, save_vit, write_images, write_reviews
 
 
@@ -163,11 +163,6 @@ def test_verify_exits_with_1_where_the_image_processor_is_gone_or_another(finish
     done = at_once("verify", folder, "--config", "runs/vit/config.yaml", cwd=finished.parents[1])
     assert (done.returncode, done.stderr) == (1, "")
     assert f"not verified: {folder}: {said}" in done.stdout
-
-
-def heed_ctrl_c() -> None:
-    """Whoever runs the tests in the background may have had them ignore it, which children inherit."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_verify_tells_all_differences_of_weights_that_are_no_numbers_and_of_files_cut_short(finished, tmp_path):

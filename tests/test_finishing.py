@@ -14,13 +14,12 @@ from jointopt import JointoptError, Objective, SearchSpace, Supernet
 from jointopt.finishing.finishing import Finishing, finish_top
 from jointopt.finishing.lockstep import in_step, starting
 from jointopt.study.choice import improves
-from tests.zoo import MODELS, RELATIVES, batches, logits, make, supernet_of
+from tests.zoo import MODELS, RELATIVES, batches, logits, make, mean_square, supernet_of
 
 SCHEMES = ["W4A16", "NVFP4A16", "MXFP4A16", "W4A16_ASYM", "FP4A16", "W8A16_CHANNEL", "FP8A16"]
 
 
-def quality(model: nn.Module) -> float:
-    return float(logits(model, batches("bert", seed=3)[0]).square().mean())
+quality = mean_square("bert", seed=3)
 
 
 @pytest.mark.parametrize("name", [name for name in (*MODELS, *RELATIVES) if "resnet" not in name])

@@ -16,7 +16,7 @@ from jointopt.checkpoint.gguf_writer import check
 from jointopt.config.starter import starter_config
 from jointopt.models import load_model
 from tests import zoo
-from tests.zoo import batches, logits, make
+from tests.zoo import batches, logits, make, mean_square
 
 gguf = pytest.importorskip("gguf")
 SCHEMES = ["none", "W8A16_G32", "W4A16_G32"]
@@ -65,11 +65,7 @@ def test_an_export_weighs_what_was_reported_and_verifies(tmp_path):
     supernet = supernet_of("llama_tied")
     genome = supernet.space.sample(1, seed=4)[0]
     folder = jointopt.export(supernet, genome, tmp_path / "out", target="gguf")
-    batch = batches("llama_tied", seed=2)[0]
-
-    def quality(model) -> float:
-        return float(model(**batch).logits.detach().square().mean())
-
+    quality = mean_square("llama_tied", seed=2)
     verification = jointopt.verify(folder, quality=quality)
     assert verification.ok, verification.differences
     quantized = sum(layer["scheme"] != "none" for layer in supernet.layout(genome))

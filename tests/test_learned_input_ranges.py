@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 import jointopt
 from jointopt import SearchSpace, Supernet
-from jointopt.training.distillation import soft_labels
 from quant.calibration import static_constants
 from quant.formats import Format
 from quant.kernels import fake_quantize_activation
 from quant.learned_ranges import ends, input_range, learn_input_range, widened
 from quant.reference import quantize
-from tests.test_learned_ranges import RECIPE, by_autograd, digits, digits_vit_with_outliers
+from tests.test_learned_ranges import RECIPE, by_autograd, digits, digits_vit_with_outliers, distance_from
 from tests.test_training import calibrated, labelled
-from tests.zoo import batches, logits
+from tests.zoo import batches
 
 STATIC = {
     "int8": Format("int8", "tensor", dynamic=False),
@@ -99,9 +96,7 @@ def test_a_trained_range_of_inputs_mends_one_that_outliers_spoilt():
     for constants in supernet._statistics.values():
         constants["input_scale"] *= 16
 
-    def distance(found: nn.Module) -> float:
-        return float(np.mean([soft_labels(logits(found, batch), logits(model, batch)) for batch in inputs]))
-
+    distance = distance_from(model, inputs)
     options = {"steps": 60, "learning_rate": 1e-3}
     fixed, learned = (
         distance(jointopt.finish(supernet, space.largest, inputs, learned_ranges=each, **options).model)

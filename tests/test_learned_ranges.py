@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -291,6 +292,15 @@ def digits() -> list[dict]:
     return [{"pixel_values": images[at : at + 64], "labels": labels[at : at + 64]} for at in range(0, 1024, 64)]
 
 
+def distance_from(model: nn.Module, inputs: list[dict]) -> Callable[[nn.Module], float]:
+    """Gives a network's KL divergence from the model, averaged over batches."""
+
+    def distance(found: nn.Module) -> float:
+        return float(np.mean([soft_labels(logits(found, batch), logits(model, batch)) for batch in inputs]))
+
+    return distance
+
+
 def digits_vit_with_outliers(items: list[dict]) -> ViTForImageClassification:
     """A small ViT trained on the digits, then given what makes large language models hard to round: a few channels
     whose normalization is 32 times as small and whose weights are as much larger, so that its function is the same."""
@@ -328,9 +338,7 @@ def test_learned_ranges_leave_less_of_the_loss_of_four_bits_than_fixed_ones():
     inputs = [{"pixel_values": batch["pixel_values"]} for batch in items]
     supernet.calibrate(inputs[:2])
 
-    def distance(found: nn.Module) -> float:
-        return float(np.mean([soft_labels(logits(found, batch), logits(model, batch)) for batch in inputs]))
-
+    distance = distance_from(model, inputs)
     with supernet.active(supernet.space.largest) as view:
         nearest = distance(view)
     fixed, learned = (

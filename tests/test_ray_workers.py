@@ -13,15 +13,12 @@ import torch
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
+from tests.same import dump
 from tests.zoo import batches, logits, make
 
 ray = pytest.importorskip("ray")
 
 DATA = batches("vit", seed=5)[0]
-
-
-def dump(study) -> list:
-    return study.evaluations().drop(columns="seconds").fillna("none").to_dict("records")
 
 
 @pytest.mark.slow

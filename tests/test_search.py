@@ -22,15 +22,12 @@ import torch
 import jointopt
 from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet, strategies
 from jointopt.strategies.strategy import Strategy
-from tests.zoo import batches, logits, make
+from tests.zoo import batches, logits, make, supernet_of
 
 
 @pytest.fixture(scope="module")
 def supernet() -> Supernet:
-    model = make("vit")
-    found = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16"]))
-    found.calibrate(batches("vit"))
-    return found
+    return supernet_of("vit", ["none", "W8A8", "W4A16"])
 
 
 DATA = batches("vit", seed=5)

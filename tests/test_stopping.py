@@ -14,7 +14,7 @@ import jointopt
 from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet
 from jointopt.loop.loop import _Run
 from jointopt.loop.stopping import Budget, Watch, expected_gain, heeding_ctrl_c
-from tests.zoo import batches, logits, make
+from tests.zoo import batches, logits, make, supernet_of
 
 DATA = batches("vit", seed=5)[0]
 TARGET = logits(make("vit"), DATA)
@@ -22,10 +22,7 @@ TARGET = logits(make("vit"), DATA)
 
 @pytest.fixture(scope="module")
 def supernet() -> Supernet:
-    model = make("vit")
-    found = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16"]))
-    found.calibrate(batches("vit"))
-    return found
+    return supernet_of("vit", ["none", "W8A8", "W4A16"])
 
 
 def agreement(model: torch.nn.Module) -> float:

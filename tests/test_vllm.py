@@ -26,7 +26,7 @@ from jointopt.prepared import prepare
 from jointopt.targets import TARGETS
 from tests import zoo
 from tests.saved import save_tokenizer
-from tests.zoo import batches, logits, make
+from tests.zoo import batches, logits, make, mean_square
 
 PLAIN = ["embedding", "head"]
 
@@ -104,11 +104,7 @@ def test_blocks_that_differ_verify_in_their_formats(tmp_path):
         **{"block0.qkv.precision": "W8A8", "block0.gate_up.precision": "W4A16", "block1.down.precision": "W8A8"},
     )
     folder = jointopt.export(supernet, genome, tmp_path / "out", target="vllm")
-    batch = batches("llama_tied", seed=2)[0]
-
-    def quality(model) -> float:
-        return float(model(**batch).logits.detach().square().mean())
-
+    quality = mean_square("llama_tied", seed=2)
     verification = jointopt.verify(folder, quality=quality)
     assert verification.ok, verification.differences
     assert verification.metrics["quality"] == pytest.approx(quality(supernet.extract(genome)), rel=1e-4)

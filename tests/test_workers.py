@@ -17,7 +17,9 @@ import torch
 import jointopt
 from jointopt import JointoptError, SearchSpace, Study, Supernet
 from jointopt.evaluation.workers import Processes, read_payload, write_payload
+from tests.commands import heed_ctrl_c
 from tests.readme import code
+from tests.same import dump
 from tests.zoo import batches, logits, make
 
 ROOT = Path(__file__).parents[1]
@@ -52,10 +54,6 @@ PIXELS = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module")
 def agreement(supernet) -> Callable[[torch.nn.Module], float]:
     return agreement_with(supernet.model, PIXELS)
-
-
-def dump(study: Study) -> list:
-    return study.evaluations().drop(columns="seconds").fillna("none").to_dict("records")
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +205,6 @@ print("ready", flush=True)
 study = jointopt.search(supernet, quality, evaluations=int(sys.argv[2]), workers=2, storage=sys.argv[1])
 print(len(study.evaluations()), flush=True)
 """
-
-
-def heed_ctrl_c() -> None:
-    """Whoever runs the tests in the background may have had them ignore it, which children inherit."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def running(script: Path, *arguments: object) -> subprocess.Popen:

@@ -165,3 +165,13 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         output = model(**batch)
     return output if isinstance(output, Tensor) else output.logits
+
+
+def mean_square(name: str, seed: int) -> Callable[[nn.Module], float]:
+    """A quality function: the mean square of a model's logits for one batch."""
+    batch = batches(name, seed=seed)[0]
+
+    def quality(model: nn.Module) -> float:
+        return float(logits(model, batch).square().mean())
+
+    return quality
