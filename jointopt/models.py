@@ -22,13 +22,12 @@ import torch
 from torch import nn
 
 from jointopt.files import check_path
-from jointopt.names import MODELS
+from jointopt.names import DEVICES, MODELS
 from jointopt.rows import looks_like_hub_id
 from jointopt.tasks import TASKS
 from quant.errors import JointoptError, did_you_mean, first_line, in_one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEVICES = ("auto", "cpu", "cuda")
 
 _WORDS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
 _SIZES = {
@@ -262,7 +261,7 @@ def chosen_device(device: str) -> torch.device:
         return torch.device(next(kind for kind in there if there[kind]))
     kind, _, index = device.partition(":")
     if kind not in there or (index and not index.isdigit()):
-        raise JointoptError(f"device: found {device!r}; allowed: {', '.join(DEVICES)}")
+        raise JointoptError(f"device: found {device!r}; allowed: {DEVICES}")
     if not there[kind] or int(index or 0) >= max(1, torch.cuda.device_count()):
         raise JointoptError(
             f"device: {device} is not available here; there is {', '.join(k for k in there if there[k])}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 MODELS = "a local folder, a GGUF file, a hub id, or timm/NAME"
+DEVICES = "auto, cpu, cuda, cuda:1 and the like"
 TaskName = Literal["text-classification", "image-classification", "causal-lm"]
 TargetName = Literal["transformers", "onnxruntime", "gguf", "vllm"]
 NOISY = ("transformers", "datasets", "timm", "httpx", "huggingface_hub", "torch.utils._pytree")

@@ -122,7 +122,7 @@ def test_whole_numbers_are_those_of_yaml_1_2(tmp_path, text, number):
         ),
         ("choose: {size_mb: 2, drop: 0.1}", "choose: found size_mb, drop; allowed: one of"),
         ("dtype: float16", "dtype: found 'float16'; allowed: auto, float32, bfloat16"),
-        ("device: tpu", "device: found 'tpu'; allowed: auto, cpu, cuda"),
+        ("device: tpu", "device: found 'tpu'; allowed: auto, cpu, cuda, cuda:1 and the like"),
         ("quality: accuracy", "quality: found 'accuracy'; allowed: my_package.my_function"),
         ("train: {epochs: 1}", "train without data.train"),
         ("train: {batch_size: 8}", "train: found neither of steps and epochs"),

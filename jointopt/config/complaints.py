@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from jointopt.names import MODELS
+from jointopt.names import DEVICES, MODELS
 from jointopt.yaml_lines import dotted
 from quant.errors import did_you_mean
 
@@ -76,7 +76,7 @@ def _bound(error: Any) -> str | None:
 _WORDS = {
     "model": MODELS,
     "output": "a folder",
-    "device": "auto, cpu, cuda",
+    "device": DEVICES,
     "objectives": "a list of names",
     "choose": "{size_mb: 20}, {drop: 0.01} or knee",
     "constraints": "{size_mb: '<= 20'} and the like",
