@@ -84,20 +84,33 @@ def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 def lengths(batch: Mapping[str, Any]) -> list[int]:
     """Tokens of each sample, without padding; none where the batch does not say."""
-    mask = batch.get("attention_mask")
-    return mask.sum(1).tolist() if isinstance(mask, Tensor) and mask.dim() == 2 else []
+    mask, shape = batch.get("attention_mask"), _tokens(batch)
+    if shape is None:
+        return []
+    return mask.sum(1).tolist() if isinstance(mask, Tensor) else [shape[1]] * shape[0]
 
 
 def of_average_length(batch: Mapping[str, Any], found: Sequence[int]) -> dict[str, Any]:
-    """The batch; where lengths were `found` and it has a mask, its texts cut or repeated to their average."""
-    mask = batch.get("attention_mask")
-    if not found or not isinstance(mask, Tensor) or mask.dim() != 2:
+    """The batch; where lengths were `found` and it is of tokens, its texts cut or repeated to their average."""
+    shape = _tokens(batch)
+    if not found or shape is None:
         return dict(batch)
-    length, shape = max(1, round(sum(found) / len(found))), mask.shape
+    length, (count, tokens) = max(1, round(sum(found) / len(found))), shape
 
     def sized(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape[:2] != shape:
+        # What all samples have in common comes once, as positions may.
+        if not isinstance(value, Tensor) or value.shape[:2] not in ((count, tokens), (1, tokens)):
             return value
-        return value.repeat(1, -(-length // shape[1]), *(1,) * (value.dim() - 2))[:, :length]
+        return value.repeat(1, -(-length // tokens), *(1,) * (value.dim() - 2))[:, :length]
 
     return {name: sized(value) for name, value in batch.items()}
+
+
+def _tokens(batch: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Samples and tokens of each, as its mask has them, or where there is none its ids or embeddings; None where it has
+    none of them, or a mask of another kind."""
+    for name, dims in (("attention_mask", 2), ("input_ids", 2), ("inputs_embeds", 3)):
+        value = batch.get(name)
+        if value is not None:
+            return (value.shape[0], value.shape[1]) if isinstance(value, Tensor) and value.dim() == dims else None
+    return None

@@ -172,6 +172,42 @@ def test_macs_of_texts_are_those_of_a_text_of_average_length_in_whichever_batche
     assert counted == [whole.original_costs()["macs"]] * 3
 
 
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_macs_of_texts_without_a_mask_are_those_with_one_of_ones(given):
+    costs = []
+    for masked in (False, True):
+        supernet = supernet_of("llama_tied", ["none", "W8A8"], preset="fixed")
+        size = supernet.model.config.hidden_size
+        texts: list[dict] = []
+        for length in (4, 30, 28, 31, 29):
+            ids = torch.full((1, length), 7)
+            values = ids if given == "input_ids" else torch.ones(1, length, size)
+            texts.append({given: values, **({"attention_mask": torch.ones_like(ids)} if masked else {})})
+        supernet.calibrate(texts)
+        costs.append(supernet.costs(supernet.space.largest))
+    assert costs[0] == costs[1]
+
+
+def test_positions_that_all_texts_have_in_common_are_cut_with_them():
+    ids, mask = torch.full((2, 8), 7), torch.ones(2, 8, dtype=torch.long)
+    mask[1, 4:] = 0
+    macs = []
+    for positions in ({}, {"position_ids": torch.arange(8)[None]}):
+        supernet = supernet_of("llama_tied", ["none", "W8A8"], preset="fixed")
+        supernet.calibrate([{"input_ids": ids, "attention_mask": mask, **positions}])
+        macs.append(supernet.costs(supernet.space.largest)["macs"])
+    assert macs[0] == macs[1]
+
+
+def test_inputs_that_cannot_be_cut_to_an_average_length_are_told_in_one_line():
+    ids, mask = torch.full((2, 8), 7), torch.ones(2, 8, dtype=torch.long)
+    mask[1, 4:] = 0
+    supernet = supernet_of("bert", ["none", "W8A8"], preset="fixed")
+    kinds = torch.zeros(8, dtype=torch.long)
+    with pytest.raises(JointoptError, match=r"average length.*input_ids \[2, 6\].*allowed: inputs with one entry"):
+        supernet.calibrate([{"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}])
+
+
 def test_bops_are_macs_times_the_bits_of_weights_and_activations():
     supernet = supernet_of("vit", schemes=["none", "W8A8"], preset="fixed")
     whole = supernet.costs(unquantized(supernet, supernet.space.largest))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from jointopt.batches import check_batch, first_samples, lengths, none_alone, of_average_length, on_device, sample_count
-from jointopt.cost.positions import measure_positions
+from jointopt.cost.positions import Positions, measure_positions
 from jointopt.learned_ranges import settle
 from jointopt.supernet.batch_norm import SAMPLES
 from jointopt.supernet.importance import CalibrationPass, check_sortable, sort_width, sort_widths
@@ -59,7 +59,7 @@ def _measure(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
         raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
     if supernet._has_batch_norm and sum(map(sample_count, kept)) == 1:
         raise JointoptError("calibrate: found one sample; allowed: two or more, of which BatchNorm's statistics are")
-    positions = measure_positions(supernet.model, of_average_length(kept[0], tokens))
+    positions = _positions(supernet, of_average_length(kept[0], tokens))
     before = _answer(structural_clone(supernet.model), kept[0]) if supernet.own_family else None
     with _sorted(supernet, calibration, ranges, repairs):
         statistics, repaired = ranges.constants(), repairs.solved()
@@ -69,6 +69,18 @@ def _measure(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     supernet._positions, supernet._statistics, supernet._repaired = positions, statistics, repaired
     supernet.samples = none_alone(kept) if supernet._has_batch_norm else kept
     supernet._forget()
+
+
+def _positions(supernet: Supernet, batch: Mapping[str, Any]) -> Positions:
+    """Those of a batch that the calibration ran on, or of its texts in their average length."""
+    try:
+        return measure_positions(supernet.model, batch)
+    except DOES_NOT_RUN as error:
+        shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in batch.items() if isinstance(each, Tensor))
+        raise JointoptError(
+            f"calibrate: the model does not run on texts of average length, by which costs are counted, {shapes}: "
+            f"{in_one_line(error)}; allowed: inputs with one entry a token in their second dimension, or none"
+        ) from error
 
 
 @contextmanager
