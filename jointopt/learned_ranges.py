@@ -52,8 +52,8 @@ class LearnedRanges:
         self._schemes = inputs
         paths = [path for path, _ in (*weights, *inputs)]
         self._columns = [supernet.model.get_submodule(path).get_parameter("weight")[0].numel() for path in paths]
-        self.values = torch.zeros(len(paths), 2, device=supernet.device)
-        self.inputs = torch.zeros(len(inputs), 2, device=supernet.device) if with_inputs else None
+        self.values = torch.zeros(len(paths), 2, dtype=torch.float32, device=supernet.device)
+        self.inputs = torch.zeros(len(inputs), 2, dtype=torch.float32, device=supernet.device) if with_inputs else None
 
     def tensors(self) -> dict[str, Tensor]:
         """All there is to keep, by name."""

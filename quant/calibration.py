@@ -21,7 +21,7 @@ from quant.reference import (
 
 METHODS = ("minmax", "percentile", "mse")
 PERCENTILE = 0.999
-_SHRINK = torch.linspace(1.0, 0.5, 26).tolist()
+_SHRINK = torch.linspace(1.0, 0.5, 26, dtype=torch.float32).tolist()
 
 
 def check_weight_method(method: str) -> None:
@@ -81,7 +81,7 @@ ACTIVATION_PERCENTILE = 0.9999
 MOMENTUM = 0.1
 """Of the moving average: what a batch's ends count against those before it."""
 _BINS = 4096
-_FRACTIONS = torch.linspace(0.02, 1.0, 50).tolist()
+_FRACTIONS = torch.linspace(0.02, 1.0, 50, dtype=torch.float32).tolist()
 
 
 class Histogram:
@@ -140,8 +140,8 @@ class ActivationObserver:
     def __init__(self, format: Format, method: str = "minmax"):
         check_activation_method(method)
         self.format, self.method = format, method
-        self.low = torch.tensor(torch.inf)
-        self.high = torch.tensor(-torch.inf)
+        self.low = torch.tensor(torch.inf, dtype=torch.float32)
+        self.high = torch.tensor(-torch.inf, dtype=torch.float32)
         self.histogram = None if method in ("minmax", "average") or format.scale == "e4m3" else Histogram()
         self._average: tuple[Tensor, Tensor] | None = None
 
@@ -180,7 +180,7 @@ class ActivationObserver:
             low, high = (torch.tensor(end, device=self.low.device, dtype=torch.float32) for end in quantiles)
             return torch.maximum(low, self.low), torch.minimum(high, self.high)
         lost = _squared_error if self.method == "mse" else _divergence
-        ends = torch.maximum(-self.low, self.high) * torch.tensor(_FRACTIONS, device=self.low.device)
+        ends = torch.maximum(-self.low, self.high) * self.low.new_tensor(_FRACTIONS)
         tried = [(torch.maximum(self.low, -end), torch.minimum(self.high, end)) for end in ends]
         losses = [lost(self.histogram, low, high, self.format) for low, high in tried]
         return tried[min(range(len(tried)), key=losses.__getitem__)]

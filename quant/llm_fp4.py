@@ -24,7 +24,7 @@ E2M1 = ELEMENTS["fp4_e2m1"]
 E1M2 = Element("fp4_e1m2", 4, -1.75, 1.75, 2, 0)
 E3M0 = Element("fp4_e3m0", 4, -64, 64, 0, 0)
 SEARCHED = (E2M1, E1M2, E3M0)
-RATIOS = tuple(torch.linspace(0.01, 1.2, 100).tolist())
+RATIOS = tuple(torch.linspace(0.01, 1.2, 100, dtype=torch.float32).tolist())
 """Of the largest magnitude: the clipping ranges that are tried (section 4.1)."""
 ROUNDS = 3
 
@@ -76,7 +76,7 @@ def held(x: Tensor, form: FloatFormat) -> Tensor:
 
 def plain(weight: Tensor, x: Tensor, element: Element = E2M1) -> LayerFormats:
     """Ranges as wide as what was seen, nothing searched: the paper's MinMax."""
-    shift = torch.zeros(weight.shape[1], device=weight.device)
+    shift = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
     rows = weight.abs().amax(1, keepdim=True)
     return LayerFormats(_of_range(element, rows), _of_range(element, x.abs().amax()), shift)
 
@@ -159,7 +159,7 @@ def _best(values: Tensor, error, elements: Sequence[Element], ratios: Sequence[f
     chosen: FloatFormat | None = None
     least = torch.inf
     for element in elements:
-        lost, scale = torch.full(largest.shape, torch.inf).squeeze(-1), torch.ones_like(largest)
+        lost, scale = torch.full(largest.shape, torch.inf, dtype=torch.float32).squeeze(-1), torch.ones_like(largest)
         for ratio in ratios:
             form = _of_range(element, largest * ratio)
             tried = error(held(values, form))

@@ -313,7 +313,7 @@ def example_timm(model: Model) -> dict[str, Tensor]:
     first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     configured = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))
     size = tuple(patches.img_size) if patches is not None else tuple(configured)[1:]
-    return {"x": torch.zeros(1, first.in_channels, *size, device=first.weight.device)}
+    return {"x": first.weight.new_zeros(1, first.in_channels, *size)}
 
 
 def configure_blocks(model: Model, kept: Sequence[Block]) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError
@@ -69,7 +68,7 @@ def _configure(model: Model, kept: Sequence[Block]) -> None:
 
 
 def _example_image(model: Model) -> dict[str, Tensor]:
-    return {"pixel_values": torch.zeros(1, model.config.num_channels, 224, 224, device=next(model.parameters()).device)}
+    return {"pixel_values": next(model.parameters()).new_zeros(1, model.config.num_channels, 224, 224)}
 
 
 def declare_timm(model: Model) -> Family:

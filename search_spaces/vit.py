@@ -89,9 +89,9 @@ def _stream(model: Model, writers: Iterable[str], readers: tuple[Link, ...], con
 
 
 def _example_image(model: Model) -> dict[str, Tensor]:
-    size, device = model.config.image_size, next(model.parameters()).device
+    size = model.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width, device=device)}
+    return {"pixel_values": next(model.parameters()).new_zeros(1, model.config.num_channels, height, width)}
 
 
 class SplitQKV(nn.Module):

@@ -173,7 +173,8 @@ def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[st
         return []
     dtype = next(model.parameters()).dtype
     with reading(f"verify: the probe in {RECORD}", UNCHANGED, RuntimeError):
-        inputs, expected = probe_inputs(record["probe"], dtype), torch.tensor(record["probe"]["outputs"])
+        inputs = probe_inputs(record["probe"], dtype)
+        expected = torch.tensor(record["probe"]["outputs"], dtype=torch.float32)
         largest = max(float(expected.abs().max()), float(record["probe"].get("largest", 0.0)))
     with torch.no_grad():
         found = probed(model(**inputs))

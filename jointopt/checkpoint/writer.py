@@ -218,7 +218,7 @@ def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
     inputs = {}
     for name, tensor in supernet.family.example(supernet.model).items():
         if tensor.is_floating_point():
-            inputs[name] = torch.randn(PROBED, *tensor.shape[1:], generator=generator)
+            inputs[name] = torch.randn(PROBED, *tensor.shape[1:], generator=generator, dtype=torch.float32)
         else:
             # Without padding a decoder that classifies takes one text at a time.
             shape = 1 if model.config.pad_token_id is None else PROBED, min(16, tensor.shape[1])
@@ -267,7 +267,7 @@ def probe_inputs(probe: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
 
     def made(each: Mapping[str, Any]) -> Any:
         if "normal" in each:
-            return torch.randn(each["normal"], generator=generator).to(dtype)
+            return torch.randn(each["normal"], generator=generator, dtype=torch.float32).to(dtype)
         if "integers" in each:
             return torch.tensor(each["integers"])
         if "bytes" in each:

@@ -136,7 +136,7 @@ def packed(x, element, scale=None, zero_point=0.0):
     if element == "int4":
         codes = (scaled - low).to(torch.uint8)
     else:
-        table = torch.tensor(FP4, device=x.device)
+        table = torch.tensor(FP4, dtype=torch.float32, device=x.device)
         sizes = torch.searchsorted(table, scaled.abs().contiguous()).to(torch.uint8)
         codes = sizes | (torch.signbit(scaled).to(torch.uint8) << 3)
     return codes[..., 0::2] | (codes[..., 1::2] << 4), scale, zero_point
@@ -163,7 +163,7 @@ def unpacked(element, codes, scale, zero_point):
     codes = torch.stack((codes & 0xF, codes >> 4), -1).flatten(-2)
     if element == "int4":
         return (codes.float() + RANGES[element][0] - zero_point) * scale
-    table = torch.tensor([*FP4, *(-value for value in FP4)], device=codes.device)
+    table = torch.tensor([*FP4, *(-value for value in FP4)], dtype=torch.float32, device=codes.device)
     return table[codes.long()] * scale
 
 

@@ -157,7 +157,7 @@ def unit_importance(model: nn.Module, width: Width, channel_energy: Mapping[str,
     Raises:
         JointoptError: a consumer that no batch reached.
     """
-    total = torch.zeros(width.units)
+    total = torch.zeros(width.units, dtype=torch.float32)
     for part in width.consumers:
         if part.module not in channel_energy:
             raise JointoptError(

@@ -251,7 +251,7 @@ class ChannelObserver:
 
     def __init__(self) -> None:
         self.count = 0
-        self.largest = self.total = torch.zeros(())
+        self.largest = self.total = torch.zeros((), dtype=torch.float32)
         self.kept: list[Tensor] = []
 
     def observe(self, hidden: Tensor) -> None:

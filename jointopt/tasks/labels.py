@@ -126,7 +126,7 @@ def _listed(rows: Sequence[list[Any]], own: Sequence[str] | None, names: Sequenc
             )
     numbers = [number for number, row in enumerate(rows, 1) for _ in row]
     indices = _indices([value for row in rows for value in row], own, names, key, rows=numbers)
-    labels = torch.zeros(len(rows), len(names))
+    labels = torch.zeros(len(rows), len(names), dtype=torch.float32)
     labels[[number - 1 for number in numbers], indices] = 1
     return labels
 

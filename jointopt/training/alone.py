@@ -125,12 +125,16 @@ def _ranges(model: nn.Module, supernet: Supernet, plan: Plan, layers: Mapping[st
         assert scheme.weights is not None
         if is_learnable(scheme.weights):
             scales = choose_clip(weight, scheme.weights)[0].shape
-            weights[path] = nn.Parameter(torch.zeros(ends(scheme.weights), *scales, device=weight.device))
+            weights[path] = nn.Parameter(
+                torch.zeros(ends(scheme.weights), *scales, dtype=torch.float32, device=weight.device)
+            )
         if has_learnable_inputs(scheme):
             assert scheme.activations is not None
             for each in (path, *tied[path]):
                 if supernet.statistics(each, scheme):
-                    inputs[each] = nn.Parameter(torch.zeros(ends(scheme.activations), 1, 1, device=weight.device))
+                    inputs[each] = nn.Parameter(
+                        torch.zeros(ends(scheme.activations), 1, 1, dtype=torch.float32, device=weight.device)
+                    )
     return _Ranges(weights, inputs)
 
 

@@ -246,7 +246,7 @@ def _divergence(student: Tensor, teacher: TeacherOutputs, mask: Tensor | None, t
     if mask is not None and mask.shape == rows and teacher.problem is None:
         weights = mask.float() / mask.sum().clamp(min=1)
     else:
-        weights = torch.full(rows, 1 / rows.numel(), device=student.device)
+        weights = torch.full(rows, 1 / rows.numel(), dtype=torch.float32, device=student.device)
     student = _choices(student, teacher.problem)
     return temperature**2 * _Divergence.apply(student, teacher.outputs, weights, temperature)
 
@@ -262,7 +262,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, temperature: float) -> Tensor:
         logits, targets, shares = student.flatten(0, -2), teacher.flatten(0, -2), weights.flatten()
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), device=logits.device)
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
         for part in row_groups(len(logits), logits.shape[1], logits.device):
             own, target, share = _log_probabilities(logits[part], temperature), targets[part], shares[part]
             probabilities = target.exp()

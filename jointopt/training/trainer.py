@@ -334,7 +334,8 @@ class ElasticTrainer(Trainer):
             with self.accelerator.autocast():
                 loss = self.recipe.loss(logits_of(view, self._inputs(batch)), batch)
             count = len(batch["labels"])
-            total += torch.tensor([float(loss) * count, count, self.recipe.counts(batch["labels"])])
+            seen = [float(loss) * count, count, self.recipe.counts(batch["labels"])]
+            total += torch.tensor(seen, dtype=total.dtype)
         total = self.accelerator.reduce(total.float().to(self.args.device), "sum")
         if not total[2]:
             raise JointoptError(f"evaluate: no label counts, each is {IGNORED}; allowed: some that do")

@@ -106,7 +106,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(-1, -2))
         if not failed.any():
-            identity = torch.eye(hessian.shape[-1], device=hessian.device).expand_as(hessian)
+            identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
             factor = torch.linalg.solve_triangular(lower.flip(-1, -2), identity, upper=True)
             if factor.isfinite().all():
                 return factor

@@ -77,7 +77,7 @@ def positions(quantized: QuantizedTensor, target: Tensor) -> CodePositions:
 def _values(kind: Element, device: torch.device) -> Tensor:
     """All that an element can be, ascending."""
     if not kind.is_float:
-        return torch.arange(kind.min, kind.max + 1, device=device)
+        return torch.arange(kind.min, kind.max + 1, dtype=torch.float32, device=device)
     codes = torch.arange(2**kind.bits, device=device).to(torch.uint8)
     values = code_values(codes, kind)
     return values[values.abs() <= kind.max].unique()

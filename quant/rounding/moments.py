@@ -33,8 +33,8 @@ class InputMoments:
         self.layer = layer
         columns, groups = layer.get_parameter("weight")[0].numel(), getattr(layer, "groups", 1)
         device = layer.get_parameter("weight").device
-        self.gram = torch.zeros(groups, columns, columns, device=device)
-        self.total = torch.zeros(groups, columns, device=device)
+        self.gram = torch.zeros(groups, columns, columns, dtype=torch.float32, device=device)
+        self.total = torch.zeros(groups, columns, dtype=torch.float32, device=device)
         self.lost: Tensor | None = None
         self.lost_total = torch.zeros_like(self.total)
         self.count = 0.0

@@ -227,9 +227,10 @@ def _graph(model: Any) -> tuple[nn.Module, dict[str, Any], list[str]]:
     """The module that is traced, an example of its inputs, and the names of these in the file."""
     if not hasattr(model, "config"):
         first: Any = next(m for m in model.modules() if isinstance(m, nn.Conv2d | OnnxConv2d))
-        return ImageGraph(model), {"pixels": torch.zeros(2, first.in_channels, *_traced_size(model))}, ["x"]
+        pixels = torch.zeros(2, first.in_channels, *_traced_size(model), dtype=torch.float32)
+        return ImageGraph(model), {"pixels": pixels}, ["x"]
     if hasattr(model.config, "image_size") or model.main_input_name == "pixel_values":
-        pixels = torch.zeros(2, model.config.num_channels, *_traced_size(model))
+        pixels = torch.zeros(2, model.config.num_channels, *_traced_size(model), dtype=torch.float32)
         return ImageGraph(model), {"pixels": pixels}, ["pixel_values"]
     ids = torch.ones(2, 3, dtype=torch.long)
     caches = cache_shapes(model)
@@ -238,7 +239,9 @@ def _graph(model: Any) -> tuple[nn.Module, dict[str, Any], list[str]]:
             "input_ids": ids,
             "attention_mask": torch.ones(2, 8, dtype=torch.long),
             "position_ids": torch.arange(5, 8).expand(2, 3),
-            "past_key_values": [[torch.zeros(2, heads, 5, size) for _ in range(2)] for heads, size in caches],
+            "past_key_values": [
+                [torch.zeros(2, heads, 5, size, dtype=torch.float32) for _ in range(2)] for heads, size in caches
+            ],
         }
         past = [f"past_key_values.{at}.{part}" for at in range(len(caches)) for part in ("key", "value")]
         return DecoderGraph(model), inputs, [*list(inputs)[:3], *past]

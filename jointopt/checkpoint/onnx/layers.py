@@ -70,7 +70,7 @@ class OnnxLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """What code around a layer asks for the type that it computes in."""
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
 
     def numbers(self, codes: Tensor) -> Tensor:
         """What codes stand for, before their scale."""
@@ -237,7 +237,7 @@ def integers(x: Tensor, format: Format, scale: Tensor | None, zero_point: Tensor
     """A layer's input as uint8 codes, with their scale and zero point."""
     if format.dynamic:
         scale = dynamic_scale(x, format)
-        codes = _quantize_linear(x / scale, torch.tensor(1.0), zero_point)
+        codes = _quantize_linear(x / scale, torch.tensor(1.0, dtype=torch.float32), zero_point)
     else:
         assert scale is not None
         codes = _quantize_linear(x, scale, zero_point)

@@ -48,7 +48,7 @@ class OnnxModel(nn.Module):
         self.bare = told.get("returns") == "tensor"
         self.arguments = json.loads(told["arguments"]) if "arguments" in told else None
         self.fixed = json.loads(told.get("fixed", "{}"))
-        self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.placeholder = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
 
     def forward(self, *arguments, **inputs):
         inputs.update(zip(self.arguments or self.wanted, arguments, strict=False))

@@ -1,0 +1,75 @@
+"""What a user has set for code of their own changes nothing that is measured, rounded or written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import jointopt
+from jointopt import SearchSpace, Supernet
+from jointopt.checkpoint.writer import RECORD
+from tests.zoo import batches, logits, make
+
+SCHEMES = ("none", "W8A8", "W8A8_STATIC", "W4A16")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def everything(folder: Path, surroundings: AbstractContextManager) -> dict[str, Any]:
+    """What comes of calibrating, finishing and exporting a float32 model within the surroundings."""
+    model, given = make("bert"), batches("bert")
+    with surroundings:
+        space = SearchSpace.for_model(model, schemes=SCHEMES)
+        supernet = Supernet(model, space, repair=True, activation_calibration="mse")
+        supernet.calibrate(given)
+        finished = jointopt.finish(supernet, space.smallest, given, rounding="gptq")
+        learned = jointopt.finish(supernet, space.smallest, given, rounding="learned")
+        jointopt.export(supernet, finished, folder / "folder")
+        jointopt.export(supernet, space.smallest, folder / "onnx", target="onnxruntime")
+        differences = [jointopt.verify(folder / each).differences for each in ("folder", "onnx")]
+    return {
+        "calibration": supernet.fingerprint(),
+        "costs": supernet.costs(space.smallest),
+        "learned": logits(learned.model, given[0]).tolist(),
+        "finished": hashlib.sha256((folder / "folder" / "model.safetensors").read_bytes()).hexdigest(),
+        "probe": json.loads((folder / "folder" / RECORD).read_text())["probe"],
+        "onnx": hashlib.sha256((folder / "onnx" / "model.onnx").read_bytes()).hexdigest(),
+        "differences": differences,
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, Any]:
+    found = everything(tmp_path_factory.mktemp("alone"), nullcontext())
+    assert found["differences"] == [(), ()]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_no_bit_of_a_float32_model(alone, tmp_path, dtype):
+    assert everything(tmp_path, default_dtype(dtype)) == alone
+
+
+@pytest.mark.parametrize("name", ["vit", "timm_vit", "resnet"])
+def test_costs_before_calibration_are_counted_under_another_default_dtype(name):
+    model = make(name)
+    supernet = Supernet(model, SearchSpace.for_model(model))
+    expected = supernet.costs(supernet.space.largest)
+    with default_dtype(torch.bfloat16):
+        other = Supernet(model, supernet.space)
+        assert other.costs(supernet.space.largest) == expected
