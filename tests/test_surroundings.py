@@ -15,7 +15,7 @@ import torch
 import jointopt
 from jointopt import SearchSpace, Supernet
 from jointopt.checkpoint.writer import RECORD
-from tests.zoo import batches, logits, make
+from tests.zoo import batches, logits, make, supernet_of
 
 SCHEMES = ("none", "W8A8", "W8A8_STATIC", "W4A16")
 
@@ -73,3 +73,30 @@ def test_costs_before_calibration_are_counted_under_another_default_dtype(name):
     with default_dtype(torch.bfloat16):
         other = Supernet(model, supernet.space)
         assert other.costs(supernet.space.largest) == expected
+
+
+def test_autocast_around_it_changes_no_bit(alone, tmp_path):
+    assert everything(tmp_path, torch.autocast("cpu", torch.bfloat16)) == alone
+
+
+def test_statistics_of_normalizations_are_estimated_without_autocast():
+    supernet = supernet_of("resnet", ["none", "W8A8"])
+    genome = supernet.space.smallest
+    expected = supernet.extract(genome).state_dict()
+    supernet.calibrate(batches("resnet"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = supernet.extract(genome).state_dict()
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+
+
+def test_a_quality_function_is_run_with_the_autocast_that_it_is_called_in():
+    supernet = supernet_of("bert", ["none", "W8A8"], preset="fixed")
+    seen = []
+
+    def quality(model: torch.nn.Module) -> float:
+        seen.append(logits(model, batches("bert")[0]).dtype)
+        return 1.0
+
+    with torch.autocast("cpu", torch.bfloat16):
+        jointopt.finish(supernet, supernet.space.smallest, batches("bert"), quality=quality)
+    assert seen == [torch.bfloat16]

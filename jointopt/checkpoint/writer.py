@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from jointopt import targets
+from jointopt.autocast import autocast_off
 from jointopt.batches import on_device, sample_count, without_labels
 from jointopt.checkpoint import card, gguf_writer
 from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes
@@ -45,6 +46,7 @@ PROBED = 8
 """Samples of a probe from a seed: a classifier's outputs for one may all be near 0, by chance."""
 
 
+@autocast_off()
 def export(
     supernet: Supernet,
     genome: Any,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from jointopt.autocast import autocast_off
 from jointopt.batches import check_batch, first_samples, lengths, none_alone, of_average_length, on_device, sample_count
 from jointopt.cost.positions import Positions, measure_positions
 from jointopt.learned_ranges import settle
@@ -33,6 +34,7 @@ LARGEST_MOVE = 0.01
 
 
 @torch.inference_mode(False)  # what is kept of it is trained
+@autocast_off()
 def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     """`Supernet.calibrate`."""
     if supernet.device.type == "meta":
@@ -164,6 +166,7 @@ def _by_itself(supernet: Supernet, which: str) -> Iterator[None]:
         )
 
 
+@autocast_off()
 def sort_again(
     supernet: Supernet, batches: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer | None
 ) -> None:
