@@ -27,6 +27,8 @@ from search_spaces.family import (
 )
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+CHANGING = ("dynamic", "longrope")
+"""Rope types whose frequencies follow the length of the texts that a model runs on."""
 
 
 def declare(model: Model) -> Family:
@@ -37,8 +39,9 @@ def declare(model: Model) -> Family:
     root = next((f"{base}." for base in ("model", "transformer") if has_module(model, f"{base}.layers")), "")
     config = model.config
     rotary = model.get_submodule(f"{root}rotary_emb")
-    if rotary.inv_freq.dtype != torch.float32:
-        # `model.to(bfloat16)` rounds the frequencies too; no checkpoint stores them, a reload has them in float32.
+    if rotary.inv_freq.dtype != torch.float32 or rotary.rope_type in CHANGING:
+        # `model.to(bfloat16)` rounds the frequencies too, and a long text leaves its own behind; no checkpoint stores
+        # them, a reload has those of the config in float32.
         replacement = type(rotary)(config).to(rotary.inv_freq.device)
         model.get_submodule(root.rstrip("."))._modules["rotary_emb"] = replacement
     head_dim = model.get_submodule(f"{root}layers.0.self_attn").head_dim

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
 from jointopt.batches import lengths, of_average_length
+from jointopt.checkpoint.reload import load_model
 from jointopt.supernet.subnetwork import Plan, renaming, staying_layers
 from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make, supernet_of
 
@@ -153,6 +154,21 @@ def test_the_original_of_a_model_that_was_cast_turns_positions_as_sub_networks_d
     with supernet.original() as original, supernet.active(supernet.space.largest) as view:
         assert torch.equal(original.model.rotary_emb.inv_freq, view.model.rotary_emb.inv_freq)
     assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+
+
+def test_frequencies_that_a_long_text_left_in_a_model_stay_there(tmp_path):
+    config = make("llama_tied").config
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config.max_position_embeddings = 8
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    logits(model, {"input_ids": torch.full((1, 40), 7)})
+    left = model.model.rotary_emb.inv_freq.clone()
+    supernet = supernet_of("llama_tied", ["none", "W8A8"], model=model, preset="fixed")
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
+    batch = batches("llama_tied")[0]
+    assert torch.equal(logits(load_model(str(folder)), batch), logits(supernet.extract(supernet.space.smallest), batch))
+    assert torch.equal(model.model.rotary_emb.inv_freq, left)
 
 
 def test_macs_of_texts_are_those_of_a_text_of_average_length_in_whichever_batches_they_come():

@@ -17,6 +17,7 @@ from jointopt.rebuilding.block_sizes import save_configs
 from jointopt.rebuilding.structure import check_formats
 from jointopt.rebuilding.timm_recipe import by_library, by_timm, preprocessing, recipe_of
 from quant.errors import JointoptError
+from search_spaces.llama import CHANGING
 
 MODEL = "model.onnx"
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
@@ -32,7 +33,7 @@ def check_installed() -> None:
 def _check_positions(model: Any) -> None:
     """Raises JointoptError where positions are encoded by the length of the input at hand, which is not traced."""
     rope = (getattr(getattr(model, "config", None), "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
+    if rope in CHANGING:
         raise JointoptError(
             f"target onnxruntime: found rope_type {rope}; allowed: such as default, llama3, yarn, linear"
         )
