@@ -118,6 +118,14 @@ def test_a_vit_of_one_image_size_keeps_it_whichever_that_is(tmp_path):
     assert session.session.get_inputs()[0].shape == ["batch", 3, 64, 96]
 
 
+def test_calibration_images_that_the_graph_would_not_take_are_refused(tmp_path):
+    model = make("vit")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed"))
+    supernet.calibrate([{"pixel_values": torch.randn(4, 3, 24, 32), "interpolate_pos_encoding": True}])
+    with pytest.raises(JointoptError, match=r"images of the calibration are 24 x 32, and the graph takes the 16 x 16"):
+        jointopt.export(supernet, supernet.space.smallest, tmp_path / "vit", target="onnxruntime")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_weight_is_stored_wider_than_its_format(name, place):
     folder, supernet = exported(name, place), supernet_of(name)

@@ -259,6 +259,19 @@ def _image_size(model: Any) -> tuple[int, ...] | None:
     return (size, size) if isinstance(size, int) else size and tuple(size)
 
 
+def check_images(model: Any, example: Mapping[str, Any]) -> None:
+    """Raises JointoptError for images of another size than the one that the graph takes, as a model sees them that
+    interpolates its position embeddings."""
+    images, size = example.get(getattr(model, "main_input_name", "x")), _image_size(model)
+    if size is None or not isinstance(images, Tensor) or images.dim() != 4 or images.shape[2:] == size:
+        return
+    found, taken = (" x ".join(map(str, each)) for each in (images.shape[2:], size))
+    raise JointoptError(
+        f"target onnxruntime: the images of the calibration are {found}, and the graph takes the {taken} of the "
+        "model's config; allowed: images of that size, or target transformers"
+    )
+
+
 def _traced_size(model: Any) -> tuple[int, ...]:
     patch = model.patch_embed.patch_size if hasattr(model, "patch_embed") else (16, 16)
     return _image_size(model) or tuple(count * side for count, side in zip(FREE_PATCHES, patch, strict=True))

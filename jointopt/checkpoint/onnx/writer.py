@@ -47,12 +47,14 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
 
     Raises:
         JointoptError: a number format without a form in ONNX, a bfloat16 model, a quantized cache, a missing
-            package, a model of no library that cannot be traced.
+            package, images of another size than the model's, a model of no library that cannot be traced.
     """
     check(model)
-    from jointopt.checkpoint.onnx.graph import OPSET, onnx_program
+    from jointopt.checkpoint.onnx.graph import OPSET, check_images, onnx_program
 
     own = not by_library(model)
+    if not own:
+        check_images(model, example)
     if next(model.parameters()).device.type != "cpu":
         model = copy.deepcopy(model).cpu()
         example = on_device(example, torch.device("cpu"))
