@@ -47,6 +47,15 @@ def without_autocast(clone: nn.Module) -> nn.Module:
     return clone
 
 
+def without_chunks(clone: nn.Module) -> nn.Module:
+    """A clone of a model whose feed-forward layers take all tokens at once, which changes memory alone: in chunks they
+    refuse each length that is not a multiple."""
+    for module in clone.modules():
+        if getattr(module, "chunk_size_feed_forward", 0):
+            module.chunk_size_feed_forward = 0  # type: ignore[assignment]
+    return clone
+
+
 def structural_clones(module: nn.Module) -> tuple[dict[str, nn.Module], list[nn.Module]]:
     """A `structural_clone`, under "", and all modules in it by their paths; and those of them that keep others beside
     torch's own registers (`exchange`)."""

@@ -336,6 +336,19 @@ def test_what_onnx_runtime_cannot_run_is_refused_before_anything_is_written(tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_feeds_forward_in_chunks_is_traced_without(tmp_path):
+    model = make("bert")
+    for layer in model.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 1
+    model.config.chunk_size_feed_forward = 1
+    supernet = zoo.supernet_of("bert", ["none", "W8A16_CHANNEL"], model=model, preset="fixed")
+    genome, batch = supernet.space.smallest, batches("bert")[0]
+    jointopt.export(supernet, genome, tmp_path / "bert", target="onnxruntime")
+    expected = logits(supernet.extract(genome), batch)
+    session = OnnxModel(tmp_path / "bert" / "model.onnx", 1)
+    torch.testing.assert_close(session(**batch)["logits"], expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
+
+
 def test_a_model_without_logits_is_refused_by_what_it_returns(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = BertForQuestionAnswering(BertConfig(**sizes, vocab_size=50))

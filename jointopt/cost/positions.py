@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jointopt.batches import sample_count
 from quant.errors import DOES_NOT_RUN
-from search_spaces.clones import structural_clone
+from search_spaces.clones import structural_clone, without_chunks
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,7 @@ class Positions:
 def measure_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Positions:
     """The positions of samples such as those of `inputs`, however many these are. In a model that takes this number of
     samples alone nothing is known to run once."""
-    shell = structural_clone(model).eval()
-    for module in shell.modules():
-        if getattr(module, "chunk_size_feed_forward", 0):  # which not every average length is a multiple of
-            module.chunk_size_feed_forward = 0  # type: ignore[assignment]
+    shell = without_chunks(structural_clone(model)).eval()
     count, totals = sample_count(inputs), _applied(shell, inputs)
     try:
         others = _applied(shell, _first(inputs, 1 if count > 1 else 2))

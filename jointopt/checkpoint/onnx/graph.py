@@ -17,7 +17,7 @@ from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
 from jointopt.checkpoint.onnx.shared_weights import write_shared_weights
 from quant.errors import DOES_NOT_RUN, JointoptError, first_line
-from search_spaces.clones import exchange, structural_clone
+from search_spaces.clones import exchange, structural_clone, without_chunks
 
 OPSET = 21
 """The first with 4-bit and FP8 types throughout; ONNX Runtime 1.20 and later run it."""
@@ -105,7 +105,7 @@ def onnx_program(model: nn.Module, example: Mapping[str, Any] | None = None) -> 
     """
     if example is not None:
         return _own_program(model, example)
-    graph, inputs, names = _graph(with_twins(model).eval())
+    graph, inputs, names = _graph(without_chunks(with_twins(model)).eval())
     shapes = _dynamic_shapes(inputs, _image_size(model) is None)
     outputs = ["logits", *(name.replace("past_key_values", "present") for name in names if name.startswith("past"))]
     program = _traced_of(model, graph, inputs, dynamic_shapes=shapes, input_names=names, output_names=outputs)
