@@ -101,6 +101,21 @@ def test_bf16_and_gradient_checkpointing_train_and_leave_a_float32_super_network
         )
 
 
+def test_a_timm_model_checkpoints_by_its_own_method_and_not_by_the_trainer_s(tmp_path):
+    rows = [{"x": row["pixel_values"], "labels": row["labels"]} for row in data()]
+    found = []
+    for on in (False, True):
+        model = make("timm_vit")
+        model.set_grad_checkpointing(on)
+        made = ElasticTrainer(model=model, args=arguments(tmp_path, max_steps=2), train_dataset=rows)
+        made.train()
+        found.append(weights(made))
+    assert all(torch.equal(found[1][name], each) for name, each in found[0].items())
+    asked = arguments(tmp_path, gradient_checkpointing=True)
+    with pytest.raises(JointoptError, match="no activation_checkpointing_enable; allowed: False, and its own set_grad"):
+        ElasticTrainer(model=make("timm_vit"), args=asked, train_dataset=rows)
+
+
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     plain, checkpointed = (trainer(tmp_path / str(on), gradient_checkpointing=on) for on in (False, True))
     for each in (plain, checkpointed):

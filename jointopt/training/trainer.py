@@ -38,7 +38,7 @@ from jointopt.supernet.supernet import Supernet
 from jointopt.training.elastic import elastic_loss
 from jointopt.training.lora import attach, merge
 from jointopt.training.recipe import NONE_COUNTED, Recipe, checked
-from jointopt.training.trainer_arguments import check_args, check_optimizer, smoothed, supernet_of
+from jointopt.training.trainer_arguments import check_args, check_checkpointing, check_optimizer, smoothed, supernet_of
 from quant.errors import JointoptError, check_count, check_kind, in_one_line
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
@@ -96,6 +96,7 @@ class ElasticTrainer(Trainer):
         check_kind("args", args, TrainingArguments, "TrainingArguments, or None")
         check_args(args, options)
         self.supernet = supernet_of(model, space, supernet, family)
+        check_checkpointing(args, self.supernet.model)
         recipe = (checked(recipe) or Recipe(seed=args.seed)).suited(self.supernet.model)
         self.recipe = smoothed(recipe, args.label_smoothing_factor)
         self.sort_every = sort_every

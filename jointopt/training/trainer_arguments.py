@@ -50,6 +50,16 @@ def check_args(args: TrainingArguments, options: Mapping[str, Any]) -> None:
         raise JointoptError("compute_loss_func: is not called here; allowed: recipe=Recipe(loss=...)")
 
 
+def check_checkpointing(args: TrainingArguments, model: nn.Module) -> None:
+    """Raises JointoptError for gradient checkpointing of a model without a method by which the Trainer asks for it."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if args.gradient_checkpointing and not any(hasattr(model, name) for name in names):
+        raise JointoptError(
+            f"args: gradient_checkpointing True, for which a {type(model).__name__} has no {names[0]}; allowed: False"
+            + (", and its own set_grad_checkpointing()" if hasattr(model, "set_grad_checkpointing") else "")
+        )
+
+
 def supernet_of(
     model: nn.Module | None, space: SearchSpace | None, supernet: Supernet | None, family: Declare | None
 ) -> Supernet:
