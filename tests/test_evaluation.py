@@ -239,6 +239,23 @@ def test_what_the_function_sets_in_a_model_s_configs_is_set_in_no_other():
     assert settings_of(model) == settings_of(supernet.model) == before
 
 
+def test_gradients_that_the_function_computes_are_left_on_no_model():
+    model = make("bert")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed"))
+    supernet.calibrate(batches("bert"))
+    model.classifier.bias.grad = torch.ones(3)
+
+    def sensitivity(view: nn.Module) -> float:
+        with torch.enable_grad():
+            view(**batches("bert")[0]).logits.square().sum().backward()
+        return float(view.classifier.bias.grad.norm())
+
+    search(supernet, sensitivity, evaluations=3, seed=0)
+    left = {name for each in (model, supernet.model) for name, p in each.named_parameters() if p.grad is not None}
+    assert left == {"classifier.bias"} and torch.equal(model.classifier.bias.grad, torch.ones(3))
+    assert supernet.model.classifier.bias.grad is None
+
+
 def test_a_model_that_the_function_moved_to_another_dtype_is_as_it_was():
     model = make("bert")
     before = {name: each.clone() for name, each in model.state_dict().items()}

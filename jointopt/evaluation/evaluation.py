@@ -64,7 +64,7 @@ class Evaluation:
 
 
 def measured(quality: Quality, model: nn.Module) -> Metrics:
-    """The user's function as metrics by name, without gradients.
+    """The user's function as metrics by name, without gradients; those that it computes for itself go with it.
 
     Raises:
         JointoptError: it returned something else than finite numbers, or one by the name of a cost, or an error that
@@ -73,6 +73,9 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
     """
     tensors = chain(model.named_parameters(), model.named_buffers())
     before = [(name, tensor, _state(tensor), tensor.detach()) for name, tensor in tensors]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
     try:
         with torch.no_grad():
             found = quality(model)
@@ -81,6 +84,8 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
         for _, tensor, state, held in before:
             if _state(tensor)[:2] != state[:2]:  # moved, as by model.half(): whose model it is goes on with its own
                 tensor.data = held
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         if changed:
             raise ChangedWeights(
                 f"quality changed weights that sub-networks share: {', '.join(changed[:3])}"
