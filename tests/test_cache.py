@@ -113,8 +113,9 @@ def test_decoding_one_more_token_costs_its_layers_and_the_products_with_the_cont
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_generating_token_by_token_gives_what_one_pass_gives(name):
-    supernet = llama()
+@pytest.mark.parametrize("model", ["llama_tied", "mistral"])
+def test_generating_token_by_token_gives_what_one_pass_gives(model, name):
+    supernet = llama(model)
     # In double precision, so that a last bit that depends on the number of tokens does not turn into another code.
     model = supernet.extract(with_caches(supernet, name)).double()
     ids = batches("llama_tied", size=2)[0]["input_ids"]
@@ -184,26 +185,33 @@ def test_constants_follow_their_heads_when_these_are_sorted():
     torch.testing.assert_close(sorted_, plain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "qwen3"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "mistral"])
 def test_view_extracted_and_reloaded_are_one_with_quantized_caches(name, tmp_path):
     three_are_one(name, 4, tmp_path, caches=ALL)
 
 
-def test_a_reloaded_export_generates_on_stored_codes(tmp_path):
-    supernet = llama()
+@pytest.mark.parametrize(("name", "stored"), [("llama_tied", "uint8"), ("mistral", "float32")])
+def test_a_reloaded_export_generates_on_stored_codes_or_under_a_sliding_window_on_values(name, stored, tmp_path):
+    supernet = llama(name)
     genome = with_caches(supernet, "INT4")
     folder = jointopt.export(supernet, genome, tmp_path / "small")
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
-        "ids = torch.arange(3, 19)[None]\n"
-        "out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, return_dict_in_generate=True)\n"
-        "assert out.past_key_values.layers[0].keys.dtype == torch.uint8\n"
+        f"out = model.generate(torch.arange(3, 19)[None], return_dict_in_generate=True, **{options})\n"
+        f"assert out.past_key_values.layers[0].keys.dtype == torch.{stored}\n"
         "print(out.sequences.tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
-    ids = torch.arange(3, 19)[None]
-    expected = supernet.extract(genome).generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    model = supernet.extract(genome)
+    ids = expected = torch.arange(3, 19)[None]
+    assert done.stdout.strip().splitlines()[-1] == str(model.generate(ids, **options).tolist())
+    for _ in range(6):  # each token by a pass of its own over all before it, without any cache
+        with torch.no_grad():
+            scores = model(input_ids=expected, use_cache=False).logits[0, -1]
+        scores[model.generation_config.eos_token_id] = -torch.inf
+        expected = torch.cat([expected, scores.argmax().view(1, 1)], dim=1)
     assert done.stdout.strip().splitlines()[-1] == str(expected.tolist())
 
 
