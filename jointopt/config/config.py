@@ -93,7 +93,7 @@ class Config(Section):
         return value
 
     @model_validator(mode="after")
-    def _complete(self) -> Config:
+    def _names_its_data(self) -> Config:
         if self.task is None and self.quality is None:
             raise ValueError(
                 f"neither task nor quality; allowed: {', '.join(TASK_NAMES)}; or quality: package.function"
@@ -110,6 +110,10 @@ class Config(Section):
             raise ValueError("train without data.train; allowed: both or neither")
         if self.finish is not None and self.finish.steps is not None and self.data.train is None:
             raise ValueError("finish.steps without data.train; allowed: both, or finish.rounding")
+        return self
+
+    @model_validator(mode="after")
+    def _wishes_go_together(self) -> Config:
         if self.train is not None and self.train.sampling == "attentive" and not self.constraints:
             raise ValueError("train.sampling attentive without constraints; allowed: limits on costs to sample within")
         names = [entry.name for entry in self.objectives or ()]
@@ -119,6 +123,18 @@ class Config(Section):
             raise ValueError(
                 f"choose.drop with objectives {names[0]} alone; allowed: with a cost among them, such as size"
             )
+        try:
+            for name, text in (self.constraints or {}).items() if self.quality is None else ():
+                constraint(name, text).check_within(*RANGES.get(name, (-math.inf, math.inf)))
+        except JointoptError as error:
+            raise ValueError(str(error)) from None
+        wanting = next((name for name in [*names, *(self.constraints or ())] if name in ON_HARDWARE), None)
+        if wanting is not None and self.hardware is None:
+            raise ValueError(f"{wanting} without hardware; allowed: with hardware: {{device: NAME}}")
+        return self
+
+    @model_validator(mode="after")
+    def _target_has_a_place_for_it(self) -> Config:
         wanted = TARGETS[self.target]
         try:
             check_schemes(wanted, self.space.schemes or ())
@@ -126,9 +142,6 @@ class Config(Section):
             raise ValueError(f"space.schemes: {error}") from None
         try:
             self._check_open(wanted)
-            if self.quality is None:
-                for name, text in (self.constraints or {}).items():
-                    constraint(name, text).check_within(*RANGES.get(name, (-math.inf, math.inf)))
         except JointoptError as error:
             raise ValueError(str(error)) from None
         if wanted.fused and self.space.precision_per == "layer":
@@ -143,9 +156,6 @@ class Config(Section):
         if self.hardware is not None and self.hardware.device == "this" and wanted.backend is None:
             timed = ", ".join(name for name, each in TARGETS.items() if each.backend)
             raise ValueError(f"hardware.device this with target {self.target}; allowed: {timed}, which are timed")
-        wanting = next((name for name in [*names, *(self.constraints or ())] if name in ON_HARDWARE), None)
-        if wanting is not None and self.hardware is None:
-            raise ValueError(f"{wanting} without hardware; allowed: with hardware: {{device: NAME}}")
         return self
 
     def _check_open(self, wanted: Target, kind: str = "") -> None:
