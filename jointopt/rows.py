@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,8 @@ def _rows(rows: list[Any]) -> Columns:
 def _image_folder(path: Path, key: str, labelled: bool) -> Columns:
     if not labelled and not class_folders(path):
         return Columns({"image": [str(file) for file in _files(path, key) if _is_image(file)]})
-    files = [(file, name) for name in class_folders(path) for file in _files(path / name, key)]
+    places = {name: os.path.realpath(path / name) for name in class_folders(path)}
+    files = [(file, name) for name in places for file in _files(path / name, key, places.values())]
     found = [(str(file), name) for file, name in files if _is_image(file)]
     others = [str(file.relative_to(path)) for file, _ in files if not _is_image(file)]
     flat = sorted(each.name for each in path.iterdir() if _is_image(each) and not each.is_dir())
@@ -243,15 +244,16 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGES
 
 
-def _files(folder: Path, key: str) -> list[Path]:
-    """In order, those behind links to folders too. What systems and notebooks put beside a user's files, and copies of
-    these, begins with a dot."""
+def _files(folder: Path, key: str, classes: Iterable[str] = ()) -> list[Path]:
+    """In order, those behind links to folders too, but for links to other `classes`. What systems and notebooks put
+    beside a user's files, and copies of these, begins with a dot."""
 
     def refuse(error: OSError) -> None:
         raise JointoptError(f"{key}: {error.filename!r} cannot be read: {error.strerror}")
 
     found = []
-    seen = set(map(str, Path(os.path.realpath(folder)).parents))  # links can lead in a circle, and out of the class
+    place = os.path.realpath(folder)
+    seen = {*map(str, Path(place).parents), *classes} - {place}  # links can lead in a circle, and out of the class
     for at, inside, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(at)
         inside[:] = [] if real in seen else sorted(name for name in inside if not name.startswith("."))

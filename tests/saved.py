@@ -89,10 +89,9 @@ def save_vit(folder: Path, image_size: int = 8, **changes: object) -> Path:
 
 def save_timm(folder: Path) -> Path:
     torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=2, num_classes=3
-    )
-    save_for_hf(model, folder, safe_serialization=True)
+    args = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **args)
+    save_for_hf(model, folder, model_args=args, safe_serialization=True)
     return folder
 
 

@@ -19,6 +19,7 @@ from jointopt.outputs import logits_of
 from jointopt.prepared import prepare
 from jointopt.rows import DataSource, read_columns
 from jointopt.tasks import TASKS
+from jointopt.tasks.image_classification import _mark
 from jointopt.tasks.labels import check_same_folders
 from tests.saved import quality_of, save_timm, save_vit, write_images
 
@@ -83,6 +84,7 @@ def test_images_behind_links_to_folders_count_once_and_in_their_class_alone(tmp_
     (images / "cat/again").symlink_to(elsewhere / "cat")
     (images / "dog/here").symlink_to(images / "dog")
     (images / "owl/all").symlink_to(images)
+    (images / "owl/some").symlink_to(images / "dog")
     found = read_columns(DataSource(str(images)))
     assert [found["label"].count(name) for name in ("cat", "dog", "owl")] == [8, 4, 4]
     assert str(images / "cat/again/0.png") in found["image"]
@@ -94,6 +96,15 @@ def test_images_beside_class_folders_are_told(tmp_path):
         shutil.copy(images / "cat/0.png", images / name)
     with pytest.warns(UserWarning, match=r"2 images beside its class folders are left out, such as a.jpg$"):
         assert len(read_columns(DataSource(str(images)))["image"]) == 12
+
+
+def test_pictures_with_a_border_that_are_not_compressed_are_told_apart(tmp_path):
+    for at, name in enumerate(("a.bmp", "b.bmp")):
+        image = Image.new("RGB", (64, 64))
+        image.paste((at, 255, 0), (24, 24, 40, 40))
+        image.save(tmp_path / name)
+    first, second = (_mark(str(tmp_path / name), tmp_path, "data.test") for name in ("a.bmp", "b.bmp"))
+    assert first != second
 
 
 def test_a_table_names_its_images_relative_to_itself(folders, tmp_path):

@@ -78,6 +78,19 @@ def test_training_adapters_lowers_the_loss_and_changes_no_other_weight():
     assert len(study) == 3
 
 
+def test_an_autocast_around_a_whole_training_sees_the_weights_of_each_step():
+    before, after = [], []
+    for lora in (config("llama_tied"), None):
+        supernet = calibrated("llama_tied")
+        with torch.autocast("cpu", torch.bfloat16):
+            history = jointopt.train_supernet(
+                supernet, labelled("llama_tied"), 25, learning_rate=1e-2, lora=lora, seed=1
+            )
+        before.append(history[0])
+        after.append(history[-1])
+    assert all(last < 0.9 * first for first, last in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("where", ["in another process", "on the same object"])
 def test_adapters_resume_to_the_same_weights(where, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "EVERY", 2)

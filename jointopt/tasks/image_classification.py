@@ -96,14 +96,17 @@ def _content(image: Any, base: Path) -> Any:
 
 
 def _mark(image: Any, base: Path, key: str) -> bytes:
-    """A file's size and how it begins: of a folder of photos, decoding all would take longer than to train on them."""
+    """A file's size, how it begins and what is in its middle: of a folder of photos, decoding all would take longer
+    than to train on them, and scans that are not compressed begin with the same border."""
     if isinstance(image, Image.Image):
         return image.tobytes()
     content = _content(image, base)
     try:
         with content if isinstance(content, io.BytesIO) else Path(content).open("rb", buffering=0) as opened:
             start = opened.read(MARKED_BYTES) or b""
-            return f"{opened.seek(0, io.SEEK_END)} ".encode() + start
+            size = opened.seek(0, io.SEEK_END)
+            opened.seek(size // 2)
+            return f"{size} ".encode() + start + (opened.read(MARKED_BYTES) or b"")
     except (OSError, TypeError, ValueError) as error:
         raise JointoptError(f"{key}: {_told(image)} cannot be opened as an image: {error}") from None
 

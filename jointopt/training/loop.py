@@ -133,6 +133,7 @@ def train_supernet(
                 parameter.grad = _hooked(parameter, gradient)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
+            torch.clear_autocast_cache()  # in which an autocast around all steps keeps the weights of the first
             history.append(losses[0].item())
             counted = counted or recipe.counts(batch["labels"])
             if sort_every is not None and (step + 1) % sort_every == 0:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from jointopt.adapters import NAMES, adapted, effective, take_off
+from jointopt.autocast import autocast_off
 from quant.errors import JointoptError, did_you_mean, in_one_line
 from search_spaces.clones import structural_clone
 
@@ -120,6 +121,7 @@ def check_targets(model: nn.Module, targets: Iterable[str], key: str = "lora: ta
 
 
 @torch.no_grad()
+@autocast_off()
 def merge(supernet: Supernet) -> None:
     """Makes adapters part of the weights for good, and trainable what was so before they came."""
     for layer in adapted(supernet.model).values():
