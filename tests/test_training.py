@@ -309,9 +309,10 @@ def test_a_config_that_no_other_process_could_compare_is_refused(tmp_path, confi
 
 def test_a_checkpoint_does_not_compare_the_objects_of_a_sampling_strategy(tmp_path, monkeypatch):
     class WithObject(Sandwich):
-        def __init__(self, count: int):
+        def __init__(self, count: int, rate: float = 0.5):
             super().__init__(count)
             self.held = object()
+            self.settings = Distillation(temperature=rate)
 
     monkeypatch.setattr(loop, "EVERY", 1)
     file, data = tmp_path / "training.safetensors", labelled("vit")
@@ -324,6 +325,8 @@ def test_a_checkpoint_does_not_compare_the_objects_of_a_sampling_strategy(tmp_pa
         jointopt.train_supernet(calibrated("vit"), two, 3, checkpoint=file, recipe=Recipe(WithObject(1)))
     with pytest.raises(JointoptError, match="with another sampling"):
         jointopt.train_supernet(calibrated("vit"), data, 3, checkpoint=file, recipe=Recipe(WithObject(2)))
+    with pytest.raises(JointoptError, match="with another sampling"):
+        jointopt.train_supernet(calibrated("vit"), data, 3, checkpoint=file, recipe=Recipe(WithObject(1, 0.75)))
     assert len(jointopt.train_supernet(calibrated("vit"), data, 3, checkpoint=file, recipe=Recipe(WithObject(1)))) == 3
 
 

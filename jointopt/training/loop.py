@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,12 +242,18 @@ def _described(supernet: Supernet, recipe: Recipe) -> dict[str, Any]:
 
 
 def _held_by(sampling: Any) -> dict[str, Any]:
-    """The kind of a sampling strategy, and its numbers and texts: functions and other objects that it holds cannot be
-    compared with those of another process."""
+    """The kind of a sampling strategy, and its numbers and texts, those in sets and dataclasses too: functions and
+    other objects that it holds cannot be compared with those of another process."""
     found: dict[str, Any] = {"kind": type(sampling).__name__}
     for name, value in getattr(sampling, "__dict__", {}).items():
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        elif isinstance(value, set | frozenset):
+            value = sorted(value, key=repr)
+        elif is_dataclass(value) and not isinstance(value, type):
+            value = {each.name: getattr(value, each.name) for each in fields(value)}
         with suppress(JointoptError):
-            found[name] = plain(name, value.tolist() if isinstance(value, Tensor) else value)
+            found[name] = plain(name, value)
     return found
 
 
