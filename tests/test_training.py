@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import jointopt
 from jointopt import Distillation, JointoptError, Recipe, SearchSpace, Supernet
@@ -276,17 +277,23 @@ def test_a_training_that_was_killed_ends_with_the_same_weights_to_the_bit(tmp_pa
     assert all(torch.equal(t, resumed.model.state_dict()[k]) for k, t in whole.model.state_dict().items())
 
 
+def interrupted(data: list[dict[str, Tensor]], steps: int, **options: Any) -> None:
+    """A training that ends with its data, before all of its steps."""
+
+    def failing(epoch: int):
+        yield from data
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        jointopt.train_supernet(calibrated("vit"), failing, steps, **options)
+
+
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "EVERY", 1)
     file = tmp_path / "training.safetensors"
     data = labelled("vit")
 
-    def two(epoch: int):
-        yield from data
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        jointopt.train_supernet(calibrated("vit"), two, 5, checkpoint=file)
+    interrupted(data, 5, checkpoint=file)
     for options, named in (({}, "steps"), ({"learning_rate": 1e-4}, "learning_rate"), ({"seed": 1}, "seed")):
         steps = 5 if options else 6
         with pytest.raises(JointoptError, match=rf"training\.safetensors.*another training, with another {named}"):
@@ -317,12 +324,7 @@ def test_a_checkpoint_does_not_compare_the_objects_of_a_sampling_strategy(tmp_pa
     monkeypatch.setattr(loop, "EVERY", 1)
     file, data = tmp_path / "training.safetensors", labelled("vit")
 
-    def two(epoch: int):
-        yield from data
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        jointopt.train_supernet(calibrated("vit"), two, 3, checkpoint=file, recipe=Recipe(WithObject(1)))
+    interrupted(data, 3, checkpoint=file, recipe=Recipe(WithObject(1)))
     with pytest.raises(JointoptError, match="with another sampling"):
         jointopt.train_supernet(calibrated("vit"), data, 3, checkpoint=file, recipe=Recipe(WithObject(2)))
     with pytest.raises(JointoptError, match="with another sampling"):
@@ -334,12 +336,7 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path, monkeypat
     monkeypatch.setattr(loop, "EVERY", 1)
     file, data = tmp_path / "training.safetensors", labelled("vit")
 
-    def two(epoch: int):
-        yield from data
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        jointopt.train_supernet(calibrated("vit"), two, 5, checkpoint=file)
+    interrupted(data, 5, checkpoint=file)
     with safe_open(file, framework="pt") as opened:
         written = opened.metadata()["training"]
     tensors, last = load_file(file), f"model.{list(calibrated('vit').model.state_dict())[-1]}"
