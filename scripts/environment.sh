@@ -9,6 +9,6 @@ stamp=.venv/.installed
 if [ ! -f "$stamp" ] || ! cmp -s pyproject.toml "$stamp"; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     echo "installing into .venv (some minutes the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,gguf]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
     cp pyproject.toml "$stamp"
 fi

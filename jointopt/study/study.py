@@ -29,7 +29,7 @@ from jointopt.study.study_file import closed_if_refused, connect, damaged, expla
 from quant.errors import JointoptError, check_kind
 from search_spaces.space import SearchSpace
 
-_SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "scikit-learn", "numpy")
+_SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "numpy")
 _KINDS = {
     "config": dict,
     "baselines": dict,
