@@ -75,7 +75,7 @@ def dtypes(name: str) -> tuple[str, ...]:
 
 def run(python: Path, place: Path, name: str, dtype: str) -> tuple[torch.Tensor | None, str]:
     """vLLM's logits [tokens - 1, vocabulary], or the last error that it told."""
-    command = [str(python.absolute()), str(RUNNER), str(place / "tokens.json"), dtype, str(place / name)]
+    command = [str(python.absolute()), "-P", str(RUNNER), str(place / "tokens.json"), dtype, str(place / name)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return torch.from_numpy(np.load(place / f"{name}.npy")), ""

@@ -1,6 +1,6 @@
 """Logits of folders in vLLM on a CPU.
 
-    python scripts/bench/vllm_runner.py TOKENS.json DTYPE FOLDER ...
+    python -P scripts/bench/vllm_runner.py TOKENS.json DTYPE FOLDER ...
 
 Run by `in_vllm.py` in an environment of vLLM's own; nothing of jointopt is imported here. Beside each folder it writes
 FOLDER.npy, float32 [tokens - 1, vocabulary], of each token but the last.
