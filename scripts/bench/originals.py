@@ -171,18 +171,3 @@ def fine_tune(model: nn.Module, epochs: Callable, steps: int, learning_rate: flo
                 break
         epoch += 1
     model.eval()
-
-
-def main() -> None:
-    import sys
-    import time
-
-    assets, work = Path(sys.argv[1]), Path(sys.argv[2])
-    for name in sys.argv[3:]:
-        started = time.perf_counter()
-        made = original(name, cases(assets)[name], assets, work)
-        print(name, made.quality(made.model), f"{time.perf_counter() - started:.0f} s", flush=True)
-
-
-if __name__ == "__main__":
-    main()
