@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,8 +34,7 @@ from scipy.stats import kendalltau
 
 import jointopt
 from jointopt import Lookup, Roofline, SearchSpace, Supernet
-from jointopt.timing.backend import Backend
-from jointopt.timing.timers import in_turns, run_of_export, time_modules
+from jointopt.timing.timers import in_turns, run_of_export, time_exports, time_modules
 
 SCHEMES = {"onnxruntime": ("none", "W8A8", "W8A8_STATIC", "W4A16"), "torch": ("none", "W4A16")}
 FIT = 8
@@ -72,21 +72,13 @@ def exported(supernet: Supernet, genome: np.ndarray, folder: Path) -> Path:
     return path
 
 
-def timed_apart(
-    supernet: Supernet, genomes: np.ndarray, folder: Path, batch: dict, backend: Backend, rounds: int
-) -> list[float]:
-    """Medians for exports that do not fit beside each other: each in turns with the first, as a ratio to it."""
-    first = run_of_export(exported(supernet, genomes[0], folder), batch, backend)
-    ratios, reference = [], []
+def one_at_a_time(supernet: Supernet, genomes: np.ndarray, folder: Path) -> Iterator[Path]:
+    """Exports that do not fit beside each other: each is deleted when the next is asked for, unless it was there."""
     for genome in genomes:
-        made = not place_of(folder, genome).is_dir()
-        path = exported(supernet, genome, folder)
-        its, one = in_turns([run_of_export(path, batch, backend), first], rounds, APART)
-        ratios.append(its / one)
-        reference.append(one)
-        if made:
-            shutil.rmtree(path)
-    return [each * float(np.median(reference)) for each in ratios]
+        there = place_of(folder, genome).is_dir()
+        yield exported(supernet, genome, folder)
+        if not there:
+            shutil.rmtree(place_of(folder, genome))
 
 
 def predicted(supernet: Supernet, model: Lookup | Roofline, genomes: np.ndarray) -> np.ndarray:
@@ -123,7 +115,8 @@ def main() -> None:
             models = [supernet.extract(genome) for genome in genomes]
             timed = time_modules(models, batch, lookup.backend, arguments.rounds, LEAST)
         elif name in LARGE:
-            timed = timed_apart(supernet, genomes, folder, batch, lookup.backend, arguments.rounds)
+            exports = one_at_a_time(supernet, genomes, folder)
+            timed = time_exports(exports, batch, lookup.backend, arguments.rounds, APART)
         else:
             runs = [run_of_export(path, batch, lookup.backend) for path in paths]
             timed = in_turns(runs, arguments.rounds, LEAST)
