@@ -79,9 +79,7 @@ def compared(supernet: Supernet, scheme: str, batches: list, work: Path) -> tupl
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/agreement"))
+    parser = command_line(__doc__, assets=True, work="runs/agreement")
     parser.add_argument("--cases", nargs="+", default=["digits_vit", "digits_resnet", "minilm", "smollm2"])
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
     arguments = parser.parse_args()

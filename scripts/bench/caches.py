@@ -8,8 +8,6 @@ Ranges of keys come from one text, perplexity and divergence from another. Weigh
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from loading import Loaded
 from measures import Measures, command_line
 from rich.console import Console
@@ -23,8 +21,7 @@ from search_spaces.precision import is_cache
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser = command_line(__doc__, assets=True)
     parser.add_argument("--pieces", type=int, default=8, help="of 512 tokens, to score on")
     arguments = parser.parse_args()
     loaded, text = Loaded(arguments.assets / "smollm2", "causal-lm"), arguments.assets / "text"

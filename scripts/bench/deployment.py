@@ -180,9 +180,7 @@ def decoded(name: str, inputs: dict, sessions: dict[str, OnnxModel], arguments: 
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/deployment"))
+    parser = command_line(__doc__, assets=True, work="runs/deployment")
     parser.add_argument("--cases", nargs="+", default=["minilm", "vit_b", "resnet50", "smollm2"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)

@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import timm
@@ -275,13 +274,11 @@ def shared_rows(ready: Ready, kind: str, genomes: np.ndarray, aim: float | None,
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, assets=True, work="runs/networks")
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--genomes", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=7, help="pairs of timings for each genome")
     parser.add_argument("--shared", choices=SCORES, action="append", help="time shared prefixes, and nothing else")
-    parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
-    parser.add_argument("--work", type=Path, default=Path("runs/networks"), help="where tuned super-networks are kept")
     parser.add_argument("--evaluations", type=int, default=112, help="of the search")
     parser.add_argument("--strategy", default="guided")
     parser.add_argument("--samples", type=int, help="that sub-networks are scored on, with --shared; default: all")

@@ -49,8 +49,7 @@ def compared(file: Path, text: str, ids: list[int], logits: torch.Tensor) -> dic
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
+    parser = command_line(__doc__, assets=True)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     loaded = Loaded(arguments.assets / "smollm2", "causal-lm")

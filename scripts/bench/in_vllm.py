@@ -112,8 +112,7 @@ def compared(found: torch.Tensor, ours: torch.Tensor, moved: torch.Tensor, origi
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
+    parser = command_line(__doc__, assets=True)
     parser.add_argument("--python", type=Path, required=True, help="of an environment with vLLM for CPUs")
     arguments = parser.parse_args()
     torch.manual_seed(0)

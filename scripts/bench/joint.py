@@ -228,10 +228,8 @@ SEARCHES = ("joint", "architecture only", "precision only", "one after the other
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, assets=True, work="runs/joint")
     parser.add_argument("--case", choices=["minilm", "smollm2"], default="minilm")
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/joint"))
     parser.add_argument("--evaluations", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()

@@ -86,9 +86,7 @@ def predicted(supernet: Supernet, model: Lookup | Roofline, genomes: np.ndarray)
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/latency"))
+    parser = command_line(__doc__, assets=True, work="runs/latency")
     parser.add_argument("--cases", nargs="+", choices=list(BATCHES), default=list(BATCHES))
     parser.add_argument("--backend", choices=list(SCHEMES), default="onnxruntime")
     parser.add_argument("--genomes", type=int, default=40, help="timed end to end, beside those that fit")

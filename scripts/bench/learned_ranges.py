@@ -11,8 +11,6 @@ ranges as they were calibrated, and with learned ones. The aim of the last is th
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from loading import Loaded
 from measures import Measures, command_line
 from originals import Case, Original, cases, original
@@ -28,9 +26,7 @@ LEARNING_RATE = 2e-5
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/originals"), help="where fine-tuned models are kept")
+    parser = command_line(__doc__, assets=True, work="runs/originals")
     parser.add_argument("--cases", nargs="+", default=["vit", "resnet", "minilm", "smollm2"])
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--steps", type=int, default=60)

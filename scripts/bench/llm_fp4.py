@@ -12,7 +12,6 @@ errors are not those of other models; its activations' are.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,8 +69,7 @@ def formats(variant: str, weight: Tensor, x: Tensor, ratios: list[float], rounds
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser = command_line(__doc__, assets=True)
     parser.add_argument("--ratios", type=int, default=100, help="clipping ranges tried, up to 1.2 of the largest")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=256, help="inputs of each layer that are searched on")

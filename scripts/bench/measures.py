@@ -10,10 +10,17 @@ from typing import Any
 from rich.table import Table
 
 
-def command_line(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the option that all benchmarks have."""
+def command_line(
+    description: str | None, assets: bool = False, work: str | None = None, rows: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with what several benchmarks have: --json for its rows, --assets, and --work with this default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where the rows go: case, measure, value, aim, better")
+    if rows:
+        parser.add_argument("--json", type=Path, help="where the rows go: case, measure, value, aim, better")
+    if assets:
+        parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
+    if work is not None:
+        parser.add_argument("--work", type=Path, default=Path(work), help="where what is made is kept")
     return parser
 
 

@@ -270,14 +270,12 @@ class Results:
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, assets=True, work="runs/originals")
     parser.add_argument("--case", choices=["minilm", "vit", "resnet", "smollm2"], action="append", help="default: all")
     parser.add_argument("--format", choices=FORMATS, action="append", help="default: all")
     parser.add_argument("--tool", choices=[*OWN, *NEIGHBOURS], action="append", help="default: all")
     parser.add_argument("--way", choices=WAYS, action="append", help="of jointopt's; default: all but rotate")
     parser.add_argument("--steps", type=int, default=64, help="of jointopt trained (default 64)")
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/originals"))
     parser.add_argument("--environments", type=Path, default=Path("runs/quantizers/environments"))
     parser.add_argument("--limit", type=int, default=480, help="seconds that a neighbour may take for a case")
     parser.add_argument("--iterations", type=int, default=200, help="auto-round's; 200 is its default")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measures import command_line
 from networks import Ready, prepare
 
 import jointopt
@@ -81,10 +82,8 @@ def standard_errors(ready: Ready, genomes: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rows=False, assets=True, work="runs/networks")
     parser.add_argument("name", choices=["digits_vit", "minilm"])
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/networks"))
     parser.add_argument("--evaluations", type=int, default=2000)
     arguments = parser.parse_args()
     ready = prepare(arguments.name, arguments.assets, arguments.work)

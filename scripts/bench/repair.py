@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from measures import Measures, command_line
@@ -23,9 +22,7 @@ from search_spaces.family import is_depth
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/originals"), help="where fine-tuned models are kept")
+    parser = command_line(__doc__, assets=True, work="runs/originals")
     parser.add_argument("--cases", nargs="+", default=["vit", "resnet", "minilm", "smollm2"])
     parser.add_argument("--genomes", type=int, default=10)
     arguments = parser.parse_args()

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 from measures import Measures, command_line
@@ -147,9 +146,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/networks"))
+    parser = command_line(__doc__, assets=True, work="runs/networks")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--objective", choices=["loss", "accuracy", "kl"], default="loss")
     parser.add_argument("--genomes", type=int, default=40)

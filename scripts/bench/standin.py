@@ -50,11 +50,9 @@ def genomes(space: SearchSpace, count: int, formats_only: bool) -> list[np.ndarr
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, assets=True, work="runs/networks")
     parser.add_argument("--case", choices=("digits_vit", "digits_resnet", "minilm", "smollm2"), action="append")
     parser.add_argument("--genomes", type=int, default=40)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/networks"))
     options = parser.parse_args()
     measures, table = (
         Measures(options.json),

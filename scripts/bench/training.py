@@ -27,7 +27,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import networks
@@ -242,9 +241,7 @@ def finished(made: Case, supernet: Supernet, study: jointopt.Study, tell: Callab
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("runs/training"))
+    parser = command_line(__doc__, assets=True, work="runs/training")
     parser.add_argument("--cases", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--steps", type=int, help=f"of every arm (default: {STEPS})")
     parser.add_argument("--evaluations", type=int, default=40, help="of each search")

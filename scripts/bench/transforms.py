@@ -200,11 +200,9 @@ def measure(name: str, case: Case, options: argparse.Namespace, measures: Measur
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser = command_line(__doc__, assets=True, work="runs/originals")
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--tokens", type=int, default=1024, help="of SmolLM2's evaluation")
-    parser.add_argument("--work", type=Path, default=Path("runs/originals"), help="where fine-tuned models are kept")
     parser.add_argument("--transforms", action="append", help="as in 'rotate smooth'; default: a case's own sets")
     parser.add_argument("--schemes", nargs="+", help="default: a case's own")
     parser.add_argument("--smollm2", type=Path, help="folder of a fine-tuned one in place of the asset")

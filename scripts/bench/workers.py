@@ -137,12 +137,8 @@ def taken(evaluator: Evaluator, genomes: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, assets=True, work="runs/networks")
     parser.add_argument("--case", choices=("digits", "sleeping"), action="append", help="default: all")
-    parser.add_argument("--assets", type=Path, default=Path("assets"), help="of scripts/assets.py")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/networks"), help="where the tuned super-network is kept"
-    )
     parser.add_argument("--genomes", type=int, default=10, help="real evaluations in a batch")
     parser.add_argument("--repeats", type=int, default=15, help="pairs of timings of real batches")
     parser.add_argument("--mean", type=float, default=0.5, help="seconds that an evaluation sleeps")
