@@ -32,7 +32,7 @@ import numpy as np
 import timm
 import torch
 from loading import unlabelled
-from measures import Measures, command_line
+from measures import Measures, command_line, seconds
 from networks import SCHEMES, Ready, prepare
 from rich.console import Console
 from torch import Tensor, nn
@@ -103,12 +103,6 @@ CASES = {
     "resnet": Case(lambda: ResNetForImageClassification(ResNetConfig(num_labels=1000)), lambda: images("pixel_values")),
     "timm_resnet": Case(lambda: timm.create_model("resnet18"), lambda: images("x")),
 }
-
-
-def seconds(run: Callable[..., object], *arguments: object) -> float:
-    started = time.perf_counter()
-    run(*arguments)
-    return time.perf_counter() - started
 
 
 def median(values: Iterable[float]) -> float:

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from in_vllm import divergence
 from llama_cpp import Llama
 from loading import Loaded
-from measures import Measures, command_line
+from measures import Measures, command_line, divergence
 from networks import all_in
 from rich.console import Console
 

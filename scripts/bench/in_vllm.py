@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from loading import Loaded
-from measures import Measures, command_line
+from measures import Measures, command_line, divergence
 from networks import all_in
 from rich.console import Console
 
@@ -81,12 +81,6 @@ def run(python: Path, place: Path, name: str, dtype: str) -> tuple[torch.Tensor 
         return torch.from_numpy(np.load(place / f"{name}.npy")), ""
     told = [line for line in done.stderr.splitlines() if "Error" in line]
     return None, (told or [f"exit code {done.returncode}"])[-1]
-
-
-def divergence(found: torch.Tensor, given: torch.Tensor) -> float:
-    """KL of what logits [tokens, vocabulary] say from what is given, in nats a token."""
-    found, given = found.log_softmax(-1), given.log_softmax(-1)
-    return float(torch.nn.functional.kl_div(found, given, log_target=True, reduction="none").sum(-1).mean())
 
 
 def moved(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

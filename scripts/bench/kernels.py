@@ -18,12 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
-from measures import Measures, command_line
+from measures import Measures, command_line, seconds
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -151,12 +150,6 @@ def contenders(x: Tensor, format: Format) -> dict[str, Run]:
         "compressed-tensors": compressed_tensors(x, format),
     }
     return {name: run for name, run in found.items() if run is not None}
-
-
-def seconds(run: Run) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 @torch.no_grad()

@@ -1,13 +1,17 @@
-"""What a benchmark finds: told as it comes, then as one table, and kept as JSON."""
+"""A benchmark's command line, some of its measures, and what it finds: told as it comes, then as one table, and kept
+as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from torch import Tensor, nn
 
 
 def command_line(
@@ -57,3 +61,21 @@ class Measures:
 
 def shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def seconds(run: Callable[..., object], *arguments: object) -> float:
+    started = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - started
+
+
+def resident(which: str = "VmRSS") -> float:
+    """VmRSS, what is resident now, or VmHWM, its peak, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+
+
+def divergence(found: Tensor, given: Tensor) -> float:
+    """KL of what logits [tokens, vocabulary] say from what is given, in nats a token."""
+    found, given = found.log_softmax(-1), given.log_softmax(-1)
+    return float(nn.functional.kl_div(found, given, log_target=True, reduction="none").sum(-1).mean())

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from measures import Measures, command_line
+from measures import Measures, command_line, resident
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,12 +36,6 @@ GB = 1e9
 def begin() -> None:
     """Sets the peak of resident memory back to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(which: str) -> float:
-    """VmHWM, the peak, or VmRSS, what is resident now, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(which))
 
 
 def random_llama(case: str) -> LlamaForCausalLM:
@@ -66,7 +60,7 @@ def main() -> None:
     table = Table("case", "phase", "models (GB)", "peak (GB)", "beyond the models (GB)", "seconds")
     for case in options.case or ("135m",):
         torch.manual_seed(0)
-        started = resident("VmRSS")
+        started = resident()
         model = random_llama(case)
         weights = sum(parameter.nbytes for parameter in model.parameters())
         space = SearchSpace.for_model(model, preset="fixed", schemes=["none", "W4A16"])

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from measures import Measures, command_line
+from measures import Measures, command_line, resident
 from rich.console import Console
 from rich.table import Table
 
@@ -61,11 +61,6 @@ def loaded(name: str) -> float:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         session.run(None, {session.get_inputs()[0].name: inputs[0].numpy()})
         return (resident() - before) / (4 * WIDE * WIDE)
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
 
 
 def main() -> None:
