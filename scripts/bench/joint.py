@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from loading import Loaded
 from measures import Measures, command_line
+from networks import all_in
 from rich.console import Console
 from rich.table import Table
 
@@ -160,7 +161,7 @@ class Bench:
         found = {}
         for name in UNIFORM:
             supernet = self.supernet(schemes=["none", name], preset="fixed")
-            genome = supernet.space.encode({gene.name: gene.choices[-1] for gene in supernet.space.genes})
+            genome = all_in(supernet.space, name)
             found[name] = (self.score(supernet, genome, self.quality), supernet.costs(genome)["size"])
             print(f"uniform {name}: {self.case.metric} {found[name][0]:.4g}, {found[name][1] / 1e6:.4g} MB", flush=True)
         good = [name for name, (quality, _) in found.items() if self.reaches(quality)]

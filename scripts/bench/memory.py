@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from measures import Measures, command_line, resident
+from networks import all_in
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,12 +70,8 @@ def main() -> None:
             {"input_ids": torch.randint(0, model.config.vocab_size, (1, options.tokens))}
             for _ in range(options.batches)
         ]
-        chosen = space.decode(space.largest)
         blocks = options.blocks or model.config.num_hidden_layers
-        wanted = {f"block{at}." for at in range(blocks)}
-        genome = space.encode(
-            {gene: "W4A16" if any(gene.startswith(name) for name in wanted) else "none" for gene in chosen}
-        )
+        genome = all_in(space, "W4A16", [f"block{at}" for at in range(blocks)])
         for phase in ("calibrate", options.rounding):
             begin()
             clock = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,13 @@ def prepare(name: str, assets: Path, work: Path) -> Ready:
     return Ready(supernet, inputs, scored, quality)
 
 
-def all_in(space: SearchSpace, scheme: str) -> np.ndarray:
-    """The largest genome, with every layer that takes it in one format, the others unquantized."""
+def all_in(space: SearchSpace, scheme: str, blocks: Iterable[str] | None = None) -> np.ndarray:
+    """The largest genome, with every layer that takes it in one format, the others unquantized; with `blocks`, those
+    around these are unquantized too."""
+    inside = None if blocks is None else tuple(f"{name}." for name in blocks)
     at = []
     for gene, largest in zip(space.genes, space.largest, strict=True):
-        wanted = next((each for each in (scheme, "none") if each in gene.choices), None)
+        formats = (scheme, "none") if inside is None or gene.name.startswith(inside) else ("none",)
+        wanted = next((each for each in formats if each in gene.choices), None)
         at.append(largest if wanted is None else gene.choices.index(wanted))
     return space.canonical(np.array(at))

@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from loading import Loaded
 from measures import Measures, command_line
+from networks import all_in
 from originals import cases, original
 from rich.console import Console
 from torch import Tensor, nn
@@ -34,7 +36,6 @@ from jointopt.rows import DataSource
 from jointopt.supernet.importance import CalibrationPass
 from quant.formats import SCHEMES, Format
 from quant.reference import fake_quantize_activation
-from search_spaces.precision import is_precision
 
 LLM = ("none", "W8A8", "W8A8_STATIC", "W4A4", "NVFP4", "MXFP4", "W4A16")
 INPUTS = ("W4A4", "MXFP4")
@@ -157,15 +158,9 @@ def fold_batch_norm(model: nn.Module) -> None:
             norm.weight.abs_()
 
 
-def uniform(supernet: Supernet, scheme: str) -> object:
+def uniform(supernet: Supernet, scheme: str) -> np.ndarray:
     """The whole model, all layers of its blocks in one scheme where they can take it, those around them as they are."""
-    space, inside = supernet.space, {block.name for block in supernet.family.blocks}
-    chosen = space.decode(space.largest)
-    for gene in space.genes:
-        if is_precision(gene.name):
-            wanted = scheme if any(gene.name.startswith(f"{name}.") for name in inside) else "none"
-            chosen[gene.name] = wanted if wanted in gene.choices else "none"
-    return space.encode(chosen)
+    return all_in(supernet.space, scheme, [block.name for block in supernet.family.blocks])
 
 
 def measure(name: str, case: Case, options: argparse.Namespace, measures: Measures) -> None:
