@@ -10,7 +10,7 @@ Only E2M1 has a home in an export. E1M2 and E3M0 are not elements of any scheme;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,19 +119,16 @@ def search(
     target = x @ weight.T
     shift = pre_shift(x, E2M1) if shifted else torch.zeros_like(x[0])
     moved, columns = x * torch.exp2(shift), weight * torch.exp2(-shift)
+
+    def searched(weights: FloatFormat, activations: FloatFormat) -> tuple[FloatFormat, FloatFormat]:
+        inputs = held(moved, activations)
+        weights = _best(columns, lambda w: (inputs @ w.T - target).square().sum(0), elements, ratios, True)
+        kept = held(columns, weights)
+        return weights, _best(moved, lambda a: (a @ kept.T - target).square().sum(), elements, ratios, False)
+
     found = _of_range(E2M1, columns.abs().amax(1, keepdim=True)), _of_range(E2M1, moved.abs().amax())
     for _ in range(rounds):
-        before = found
-        inputs = held(moved, found[1])
-        found = (
-            _best(columns, lambda w, inputs=inputs: (inputs @ w.T - target).square().sum(0), elements, ratios, True),
-            found[1],
-        )
-        kept = held(columns, found[0])
-        found = (
-            found[0],
-            _best(moved, lambda a, kept=kept: (a @ kept.T - target).square().sum(), elements, ratios, False),
-        )
+        before, found = found, searched(*found)
         if all(a.element == b.element and torch.equal(a.scale, b.scale) for a, b in zip(before, found, strict=True)):
             break
     return LayerFormats(*found, shift)
@@ -153,8 +150,15 @@ def _of_range(element: Element, largest: Tensor) -> FloatFormat:
     return FloatFormat(element, largest.float().clamp(min=torch.finfo(torch.float32).tiny) / element.max)
 
 
-def _best(values: Tensor, error, elements: Sequence[Element], ratios: Sequence[float], by_row: bool) -> FloatFormat:
-    """The format of least error; with `by_row`, one element for all rows and a scale for each."""
+def _best(
+    values: Tensor,
+    error: Callable[[Tensor], Tensor],
+    elements: Sequence[Element],
+    ratios: Sequence[float],
+    by_row: bool,
+) -> FloatFormat:
+    """The format of least error, a number or with `by_row` one a row; then one element for all rows and a scale for
+    each."""
     largest = values.abs().amax(1, keepdim=True) if by_row else values.abs().amax()
     chosen: FloatFormat | None = None
     least = torch.inf
