@@ -24,7 +24,7 @@ from typing import Any
 import networks
 import numpy as np
 import torch
-from loading import Loaded, padded
+from loading import Loaded, padded, tune
 from measures import Measures, command_line
 from networks import all_in
 from rich.console import Console
@@ -67,19 +67,13 @@ def in_one_format(model: nn.Module, inputs: dict, name: str, work: Path) -> dict
 def searched(arguments: argparse.Namespace) -> tuple[nn.Module, dict, dict[str, Path], dict[str, float]]:
     """MiniLM: the whole super-network's largest in float32 and in INT8, the choices, and their accuracies."""
     network = networks.networks(arguments.assets)["minilm"]
-    loaded, tuned = Loaded(arguments.assets / "minilm", network.task), arguments.work / "minilm.safetensors"
+    loaded = Loaded(arguments.assets / "minilm", network.task)
     inputs = loaded.inputs(replace(network.calibrate, length=TOKENS), 64)
     supernet = Supernet(
         loaded.model, SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space), repair=True
     )
-    if tuned.is_file():
-        supernet.load(tuned)
-    else:
-        supernet.calibrate(inputs)
-        train = loaded.samples(network.train)
-        jointopt.train_supernet(supernet, lambda epoch: train.epoch(epoch, 16, 0), STEPS, learning_rate=1e-4)
-        supernet.save(tuned)
-    supernet.calibrate(inputs)
+    tuned, train = arguments.work / "minilm.safetensors", loaded.samples(network.train)
+    tune(supernet, tuned, inputs, lambda epoch: train.epoch(epoch, 16, 0), STEPS, learning_rate=1e-4)
     one = padded({key: value[:1] for key, value in inputs[0].items()}, TOKENS)
     lookup = Lookup.of(supernet, 1, context=TOKENS, threads=arguments.threads, path=arguments.work / "operators.json")
     supernet.use_latency(lookup)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from loading import Loaded
+from loading import Loaded, tune
 from measures import Measures, command_line
 from networks import all_in
 from rich.console import Console
@@ -100,15 +100,9 @@ def prepared(name: str, case: Case, arguments: argparse.Namespace):
     torch.manual_seed(0)
     loaded = Loaded(arguments.assets / name, case.task)
     inputs = loaded.inputs(case.calibrate, case.batch_size)
-    tuned = arguments.work / f"{name}.safetensors"
-    if not tuned.is_file():
-        space = SearchSpace.for_model(loaded.model, schemes=["none"], **case.architecture)
-        supernet = Supernet(loaded.model, space)
-        supernet.calibrate(inputs)
-        train = loaded.batches(case.train, case.batch_size)
-        jointopt.train_supernet(supernet, train, case.steps, learning_rate=case.learning_rate, progress=True)
-        arguments.work.mkdir(parents=True, exist_ok=True)
-        supernet.save(tuned)
+    tuned, train = arguments.work / f"{name}.safetensors", loaded.batches(case.train, case.batch_size)
+    supernet = Supernet(loaded.model, SearchSpace.for_model(loaded.model, schemes=["none"], **case.architecture))
+    tune(supernet, tuned, inputs, train, case.steps, learning_rate=case.learning_rate, progress=True)
     seen, unseen = (loaded.quality(loaded.batches(source, case.batch_size)) for source in (case.evaluate, case.unseen))
     return loaded.model, seen, unseen, inputs, tuned
 

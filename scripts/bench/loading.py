@@ -1,12 +1,14 @@
-"""A model of the assets with what reads data for it and scores it."""
+"""A model of the assets with what reads data for it and scores it, and its fine-tuned super-network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from jointopt import Supernet, train_supernet
 from jointopt.batches import Batch, without_labels
 from jointopt.evaluation.evaluation import Quality
 from jointopt.models import load_model
@@ -35,6 +37,22 @@ class Loaded:
     def quality(self, batches: Sequence[Batch], original: nn.Module | None = None) -> Quality:
         """A model's metrics on the batches, "kl" from the original among them where it is given."""
         return self.task.problem(self.model).quality(batches, original)
+
+
+def tune(supernet: Supernet, file: Path, inputs: Sequence[Batch], batches: Any, steps: int, **options: Any) -> None:
+    """The super-network gets the weights of `file`, which are trained now if it is not there, and is calibrated.
+
+    Args:
+        inputs: what calibrates it, before it is trained and with its new weights.
+        batches, steps, options: of `train_supernet`.
+    """
+    if not file.is_file():
+        supernet.calibrate(inputs)
+        train_supernet(supernet, batches, steps, **options)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        supernet.save(file)
+    supernet.load(file)
+    supernet.calibrate(inputs)
 
 
 def padded(batch: Batch, length: int) -> dict[str, Tensor]:

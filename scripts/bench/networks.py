@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from loading import Loaded
+from loading import Loaded, tune
 from originals import NAMES, untrained
 from transformers import ResNetConfig, ResNetForImageClassification
 
-import jointopt
 from jointopt import SearchSpace, Supernet
 from jointopt.batches import Batch
 from jointopt.evaluation.evaluation import Quality
@@ -149,21 +148,18 @@ def prepare(name: str, assets: Path, work: Path) -> Ready:
     loaded = start(network, assets, work)
     inputs = loaded.inputs(network.calibrate, 100)
     supernet = Supernet(loaded.model, SearchSpace.for_model(loaded.model, schemes=SCHEMES, **network.space))
-    tuned = work / f"{name}.safetensors"
-    if network.steps and not tuned.is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        supernet.calibrate(inputs)
+    if network.steps:
         train = loaded.samples(network.train)
-        jointopt.train_supernet(
+        tune(
             supernet,
+            work / f"{name}.safetensors",
+            inputs,
             lambda epoch: train.epoch(epoch, network.batch_size, 0),
             network.steps,
             learning_rate=network.learning_rate,
         )
-        supernet.save(tuned)
-    if network.steps:
-        supernet.load(tuned)
-    supernet.calibrate(inputs)
+    else:
+        supernet.calibrate(inputs)
     scored = loaded.batches(network.evaluate, 100)
     with supernet.active(supernet.space.largest) as whole:
         quality = loaded.quality(scored, whole)
