@@ -202,18 +202,18 @@ def _changed_modules(supernet: Supernet) -> dict[Change, nn.Module]:
     widths = [width for width in family.widths if width.gene in space.names]
     found: dict[Change, nn.Module] = {}
     for plan in _turns(supernet, set(precision_genes(family, space).values())):
-        view = supernet.built(Plan(family.blocks, (), {}, plan.schemes))
+        view = supernet.built(Plan(family.blocks, schemes=plan.schemes))
         for layer in family.layers:
             if layer.path in plan.schemes:
                 for path in (layer.path, *layer.tied):
                     found["scheme", path, plan.schemes[layer.path].name] = view.get_submodule(path)
     for plan in _turns(supernet, {width.gene for width in widths}):
-        view = supernet.built(Plan(family.blocks, (), plan.units, {}))
+        view = supernet.built(Plan(family.blocks, units=plan.units))
         for width in widths:
             for part in width.consumers if width.gene in plan.units else ():
                 found["width", part.module, plan.units[width.gene] * part.channels] = view.get_submodule(part.module)
     for plan in _turns(supernet, {cache.name for cache in family.caches}):
-        view = supernet.built(Plan(family.blocks, (), {}, {}, plan.caches))
+        view = supernet.built(Plan(family.blocks, caches=plan.caches))
         for path, form in plan.caches.items():
             found["cache", path, form.name] = view.get_submodule(path)
     return found

@@ -106,7 +106,7 @@ class Mixed(nn.Module):
 def test_attention_stays_where_a_branch_of_a_like_name_left():
     attention = Width("block0.heads", "heads", 6, (Part("0.mixer"),), (Part("0.out"),), block="block0", attention=True)
     block = Block("block0", "0", branches=(Branch("mlp", {"0.mix": SkipBranch}),))
-    plan = Plan((block,), block.branches, {}, {})
+    plan = Plan((block,), block.branches)
     found = model_outputs(
         nn.Sequential(Mixed()),
         {"input": torch.ones(2, 4)},

@@ -271,7 +271,7 @@ def test_a_module_is_found_by_its_new_path_where_blocks_before_it_left(name):
     supernet = supernet_of(name, ["none"])
     moved = 0
     for gone in (block for block in supernet.family.blocks if block.removable):
-        plan = Plan(tuple(block for block in supernet.family.blocks if block != gone), (), {}, {})
+        plan = Plan(tuple(block for block in supernet.family.blocks if block != gone))
         view, renamed = supernet.built(plan), renaming(supernet.family, plan)
         for layer in staying_layers(supernet.family, plan):
             found, whole = view.get_submodule(renamed(layer.path)), supernet.model.get_submodule(layer.path)

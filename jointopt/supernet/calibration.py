@@ -106,7 +106,7 @@ def _answer(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
 
 def _check_whole(supernet: Supernet, batch: Mapping[str, Any], before: Tensor) -> None:
     """Raises JointoptError where the whole sub-network, sorted, does not compute what the model did."""
-    after = _ran(supernet, "whole", Plan(supernet.family.blocks, (), {}, {}), batch)
+    after = _ran(supernet, "whole", Plan(supernet.family.blocks), batch)
     moved = math.inf
     if after is not None and after.shape == before.shape:
         moved = float((after - before).norm() / before.norm())

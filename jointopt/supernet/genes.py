@@ -109,7 +109,7 @@ def plan_of(
     widths = {width.gene: width for width in family.widths}
     units = {gene: chosen[gene] // width.unit for gene, width in widths.items() if gene in chosen}
     units = {gene: count for gene, count in units.items() if count < widths[gene].units}
-    bare = Plan(tuple(blocks), dropped, units, {})
+    bare = Plan(tuple(blocks), dropped, units)
     offered = ((layer.path, genes[layer.path]) for layer in staying_layers(family, bare) if layer.path in genes)
     wanted = {path: schemes[path, chosen[gene]] for path, gene in offered}
     held = (cache for cache in staying_caches(family, bare) if cache.name in chosen)

@@ -44,9 +44,9 @@ class Plan:
     """
 
     blocks: tuple[Block, ...]
-    dropped: tuple[Branch, ...]
-    units: Mapping[str, int]
-    schemes: Mapping[str, Scheme]
+    dropped: tuple[Branch, ...] = ()
+    units: Mapping[str, int] = field(default_factory=dict)
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
     caches: Mapping[str, CacheFormat] = field(default_factory=dict)
 
     def cut(self, family: Family) -> bool:

@@ -434,7 +434,7 @@ class Supernet:
 
     def original_layout(self) -> list[dict[str, Any]]:
         """`layout` of the whole, unquantized model."""
-        return layout(self.model, self.family, Plan(self.family.blocks, (), {}, {}))
+        return layout(self.model, self.family, Plan(self.family.blocks))
 
     def weights_changed(self) -> None:
         """What was measured on the old ones no longer holds. Calibrate it again, which keeps the order that the weights

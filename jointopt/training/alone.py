@@ -142,7 +142,7 @@ def _ranges(model: nn.Module, supernet: Supernet, plan: Plan, layers: Mapping[st
 def _whole(supernet: Supernet) -> Iterator[nn.Module]:
     """What is learned from. A super-network may have been trained for a task that the original does not know."""
     if supernet.trained:
-        yield supernet.built(Plan(supernet.family.blocks, (), {}, {}))
+        yield supernet.built(Plan(supernet.family.blocks))
         return
     with supernet.original() as original:
         yield original
