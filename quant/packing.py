@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.errors import JointoptError
 from quant.formats import SCALES, Format, Scheme
 from quant.kernels import pack
 from quant.reference import QuantizedTensor
@@ -28,23 +27,12 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
-def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The int8 codes [rows, columns] that `pack_int32` packed."""
-    shifts = torch.arange(32 // bits, device=packed.device) * bits
-    values = (packed.long()[..., None] >> shifts) & ((1 << bits) - 1)
-    return (values.flatten(1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
-
-
 def pack_nibbles(codes: Tensor) -> Tensor:
     """4-bit patterns [rows, n] as uint8 [rows, ceil(n / 2)], the first of each pair in the low half."""
     if (packed := pack(codes, 4, 0, torch.uint8)) is not None:
         return packed
     codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    return torch.stack((packed & 0xF, packed >> 4), -1).flatten(1)
 
 
 def layout(scheme: Scheme) -> str:
@@ -116,17 +104,6 @@ def _four_bit_state(format: Format, kind: str, shape: tuple[int, ...], dtype: st
     return {"quant_type": kind, "blocksize": format.group_size, "dtype": dtype, "shape": list(shape)}
 
 
-def _unpacked_from_bitsandbytes(
-    tensors: Mapping[str, Tensor], format: Format, shape: tuple[int, ...]
-) -> QuantizedTensor:
-    if "SCB" in tensors:
-        codes, scale = tensors["weight"], tensors["SCB"]
-    else:
-        packed = tensors["weight"].flatten()
-        codes, scale = torch.stack((packed >> 4, packed & 0xF), -1).reshape(shape[0], -1), tensors["weight.absmax"]
-    return QuantizedTensor(codes, scale.reshape(shape[0], -1), None, None, format, tuple(shape))
-
-
 def _bytes_for_bitsandbytes(scheme: Scheme, shape: tuple[int, ...], itemsize: int) -> int:
     rows, columns = shape[0], prod(shape[1:])
     assert scheme.weights is not None and scheme.bitsandbytes is not None
@@ -135,29 +112,6 @@ def _bytes_for_bitsandbytes(scheme: Scheme, shape: tuple[int, ...], itemsize: in
     dtype = {2: "bfloat16", 4: "float32"}[itemsize]
     state = json.dumps(_four_bit_state(scheme.weights, scheme.bitsandbytes, shape, dtype))
     return rows * columns // 2 + 4 * rows * scheme.weights.groups_in(columns) + 4 * 16 + len(state)
-
-
-def unpacked_tensors(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, ...]) -> QuantizedTensor:
-    """What `packed_tensors` packed; `shape` is the weight's."""
-    if scheme.weights is None:
-        raise JointoptError(f"scheme {scheme.name}: has no quantized weight to unpack")
-    format, columns = scheme.weights, prod(shape[1:])
-    if scheme.bitsandbytes:
-        return _unpacked_from_bitsandbytes(tensors, format, shape)
-    scale = tensors["weight_scale"]
-    how = layout(scheme)
-    zero_point = None
-    if how == "words":
-        codes = unpack_int32(tensors["weight_packed"], format.bits, columns)
-        if (points := tensors.get("weight_zero_point")) is not None:
-            zero_point = unpack_int32(points.T, format.bits, shape[0]).T if points.dim() == 2 else points
-    elif how == "nibbles":
-        codes = unpack_nibbles(tensors["weight_packed"])[:, :columns]
-    else:
-        codes = tensors["weight"].reshape(shape[0], columns)
-        codes = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
-        zero_point = tensors.get("weight_zero_point")
-    return QuantizedTensor(codes, scale, zero_point, tensors.get("weight_global_scale"), format, tuple(shape))
 
 
 def storage_bytes(scheme: Scheme, shape: tuple[int, ...], itemsize: int, embedding: bool = False) -> int:

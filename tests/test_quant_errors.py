@@ -10,7 +10,7 @@ from quant import SCHEMES, Format, JointoptError, fake_quantize_activation, quan
 from quant.calibration import choose_clip
 from quant.formats import ELEMENTS, Element, Scheme
 from quant.layers import QuantizedLinear
-from quant.packing import storage_bytes, unpacked_tensors
+from quant.packing import storage_bytes
 from tests.zoo import batches, make
 
 INT8 = Format("int8", "channel")
@@ -233,10 +233,6 @@ def test_a_format_of_one_s_own_is_offered_under_its_name(monkeypatch):
     with supernet.active(genome) as view:
         weight = next(m.weight for m in view.modules() if isinstance(m, QuantizedLinear)).detach()
     assert max(row.unique().numel() for row in weight) <= 64
-
-
-def test_there_is_nothing_to_unpack_without_a_format():
-    assert "scheme none" in refusal(unpacked_tensors, {}, SCHEMES["none"], (2, 2))
 
 
 @pytest.mark.filterwarnings("ignore:none of W8A8")
