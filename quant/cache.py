@@ -24,7 +24,7 @@ class CacheFormat:
     """How one layer's cache holds what attention reads of earlier tokens.
 
     Attributes:
-        element: a name of `quant.ELEMENTS`; None leaves keys and values as they are. Integers have zero points.
+        element: a name of `quant.formats.ELEMENTS`; None leaves keys and values as they are. Integers have zero points.
         inputs: True caches the layer's input in place of keys and values, which are computed from it again.
     """
 

@@ -32,7 +32,7 @@ def round_to_format(tensor: Tensor, element: str) -> Tensor:
 
     Args:
         tensor: floating point, any shape.
-        element: a name of `quant.ELEMENTS`.
+        element: a name of `quant.formats.ELEMENTS`.
 
     Raises:
         JointoptError: another element, or a tensor that is not floating point.

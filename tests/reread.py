@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from jointopt.rebuilding.runtime import rebuild
 from jointopt.rebuilding.structure import rebuild_spec, tensors_of
-from quant import QuantizedTensor, Scheme
+from quant.formats import Scheme
 from quant.layers import as_quantized
+from quant.reference import QuantizedTensor
 
 
 def stock_model(shape: tuple[int, ...]) -> nn.Sequential:

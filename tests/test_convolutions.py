@@ -12,7 +12,7 @@ from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
 import jointopt
 from jointopt import Block, Family, Layer, Part, SearchSpace, Supernet, Width
-from quant import scheme
+from quant.formats import scheme
 from quant.packing import packed_tensors, storage_bytes
 from quant.reference import quantize
 from tests.reread import reread

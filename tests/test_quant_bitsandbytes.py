@@ -20,7 +20,8 @@ from jointopt import Gene, JointoptError, SearchSpace, Supernet, load_config
 from jointopt.checkpoint import verification
 from jointopt.config import sections
 from jointopt.rebuilding.structure import by_bitsandbytes
-from quant import SCHEMES, fake_quantize_activation, quantize
+from quant.formats import SCHEMES
+from quant.kernels import fake_quantize_activation, quantize
 from quant.layers import llm_int8_linear
 from quant.packing import packed_tensors, storage_bytes
 from tests.zoo import batches, logits, make

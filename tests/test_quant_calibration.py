@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import SCHEMES, Format, JointoptError, fake_quantize, fake_quantize_activation, scheme
 from quant.calibration import ACTIVATION_METHODS, METHODS, ActivationObserver, Histogram, choose_clip
+from quant.errors import JointoptError
+from quant.formats import SCHEMES, Format, scheme
+from quant.kernels import fake_quantize, fake_quantize_activation
 from quant.reference import NVFP4_GLOBAL_RANGE
 from tests import exact
 

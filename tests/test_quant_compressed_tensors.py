@@ -14,8 +14,9 @@ from compressed_tensors.quantization.utils import (
 )
 from torch import Tensor, nn
 
-from quant import SCHEMES, Format, fake_quantize_activation, quantize, scheme
 from quant.calibration import ActivationObserver
+from quant.formats import SCHEMES, Format, scheme
+from quant.kernels import fake_quantize_activation, quantize
 
 PRESETS = [name for name in SCHEMES if name in PRESET_SCHEMES]
 ACTIVATIONS = [name for name in PRESETS if SCHEMES[name].activations is not None]

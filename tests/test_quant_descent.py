@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from quant import SCHEMES, quantize, scheme
+from quant.formats import SCHEMES, scheme
+from quant.kernels import quantize
 from quant.rounding import coordinate_descent
 from quant.rounding.compensated import DAMPING, gptq
 from quant.rounding.coordinate_descent import descent

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from jointopt import SearchSpace, Supernet
-from quant import SCHEMES, Format, JointoptError, fake_quantize_activation, quantize, round_to_format, scheme
 from quant.calibration import choose_clip
-from quant.formats import ELEMENTS, Element, Scheme
+from quant.errors import JointoptError
+from quant.formats import ELEMENTS, SCHEMES, Element, Format, Scheme, scheme
+from quant.kernels import fake_quantize_activation, quantize
 from quant.layers import QuantizedLinear
 from quant.packing import storage_bytes
+from quant.reference import round_to_format
 from tests.zoo import batches, make
 
 INT8 = Format("int8", "channel")

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quant import SCHEMES, JointoptError, quantize, scheme
+from quant.errors import JointoptError
+from quant.formats import SCHEMES, scheme
+from quant.kernels import quantize
 from quant.rounding.compensated import gptq, inverse_factor
 from quant.rounding.moments import InputMoments, input_columns
 from tests.reread import reread

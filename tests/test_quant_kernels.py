@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import ELEMENTS, Format, JointoptError, kernels, quantize, reference, scheme
+from quant import kernels, reference
 from quant.calibration import choose_clip
-from quant.kernels import cpu
+from quant.errors import JointoptError
+from quant.formats import ELEMENTS, Format, scheme
+from quant.kernels import cpu, quantize
 from tests import exact
 from tests.same import same, same_codes
 
@@ -208,7 +210,8 @@ def test_a_second_process_compiles_nothing():
 def test_without_a_compiler_plain_torch_computes_the_same_and_says_so_once(tmp_path):
     check = """
 import torch, warnings
-from quant import Format, kernels, reference
+from quant import kernels, reference
+from quant.formats import Format
 x, format = torch.randn(4, 64), Format("int8", "token", dynamic=True)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant import SCHEMES, quantize, scheme
+from quant.formats import SCHEMES, scheme
+from quant.kernels import quantize
 from quant.rounding.compensated import gptq
 from quant.rounding.learned import positions
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import JointoptError, round_to_format
+from quant.errors import JointoptError
 from quant.llm_fp4 import E1M2, E2M1, E3M0, FloatFormat, LayerFormats, held, plain, pre_shift, search
+from quant.reference import round_to_format
 
 RATIOS = tuple(torch.linspace(0.1, 1.2, 12).tolist())
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from jointopt.rebuilding.runtime import words
 from jointopt.rebuilding.structure import _arguments
-from quant import SCHEMES, Format, JointoptError, Scheme, quantize, scheme
 from quant.calibration import ActivationObserver
+from quant.errors import JointoptError
+from quant.formats import SCHEMES, Format, Scheme, scheme
+from quant.kernels import quantize
 from quant.packing import (
     pack_int32,
     pack_nibbles,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import ELEMENTS, Format, QuantizedTensor, round_to_format
-from quant.reference import code_values, e8m0_exponent, value_codes
+from quant.formats import ELEMENTS, Format
+from quant.reference import QuantizedTensor, code_values, e8m0_exponent, round_to_format, value_codes
 from tests import exact
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import SCHEMES, Format, JointoptError, QuantizedTensor, Scheme, fake_quantize, quantize, reference, scheme
-from quant.reference import grouped_view
+from quant import reference
+from quant.errors import JointoptError
+from quant.formats import SCHEMES, Format, Scheme, scheme
+from quant.kernels import fake_quantize, quantize
+from quant.reference import QuantizedTensor, grouped_view
 from tests import exact
 from tests.reread import reread
 

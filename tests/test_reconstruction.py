@@ -9,7 +9,8 @@ from jointopt.finishing.lockstep import Arrived, Call
 from jointopt.finishing.reconstruction import reconstruct
 from jointopt.supernet.subnetwork import quantize_layer
 from jointopt.supernet.weight_bank import BankedWeight
-from quant import quantize, scheme
+from quant.formats import scheme
+from quant.kernels import quantize
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from jointopt.finishing.lockstep import Arrived, Call
 from jointopt.finishing.shared_moments import SharedMoments
-from quant import scheme
+from quant.formats import scheme
 from quant.rounding.compensated import gptq
 from quant.rounding.moments import Halves, InputMoments, joined
 

@@ -10,7 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quant import Format, packing, reference
+from quant import packing, reference
+from quant.formats import Format
 from quant.kernels import cuda, grouped
 from tests.same import same, same_codes
 from tests.test_quant_kernels import DTYPES, DYNAMIC, STATIC, WEIGHTS, constants, divides, named, numbers, odd

@@ -16,7 +16,7 @@ from rich.table import Table
 from jointopt import SearchSpace, Supernet
 from jointopt.evaluation.evaluation import measured
 from jointopt.rows import DataSource
-from quant import CACHE_FORMATS
+from quant.cache import CACHE_FORMATS
 from search_spaces.precision import is_cache
 
 

@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from quant import Format, kernels, reference
+from quant import kernels, reference
+from quant.formats import Format
 
 # transformers looks for a package of this file's name, and in whatever runs in this folder it imports this one. So this
 # has a version that is too old to be used, and imports what imports transformers only where that is called.
