@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from quant.formats import Format, Scheme
 from quant.kernels import fake_quantize_activation
 from quant.learned_ranges import learn_input_range
-from quant.reference import QuantizedTensor, llm_int8_codes
+from quant.reference import llm_int8_codes
+from quant.tensors import QuantizedTensor
 
 
 class _Quantized:

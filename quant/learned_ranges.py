@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from quant.formats import Element, Format, Scheme
-from quant.reference import Clip, QuantizedTensor, code_values, grouped_view
+from quant.reference import Clip, grouped_view
+from quant.tensors import QuantizedTensor, code_values
 
 LEAST = 1 / 16
 """Of a calibrated range: the least that may be left of it."""

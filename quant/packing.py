@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quant.formats import SCALES, Format, Scheme
 from quant.kernels import pack
-from quant.reference import QuantizedTensor
+from quant.tensors import QuantizedTensor
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:

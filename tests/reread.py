@@ -9,7 +9,7 @@ from jointopt.rebuilding.runtime import rebuild
 from jointopt.rebuilding.structure import rebuild_spec, tensors_of
 from quant.formats import Scheme
 from quant.layers import as_quantized
-from quant.reference import QuantizedTensor
+from quant.tensors import QuantizedTensor
 
 
 def stock_model(shape: tuple[int, ...]) -> nn.Sequential:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quant.reference import QuantizedTensor
+from quant.tensors import QuantizedTensor
 
 if TYPE_CHECKING:
     from jointopt import Study

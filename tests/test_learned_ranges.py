@@ -23,7 +23,8 @@ from jointopt.training.distillation import soft_labels
 from quant.calibration import choose_clip
 from quant.formats import Format, scheme
 from quant.learned_ranges import LEAST, ends, factors, learn_range, widened
-from quant.reference import QuantizedTensor, grouped_view, quantize, round_to_format
+from quant.reference import grouped_view, quantize, round_to_format
+from quant.tensors import QuantizedTensor
 from tests.same import same_codes
 from tests.test_trainer import arguments, data
 from tests.test_training import calibrated, labelled

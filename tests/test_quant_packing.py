@@ -28,7 +28,7 @@ from quant.packing import (
     statistics_bytes,
     storage_bytes,
 )
-from quant.reference import code_values
+from quant.tensors import code_values
 from tests.reread import reread
 from tests.same import same
 

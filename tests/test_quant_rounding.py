@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.formats import ELEMENTS, Format
-from quant.reference import QuantizedTensor, code_values, e8m0_exponent, round_to_format, value_codes
+from quant.reference import e8m0_exponent, round_to_format
+from quant.tensors import QuantizedTensor, code_values, value_codes
 from tests import exact
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -16,7 +16,8 @@ from quant import reference
 from quant.errors import JointoptError
 from quant.formats import SCHEMES, Format, Scheme, scheme
 from quant.kernels import fake_quantize, quantize
-from quant.reference import QuantizedTensor, grouped_view
+from quant.reference import grouped_view
+from quant.tensors import QuantizedTensor
 from tests import exact
 from tests.reread import reread
 

@@ -20,7 +20,7 @@ from jointopt.rebuilding.block_sizes import is_uniform, save_configs, sizes_of_b
 from jointopt.rebuilding.structure import check_formats, check_language_model, quantized_layers
 from jointopt.tokenizer_settings import settings_kept
 from quant.errors import JointoptError
-from quant.reference import QuantizedTensor
+from quant.tensors import QuantizedTensor
 
 MODEL = "model.gguf"
 KINDS = ("llama", "mistral")

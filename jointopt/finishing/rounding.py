@@ -23,11 +23,12 @@ from jointopt.supernet.subnetwork import Plan, detach, quantize_layer, renaming
 from jointopt.supernet.weight_bank import BankedWeight
 from quant.errors import JointoptError
 from quant.formats import Format, Scheme
-from quant.reference import Clip, QuantizedTensor
+from quant.reference import Clip
 from quant.rounding.compensated import gptq
 from quant.rounding.coordinate_descent import descent
 from quant.rounding.moments import NEVER_REACHED, Halves, joined
 from quant.rounding.recovery import recovered
+from quant.tensors import QuantizedTensor
 from search_spaces.family import within
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quant.formats import Scheme
-from quant.reference import QuantizedTensor
+from quant.tensors import QuantizedTensor
 
 Key = tuple[str, str, int | None]
 

@@ -17,7 +17,8 @@ from quant import reference
 from quant.formats import Format
 from quant.kernels import cpu, grouped
 from quant.kernels.grouped import KernelBackend
-from quant.reference import Clip, QuantizedTensor
+from quant.reference import Clip
+from quant.tensors import QuantizedTensor
 
 __all__ = ["fake_quantize", "fake_quantize_activation", "pack", "quantize", "quantize_and_hold"]
 

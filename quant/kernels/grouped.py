@@ -16,7 +16,8 @@ from torch import Tensor
 
 from quant.errors import JointoptError
 from quant.formats import Element, Format
-from quant.reference import WEIGHT_REACH, Clip, QuantizedTensor, global_scale_of, within_float16
+from quant.reference import WEIGHT_REACH, Clip, global_scale_of
+from quant.tensors import QuantizedTensor, within_float16
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels take; float64 is left to plain torch."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from quant.errors import JointoptError
 from quant.formats import Format
 from quant.kernels import quantize
-from quant.reference import Clip, QuantizedTensor, round_to_format, value_codes
+from quant.reference import Clip, round_to_format
+from quant.tensors import QuantizedTensor, value_codes
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, times its mean (GPTQ, section 3.3, step 3); where it is singular, tenfold until it

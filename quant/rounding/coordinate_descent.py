@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from quant.formats import Format
-from quant.reference import Clip, QuantizedTensor, code_values, round_to_format, value_codes
+from quant.reference import Clip, round_to_format
 from quant.rounding.compensated import DAMPING, gptq, spread_grid
+from quant.tensors import QuantizedTensor, code_values, value_codes
 
 SWEEPS = 4
 """How often it goes over all columns."""

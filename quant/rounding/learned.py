@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from quant.formats import Element
-from quant.reference import QuantizedTensor, code_values, round_to_format, straight_through, value_codes
+from quant.reference import round_to_format, straight_through
 from quant.rounding.compensated import spread_grid
+from quant.tensors import QuantizedTensor, code_values, value_codes
 
 _INSIDE = 0.98
 """How far towards the borders with its neighbours a position may begin, as a share of the way: at the border itself a

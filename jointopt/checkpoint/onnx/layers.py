@@ -18,7 +18,7 @@ from torch.onnx import ops
 from jointopt.checkpoint.onnx.convolutions import DOMAIN, MARKER
 from quant.formats import Format
 from quant.packing import pack_nibbles
-from quant.reference import QuantizedTensor
+from quant.tensors import QuantizedTensor
 
 CONTRIB = "com.microsoft"
 BLOCKS = (128, 64, 32, 16)
