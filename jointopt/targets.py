@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, check_choice
 from quant.formats import SCHEMES, scheme
 from search_spaces.defaults import presets, with_extremes
 from search_spaces.space import SearchSpace
@@ -112,8 +112,7 @@ TARGETS = {
 
 def target(name: str) -> Target:
     """The target of that name. Raises JointoptError where there is none."""
-    if name not in TARGETS:
-        raise JointoptError(f"target: found {name!r}{did_you_mean(name, TARGETS)}; allowed: {', '.join(TARGETS)}")
+    check_choice("target", name, TARGETS)
     return TARGETS[name]
 
 

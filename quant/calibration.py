@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, check_choice
 from quant.formats import Format
 from quant.kernels import fake_quantize
 from quant.reference import (
@@ -26,9 +26,7 @@ _SHRINK = torch.linspace(1.0, 0.5, 26, dtype=torch.float32).tolist()
 
 def check_weight_method(method: str) -> None:
     """Raises JointoptError for a method that `choose_clip` does not know."""
-    if method not in METHODS:
-        hint = did_you_mean(method, METHODS)
-        raise JointoptError(f"calibration: found {method!r}{hint}; allowed: {', '.join(METHODS)}")
+    check_choice("calibration", method, METHODS)
 
 
 @torch.no_grad()
@@ -195,9 +193,7 @@ def static_constants(clip: Clip, format: Format) -> dict[str, Tensor]:
 
 def check_activation_method(method: str) -> None:
     """Raises JointoptError for a method that `ActivationObserver` does not have."""
-    if method not in ACTIVATION_METHODS:
-        hint = did_you_mean(method, ACTIVATION_METHODS)
-        raise JointoptError(f"calibration: found {method!r}{hint}; allowed: {', '.join(ACTIVATION_METHODS)}")
+    check_choice("calibration", method, ACTIVATION_METHODS)
 
 
 def _held_centres(histogram: Histogram, low: Tensor, high: Tensor, format: Format) -> Tensor:

@@ -41,6 +41,13 @@ def check_kind(name: str, value: object, kind: type | tuple[type, ...], allowed:
         raise JointoptError(f"{name}: found {found}; allowed: {allowed}")
 
 
+def check_choice(name: str, found: object, allowed: Iterable[str]) -> None:
+    """Raises JointoptError for what is none of these names."""
+    names = tuple(allowed)
+    if not isinstance(found, str) or found not in names:
+        raise JointoptError(f"{name}: found {found!r}{did_you_mean(found, names)}; allowed: {', '.join(names)}")
+
+
 def check_count(name: str, value: object, most: float = math.inf) -> None:
     """Raises JointoptError for what is neither None nor a whole number from 1 to `most`."""
     if value is not None:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, check_choice, did_you_mean
 
 _FLOATS = {torch.float8_e4m3fn: (3, -6, 448.0), torch.float8_e5m2: (2, -14, 57344.0)}
 """Mantissa bits, exponent of the smallest normal number, and largest number."""
@@ -172,10 +172,7 @@ class Format:
             ("granularity", self.granularity, GRANULARITIES),
             ("scale", self.scale, tuple(SCALES)),
         ):
-            if found not in allowed:
-                raise JointoptError(
-                    f"format {key}: found {found!r}{did_you_mean(found, allowed)}; allowed: {', '.join(allowed)}"
-                )
+            check_choice(f"format {key}", found, allowed)
         kind = self.kind
         if kind.mantissa is not None and kind.bits == 4 and not kind.is_e2m1:
             raise JointoptError(f"format element: found {self.element!r}; allowed of 4-bit floating point: E2M1 alone")
@@ -265,8 +262,7 @@ class Scheme:
 
     def _check_compressed(self, name: str) -> None:
         assert self.weights is not None
-        if name not in COMPRESSED:
-            self._refuse("compressed", f"{name!r}{did_you_mean(name, COMPRESSED)}", ", ".join(COMPRESSED))
+        check_choice(f"scheme {self.name}: compressed", name, COMPRESSED)
         elements, scale = COMPRESSED[name]
         if self.weights.element not in elements or self.weights.scale != scale:
             found = f"weights of {self.weights.element}, scale {self.weights.scale!r}"
@@ -276,8 +272,7 @@ class Scheme:
 
     def _check_bitsandbytes(self, name: str) -> None:
         assert self.weights is not None
-        if name not in BITSANDBYTES:
-            self._refuse("bitsandbytes", f"{name!r}{did_you_mean(name, BITSANDBYTES)}", ", ".join(BITSANDBYTES))
+        check_choice(f"scheme {self.name}: bitsandbytes", name, BITSANDBYTES)
         weights, activations = BITSANDBYTES[name]
         if (replace(self.weights, group_size=None), self.activations) != (weights, activations):
             self._refuse("bitsandbytes", "formats of another kind", f"in {name}: {weights}, {activations}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, check_choice
 from quant.formats import ELEMENTS, Element, Format
 from quant.tensors import QuantizedTensor, code_values, value_codes
 
@@ -36,9 +36,7 @@ def round_to_format(tensor: Tensor, element: str) -> Tensor:
     Raises:
         JointoptError: another element, or a tensor that is not floating point.
     """
-    if not isinstance(element, str) or element not in ELEMENTS:
-        hint = did_you_mean(element, ELEMENTS)
-        raise JointoptError(f"element: found {element!r}{hint}; allowed: {', '.join(ELEMENTS)}")
+    check_choice("element", element, ELEMENTS)
     return _round_in_place(_floating(tensor, "tensor").clone(), ELEMENTS[element])
 
 

@@ -64,6 +64,11 @@ def test_what_is_like_no_name_is_refused_without_a_guess(found):
     assert "did you mean" not in message and "unknown; allowed: none" in message
 
 
+def test_a_choice_that_is_no_text_is_refused_like_an_unknown_one():
+    message = refusal(choose_clip, torch.ones(2, 32), INT8, ["average"])
+    assert message == "calibration: found ['average']; allowed: minmax, percentile, mse"
+
+
 def test_group_sizes_in_a_schemes_name():
     assert scheme("W4A16_G64").weights.group_size == 64
     assert scheme("W4A16_ASYM_G32").name == "W4A16_ASYM_G32"

@@ -30,7 +30,7 @@ from jointopt.objectives import COSTS
 from jointopt.study.choice import front_of, improves, within
 from jointopt.training.alone import train_alone
 from jointopt.training.loop import Batches
-from quant.errors import JointoptError, check_above_0, check_count, check_whole, did_you_mean
+from quant.errors import JointoptError, check_above_0, check_choice, check_count, check_whole
 
 if TYPE_CHECKING:
     from jointopt.study.study import Study
@@ -58,9 +58,7 @@ class Finishing:
     data: str = ""
 
     def __post_init__(self) -> None:
-        if self.rounding not in ROUNDINGS:
-            hint = did_you_mean(self.rounding, ROUNDINGS)
-            raise JointoptError(f"rounding: found {self.rounding!r}{hint}; allowed: {', '.join(ROUNDINGS)}")
+        check_choice("rounding", self.rounding, ROUNDINGS)
         check_count("finish: steps", self.steps)
         check_above_0("finish: learning_rate", self.learning_rate)
         check_whole("finish: seed", self.seed)

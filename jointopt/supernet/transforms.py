@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.supernet.importance import CalibrationPass
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, check_choice
 from quant.formats import Format, Scheme
 from quant.rotations import mean_keeping_rotation, rotation
 from quant.smoothing import awq_scale, smooth_scale
@@ -39,10 +39,7 @@ def checked(transforms: Iterable[str], family: Family) -> tuple[str, ...]:
     """
     asked = tuple(transforms)
     for name in asked:
-        if name not in TRANSFORMS:
-            raise JointoptError(
-                f"transforms: found {name!r}{did_you_mean(name, TRANSFORMS)}; allowed: {', '.join(TRANSFORMS)}"
-            )
+        check_choice("transforms", name, TRANSFORMS)
     if {"smooth", "awq"} <= set(asked):
         raise JointoptError("transforms: smooth and awq both choose the scales of the same channels; allowed: one")
     allowed = possible(family)

@@ -13,7 +13,7 @@ from jointopt.training.sampling.progressive import Progressive
 from jointopt.training.sampling.protocol import Sampling
 from jointopt.training.sampling.sandwich import Sandwich
 from jointopt.training.sampling.uniform import Uniform
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, check_choice
 
 SAMPLERS: dict[str, type] = {
     "sandwich": Sandwich,
@@ -34,10 +34,7 @@ def strategy_of(wanted: str | Sampling) -> Sampling:
                 f"sampling: found {wanted!r}; allowed: {', '.join(SAMPLERS)}, or a strategy such as Sandwich(count=2)"
             )
         return wanted
-    if wanted not in SAMPLERS:
-        raise JointoptError(
-            f"sampling: found {wanted!r}{did_you_mean(wanted, SAMPLERS)}; allowed: {', '.join(SAMPLERS)}"
-        )
+    check_choice("sampling", wanted, SAMPLERS)
     return SAMPLERS[wanted]()
 
 
