@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from jointopt.batches import Batch, without_labels
 from jointopt.config.config import Config
 from jointopt.digests import digest_of
 from jointopt.rows import class_folders, is_hub_id
@@ -23,7 +24,6 @@ from quant.errors import JointoptError
 from search_spaces.families import declare
 
 if TYPE_CHECKING:
-    from jointopt.batches import Batch
     from jointopt.evaluation.evaluation import Quality
     from jointopt.models import LoadedModel
     from jointopt.tasks.problems import Problem
@@ -126,7 +126,7 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
 
     def prepare_inputs(processor: Any) -> list[Batch]:
         made = task.batches(config.source("calibrate", task.calibration), processor, loaded.model, size)
-        return [{k: v for k, v in batch.items() if k != "labels"} for batch in made]
+        return [without_labels(batch) for batch in made]
 
     problem = task.problem(loaded.model)
     if function is None:

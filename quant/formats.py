@@ -20,6 +20,11 @@ _FLOATS = {torch.float8_e4m3fn: (3, -6, 448.0), torch.float8_e5m2: (2, -14, 5734
 """Mantissa bits, exponent of the smallest normal number, and largest number."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type's name without its library's: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Element:
     """A type of number.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.formats import SCALES, Format, Scheme
+from quant.formats import SCALES, Format, Scheme, dtype_name
 from quant.kernels import pack
 from quant.tensors import QuantizedTensor
 
@@ -91,7 +91,7 @@ def _packed_for_bitsandbytes(quantized: QuantizedTensor, kind: str, dtype: torch
         row_major = torch.tensor(0, dtype=torch.uint8)
         return {"weight": quantized.codes, "SCB": quantized.scale.flatten(), "weight_format": row_major}
     codes = quantized.codes.flatten()
-    state = json.dumps(_four_bit_state(quantized.format, kind, quantized.shape, str(dtype)[6:]))
+    state = json.dumps(_four_bit_state(quantized.format, kind, quantized.shape, dtype_name(dtype)))
     return {
         "weight": ((codes[0::2] << 4) | codes[1::2])[:, None],
         "weight.absmax": quantized.scale.flatten(),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import JointoptError, check_choice
-from quant.formats import ELEMENTS, Element, Format
+from quant.formats import ELEMENTS, Element, Format, dtype_name
 from quant.tensors import QuantizedTensor, code_values, value_codes
 
 NVFP4_GLOBAL_RANGE = 448.0 * 6.0
@@ -42,7 +42,7 @@ def round_to_format(tensor: Tensor, element: str) -> Tensor:
 
 def _floating(tensor: Tensor, what: str) -> Tensor:
     if not tensor.is_floating_point():
-        raise JointoptError(f"{what}: found numbers of type {str(tensor.dtype)[6:]}; allowed: floating point")
+        raise JointoptError(f"{what}: found numbers of type {dtype_name(tensor.dtype)}; allowed: floating point")
     return tensor
 
 

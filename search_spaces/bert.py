@@ -23,7 +23,7 @@ from search_spaces.family import (
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
-# Layers behind the encoder, where the task puts them: name, path, whether a whole sequence of tokens comes in.
+# Layers behind the encoder, where the task puts them: path, whether a whole sequence of tokens comes in.
 _HEADS = (
     ("pre_classifier", False),
     ("classifier", False),

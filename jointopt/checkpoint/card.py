@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from jointopt.names import NEAREST
 from jointopt.report.quantities import label, scale, time_source
 
 ROUNDED_BY = {
-    "nearest": "the nearest value",
+    NEAREST: "the nearest value",
     "gptq": "GPTQ (arXiv 2210.17323), layer after layer",
     "descent": "GPTQ and coordinate descent from there (QuantEase, arXiv 2309.01885), layer after layer",
     "learned": "GPTQ and learned rounding from there (AutoRound, arXiv 2309.05516), block after block",

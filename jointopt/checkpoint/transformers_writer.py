@@ -28,6 +28,7 @@ from jointopt.rebuilding.structure import (
     tensors_of,
 )
 from jointopt.rebuilding.timm_recipe import from_recipe, preprocessing, recipe_of
+from quant.formats import dtype_name
 
 MODELING = "modeling_jointopt.py"
 
@@ -116,7 +117,7 @@ class {name}({stock.__name__}):
 def _write_timm(place: Path, model: nn.Module) -> str:
     recipe = recipe_of(model)
     spec = rebuild_spec(model, from_recipe(recipe), pack=True)
-    dtype = str(next(model.parameters()).dtype)[6:]
+    dtype = dtype_name(next(model.parameters()).dtype)
     config = {"architecture": recipe["class"], "timm": recipe, "dtype": dtype, "jointopt": spec}
     config["pretrained_cfg"] = preprocessing(model)
     (place / "config.json").write_text(json.dumps(config, indent=1))

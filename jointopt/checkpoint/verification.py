@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 
+from jointopt.checkpoint.reload import send
 from jointopt.checkpoint.writer import RECORD, UNCHANGED, probe_inputs, probed, stored_bytes
 from jointopt.checkpoint.writers import WRITERS
 from jointopt.evaluation.evaluation import Quality, measured
@@ -233,21 +234,15 @@ class RemoteModel(nn.Module):
         head = {"names": list(tensors), "arguments": len(arguments), "values": values}
         positional = {f"argument{at}": tensor for at, tensor in enumerate(arguments)}
         sent = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in {**tensors, **positional}.items()}
-        self._send(json.dumps(head).encode(), save(sent))
+        try:
+            send(self._process.stdin, head, sent)
+        except BrokenPipeError:
+            raise ReloadError("the fresh process ended") from None
         answer, outputs = self._receive()
         found = [outputs[str(at)] for at in range(len(answer["keys"]))]
         if answer["keys"] == [None]:
             return found[0]
         return RemoteOutput(zip(answer["keys"], found, strict=True))
-
-    def _send(self, *parts: bytes) -> None:
-        assert self._process.stdin is not None
-        try:
-            for part in parts:
-                self._process.stdin.write(struct.pack("<Q", len(part)) + part)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise ReloadError("the fresh process ended") from None
 
     def _receive(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         head = json.loads(self._read(struct.unpack("<Q", self._read(8))[0]))

@@ -28,12 +28,14 @@ from jointopt.checkpoint.writers import WRITERS
 from jointopt.evaluation.evaluation import check_supernet
 from jointopt.files import check_path, locked, reading
 from jointopt.finishing.finishing import Finished
+from jointopt.names import NEAREST
 from jointopt.outputs import first_output
 from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
 from jointopt.rebuilding.timm_recipe import by_library
 from jointopt.study.study import Study
 from jointopt.tokenizer_settings import settings_of_its_files
 from quant.errors import DOES_NOT_RUN, JointoptError, check_kind, in_one_line
+from quant.formats import dtype_name
 
 if TYPE_CHECKING:
     from jointopt.supernet.supernet import Supernet
@@ -187,7 +189,7 @@ def _record(
     return {
         "base_model": base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None,
         "family": supernet.family.name,
-        "dtype": str(next(model.parameters()).dtype)[6:],
+        "dtype": dtype_name(next(model.parameters()).dtype),
         "genome": genome.tolist(),
         "choices": supernet.space.decode(genome),
         "costs": costs,
@@ -195,7 +197,7 @@ def _record(
         "metrics": {k: v for k, v in (metrics or {}).items() if k not in costs},
         "original": study.baselines.get("original", {}) if study is not None else supernet.original_costs(),
         "layers": supernet.layout(genome),
-        "rounding": "nearest",
+        "rounding": NEAREST,
         "probe": _probe(supernet, model),
         "software": {name: version(name) for name in ("torch", "transformers", "timm", "compressed-tensors")},
     }
@@ -245,7 +247,7 @@ def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
             cut = value[:1] if value.dim() and len(value) == count else value
             example[name] = cut = cut.cpu().contiguous()
             raw = base64.b64encode(cut.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
-            described[name] = {"bytes": raw, "dtype": str(cut.dtype).removeprefix("torch."), "shape": list(cut.shape)}
+            described[name] = {"bytes": raw, "dtype": dtype_name(cut.dtype), "shape": list(cut.shape)}
         elif isinstance(value, bool | int | float | str | None):
             described[name] = {"value": value}
         else:

@@ -13,7 +13,7 @@ from torch import nn
 from jointopt.rebuilding.runtime import COLUMN_COUNTS, ROW_COUNTS, STAND_INS, SplitQKV
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
-from quant.formats import Element, Format, Scheme
+from quant.formats import Element, Format, Scheme, dtype_name
 from quant.packing import layout, packed_tensors
 from quant.reference import LLM_INT8_OUTLIER
 from search_spaces.family import within
@@ -223,9 +223,14 @@ def _caches(model: nn.Module) -> dict[str, Any]:
     found = {}
     for path, module in model.named_modules():
         if "cache_record" in module.__dict__ and "k_proj" in module._modules:
-            tensors = {k: [str(t.dtype)[6:], list(t.shape)] for k, t in module._buffers.items() if k.startswith("key_")}
-            found[path] = {**module.__dict__["cache_record"], "tensors": tensors}
+            tensors = {name: each for name, each in module._buffers.items() if name.startswith("key_")}
+            found[path] = {**module.__dict__["cache_record"], "tensors": _kinds(tensors)}
     return found
+
+
+def _kinds(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Name -> type and shape of what a reload makes room for."""
+    return {name: [dtype_name(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
 
 
 def _made(module: nn.Module, replaced: nn.Module | None) -> nn.Module:
@@ -303,7 +308,7 @@ def _add_quantized(model: nn.Module, spec: dict[str, dict[str, Any]]) -> None:
             "weights": {**(_described(each.scheme.weights) or {}), "layout": layout(each.scheme)},
             "activations": None if isinstance(module, nn.Embedding) else _described(each.scheme.activations),
             "scheme": each.scheme.name,
-            "tensors": {n: [str(t.dtype)[6:], list(t.shape)] for n, t in own.items() if n != "bias"},
+            "tensors": _kinds({name: tensor for name, tensor in own.items() if name != "bias"}),
         }
         if path in tied:
             spec["tied"][path] = tied[path]

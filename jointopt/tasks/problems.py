@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jointopt.batches import Batch
+from jointopt.batches import Batch, without_labels
 from jointopt.evaluation.evaluation import Metrics, Quality
 from jointopt.outputs import IGNORED, MULTI_LABEL, REGRESSION, logits_of, row_groups
 from jointopt.tasks.labels import LabelReader, class_labels, multi_labels, value_labels
@@ -109,7 +109,7 @@ def quality_function(
     Raises:
         JointoptError: labels of which the metrics could tell nothing.
     """
-    inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    inputs = [without_labels(batch) for batch in batches]
     counted = [problem.counted(batch["labels"]) for batch in batches]
     if problem.check is not None:
         problem.check(torch.cat([each.wanted for each in counted]), key)

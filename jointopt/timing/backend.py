@@ -17,7 +17,7 @@ from jointopt.cost.operators import Operator
 from jointopt.names import MOST
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError, check_count
-from quant.formats import Scheme
+from quant.formats import Scheme, dtype_name
 
 if TYPE_CHECKING:
     from jointopt.supernet.supernet import Supernet
@@ -83,7 +83,7 @@ class Backend:
         if self.name == ONNXRUNTIME:
             sums = ", told to be exact" if saturates() else ""
             return f"{host()}, ONNX Runtime {version('onnxruntime')}{sums}, {self.threads} threads"
-        library = f"torch {version('torch')} {str(self.dtype).removeprefix('torch.')}"
+        library = f"torch {version('torch')} {dtype_name(self.dtype)}"
         on = f"on {torch.cuda.get_device_name(self.device)}" if self.on_gpu else f"{self.threads} threads"
         return f"{host()}, {library}, {on}"
 

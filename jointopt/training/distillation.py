@@ -22,6 +22,7 @@ from jointopt.batches import Batch
 from jointopt.outputs import MULTI_LABEL, REGRESSION, first_output, logits_of, problem_of, row_groups
 from jointopt.supernet.subnetwork import Plan, renaming
 from quant.errors import JointoptError, check_above_0, check_number
+from quant.formats import dtype_name
 from search_spaces.family import Family, Width, within
 from search_spaces.space import SearchSpace
 
@@ -86,7 +87,7 @@ def check_one_class(logits: Tensor, labels: Any) -> None:
         return
     if not labels.is_floating_point() or not are_probabilities(labels):
         raise JointoptError(
-            f"distillation: found labels {str(labels.dtype)[6:]} {list(labels.shape)} that are no probabilities, so "
+            f"distillation: found labels {dtype_name(labels.dtype)} {list(labels.shape)} that are no probabilities, so "
             f"that logits are no distribution; allowed: config.problem_type {MULTI_LABEL!r} or {REGRESSION!r} of a "
             "model of transformers, or Recipe(distillation=None)"
         )

@@ -16,6 +16,7 @@ from jointopt.outputs import IGNORED, MULTI_LABEL, REGRESSION, problem_of
 from jointopt.training.distillation import Distillation, are_probabilities
 from jointopt.training.sampling import Sampling, strategy_of
 from quant.errors import JointoptError, check_number, check_whole
+from quant.formats import dtype_name
 
 if TYPE_CHECKING:
     from jointopt.supernet.supernet import Supernet
@@ -43,13 +44,13 @@ def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0, problem: str
     fitting = logits.shape if real else logits.shape[:1] + logits.shape[2:]
     if labels.shape != fitting or (real and classes == 1):
         raise JointoptError(
-            f"train: labels are {str(given.dtype)[6:]} {list(given.shape)}, logits {list(logits.shape)}; allowed: "
+            f"train: labels are {dtype_name(given.dtype)} {list(given.shape)}, logits {list(logits.shape)}; allowed: "
             "classes, whole numbers, or a probability of each; for what is no classification Recipe(loss=...), a "
             "function of logits and batch"
         )
     if real and not are_probabilities(labels):
         raise JointoptError(
-            f"train: labels are {str(given.dtype)[6:]} {list(given.shape)} of which a sample's do not add up to 1; "
+            f"train: labels are {dtype_name(given.dtype)} {list(given.shape)} of which a sample's do not add up to 1; "
             "allowed: classes, or a probability of each; for several classes at once or measured values "
             f"config.problem_type {MULTI_LABEL!r} or {REGRESSION!r}, or Recipe(loss=...), a function of logits and "
             "batch"
@@ -71,8 +72,8 @@ def _loss_of_each(logits: Tensor, labels: Tensor, problem: str) -> Tensor:
     single = problem == REGRESSION and logits.shape[-1] == 1 and labels.numel() == logits.numel()
     if labels.shape != logits.shape and not single:
         raise JointoptError(
-            f"train: labels are {str(labels.dtype)[6:]} {list(labels.shape)}, logits {list(logits.shape)}, of a model "
-            f"whose problem_type is {problem!r}; allowed: one label for each of the logits"
+            f"train: labels are {dtype_name(labels.dtype)} {list(labels.shape)}, logits {list(logits.shape)}, of a "
+            f"model whose problem_type is {problem!r}; allowed: one label for each of the logits"
         )
     labels = labels.float().view_as(logits)
     if problem == REGRESSION:

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,7 @@ def onnx_bytes(path: Path) -> int:
 
     total = 0
     for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
-        count = 1
-        for size in tensor.dims:
-            count *= size
-        bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
-        total += count * bits // 8
+        total += prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return total
 
 
