@@ -17,7 +17,17 @@ from quant.reference import llm_int8_codes
 from quant.tensors import QuantizedTensor
 
 
-class _Quantized:
+class QuantizedLayer(nn.Module):
+    """What the quantized layers have in common.
+
+    Attributes:
+        scheme: the formats of its weight and its input.
+        quantized: the codes that its weight stands for.
+        input_scale, input_zero_point, input_global_scale: of a static activation format, else None.
+        input_factor: by which the range of its inputs is multiplied while that is trained.
+    """
+
+    weight: Tensor
     scheme: Scheme
     quantized: QuantizedTensor
     input_scale: Tensor | None
@@ -55,7 +65,7 @@ def held_input(
     return fake_quantize_activation(x, format, *constants)
 
 
-class QuantizedLinear(_Quantized, nn.Linear):
+class QuantizedLinear(QuantizedLayer, nn.Linear):
     """A linear layer with its input and its weight as the scheme holds them."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -88,14 +98,14 @@ def llm_int8_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> 
     return output.reshape(*x.shape[:-1], -1)
 
 
-class QuantizedConv2d(_Quantized, nn.Conv2d):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     """A convolution with its input and its weight as the scheme holds them."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(self._held(input))
 
 
-class QuantizedEmbedding(_Quantized, nn.Embedding):
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
     """An embedding whose table holds the format's values; its input is indices, so nothing else is quantized."""
 
 

@@ -198,7 +198,7 @@ def _parting(pre_tokenizer: dict[str, Any]) -> tuple[Any, ...]:
 
 def _tensors(model: Any) -> Iterator[tuple[str, np.ndarray, str | None]]:
     """(name in transformers, values or blocks, kind of block), tied ones once."""
-    layers: dict[str, Any] = quantized_layers(model)
+    layers = quantized_layers(model)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     for name, tensor in model.state_dict().items():
         path, _, last = name.rpartition(".")

@@ -31,6 +31,7 @@ from jointopt.rebuilding.structure import (
 )
 from jointopt.targets import TARGETS
 from quant.errors import JointoptError
+from quant.layers import QuantizedLayer
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -108,7 +109,7 @@ def check(model: Any, processor: Any = None) -> None:
     _check_computed(model)
     if not is_uniform(model):
         _check_blocks(model)
-    layers: dict[str, Any] = quantized_layers(model)
+    layers = quantized_layers(model)
     check_formats(model, "vllm")
     check_loadable(model)
     for path, layer in layers.items():
@@ -174,7 +175,7 @@ def _check_blocks(model: Any) -> None:
         raise JointoptError("target vllm: found a first block without attention; allowed: later blocks without")
 
 
-def _scheme_of(layer: Any) -> str:
+def _scheme_of(layer: QuantizedLayer | None) -> str:
     return "none" if layer is None else layer.scheme.name
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from jointopt.rebuilding.runtime import COLUMN_COUNTS, ROW_COUNTS, STAND_INS, SplitQKV
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
-from quant.formats import Element, Format, Scheme, dtype_name
+from quant.formats import Element, Format, dtype_name
+from quant.layers import QuantizedLayer
 from quant.packing import layout, packed_tensors
 from quant.reference import LLM_INT8_OUTLIER
 from search_spaces.family import within
@@ -25,9 +26,9 @@ _IN_TRAINING = ("DropPath", "DropBlock2d", "PatchDropout")
 """timm's modules that change nothing otherwise; its recipes leave out the rates that they are made by."""
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Path -> layer, of all that hold codes; a tied head comes after the embedding it takes them from."""
-    return {path: module for path, module in _embeddings_first(model) if hasattr(module, "quantized")}
+    return {path: module for path, module in _embeddings_first(model) if isinstance(module, QuantizedLayer)}
 
 
 def _embeddings_first(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -48,15 +49,15 @@ def by_compressed_tensors(model: nn.Module) -> bool:
     layers = quantized_layers(model)
     tied = _tied(model)
     for path, module in layers.items():
-        scheme: Any = module.scheme
+        scheme, weights = module.scheme, module.quantized.format
         if not isinstance(module, nn.Linear) or path in tied or path in tied.values() or scheme.compressed is None:
             return False
-        if not scheme.weights.symmetric:
+        if not weights.symmetric:
             return False
         by_row = scheme.activations is not None and scheme.activations.granularity == "token"
         if by_row and "flat_input" in module.__dict__:
             return False
-        if scheme.weights.element == "fp4_e2m1" and module.weight.dtype != torch.bfloat16:
+        if weights.element == "fp4_e2m1" and module.weight.dtype != torch.bfloat16:
             return False
     return True
 
@@ -92,8 +93,7 @@ def check_language_model(model: Any, target: str, kinds: Sequence[str]) -> None:
 
 def check_formats(model: nn.Module, target: str) -> None:
     """Raises JointoptError for a layer in a number format that the target does not compute, with its name."""
-    layers: dict[str, Any] = quantized_layers(model)
-    for path, layer in layers.items():
+    for path, layer in quantized_layers(model).items():
         try:
             check_schemes(TARGETS[target], [layer.scheme.name])
         except JointoptError as error:
@@ -106,8 +106,7 @@ def by_bitsandbytes(model: nn.Module) -> str | None:
     Raises:
         JointoptError: beside such a layer there is one in another format, or a cache of inputs.
     """
-    layers: dict[str, Any] = quantized_layers(model)
-    found: dict[str, Scheme] = {path: layer.scheme for path, layer in layers.items()}
+    found = {path: layer.scheme for path, layer in quantized_layers(model).items()}
     first = next((path for path, scheme in found.items() if scheme.bitsandbytes), None)
     if first is None:
         return None
@@ -175,10 +174,9 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
         if name in again or (last == "weight" and (path in layers or path in tied)):
             continue
         found[name] = tensor.detach().cpu().contiguous()
-    for path, module in layers.items():
-        each: Any = module
-        statistics = {} if isinstance(module, nn.Embedding) else each.statistics()
-        packed = packed_tensors(each.quantized, each.scheme, statistics, each.weight.dtype)
+    for path, layer in layers.items():
+        statistics = {} if isinstance(layer, nn.Embedding) else layer.statistics()
+        packed = packed_tensors(layer.quantized, layer.scheme, statistics, layer.weight.dtype)
         if path in tied:
             packed = {name: tensor for name, tensor in packed.items() if name.startswith("input_")}
         found.update({f"{path}.{renamed.get(name, name)}": tensor for name, tensor in packed.items()})
@@ -196,7 +194,7 @@ def rebuild_spec(model: nn.Module, built: nn.Module, pack: bool) -> dict[str, An
     there = dict(built.named_modules())
     for path, module in model.named_modules():
         kind = type(module).__name__
-        plain = kind.removeprefix("Quantized") if hasattr(module, "quantized") else kind
+        plain = kind.removeprefix("Quantized") if isinstance(module, QuantizedLayer) else kind
         if path not in there or type(there[path]).__name__ != plain:
             if plain in _IN_TRAINING and isinstance(there.get(path), nn.Identity | None):
                 continue  # which it is otherwise
@@ -300,14 +298,13 @@ def _left_out(model: nn.Module, there: Mapping[str, nn.Module], spec: dict[str, 
 
 def _add_quantized(model: nn.Module, spec: dict[str, dict[str, Any]]) -> None:
     tensors, tied = tensors_of(model), _tied(model)
-    for path, module in quantized_layers(model).items():
-        each: Any = module
+    for path, layer in quantized_layers(model).items():
         own = {name[len(path) + 1 :]: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] == path}
         spec["quantized"][path] = {
-            "shape": list(each.quantized.shape),
-            "weights": {**(_described(each.scheme.weights) or {}), "layout": layout(each.scheme)},
-            "activations": None if isinstance(module, nn.Embedding) else _described(each.scheme.activations),
-            "scheme": each.scheme.name,
+            "shape": list(layer.quantized.shape),
+            "weights": {**(_described(layer.scheme.weights) or {}), "layout": layout(layer.scheme)},
+            "activations": None if isinstance(layer, nn.Embedding) else _described(layer.scheme.activations),
+            "scheme": layer.scheme.name,
             "tensors": _kinds({name: tensor for name, tensor in own.items() if name != "bias"}),
         }
         if path in tied:
@@ -336,10 +333,9 @@ def compressed_config(model: nn.Module) -> dict[str, Any]:
     groups: dict[str, list[str]] = {}
     schemes = {}
     layers = quantized_layers(model)
-    for path, module in layers.items():
-        each: Any = module
-        groups.setdefault(each.scheme.name, []).append(path)
-        schemes[each.scheme.name] = each.scheme
+    for path, layer in layers.items():
+        groups.setdefault(layer.scheme.name, []).append(path)
+        schemes[layer.scheme.name] = layer.scheme
     config_groups = {}
     for at, (name, targets) in enumerate(groups.items()):
         scheme = schemes[name]

@@ -61,6 +61,7 @@ from quant.calibration import check_activation_method, check_weight_method, choo
 from quant.errors import JointoptError, check_kind
 from quant.formats import Scheme
 from quant.kernels import quantize_and_hold
+from quant.layers import QuantizedLayer
 from quant.learned_ranges import widened
 from quant.reference import Clip
 from search_spaces.clones import structural_clone
@@ -325,7 +326,7 @@ class Supernet:
         for layer in staying_layers(self.family, plan):
             if layer.norm is not None and layer.path in plan.schemes:
                 module, norm = (shell.get_submodule(renamed(each)) for each in (layer.path, layer.norm))
-                if hasattr(module, "quantized"):  # finishing does one after the other
+                if isinstance(module, QuantizedLayer):  # finishing does one after the other
                     shift_by_whole_products(module, norm)
         return shell
 

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import jointopt
 from jointopt import SearchSpace, Supernet
 from jointopt.finishing.rounding import ROUNDINGS
+from jointopt.rebuilding.structure import quantized_layers
 
 CASES = {
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -80,9 +81,7 @@ def main() -> None:
                 models = 2 * weights
             else:
                 finished = jointopt.finish(supernet, genome, seen, options.rounding)
-                codes = sum(
-                    layer.quantized.codes.nbytes for layer in finished.model.modules() if hasattr(layer, "quantized")
-                )
+                codes = sum(layer.quantized.codes.nbytes for layer in quantized_layers(finished.model).values())
                 models = 2 * weights + codes + sum(each.nbytes for each in finished.model.parameters())
             seconds, peak = time.perf_counter() - clock, resident("VmHWM") - started
             label = f"{case}, {blocks} of {model.config.num_hidden_layers} blocks, {options.batches} x {options.tokens}"

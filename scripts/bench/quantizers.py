@@ -43,7 +43,7 @@ from torch import nn
 
 import jointopt
 from jointopt import Gene, SearchSpace, Supernet
-from jointopt.rebuilding.structure import compressed_config
+from jointopt.rebuilding.structure import compressed_config, quantized_layers
 from quant.errors import JointoptError
 from quant.formats import scheme
 from search_spaces.families import declare
@@ -229,7 +229,7 @@ def theirs(tool: str, name: str, given: Original, arguments: argparse.Namespace)
 
 def formats_of(model: nn.Module) -> dict[str, Any]:
     """What the job says of the layers: in compressed-tensors' words, and bitsandbytes' name of its format."""
-    layers: dict[str, Any] = {path: module for path, module in model.named_modules() if hasattr(module, "quantized")}
+    layers = quantized_layers(model)
     kinds = {module.scheme.bitsandbytes for module in layers.values()}
     if kinds == {None}:
         return {"config_groups": compressed_config(model)["config_groups"]}

@@ -17,6 +17,7 @@ from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
 from jointopt.checkpoint.onnx.shared_weights import write_shared_weights
 from quant.errors import DOES_NOT_RUN, JointoptError, first_line
+from quant.layers import QuantizedLayer
 from search_spaces.clones import exchange, structural_clone, without_chunks
 
 OPSET = 21
@@ -211,7 +212,7 @@ def with_twins(model: nn.Module) -> nn.Module:
     made: dict[int, OnnxLayer] = {}
     others: dict[int, OnnxLayer] = {}
     for path, layer in list(shell.named_modules()):
-        if not hasattr(layer, "quantized"):
+        if not isinstance(layer, QuantizedLayer):
             continue
         kind = next(twin for stock, twin in TWINS.items() if isinstance(layer, stock))
         weight = id(layer._parameters["weight"])

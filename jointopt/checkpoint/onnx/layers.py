@@ -17,6 +17,7 @@ from torch.onnx import ops
 
 from jointopt.checkpoint.onnx.convolutions import DOMAIN, MARKER
 from quant.formats import Format
+from quant.layers import QuantizedLayer
 from quant.packing import pack_nibbles
 from quant.tensors import QuantizedTensor
 
@@ -36,12 +37,12 @@ class OnnxLayer(nn.Module):
 
     decoded: Tensor
 
-    def __init__(self, layer: Any, source: OnnxLayer | None = None):
+    def __init__(self, layer: QuantizedLayer, source: OnnxLayer | None = None):
         super().__init__()
         for name, value in vars(layer).items():  # which code around a layer may read: stride, in_features
             if isinstance(value, int | tuple | str) and not name.startswith("_"):
                 setattr(self, name, value)
-        quantized: QuantizedTensor = layer.quantized.to(torch.device("cpu"))
+        quantized = layer.quantized.to(torch.device("cpu"))
         self.weights, self.shape = quantized.format, quantized.shape
         self.activations: Format | None = None
         self.input_scale: Tensor | None
@@ -123,7 +124,7 @@ class OnnxEmbedding(OnnxLayer):
     """Rows of codes and of scales are looked up, and multiplied. Those of FP8 are looked up as bytes, since ONNX
     Runtime gathers no floats of 8 bits, and become numbers by a table of all 256."""
 
-    def __init__(self, layer: Any, source: OnnxLayer | None = None):
+    def __init__(self, layer: QuantizedLayer, source: OnnxLayer | None = None):
         super().__init__(layer, source)
         if self.codes.dtype not in (torch.int8, torch.uint8):
             self.decoded = torch.arange(256, dtype=torch.uint8).view(self.codes.dtype).float()
@@ -199,8 +200,9 @@ class OnnxConv2d(OnnxLayer):
     dilation: tuple[int, ...]
     groups: int
 
-    def __init__(self, layer: Any, source: OnnxLayer | None = None):
+    def __init__(self, layer: QuantizedLayer, source: OnnxLayer | None = None):
         super().__init__(layer, source)
+        assert isinstance(layer, nn.Conv2d)
         left, right, top, bottom = layer._reversed_padding_repeated_twice
         self.pads, self.around = [top, left, bottom, right], (left, right, top, bottom)
         if layer.padding_mode != "zeros":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from jointopt.batches import on_device
@@ -18,6 +19,7 @@ from jointopt.rebuilding.block_sizes import save_configs
 from jointopt.rebuilding.structure import check_formats
 from jointopt.rebuilding.timm_recipe import by_library, by_timm, preprocessing, recipe_of
 from quant.errors import JointoptError
+from quant.layers import QuantizedLayer
 from search_spaces.llama import CHANGING
 
 MODEL = "model.onnx"
@@ -102,8 +104,8 @@ def snippet(folder: str, model: Any) -> str:
     return _SNIPPET.format(folder=folder, exact=exact, options=", options" if exact else "") + images
 
 
-def _multiplies_integers(module: Any) -> bool:
-    given = module.scheme.activations if hasattr(module, "quantized") else None
+def _multiplies_integers(module: nn.Module) -> bool:
+    given = module.scheme.activations if isinstance(module, QuantizedLayer) else None
     return given is not None and not given.kind.is_float
 
 
