@@ -16,7 +16,7 @@ from jointopt.batches import check_batch, first_samples, lengths, none_alone, of
 from jointopt.cost.positions import Positions, measure_positions
 from jointopt.learned_ranges import settle
 from jointopt.supernet.batch_norm import SAMPLES
-from jointopt.supernet.importance import CalibrationPass, check_sortable, sort_width, sort_widths
+from jointopt.supernet.importance import CalibrationPass, check_sortable, sort_width, sort_widths, trains_others
 from jointopt.supernet.ranges import Ranges
 from jointopt.supernet.repair import Repairs
 from jointopt.supernet.state import stamp
@@ -172,8 +172,7 @@ def sort_again(
 ) -> None:
     """`Supernet.sort_again`."""
     if optimizer is not None:
-        own = {id(each) for each in supernet.model.parameters()}
-        if any(id(each) not in own for group in optimizer.param_groups for each in group["params"]):
+        if trains_others(optimizer, supernet.model):
             raise JointoptError(
                 "sort_again: found an optimizer of other parameters; allowed: of supernet.model.parameters()"
             )

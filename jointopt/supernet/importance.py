@@ -209,6 +209,12 @@ def sort_width(
         _reorder(model.get_submodule(part.module), "weight", channel_order(order, part.channels), 1, beside)
 
 
+def trains_others(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer has parameters that are not the model's."""
+    own = {id(each) for each in model.parameters()}
+    return any(id(each) not in own for group in optimizer.param_groups for each in group["params"])
+
+
 def check_sortable(optimizer: torch.optim.Optimizer) -> None:
     """Raises JointoptError for an optimizer whose state does not follow its parameters' channels."""
     for parameter, state in optimizer.state.items():

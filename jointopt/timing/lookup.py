@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from jointopt.cost.operators import Answer, Operator, times_to_fit
 from jointopt.files import reading, write_whole
 from jointopt.timing.backend import ONNXRUNTIME, TORCH, Backend, host
 from quant.errors import JointoptError, check_count
+from quant.kernels.cpu import cache_folder
 
 if TYPE_CHECKING:
     from jointopt.supernet.supernet import Supernet
@@ -42,7 +42,7 @@ Key = str
 
 def default_path() -> Path:
     """Where timings of this machine are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jointopt" / "operators.json"
+    return cache_folder() / "operators.json"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from jointopt.supernet.importance import trains_others
 from jointopt.supernet.supernet import Supernet
 from jointopt.training.recipe import Recipe, task_loss
 from quant.errors import JointoptError
@@ -81,10 +82,7 @@ def supernet_of(
 
 def check_optimizer(optimizer: Any, supernet: Supernet) -> None:
     """Raises JointoptError for an optimizer of the model that was copied, which would train nothing."""
-    if optimizer is None:
-        return
-    own = {id(each) for each in supernet.model.parameters()}
-    if any(id(each) not in own for group in optimizer.param_groups for each in group["params"]):
+    if optimizer is not None and trains_others(optimizer, supernet.model):
         raise JointoptError(
             "optimizers: found one of other parameters than the super-network's, whose model is a copy; allowed: one "
             "of supernet.model.parameters(), with supernet= in place of model, or optimizer_cls_and_kwargs"

@@ -105,10 +105,15 @@ def _compiled() -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """Where what is made once for a machine stays. Raises RuntimeError where there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jointopt"
+
+
 def _folder() -> Path:
     """Where compiled libraries stay; where nothing can be written there, a folder that goes with this process."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jointopt"
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
