@@ -33,7 +33,9 @@ EXPECTED = {
     "prior": 0.5,
 }
 """Share of an objective's variance that each group of features is expected to explain, before any evaluation."""
-EXPECTED_NOISE = 0.03
+EXPECTED_NOISE = 0.01
+EXPECTED_MISFIT = 0.02
+"""The same of what no feature explains: alike for all evaluations, and the more the farther from the best."""
 EXPECTATION_WIDTH = 1.5
 """Standard deviation of the logarithms of those shares."""
 LATEST = 200
@@ -211,10 +213,21 @@ def _scattered(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _factored(variances: np.ndarray, grams: np.ndarray) -> np.ndarray:
-    """Cholesky factor of the covariance of the targets; the last of the variances is the noise's."""
-    covariance = np.tensordot(variances[:-1], grams, 1) + (variances[-1] + 1e-8) * np.eye(grams.shape[1])
-    return cholesky(covariance, lower=True)
+def _remoteness(targets: np.ndarray) -> np.ndarray:
+    """Square of how far each is from the best, 1 for one that is as far as the mean: [n].
+
+    What sums over genes miss grows like this. Interactions vanish where nothing is lost, so that the best evaluations
+    tell of small effects that those of hopeless genomes would drown.
+    """
+    away = targets - targets.min()
+    return (away / (away.mean() or 1.0)) ** 2
+
+
+def _factored(variances: np.ndarray, grams: np.ndarray, remoteness: np.ndarray) -> np.ndarray:
+    """Cholesky factor of the covariance of the targets; the last two of the variances are of what nothing explains: in
+    proportion to `remoteness` [n], and alike for all."""
+    unexplained = variances[-2] * remoteness + variances[-1] + 1e-8
+    return cholesky(np.tensordot(variances[:-2], grams, 1) + np.diag(unexplained), lower=True)
 
 
 @dataclass(frozen=True)
@@ -274,7 +287,8 @@ class Predictor:
 
     Attributes:
         scale: the scale on which the objective was learned, the likeliest of `scales`, but for their `doubt`.
-        weights: group of features -> the share of variance that it explains; `noise`: that which nothing does.
+        weights: group of features -> the share of variance that it explains.
+        noise: of each evaluation, the variance that nothing explains [n].
         table: posterior mean of each slot's effect, on that scale.
     """
 
@@ -305,9 +319,10 @@ class Predictor:
         fits = [self._fit(scale, costs[late], grams[:, late, late]) for scale in tried]
         _, self.scale, variances, self._mean, self._spread = min(fits, key=lambda fit: fit[0] + fit[1].doubt)
         self._standard = (self.scale.forward(costs) - self._mean) / self._spread
-        self.weights = dict(zip(groups, variances[:-1].tolist(), strict=True))
-        self.noise = float(variances[-1])
-        self._factor = _factored(variances, grams)
+        self.weights = dict(zip(groups, variances[:-2].tolist(), strict=True))
+        remoteness = _remoteness(self._standard)
+        self.noise = variances[-2] * remoteness + variances[-1]
+        self._factor = _factored(variances, grams, remoteness)
         self.table, self._constant = self._explained(self._standard)
         high, low = self._standard.max(), self._standard.min()
         self._bounds = low - 1.5 * (high - low) - 0.1, high + 1.5 * (high - low) + 0.1
@@ -324,17 +339,19 @@ class Predictor:
         mean, spread = targets.mean(), targets.std() or 1.0
         standard = (targets - mean) / spread
         jacobian = scale.log_slope(costs).sum() - len(costs) * np.log(spread)
-        centers = np.log([*(EXPECTED[name] for name in self._features), EXPECTED_NOISE])
+        remoteness = _remoteness(standard)
+        centers = np.log([*(EXPECTED[name] for name in self._features), EXPECTED_MISFIT, EXPECTED_NOISE])
 
         def unlikely(parameters: np.ndarray) -> tuple[float, np.ndarray]:
             """The negative logarithm of the evidence, and its slopes (Rasmussen and Williams 2006, eqs. 5.8, 5.9)."""
             variances = np.exp(parameters)
-            factor = _factored(variances, grams)
+            factor = _factored(variances, grams, remoteness)
             solved = cho_solve((factor, True), standard)
             inverse = cho_solve((factor, True), np.eye(len(costs)))
             value = 0.5 * standard @ solved + np.log(np.diag(factor)).sum()
             inner = inverse - np.outer(solved, solved)
-            slopes = np.array([(inner * gram).sum() for gram in grams] + [np.trace(inner)])
+            unexplained = np.diag(inner)
+            slopes = np.array([*((inner * gram).sum() for gram in grams), unexplained @ remoteness, unexplained.sum()])
             drift = (parameters - centers) / EXPECTATION_WIDTH**2
             value += 0.5 * (drift * (parameters - centers)).sum()
             return value, 0.5 * slopes * variances + drift
@@ -368,7 +385,7 @@ class Predictor:
         }
         tables, constants = self._summed(effects)
         at_known = np.sum([x @ effects[name] for name, x in self._features.items()], axis=0)
-        noise = np.sqrt(self.noise) * random.normal(size=at_known.shape)
+        noise = np.sqrt(self.noise)[:, None] * random.normal(size=at_known.shape)
         corrections, shifts = self._explained(self._standard[:, None] - at_known - noise)
         tables, constants = tables + corrections, constants + shifts
         mean = self.table[:, None]

@@ -164,7 +164,7 @@ def test_draws_spread_as_the_posterior_does():
     for each, weight in zip(features, PREDICTOR.weights.values(), strict=True):
         centered = (each - each[:40].mean(0)) / np.sqrt(each[:40].var(0).sum())
         covariance += weight * centered @ centered.T
-    among, across = covariance[:40, :40] + (PREDICTOR.noise + 1e-8) * np.eye(40), covariance[40:, :40]
+    among, across = covariance[:40, :40] + np.diag(PREDICTOR.noise + 1e-8), covariance[40:, :40]
     targets = PREDICTOR.scale.forward(additive(SPACE)(known))
     standard = (targets - targets.mean()) / targets.std()
     np.testing.assert_allclose(drawn.mean(1), across @ np.linalg.solve(among, standard), atol=0.02)

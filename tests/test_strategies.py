@@ -126,7 +126,7 @@ def test_batches_are_picked_to_share_first_parts_and_the_front_is_no_worse():
 
     alone, volume = found()
     shared, as_good = found(parts=[[], *np.arange(40).reshape(8, 5).tolist()])
-    assert shared < 0.7 < 0.9 < alone and as_good > 0.97 * volume
+    assert shared < 0.7 < 0.85 < alone and as_good > 0.97 * volume
 
 
 def test_computed_costs_are_compared_by_ratio():
