@@ -420,7 +420,7 @@ def verdict(verification: Verification, study: Study, folder: Path) -> str:
     """The last line of a run: what was verified, and what the original has instead."""
     from jointopt.report.quantities import written
 
-    original = study.baselines.get("original", {})
+    original = study.original
     name = study.quality.name
     told = [f"{verification.size / 1e6:.4g} MB (original {written('size', original.get('size', math.nan))})"]
     if name in verification.metrics:

@@ -251,6 +251,13 @@ def test_a_device_by_its_name_alone_is_refused(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_each_evaluation_of_a_study_succeeded_or_failed(count):
+    study = make_study(count=count)
+    assert study.failed()["number"].tolist() == list(range(1, count + 1))[:1]
+    assert study.succeeded()["number"].tolist() == list(range(1, count + 1))[1:]
+
+
 def test_a_rounding_that_nothing_was_finished_by_is_refused():
     study = make_study()
     with pytest.raises(JointoptError, match="found finished='gptq'; allowed: none, since nothing was finished"):

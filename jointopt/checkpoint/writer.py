@@ -195,7 +195,7 @@ def _record(
         "costs": costs,
         **({"latency": supernet.latency.described()} if supernet.latency else {}),
         "metrics": {k: v for k, v in (metrics or {}).items() if k not in costs},
-        "original": study.baselines.get("original", {}) if study is not None else supernet.original_costs(),
+        "original": study.original if study is not None else supernet.original_costs(),
         "layers": supernet.layout(genome),
         "rounding": NEAREST,
         "probe": _probe(supernet, model),

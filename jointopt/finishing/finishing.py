@@ -217,7 +217,7 @@ def finish_recorded(
     how: Finishing,
 ) -> Finished | None:
     """Finishes and scores a genome, and records it; None where the study has it already."""
-    if _recorded(study, genome, how.name) is not None:
+    if study.finished_metrics(genome, how.name) is not None:
         return None
     made = finish_by(how, supernet, genome, batches, quality, progress=how.steps is not None)
     assert made.metrics is not None
@@ -235,18 +235,12 @@ def better_finished(
 ) -> Finished | None:
     """What finishing makes of a genome, with the metrics that the study has of it; None where its quality is no better
     than that of its evaluation, or the study has none. `kept` is one that need not be made again."""
-    record, evaluated = _recorded(study, genome, how.name), study.results(genome[None])[0]
+    record, evaluated = study.finished_metrics(genome, how.name), study.results(genome[None])[0]
     if record is None or not evaluated or not improves(record, evaluated, study.measured or study.objectives[:1]):
         return None
     if kept is not None and np.array_equal(kept.genome, genome):
         return kept
     return replace(finish_by(how, supernet, genome, batches), metrics=record)
-
-
-def _recorded(study: Study, genome: np.ndarray, rounding: str) -> dict[str, float] | None:
-    """Metrics that the study has of a finished genome."""
-    key = (genome.tolist(), rounding)
-    return next((r["metrics"] for r in study.finished() if (r["genome"], r["rounding"]) == key), None)
 
 
 def _told(study: Study, made: Finished) -> str:
@@ -259,8 +253,7 @@ def _told(study: Study, made: Finished) -> str:
 def _nearest_on_front(study: Study, genome: np.ndarray, top: int) -> list[np.ndarray]:
     """The genome and its `top` - 1 neighbours on the front of those that keep to the study's constraints, from small to
     large; of two as near, the smaller first. The genome itself need not be on it: a wish for what is no objective."""
-    frame = study.evaluations()
-    frame = within(frame[frame["failed"].isna()], study.constraints)
+    frame = within(study.succeeded(), study.constraints)
     near = pd.concat([front_of(frame, study.objectives), frame[frame["genome"] == tuple(genome)]])
     costs = [o.name for o in study.objectives if o.name in COSTS]
     near = near.drop_duplicates("genome").sort_values(costs[0] if costs else study.quality.name, kind="stable")

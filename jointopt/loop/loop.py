@@ -191,7 +191,7 @@ def _score_original(
         study.note("baselines", {"original": {**original, **metrics_of_original(supernet, quality)}})
     elif len(study) and budget.spent(study, 0.0) is None:
         _check_goes_on(study, wanted, metrics_of_original(supernet, quality))
-    check_metrics(wanted, study.baselines["original"])
+    check_metrics(wanted, study.original)
     if study.fact("shapes") is None:
         study.note("shapes", supernet.shapes())
 
@@ -200,8 +200,8 @@ def _check_goes_on(study: Study, wanted: Sequence[Objective], found: Mapping[str
     """Raises JointoptError where the quality function no longer gives an objective, and warns where it says something
     else of the original than when the study was begun."""
     check_metrics(wanted, found)
-    for name in {each.name for each in wanted} & {*found} & {*study.baselines["original"]}:
-        before = study.baselines["original"][name]
+    for name in {each.name for each in wanted} & {*found} & {*study.original}:
+        before = study.original[name]
         if not np.isclose(found[name], before, rtol=1e-3, atol=1e-6, equal_nan=True):
             warnings.warn(
                 f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study began: by "

@@ -59,8 +59,7 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
     Raises:
         JointoptError: no evaluation, or none that fits into the device's memory.
     """
-    rows = study.evaluations()
-    rows = rows[rows["failed"].isna()] if len(rows) else rows
+    rows = study.succeeded()
     if rows.empty:
         raise JointoptError("report: the study has no evaluation yet")
     columns = supernet.costs_by(model).columns(np.array(rows["genome"].tolist(), dtype=np.int64))
@@ -80,7 +79,7 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
     front = front_of(rows, wanted).sort_values(first)
     kept = within(rows, [each for each in study.constraints if each.name not in ON_HARDWARE])
     chosen = tuple(best_of(kept, wanted, study.quality, None, knee=True).tolist())
-    original = {name: v for name, v in study.baselines.get("original", {}).items() if name not in ON_HARDWARE}
+    original = {name: v for name, v in study.original.items() if name not in ON_HARDWARE}
     there = supernet.original_costs(model)
     if there["peak_memory"] <= model.capacity:
         original |= there

@@ -35,10 +35,8 @@ Layers = Sequence[Mapping[str, Any]]
 def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequence[int] | None) -> go.Figure:
     """All evaluations in two of the objectives: the front, the baselines, and the chosen point. Each point carries
     its evaluation's number as customdata."""
-    frame = study.evaluations()
-    frame = frame[frame["failed"].isna()] if len(frame) else frame
-    front = study.front()
-    behind = frame[~frame["number"].isin(front["number"])] if len(frame) else frame
+    frame, front = study.succeeded(), study.front()
+    behind = frame[~frame["number"].isin(front["number"])]
     figure = go.Figure()
     _add_points(figure, study.space, behind, across, up, f"evaluated ({len(frame)})", {"color": GRAY, "size": 7})
     if len(front):
@@ -68,8 +66,7 @@ def finished_metrics(study: Study, chosen: Sequence[int] | np.ndarray | None) ->
     """What the chosen sub-network has as it was exported; nothing where it was not finished."""
     if chosen is None:
         return {}
-    key = (list(map(int, chosen)), study.fact("choice", {}).get("rounding"))
-    return next((each["metrics"] for each in study.finished() if (each["genome"], each["rounding"]) == key), {})
+    return study.finished_metrics(chosen, study.fact("choice", {}).get("rounding")) or {}
 
 
 def _add_points(

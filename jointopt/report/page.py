@@ -123,7 +123,7 @@ def _page(
         _hypervolume_section(study),
         _front_table(study, picked),
         _finished(study, frame),
-        _failures(frame),
+        _failures(study),
         _settings(study),
     ]
     record = _record(study, frame, picked)
@@ -144,10 +144,10 @@ def _plot(figure: Any, name: str) -> str:
 
 
 def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
-    failed = int(frame["failed"].notna().sum()) if len(frame) else 0
+    failed = len(study.failed())
     cards = [(str(len(frame)), "evaluations" + (f", {failed} of them failed" if failed else ""))]
     cards += [(str(len(study.front())), "on the front"), (counted(study.space.count()), "genomes in the space")]
-    original = study.baselines.get("original", {})
+    original = study.original
     rows = frame[frame["genome"] == picked] if picked is not None and len(frame) else frame.iloc[:0]
     measured = finished_metrics(study, picked)
     for objective in study.objectives:
@@ -228,7 +228,7 @@ def _front_table(study: Study, picked: tuple[int, ...] | None) -> str:
         cells += [on_unseen(unseen.get(row["genome"]), name) for name in again]
         kind = ' class="chosen"' if row["genome"] == picked else ""
         lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    if original := study.baselines.get("original", {}):
+    if original := study.original:
         cells = ["original", *(f"{original[name] / scale(name):,.6g}" if name in original else "-" for name in names)]
         cells += [on_unseen(unseen.get(None), name) for name in again]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
@@ -262,8 +262,8 @@ def _finished(study: Study, frame: Any) -> str:
     )
 
 
-def _failures(frame: Any) -> str:
-    failed = frame[frame["failed"].notna()] if len(frame) else frame
+def _failures(study: Study) -> str:
+    failed = study.failed()
     if not len(failed):
         return ""
     lines = [f"<tr><td>{row.number}</td><td>{escape(str(row.failed))}</td></tr>" for row in failed.itertuples()]

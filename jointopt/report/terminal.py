@@ -53,7 +53,7 @@ def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) 
         values = [_shown(found, each) for each in names] + [on_unseen(unseen.get(None), n) for n in again]
         table.add_row(Text(f"the {name}"), *values)
     told = ["* chosen"] if any(row["genome"] == picked for row in rows) else []
-    if reasons := Counter(study.evaluations()["failed"].dropna()):
+    if reasons := Counter(study.failed()["failed"]):
         reason, count = reasons.most_common(1)[0]
         told.append(f"failed evaluations: {reasons.total()}, {count} of them with {reason}")
     table.caption = Text("\n".join(told)) if told else None

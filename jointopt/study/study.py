@@ -201,7 +201,11 @@ class Study:
     def note(self, key: str, value: Any) -> None:
         """Records a fact, JSON, in place of an older one."""
         with explained(self.path), self._connection:
-            self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
+            self._put(key, value)
+
+    def _put(self, key: str, value: Any) -> None:
+        """`note` within a transaction."""
+        self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
 
     @property
     def stopped(self) -> str | None:
@@ -217,13 +221,18 @@ class Study:
         """Name ("original") -> metrics and costs."""
         return self.fact("baselines", {})
 
+    @property
+    def original(self) -> dict[str, float]:
+        """Metrics and costs of the original model; {} before it was scored."""
+        return self.baselines.get("original", {})
+
     def add_generation(self, genomes: np.ndarray, predicted: np.ndarray, state: Mapping[str, Any]) -> int:
         """Records a batch before it is evaluated, with the strategy's state after it was asked."""
         with explained(self.path), self._connection:
             number = self._connection.execute("SELECT count(*) FROM generations").fetchone()[0]
             row = (number, json.dumps(genomes.tolist()), json.dumps(predicted.tolist()))
             self._connection.execute("INSERT INTO generations VALUES (?, ?, ?)", row)
-            self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('state', ?)", (json.dumps(state),))
+            self._put("state", state)
         return number
 
     def add_evaluation(
@@ -250,7 +259,7 @@ class Study:
                 (number, generation, json.dumps(genome.tolist()), values, failed, seconds),
             )
             if elapsed is not None:
-                self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('elapsed', ?)", (json.dumps(elapsed),))
+                self._put("elapsed", elapsed)
 
     @_reading
     def first_number(self, generation: int) -> int:
@@ -337,6 +346,16 @@ class Study:
         columns = ["number", "generation", "genome", *(o.name for o in self.objectives), "failed", "seconds"]
         return pd.DataFrame(records) if records else pd.DataFrame(columns=columns)
 
+    def succeeded(self) -> pd.DataFrame:
+        """The evaluations that did not fail, in order."""
+        frame = self.evaluations()
+        return frame[frame["failed"].isna()]
+
+    def failed(self) -> pd.DataFrame:
+        """The evaluations that failed, in order, each with its reason."""
+        frame = self.evaluations()
+        return frame[frame["failed"].notna()]
+
     @_reading
     def _predictions(self) -> dict[str, list[float]]:
         found = {}
@@ -363,7 +382,7 @@ class Study:
 
     def reference_point(self) -> list[float] | None:
         """The point that hypervolume is measured from, in the objectives' units: see `reference_point`."""
-        return reference_point(self.evaluations(), self.objectives, self.measured, self.baselines.get("original", {}))
+        return reference_point(self.evaluations(), self.objectives, self.measured, self.original)
 
     def hypervolume_history(self) -> np.ndarray:
         """Hypervolume after each evaluation, [evaluations], from `reference_point`."""
@@ -389,13 +408,17 @@ class Study:
         """What finishing made of genomes: "genome", "rounding", "metrics" (costs among them), "seconds"."""
         return self.fact("finished", [])
 
+    def finished_metrics(self, genome: Sequence[int] | np.ndarray, rounding: str | None) -> dict[str, float] | None:
+        """What a genome has as it was finished by this rounding; None where it was not."""
+        key = (list(map(int, genome)), rounding)
+        return next((each["metrics"] for each in self.finished() if (each["genome"], each["rounding"]) == key), None)
+
     def add_finished(self, genome: np.ndarray, rounding: str, metrics: Mapping[str, float], seconds: float) -> None:
         """Records a finished sub-network, beside the evaluation of its genome."""
         record = {"genome": genome.tolist(), "rounding": rounding, "metrics": dict(metrics), "seconds": seconds}
         with explained(self.path), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
-            rows = json.dumps([*self.finished(), record])
-            self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('finished', ?)", (rows,))
+            self._put("finished", [*self.finished(), record])
 
     def best(
         self,
@@ -428,13 +451,12 @@ class Study:
         if finished is not None and finished not in made:
             allowed = ", ".join(sorted(made)) or "none, since nothing was finished"
             raise JointoptError(f"best: found finished={finished!r}; allowed: {allowed}")
-        frame = self.evaluations()
-        frame = frame[frame["failed"].isna()] if len(frame) else frame
+        frame = self.succeeded()
         if frame.empty:
             raise JointoptError("study: no evaluation to choose from")
         if finished is not None:
             frame = with_finished(frame, self.finished(), finished, self.measured or self.objectives[:1])
-        original = self.baselines.get("original", {}).get(self.quality.name)
+        original = self.original.get(self.quality.name)
         exact = [each.name for each in self.objectives if each not in self.measured]
         kept = within(frame, self.constraints)
         return best_of(kept, self.objectives, self.quality, original, exact, size_mb, drop, knee)
