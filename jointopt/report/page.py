@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,16 @@ def _hypervolume_section(study: Study) -> str:
     )
 
 
+def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]], marked: int | None = None) -> str:
+    """Titles are text, cells HTML; the row at `marked` stands out."""
+    head = "".join(f"<th>{escape(text)}</th>" for text in titles)
+    lines = [f"<tr>{head}</tr>"] if titles else []
+    for at, cells in enumerate(rows):
+        kind = ' class="chosen"' if at == marked else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
 def _front_table(study: Study, picked: tuple[int, ...] | None) -> str:
     front = study.front()
     if not len(front):
@@ -221,20 +231,18 @@ def _front_table(study: Study, picked: tuple[int, ...] | None) -> str:
     unseen = rescored(study)
     again = [objective.name for objective in study.measured] if unseen else []
     titles = ("evaluation", *map(label, names), *(f"{label(name)}, unseen data" for name in again))
-    head = "".join(f"<th>{escape(text)}</th>" for text in titles)
-    lines = []
+    rows = []
     for row in front.to_dict("records"):
         cells = [str(row["number"]), *(f"{row[name] / scale(name):,.6g}" for name in names)]
         cells += [on_unseen(unseen.get(row["genome"]), name) for name in again]
-        kind = ' class="chosen"' if row["genome"] == picked else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        rows.append(cells)
     if original := study.original:
         cells = ["original", *(f"{original[name] / scale(name):,.6g}" if name in original else "-" for name in names)]
         cells += [on_unseen(unseen.get(None), name) for name in again]
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        rows.append(cells)
     told = "<p>Unseen data: scored again after the search, which never saw it; ± one standard error.</p>" * bool(unseen)
-    table = f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
-    return f"<h2>Front, in numbers</h2>{told}{table}"
+    marked = next(iter(front.index[front["genome"] == picked]), None)
+    return f"<h2>Front, in numbers</h2>{told}{_table(titles, rows, marked)}"
 
 
 def _finished(study: Study, frame: Any) -> str:
@@ -245,20 +253,17 @@ def _finished(study: Study, frame: Any) -> str:
     unseen = rescored_finished(study)
     again = [f"{label(name)}, unseen data" for name in names] if unseen else []
     titles = ("evaluation", "rounding", *(label(name) for name in names), *again)
-    head = "".join(f"<th>{escape(text)}</th>" for text in titles)
     evaluated = {row["genome"]: row for row in frame.to_dict("records")}
-    lines = []
+    rows = []
     for record in study.finished():
         before, after = evaluated[tuple(record["genome"])], record["metrics"]
         told = [f"{before[n] / scale(n):,.6g} &rarr; {after[n] / scale(n):,.6g}" for n in names]
         if unseen:
             told += [on_unseen(unseen.get((before["genome"], record["rounding"])), n) for n in names]
-        lines.append("".join(f"<td>{cell}</td>" for cell in (before["number"], escape(record["rounding"]), *told)))
-    rows = "".join(f"<tr>{line}</tr>" for line in lines)
+        rows.append((before["number"], escape(record["rounding"]), *told))
     return (
         "<h2>Finished sub-networks</h2><p>Their weights were rounded anew after the search, or trained alone, which is "
-        "too slow for it; sizes are what they were. Measured by the search, and finished.</p>"
-        f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+        "too slow for it; sizes are what they were. Measured by the search, and finished.</p>" + _table(titles, rows)
     )
 
 
@@ -266,18 +271,14 @@ def _failures(study: Study) -> str:
     failed = study.failed()
     if not len(failed):
         return ""
-    lines = [f"<tr><td>{row.number}</td><td>{escape(str(row.failed))}</td></tr>" for row in failed.itertuples()]
-    return (
-        "<h2>Failed evaluations</h2><div class=scroll><table><tr><th>evaluation</th><th>reason</th></tr>"
-        + "".join(lines)
-        + "</table></div>"
-    )
+    rows = [(row.number, escape(str(row.failed))) for row in failed.itertuples()]
+    return "<h2>Failed evaluations</h2>" + _table(("evaluation", "reason"), rows)
 
 
 def _settings(study: Study) -> str:
-    rows = [*flat(study.config).items(), *flat(study.fact("software", {}), "software").items()]
-    lines = [f"<tr><td>{escape(key)}</td><td>{escape(_told(value))}</td></tr>" for key, value in rows]
-    return f'<h2>Config and versions</h2><div class="scroll"><table>{"".join(lines)}</table></div>'
+    settings = [*flat(study.config).items(), *flat(study.fact("software", {}), "software").items()]
+    rows = [(escape(key), escape(_told(value))) for key, value in settings]
+    return "<h2>Config and versions</h2>" + _table((), rows)
 
 
 def _told(value: Any) -> str:
