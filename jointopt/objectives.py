@@ -12,40 +12,55 @@ import numpy as np
 
 from quant.errors import JointoptError, did_you_mean
 
-DIRECTIONS = {
-    "quality": "max",
-    "accuracy": "max",
-    "f1": "max",
-    "pearson": "max",
-    "loss": "min",
-    "mse": "min",
-    "kl": "min",
-    "perplexity": "min",
-    "size": "min",
-    "macs": "min",
-    "bops": "min",
-    "parameters": "min",
-    "cache": "min",
-    "decode_macs": "min",
-    "latency": "min",
-    "decode_latency": "min",
-    "energy": "min",
-    "decode_energy": "min",
-    "peak_memory": "min",
+
+@dataclass(frozen=True)
+class Quantity:
+    """A metric or a cost that is known by its name.
+
+    Attributes:
+        direction: "min" or "max": in which it is better.
+        source: what gives it: "quality", the quality function; "shapes", those of the sub-network alone; "hardware", a
+            model of latency.
+        scale: what values are divided by before they are shown.
+        label: of its axis, with the unit; None for its name.
+        unit: that is written behind a value.
+        range: its least and most, as the tasks measure it. A function of the user's may give another by this name:
+            percent, say.
+    """
+
+    direction: str
+    source: str = "quality"
+    scale: float = 1.0
+    label: str | None = None
+    unit: str = ""
+    range: tuple[float, float] = (-math.inf, math.inf)
+
+
+QUANTITIES = {
+    "quality": Quantity("max"),
+    "accuracy": Quantity("max", range=(0.0, 1.0)),
+    "f1": Quantity("max", range=(0.0, 1.0)),
+    "pearson": Quantity("max", range=(-1.0, 1.0)),
+    "loss": Quantity("min", range=(0.0, math.inf), label="loss (nats)", unit="nats"),
+    "mse": Quantity("min", range=(0.0, math.inf)),
+    "kl": Quantity("min", range=(0.0, math.inf), label="KL divergence from the original (nats)", unit="nats"),
+    "perplexity": Quantity("min", range=(1.0, math.inf)),
+    "size": Quantity("min", "shapes", 1e6, "size (MB)", "MB"),
+    "macs": Quantity("min", "shapes", 1e6, "MACs a sample (millions)", "million"),
+    "bops": Quantity("min", "shapes", 1e9, "BOPs a sample (billions)", "billion"),
+    "parameters": Quantity("min", "shapes", 1e6, "parameters (millions)", "million"),
+    "cache": Quantity("min", "shapes", 1e3, "cache a token (kB)", "kB"),
+    "decode_macs": Quantity("min", "shapes", 1e6, "MACs of one more token (millions)", "million"),
+    "latency": Quantity("min", "hardware", 1e-3, "latency (ms)", "ms"),
+    "decode_latency": Quantity("min", "hardware", 1e-3, "latency of one more token (ms)", "ms"),
+    "energy": Quantity("min", "hardware", 1e-3, "energy (mJ)", "mJ"),
+    "decode_energy": Quantity("min", "hardware", 1e-3, "energy of one more token (mJ)", "mJ"),
+    "peak_memory": Quantity("min", "hardware", 1e6, "peak memory (MB)", "MB"),
 }
-RANGES = {
-    "accuracy": (0.0, 1.0),
-    "f1": (0.0, 1.0),
-    "pearson": (-1.0, 1.0),
-    "loss": (0.0, math.inf),
-    "mse": (0.0, math.inf),
-    "kl": (0.0, math.inf),
-    "perplexity": (1.0, math.inf),
-}
-"""Least and most of the metrics of the tasks. A function of the user's may give others by these names: percent, say."""
-ON_HARDWARE = ("latency", "decode_latency", "energy", "decode_energy", "peak_memory")
+"""All that are known, in the order in which they are listed."""
+ON_HARDWARE = tuple(name for name, each in QUANTITIES.items() if each.source == "hardware")
 """Costs that a model of latency answers for."""
-COSTS = ("size", "macs", "bops", "parameters", "cache", "decode_macs", *ON_HARDWARE)
+COSTS = tuple(name for name, each in QUANTITIES.items() if each.source != "quality")
 EVALUATIONS = 200
 """Of a search to which no budget is given."""
 
@@ -106,13 +121,13 @@ def named(objective: str | Objective | dict[str, str]) -> Objective:
         return Objective(str(name), str(direction))
     if not isinstance(objective, str):
         raise JointoptError(f"objectives: found {objective!r}; allowed: a name, or one name with its direction")
-    if objective not in DIRECTIONS:
-        near = did_you_mean(objective, DIRECTIONS)
+    if objective not in QUANTITIES:
+        near = did_you_mean(objective, QUANTITIES)
         raise JointoptError(
-            f"objective {objective!r}: has no known direction{near}; known: {', '.join(DIRECTIONS)}; "
+            f"objective {objective!r}: has no known direction{near}; known: {', '.join(QUANTITIES)}; "
             "for a metric of your own: {name: min} or {name: max}"
         )
-    return Objective(objective, DIRECTIONS[objective])
+    return Objective(objective, QUANTITIES[objective].direction)
 
 
 def cost_and_unit(name: str) -> tuple[str, float]:

@@ -185,11 +185,11 @@ def _once(marks: Iterable[bytes]) -> set[bytes]:
 
 
 def _objectives(config: Config, problem: Problem) -> dict[str, str]:
-    from jointopt.objectives import COSTS, DIRECTIONS
+    from jointopt.objectives import COSTS, QUANTITIES
 
     if config.objectives is None:
         first = "quality" if config.quality else problem.metrics[0]
-        return {first: DIRECTIONS[first], "size": "min"}
+        return {first: QUANTITIES[first].direction, "size": "min"}
     found = {entry.name: str(entry.direction) for entry in config.objectives}
     for name in found:
         if config.quality is None and name not in (*problem.metrics, *COSTS):

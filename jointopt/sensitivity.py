@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jointopt.batches import first_samples, on_device, sample_count, without_labels
-from jointopt.objectives import COSTS, DIRECTIONS, Objective
+from jointopt.objectives import COSTS, QUANTITIES, Objective
 from jointopt.outputs import MULTI_LABEL, REGRESSION, first_output, logits_of, problem_of
 from jointopt.rebuilding.held_cache import cache_name
 from jointopt.supernet.genes import precision_genes
@@ -121,7 +121,7 @@ def quality_prior(supernet: Supernet, objectives: Iterable[Objective]) -> dict[s
 def telling(objectives: Iterable[Objective]) -> list[Objective]:
     """Those that tell quality. Raises JointoptError where none does."""
     own = [o for o in objectives if o.compute is None and o.name not in COSTS]
-    told = [o for o in own if o.name in DIRECTIONS or o.direction == "max"]
+    told = [o for o in own if o.name in QUANTITIES or o.direction == "max"]
     if not told:
         raise JointoptError(
             "warm_start: no objective tells quality; allowed with a known metric, or one to be maximized"

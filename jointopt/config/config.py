@@ -8,7 +8,6 @@ Paths in it are relative to the directory that the command is started in, not to
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from jointopt.config.sections import (
     limits,
 )
 from jointopt.names import TASK_NAMES, TargetName, TaskName
-from jointopt.objectives import ON_HARDWARE, RANGES, constraint
+from jointopt.objectives import ON_HARDWARE, QUANTITIES, constraint
 from jointopt.rows import DataSource
 from jointopt.supernet.transforms import TRANSFORMS
 from jointopt.targets import TARGETS, UNEVEN, Target, check_schemes, closed_key, narrowed, of_kind
@@ -125,7 +124,9 @@ class Config(Section):
             )
         try:
             for name, text in (self.constraints or {}).items() if self.quality is None else ():
-                constraint(name, text).check_within(*RANGES.get(name, (-math.inf, math.inf)))
+                wanted = constraint(name, text)
+                if name in QUANTITIES:
+                    wanted.check_within(*QUANTITIES[name].range)
         except JointoptError as error:
             raise ValueError(str(error)) from None
         wanting = next((name for name in [*names, *(self.constraints or ())] if name in ON_HARDWARE), None)

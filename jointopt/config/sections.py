@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from jointopt.files import from_home
 from jointopt.names import BATCH, FINISHING_RATE, MOST, TRAINING_RATE
-from jointopt.objectives import DIRECTIONS, EVALUATIONS, constraint, is_column
+from jointopt.objectives import EVALUATIONS, QUANTITIES, constraint, is_column
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES
 
@@ -196,7 +196,7 @@ class ObjectiveEntry(Section):
     def _known_direction(self) -> ObjectiveEntry:
         if is_column(self.name):
             raise ValueError(f"{self.name}, a column that every study has; allowed: another name")
-        known = DIRECTIONS.get(self.name, self.direction)
+        known = QUANTITIES[self.name].direction if self.name in QUANTITIES else self.direction
         if known != self.direction:
             raise ValueError(f"{self.name}: {self.direction}; allowed: {self.name}: {known}")
         return self
@@ -204,10 +204,10 @@ class ObjectiveEntry(Section):
 
 def _objective(value: Any) -> Any:
     if isinstance(value, str):
-        if value not in DIRECTIONS:
-            allowed = f"{', '.join(DIRECTIONS)}, or a metric of one's own as {{{value}: min}}"
-            raise ValueError(f"{value!r}{did_you_mean(value, DIRECTIONS)}; allowed: {allowed}")
-        return {"name": value, "direction": DIRECTIONS[value]}
+        if value not in QUANTITIES:
+            allowed = f"{', '.join(QUANTITIES)}, or a metric of one's own as {{{value}: min}}"
+            raise ValueError(f"{value!r}{did_you_mean(value, QUANTITIES)}; allowed: {allowed}")
+        return {"name": value, "direction": QUANTITIES[value].direction}
     if isinstance(value, Mapping) and len(value) == 1 and "name" not in value:
         ((name, direction),) = value.items()
         if not isinstance(name, str):

@@ -6,41 +6,25 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from jointopt.objectives import Objective
-
-UNITS: dict[str, tuple[float, str, str]] = {
-    "size": (1e6, "size (MB)", "MB"),
-    "macs": (1e6, "MACs a sample (millions)", "million"),
-    "bops": (1e9, "BOPs a sample (billions)", "billion"),
-    "cache": (1e3, "cache a token (kB)", "kB"),
-    "decode_macs": (1e6, "MACs of one more token (millions)", "million"),
-    "parameters": (1e6, "parameters (millions)", "million"),
-    "latency": (1e-3, "latency (ms)", "ms"),
-    "decode_latency": (1e-3, "latency of one more token (ms)", "ms"),
-    "energy": (1e-3, "energy (mJ)", "mJ"),
-    "decode_energy": (1e-3, "energy of one more token (mJ)", "mJ"),
-    "peak_memory": (1e6, "peak memory (MB)", "MB"),
-    "loss": (1.0, "loss (nats)", "nats"),
-    "kl": (1.0, "KL divergence from the original (nats)", "nats"),
-}
-"""Name -> what its values are divided by, the label of its axis, and the unit that is written behind a value."""
+from jointopt.objectives import QUANTITIES, Objective
 
 
 def scale(name: str) -> float:
     """What a value is divided by before it is shown."""
-    return UNITS.get(name, (1.0, name, ""))[0]
+    return QUANTITIES[name].scale if name in QUANTITIES else 1.0
 
 
 def label(name: str) -> str:
     """The quantity with its unit."""
-    return UNITS.get(name, (1.0, name, ""))[1]
+    return QUANTITIES[name].label or name if name in QUANTITIES else name
 
 
 def written(name: str, value: float) -> str:
     """A value with its unit, if it has one, and four significant digits: "20.31 MB"."""
     if value != value:
         return "-"
-    return f"{value / scale(name):,.4g} {UNITS.get(name, (1.0, name, ''))[2]}".rstrip()
+    unit = QUANTITIES[name].unit if name in QUANTITIES else ""
+    return f"{value / scale(name):,.4g} {unit}".rstrip()
 
 
 def time_source(given: Mapping[str, Any]) -> str:
