@@ -36,7 +36,7 @@ class ImageGraph(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return first_output(self.model(pixels))
+        return logits_or_hidden_states(self.model(pixels))
 
 
 class TextGraph(nn.Module):
@@ -50,7 +50,7 @@ class TextGraph(nn.Module):
         given: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         if getattr(self.model.config, "use_cache", False):
             given["use_cache"] = False
-        return first_output(self.model(input_ids=input_ids, attention_mask=attention_mask, **given))
+        return logits_or_hidden_states(self.model(input_ids=input_ids, attention_mask=attention_mask, **given))
 
 
 class DecoderGraph(nn.Module):
@@ -76,7 +76,7 @@ class DecoderGraph(nn.Module):
         return (output.logits, *cached)
 
 
-def first_output(output: Any) -> Tensor:
+def logits_or_hidden_states(output: Any) -> Tensor:
     """The logits, or what a model without a head gives in their place. Raises JointoptError where there is neither."""
     if isinstance(output, Tensor):
         return output
