@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jointopt.cost.tables import keeping
 from quant.errors import JointoptError
-from search_spaces.family import branch_keep, within
+from search_spaces.family import within
 
 if TYPE_CHECKING:
-    from jointopt.cost.shapes import ShapeCosts
     from jointopt.supernet.supernet import Supernet
 
 
@@ -55,6 +55,7 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
             )
     known = dict(zip(supernet.space.names, (each.double() for each in found), strict=True))
     by_index = list(known.values())
+    kept = keeping(tables.family, tables.space, tables.leaving)
     total = torch.zeros((), dtype=torch.float64)
     for table in tables.tables:
         value = torch.as_tensor(table.values[measure], dtype=torch.float64)
@@ -66,27 +67,14 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
         else:
             value = value @ by_index[columns] if columns is not None else value.sum(-1)
             value = value @ by_index[rows] if rows is not None else value.sum(-1)
-        total = total + value * _stays(table.path, tables, known)
+        total = total + value * _stays(table.path, kept, known)
     return total
 
 
-def _stays(path: str, tables: ShapeCosts, known: Mapping[str, Tensor]) -> Tensor:
+def _stays(path: str, kept: Mapping[str, Mapping[str, np.ndarray]], known: Mapping[str, Tensor]) -> Tensor:
     """The probability that a module's block stays, and its branch."""
     found = torch.ones((), dtype=torch.float64)
-    choices = {gene.name: gene.choices for gene in tables.space.genes}
-
-    def kept(gene: str) -> Tensor | float:
-        return known[gene][choices[gene].index(True)] if gene in known else 1.0
-
-    for block in tables.family.blocks:
-        if not within(path, block.path):
-            continue
-        found = found * kept(block.keep)
-        if block.removable and block.stage in known:
-            gone_at = [tables.family.gone_at(block.stage, count, tables.leaving) for count in choices[block.stage]]
-            stay = torch.tensor([float(block.name not in gone) for gone in gone_at], dtype=torch.float64)
-            found = found * (stay @ known[block.stage])
-        for branch in block.branches:
-            if any(within(path, each) for each in branch.replacements):
-                found = found * kept(branch_keep(block.name, branch.kind))
+    for parent, genes in kept.items():
+        for gene, stays in genes.items() if within(path, parent) else ():
+            found = found * (torch.as_tensor(stays, dtype=torch.float64) @ known[gene])
     return found

@@ -49,7 +49,7 @@ class Tables:
     def __init__(
         self, tables: Sequence[Table], family: Family, space: SearchSpace, leaving: Mapping[str, Sequence[str]]
     ):
-        self.tables, self.family, self.space, self.leaving = tables, family, space, leaving
+        self.tables = tables
         self._index = {name: i for i, name in enumerate(space.names)}
         # An entry is at `_first` + indices of its table's five genes x `_strides`; a gene that a table does not depend
         # on is the one past the last.
@@ -63,9 +63,8 @@ class Tables:
             entries += math.prod(shape)
         self._genes, self._strides, self._first = np.array(genes), np.array(strides), np.array(first)
         self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in tables[0].values}
-        branches = [path for block in family.blocks for branch in block.branches for path in branch.replacements]
-        parents = [*(block.path for block in family.blocks), *branches]
-        self._inside = {p: np.array([within(table.path, p) for table in tables]) for p in parents}
+        self._keeping = keeping(family, space, leaving)
+        self._inside = {p: np.array([within(table.path, p) for table in tables]) for p in self._keeping}
 
     def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """Measure -> one value for each of `genomes` [n, genes]: a sum, of "activation" the largest."""
@@ -90,31 +89,30 @@ class Tables:
         padded = np.pad(genomes, ((0, 0), (0, 1)))
         entries = self._first + (padded[:, self._genes] * self._strides).sum(-1)
         present = np.ones(entries.shape, dtype=bool)
-        for path, mask in self._gone(genomes).items():
-            present[:, self._inside[path]] &= ~mask[:, None]
+        for path, genes in self._keeping.items():
+            for gene, stays in genes.items():
+                there = stays[genomes[:, self._index[gene]]]
+                if not there.all():
+                    present[:, self._inside[path]] &= there[:, None]
         return entries, present
 
-    def _gone(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
-        """Path of a block or branch -> for each genome, whether it is left out; where no genome leaves it, nothing."""
-        gone: dict[str, np.ndarray] = {}
-        depths = {stage: self.space.genes[at].choices for stage, at in self._index.items() if stage in self.leaving}
-        gone_at = {
-            stage: [self.family.gone_at(stage, depth, self.leaving) for depth in choices]
-            for stage, choices in depths.items()
-        }
-        for block in self.family.blocks:
-            dropped = self._left_out(block.keep, genomes)
-            if block.removable and block.stage in self._index:
-                at_depth = np.array([block.name in each for each in gone_at[block.stage]])
-                dropped = dropped | at_depth[genomes[:, self._index[block.stage]]]
-            gone[block.path] = dropped
-            for branch in block.branches:
-                left = self._left_out(branch_keep(block.name, branch.kind), genomes)
-                gone.update(dict.fromkeys(branch.replacements, left))
-        return {path: mask for path, mask in gone.items() if mask.any()}
 
-    def _left_out(self, gene: str, genomes: np.ndarray) -> np.ndarray:
-        if gene not in self._index:
-            return np.zeros(len(genomes), dtype=bool)
-        choices = np.asarray(self.space.genes[self._index[gene]].choices, dtype=bool)
-        return ~choices[genomes[:, self._index[gene]]]
+def keeping(
+    family: Family, space: SearchSpace, leaving: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Path of a block or branch that can leave -> gene -> for each of its choices, whether it lets that stay. It stays
+    where all of its genes do."""
+    choices = {gene.name: gene.choices for gene in space.genes}
+
+    def switched(gene: str) -> dict[str, np.ndarray]:
+        return {gene: np.array(choices[gene], dtype=bool)} if gene in choices else {}
+
+    found = {}
+    for block in family.blocks:
+        found[block.path] = switched(block.keep)
+        if block.removable and block.stage in choices:
+            gone_at = [family.gone_at(block.stage, depth, leaving) for depth in choices[block.stage]]
+            found[block.path][block.stage] = np.array([block.name not in gone for gone in gone_at])
+        for branch in block.branches:
+            found.update(dict.fromkeys(branch.replacements, switched(branch_keep(block.name, branch.kind))))
+    return {path: genes for path, genes in found.items() if genes}
