@@ -1,6 +1,7 @@
 """The genetic operators, on integer genomes, with the selection of NSGA-II (Deb et al., 2002).
 
-`select` is DEAP's; `order` is the same ranking by arrays, for the inner searches, which rank thousands of times.
+`select` is DEAP's; `order` is the same ranking by arrays, ties aside, for the inner searches, which rank thousands of
+times.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def select(costs: np.ndarray, k: int) -> np.ndarray:
 
 
 def order(costs: np.ndarray) -> np.ndarray:
-    """Each row's place, 0 the best: by front, then by crowding distance. What `select` keeps, but by arrays."""
+    """Each row's place, 0 the best: by front, then by crowding distance. Of equal distances, such as the infinite ones
+    of a front's ends, the first row is first; `select` has DEAP's order of them, and so may keep another end."""
     place = np.empty(len(costs), dtype=np.int64)
     beaten = np.ones((len(costs), len(costs)), dtype=bool)
     better = np.zeros_like(beaten)
