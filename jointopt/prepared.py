@@ -106,13 +106,14 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
     """
     from jointopt.checkpoint.writers import WRITERS
     from jointopt.models import import_function, load_model
+    from jointopt.targets import TARGETS, check_installed
     from jointopt.tasks import TASKS
     from jointopt.tasks.labels import check_same_folders
     from jointopt.tasks.task import label_names
 
     latency_of(config)
     writer = WRITERS[target or config.target]
-    writer.check_installed()
+    check_installed(TARGETS[target or config.target])
     function = import_function(config.quality) if config.quality else None
     loaded = load_model(config.model, config.task, config.device, config.dtype)
     writer.check(declare(loaded.model)[0], loaded.processor)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jointopt.installed import lacking
 from quant.errors import JointoptError, check_choice
 from quant.formats import SCHEMES, scheme
 from search_spaces.defaults import presets, with_extremes
@@ -32,6 +33,7 @@ class Target:
         without: genes that no space has for it: what they would choose stays.
         cpu_alone: whether its exports are verified on the CPU, whatever the search computed on.
         backend: what its exports run in on this machine (`jointopt.timing.backend`), None where that is not timed.
+        extra: by which what writes and reads them is installed (`jointopt.installed`), None where nothing is needed.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Target:
     without: tuple[str, ...] = ()
     cpu_alone: bool = False
     backend: str | None = None
+    extra: str | None = None
 
 
 TARGETS = {
@@ -73,6 +76,7 @@ TARGETS = {
             dtypes=("float32",),
             cpu_alone=True,
             backend="onnxruntime",
+            extra="onnx",
         ),
         Target(
             "gguf",
@@ -81,6 +85,7 @@ TARGETS = {
             caches=False,
             closed=UNEVEN,
             open={"preset": "fixed"},
+            extra="gguf",
         ),
         Target(
             "vllm",
@@ -114,6 +119,12 @@ def target(name: str) -> Target:
     """The target of that name. Raises JointoptError where there is none."""
     check_choice("target", name, TARGETS)
     return TARGETS[name]
+
+
+def check_installed(wanted: Target) -> None:
+    """Raises JointoptError where a package is missing that its exports need."""
+    if wanted.extra and (told := lacking(wanted.extra)):
+        raise JointoptError(f"target {wanted.name}: found {told}")
 
 
 def of_kind(wanted: Target, kind: str | None) -> Target:

@@ -351,7 +351,7 @@ def test_a_cluster_without_ray_is_told_before_anything_is_read(place, capsys, mo
     monkeypatch.setitem(sys.modules, "ray", None)
     write_config(place, model="gone", search={"ray": "auto"}, output="runs/bad")
     said = refused(capsys, place, monkeypatch, "run", "config.yaml")
-    assert "search.ray: found 'auto', and no ray to reach it with; pip install 'jointopt[ray]'" in said
+    assert "search.ray: found 'auto', and no ray; pip install 'jointopt[ray]'" in said
 
 
 def test_a_function_that_always_fails_stops_the_run_after_the_first_batch(place, capsys, monkeypatch):

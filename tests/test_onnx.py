@@ -17,8 +17,7 @@ from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering
 
 import jointopt
-from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width
-from jointopt.checkpoint.onnx import writer
+from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width, installed
 from jointopt.checkpoint.onnx.session import OnnxModel
 from jointopt.targets import TARGETS
 from tests import zoo
@@ -330,9 +329,9 @@ def test_what_onnx_runtime_cannot_run_is_refused_before_anything_is_written(tmp_
     cached.calibrate(batches("llama_tied"))
     with pytest.raises(JointoptError, match="quantized cache"):
         jointopt.export(cached, cached.space.smallest, tmp_path / "out", target="onnxruntime")
-    monkeypatch.setattr(writer, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(installed, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(JointoptError, match=r"found no onnxscript; pip install 'jointopt\[onnx\]'"):
-        writer.check_installed()
+        jointopt.export(half, half.space.smallest, tmp_path / "out", target="onnxruntime")
     assert not list(tmp_path.iterdir())
 
 

@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import jointopt
-from jointopt import Gene, JointoptError, SearchSpace, Supernet, load_config
-from jointopt.checkpoint import verification
-from jointopt.config import sections
+from jointopt import Gene, JointoptError, SearchSpace, Supernet, installed, load_config
 from jointopt.rebuilding.structure import by_bitsandbytes
 from quant.formats import SCHEMES
 from quant.kernels import fake_quantize_activation, quantize
@@ -216,9 +214,8 @@ def test_a_model_that_transformers_does_not_load_is_offered_none_of_its_formats(
 def test_without_bitsandbytes_verifying_and_configs_say_what_to_install(tmp_path, monkeypatch):
     supernet = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=["none", "BNB_NF4"], preset="fixed"))
     folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
-    monkeypatch.setattr(verification, "find_spec", lambda name: None)
-    monkeypatch.setattr(sections, "find_spec", lambda name: None)
-    with pytest.raises(JointoptError, match=r"holds BNB_NF4, .* not installed; pip install 'jointopt\[bitsandbytes\]'"):
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
+    with pytest.raises(JointoptError, match=r"holds BNB_NF4; found no .* install 'jointopt\[bitsandbytes\]'"):
         jointopt.verify(folder)
     text = "model: m\ntask: causal-lm\ndata: {calibrate: a, evaluate: b}\noutput: x\nspace: {schemes: [BNB_NF4]}\n"
     (tmp_path / "config.yaml").write_text(text)

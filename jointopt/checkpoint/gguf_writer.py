@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,6 @@ model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="model.gguf")
 ```"""
 
 
-def check_installed() -> None:
-    """Raises JointoptError where the gguf package is missing."""
-    if find_spec("gguf") is None:
-        raise JointoptError("target gguf: found no gguf; pip install 'jointopt[gguf]'")
-
-
 def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """model.gguf and config.json in a folder, see `writers.Writer`.
 
@@ -58,7 +51,6 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
         JointoptError: a model of another family, blocks of unequal size, a number format or a tokenizer that GGUF has
             no place for, a scale that float16 cannot hold.
     """
-    check_installed()
     check(model, processor)
     import gguf
 

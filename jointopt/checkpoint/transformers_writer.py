@@ -33,10 +33,6 @@ from quant.formats import dtype_name
 MODELING = "modeling_jointopt.py"
 
 
-def check_installed() -> None:
-    """Raises nothing: transformers and timm come with jointopt, and bitsandbytes is asked for with its formats."""
-
-
 def check(model: Any, processor: Any = None) -> None:
     """Raises JointoptError for a model that neither transformers nor timm builds again."""
     check_loadable(model)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 
 from jointopt.checkpoint.reload import send
 from jointopt.checkpoint.writer import RECORD, UNCHANGED, probe_inputs, probed, stored_bytes
-from jointopt.checkpoint.writers import WRITERS
 from jointopt.evaluation.evaluation import Quality, measured
 from jointopt.files import DAMAGED, check_path, reading
-from jointopt.targets import TARGETS
+from jointopt.installed import lacking
+from jointopt.targets import TARGETS, check_installed
 from quant.errors import JointoptError, check_kind, first_line
 from quant.formats import scheme
 from search_spaces.precision import is_precision
@@ -160,13 +159,10 @@ def _target(record: Mapping[str, Any]) -> Any:
 
 
 def _check_installed(folder: Path, record: Mapping[str, Any]) -> None:
-    WRITERS[_target(record)].check_installed()
+    check_installed(TARGETS[_target(record)])
     wanted = next((layer["scheme"] for layer in record["layers"] if scheme(layer["scheme"]).bitsandbytes), None)
-    if wanted and find_spec("bitsandbytes") is None:
-        raise JointoptError(
-            f"verify: {str(folder)!r} holds {wanted}, which bitsandbytes loads, and that is not installed; "
-            "pip install 'jointopt[bitsandbytes]'"
-        )
+    if wanted and (told := lacking("bitsandbytes")):
+        raise JointoptError(f"verify: {str(folder)!r} holds {wanted}; found {told}")
 
 
 def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[str]:

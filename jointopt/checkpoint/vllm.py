@@ -87,10 +87,6 @@ def snippet(folder: str, uneven: bool) -> str:
     return SNIPPET.format(folder=folder, option=option, argument=argument)
 
 
-def check_installed() -> None:
-    """Raises nothing: the folder is written without vLLM."""
-
-
 def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """See `writers.Writer`."""
     check(model)

@@ -82,11 +82,12 @@ def export(
             scored; a DeciLM, with `trust_remote_code`, where widths of FFNs differ or parts of blocks are left out.
 
     Raises:
-        JointoptError: the folder exists, it cannot be written, the model is of no class that can be loaded, or has a
-            number format that the target does not compute; weights were trained since the calibration that it needs;
-            the study searched another super-network; the processor has no save_pretrained.
+        JointoptError: the folder exists, it cannot be written, a package that the target needs is missing, the model is
+            of no class that can be loaded, or has a number format that the target does not compute; weights were
+            trained since the calibration that it needs; the study searched another super-network; the processor has no
+            save_pretrained.
     """
-    targets.target(target)
+    targets.check_installed(targets.target(target))
     check_supernet("export", supernet)
     check_kind("export: folder", folder, (str, Path), "a path")
     _check_study(study, supernet)

@@ -13,9 +13,6 @@ from jointopt.checkpoint.onnx import writer as onnx_writer
 class Writer(Protocol):
     """What such a module has."""
 
-    def check_installed(self) -> None:
-        """Raises JointoptError where a package is missing that its exports need."""
-
     def check(self, model: Any, processor: Any = None) -> None:
         """Raises JointoptError for a model, whole or a sub-network, or a processor that it cannot write."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from jointopt.files import from_home
+from jointopt.installed import lacking
 from jointopt.names import BATCH, FINISHING_RATE, MOST, TRAINING_RATE
 from jointopt.objectives import EVALUATIONS, QUANTITIES, constraint, is_column
 from quant.errors import JointoptError, did_you_mean
@@ -112,8 +112,8 @@ class Space(Section):
     @classmethod
     def _loadable(cls, value: list[str] | None) -> list[str] | None:
         whole = next((name for name in value or () if name in SCHEMES and SCHEMES[name].bitsandbytes), None)
-        if whole and find_spec("bitsandbytes") is None:
-            raise ValueError(f"{whole}, and no bitsandbytes to load it; pip install 'jointopt[bitsandbytes]'")
+        if whole and (told := lacking("bitsandbytes")):
+            raise ValueError(f"{whole}, and {told}")
         return value
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from jointopt import strategies
 from jointopt.evaluation import workers as workplaces
 from jointopt.evaluation.evaluation import Evaluation, Quality, check_supernet
 from jointopt.evaluation.sharing import evaluation_order, parts_of
+from jointopt.installed import lacking
 from jointopt.loop.stopping import Budget, Watch, heeding_ctrl_c
 from jointopt.loop.wishes import check_metrics, metrics_of_original, resolved
 from jointopt.names import BATCH, MOST
@@ -243,8 +243,8 @@ def _threads(study: Study, wanted: int | None, parallel: bool) -> int:
 
 def check_ray(key: str, address: str | None) -> None:
     """Raises JointoptError for a cluster that nothing is installed for."""
-    if address is not None and find_spec("ray") is None:
-        raise JointoptError(f"{key}: found {address!r}, and no ray to reach it with; pip install 'jointopt[ray]'")
+    if address is not None and (told := lacking("ray")):
+        raise JointoptError(f"{key}: found {address!r}, and {told}")
 
 
 def _take_prior(asking: strategies.Strategy, study: Study, supernet: Supernet, wanted: Sequence[Objective]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jointopt.installed import lacking
 from jointopt.training.distillation import NUMBERS, Distillation
 from jointopt.training.lora import check_targets
 from jointopt.training.recipe import Recipe
@@ -56,10 +57,10 @@ def lora_of(config: Config, supernet: Supernet) -> Any:
     wanted = config.train.lora
     if wanted is None:
         return None
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise JointoptError("train.lora: found no peft; pip install 'jointopt[lora]'") from None
+    if told := lacking("lora"):
+        raise JointoptError(f"train.lora: found {told}")
+    from peft import LoraConfig
+
     check_targets(supernet.model, wanted.targets, "train.lora.targets")
     heads = [name for name in HEADS if has_module(supernet.model, name)]
     return LoraConfig(

@@ -14,6 +14,7 @@ from torch import nn
 
 from jointopt.adapters import NAMES, adapted, effective, take_off
 from jointopt.autocast import autocast_off
+from jointopt.installed import lacking
 from quant.errors import JointoptError, did_you_mean, in_one_line
 from search_spaces.clones import structural_clone
 
@@ -61,10 +62,10 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
 
 
 def _check_config(config: Any) -> None:
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise JointoptError("lora: found no peft; pip install 'jointopt[lora]'") from None
+    if told := lacking("lora"):
+        raise JointoptError(f"lora: found {told}")
+    from peft import LoraConfig
+
     if not isinstance(config, LoraConfig):
         raise JointoptError(f"lora: found {type(config).__name__}; allowed: a peft.LoraConfig")
     if config.lora_dropout or config.use_dora:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,6 @@ from quant.layers import QuantizedLayer
 from search_spaces.llama import CHANGING
 
 MODEL = "model.onnx"
-NEEDED = ("onnx", "onnxruntime", "onnxscript")
-
-
-def check_installed() -> None:
-    """Raises JointoptError where a package is missing that ONNX exports need."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise JointoptError(f"target onnxruntime: found no {', '.join(missing)}; pip install 'jointopt[onnx]'")
 
 
 def _check_positions(model: Any) -> None:
@@ -49,8 +40,8 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
         example: by which a model is traced that is neither of transformers nor of timm.
 
     Raises:
-        JointoptError: a number format without a form in ONNX, a bfloat16 model, a quantized cache, a missing
-            package, images of another size than the model's, a model of no library that cannot be traced.
+        JointoptError: a number format without a form in ONNX, a bfloat16 model, a quantized cache, images
+            of another size than the model's, a model of no library that cannot be traced.
     """
     check(model)
     from jointopt.checkpoint.onnx.graph import OPSET, check_images, onnx_program
@@ -76,7 +67,6 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
 
 def check(model: Any, processor: Any = None) -> None:
     """Raises JointoptError for what cannot be written: see `write`."""
-    check_installed()
     _check_positions(model)
     check_formats(model, "onnxruntime")
     dtype = next(model.parameters()).dtype
