@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from inspect import isclass
@@ -154,6 +155,13 @@ def test_the_table_of_known_models_is_that_of_the_code():
 def test_a_declaration_needs_no_import_from_within():
     nouns = {name for name, found in vars(family).items() if isclass(found) and found.__module__ == family.__name__}
     assert nouns <= {*jointopt.__all__}
+
+
+def test_type_checkers_find_every_public_name_where_it_is():
+    checked = next(each for each in ast.parse(Path(jointopt.__file__).read_text()).body if isinstance(each, ast.If))
+    imports = [each for each in checked.body if isinstance(each, ast.ImportFrom)]
+    found = {name.asname: each.module for each in imports for name in each.names}
+    assert found == {"strategies": "jointopt", **jointopt._HOME}
 
 
 def test_every_public_name_has_a_docstring():
