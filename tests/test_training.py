@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import jointopt
 from jointopt import Distillation, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.outputs import logits_of
-from jointopt.training import loop
+from jointopt.training import checkpoint, loop
 from jointopt.training.distillation import soft_labels
 from jointopt.training.recipe import task_loss
 from jointopt.training.sampling import Sandwich
@@ -364,7 +364,7 @@ def test_a_checkpoint_that_memory_lacks_for_is_not_called_damaged(tmp_path, monk
     def lacking(path, key):
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(loop, "read_tensors", lacking)
+    monkeypatch.setattr(checkpoint, "read_tensors", lacking)
     with pytest.raises(torch.OutOfMemoryError):
         jointopt.train_supernet(calibrated("vit"), labelled("vit"), 5, checkpoint=file)
 
