@@ -68,24 +68,34 @@ Constants = Callable[[str, str], Mapping[str, Tensor]]
 """The same, as a function: without any of these it gives {}."""
 
 
-def build(
-    model: nn.Module,
-    family: Family,
-    plan: Plan,
-    weights: Weights,
-    constants: Constants,
-    repaired: Mapping[tuple[str, int], Repaired],
-    training: bool = False,
-    learned: LearnedRanges | None = None,
-) -> nn.Module:
-    """A module tree of its own whose tensors are leading slices of `model`'s, in eval mode. With `training`,
-    modules keep the modes they have in a `model` that is in training mode; else all are put in training mode.
+@dataclass(frozen=True)
+class Source:
+    """What sub-networks are built from.
 
-    What `repaired` has for a layer and its number of input channels stands in for the slice of its weight, and bias.
-    With `training`, slices keep their link to the whole parameters, so that gradients reach them: of a quantized weight
-    straight through its rounding (Bengio et al., arXiv 1308.3432), or as the `learned` factors of ranges have it.
+    Attributes:
+        model, family: the whole model, and what it declares.
+        repaired: (layer's path, number of its input channels) -> weight and bias in place of the slices.
+        learned: factors of ranges, where some are trained.
     """
-    modules, keepers = structural_clones(model)
+
+    model: nn.Module
+    family: Family
+    weights: Weights
+    constants: Constants
+    repaired: Mapping[tuple[str, int], Repaired]
+    learned: LearnedRanges | None
+
+
+def build(source: Source, plan: Plan, training: bool = False) -> nn.Module:
+    """A module tree of its own whose tensors are leading slices of the model's, in eval mode. With `training`,
+    modules keep the modes they have in a model that is in training mode; else all are put in training mode.
+
+    With `training` nothing is repaired, and slices keep their link to the whole parameters, so that gradients reach
+    them: of a quantized weight straight through its rounding (Bengio et al., arXiv 1308.3432), or as the learned
+    factors of ranges have it.
+    """
+    family = source.family
+    modules, keepers = structural_clones(source.model)
     shell = modules[""]
     if not training:
         without_autocast(shell)
@@ -95,37 +105,19 @@ def build(
     gone = _gone(family, plan)
     layers = {layer.path: layer for layer in family.layers}
     tied = {path for layer in family.layers for path in layer.tied}
-    ranges = learned if training else None
     for path in {**rows, **columns, **plan.schemes}:
         if path in tied or _is_in(path, gone):
             continue
-        module = modules[path]
-        scheme = plan.schemes.get(path)
-        if (path, columns.get(path)) in repaired:
-            _give(module, repaired[path, columns[path]])
-        if scheme is None:
-            _cut(module, rows.get(path), columns.get(path), training)
+        module, cut = modules[path], (rows.get(path), columns.get(path))
+        if not training and (path, columns.get(path)) in source.repaired:
+            _give(module, source.repaired[path, columns[path]])
+        if (scheme := plan.schemes.get(path)) is None:
+            _cut(module, *cut, training)
         else:
-            banked = weights(path, scheme, columns.get(path))
-            holders = [
-                Holder(
-                    modules[each],
-                    constants(each, scheme.name),
-                    ranges.factor(path, scheme) if ranges else None,
-                    ranges.input_factor(each, scheme.name) if ranges else None,
-                )
-                for each in (path, *layers[path].tied)
-            ]
-            quantize_tied(holders, scheme, banked, rows.get(path), columns.get(path), training)
-    for path, form in plan.caches.items():
-        of_keys = constants(path, form.name)
-        if not form.inputs and not of_keys:
-            raise JointoptError(f"{path}: {form.name} caches need ranges of keys; call calibrate(batches) first")
-        _hold_cache(modules[path], form, of_keys)
-    for width in family.widths:
-        for path, name, per_unit in width.attributes:
-            if width.gene in plan.units and not _is_in(path, gone):
-                setattr(modules[path], name, plan.units[width.gene] * per_unit)
+            banked = source.weights(path, scheme, columns.get(path))
+            quantize_tied(_holders(source, modules, layers[path], scheme, training), scheme, banked, *cut, training)
+    _hold_caches(source, modules, plan)
+    _count_units(family, modules, plan, gone)
     _drop(shell, family, plan, training)
     if keepers and gone:
         _forget(modules, keepers, plan, gone)
@@ -299,6 +291,38 @@ def _hold_cache(attention: nn.Module, form: CacheFormat, constants: Mapping[str,
         attention.register_buffer(name, tensor[: weight.shape[0] // tensor.shape[1]])
     group = input_group(weight.shape[1]) if form.inputs else None
     hold_cache(attention, {"element": form.element, "inputs": form.inputs, "group": group})
+
+
+def _holders(
+    source: Source, modules: Mapping[str, nn.Module], layer: Layer, scheme: Scheme, training: bool
+) -> list[Holder]:
+    """The layer and those tied to it."""
+    ranges = source.learned if training else None
+    return [
+        Holder(
+            modules[path],
+            source.constants(path, scheme.name),
+            ranges.factor(layer.path, scheme) if ranges else None,
+            ranges.input_factor(path, scheme.name) if ranges else None,
+        )
+        for path in (layer.path, *layer.tied)
+    ]
+
+
+def _hold_caches(source: Source, modules: Mapping[str, nn.Module], plan: Plan) -> None:
+    for path, form in plan.caches.items():
+        of_keys = source.constants(path, form.name)
+        if not form.inputs and not of_keys:
+            raise JointoptError(f"{path}: {form.name} caches need ranges of keys; call calibrate(batches) first")
+        _hold_cache(modules[path], form, of_keys)
+
+
+def _count_units(family: Family, modules: Mapping[str, nn.Module], plan: Plan, gone: Sequence[str]) -> None:
+    """The numbers of heads or channels that modules keep as attributes, of the units that stay."""
+    for width in family.widths:
+        for path, name, per_unit in width.attributes:
+            if width.gene in plan.units and not _is_in(path, gone):
+                setattr(modules[path], name, plan.units[width.gene] * per_unit)
 
 
 def _drop(shell: nn.Module, family: Family, plan: Plan, training: bool) -> None:

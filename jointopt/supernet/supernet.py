@@ -54,7 +54,16 @@ from jointopt.supernet.genes import check_space, fitted_schemes, plan_of, precis
 from jointopt.supernet.model_copy import own_copy, warn_of_what_is_lost
 from jointopt.supernet.repair import Repaired
 from jointopt.supernet.state import fingerprint, follow, for_workers, load, notice, save, stamp
-from jointopt.supernet.subnetwork import ActivationStatistics, Plan, build, detach, layout, renaming, staying_layers
+from jointopt.supernet.subnetwork import (
+    ActivationStatistics,
+    Plan,
+    Source,
+    build,
+    detach,
+    layout,
+    renaming,
+    staying_layers,
+)
 from jointopt.supernet.transforms import checked, rotated
 from jointopt.supernet.weight_bank import BankedWeight, WeightBank
 from quant.calibration import check_activation_method, check_weight_method, choose_clip
@@ -239,9 +248,7 @@ class Supernet:
         """`training_view` of a plan."""
         follow(self)
         plan = Plan(plan.blocks, plan.dropped, plan.units, plan.schemes if precision else {})
-        return build(
-            self.model, self.family, plan, self._banked, self._constants, {}, training=True, learned=self.learned
-        )
+        return build(self._source, plan, training=True)
 
     def learn_ranges(self) -> None:
         """Adds to the model's parameters, until it is calibrated again, a factor of each range of quantized weights and
@@ -279,7 +286,11 @@ class Supernet:
         """`view` with BatchNorm statistics that are slices of the whole model's."""
         self._catch_up()
         self.check_calibrated(plan)
-        return build(self.model, self.family, plan, self._banked, self._constants, self._repaired)
+        return build(self._source, plan)
+
+    @property
+    def _source(self) -> Source:
+        return Source(self.model, self.family, self._banked, self._constants, self._repaired, self.learned)
 
     def _catch_up(self) -> None:
         """With what someone may have done to the model since the last view."""
