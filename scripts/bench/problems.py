@@ -35,6 +35,7 @@ TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "loss": lambda loss: loss,
     "accuracy": lambda loss: 0.1 + 0.88 / (1 + np.exp(2.5 * (loss - 1.2))),
     "perplexity": lambda loss: 8 * np.exp(1.5 * loss),
+    "steep": lambda loss: 8 * np.exp(6 * loss),
 }
 
 
@@ -77,6 +78,7 @@ def transformer(
     layers: int,
     *,
     depth: str = "keep",
+    architecture: float = 1.0,
     interactions: float = 0.0,
     transform: str = "loss",
     noise: float = 0.0,
@@ -86,6 +88,9 @@ def transformer(
     """Blocks with a gene each that keeps them (or one depth gene for all); widths of pairs of layers; a format a layer.
 
     Args:
+        architecture: how many times as much is lost by what is dropped or narrowed. Beyond 1, as of models that were
+            never trained in smaller sizes, hypervolume ends at the largest one's size and twice its quality (which has
+            to be small).
         interactions: standard deviation of the pairwise part, relative to that of the additive part.
         noise: standard deviation of the measurement, relative to the spread along the diagonal.
     """
@@ -93,6 +98,7 @@ def transformer(
     space = _transformer_space(blocks, layers, depth)
     weights = random.lognormal(0, 0.5, layers)
     losses = _transformer_losses(space, blocks, random)
+    losses[[not gene.name.endswith("format") for gene in space.genes]] *= architecture
     diagonal = _diagonal(space, 2000, np.random.default_rng(seed + 2))
     drawn = space.sample(2000, seed + 1)
     columns = np.arange(len(space))
@@ -119,7 +125,13 @@ def transformer(
     def exact(genomes: np.ndarray) -> np.ndarray:
         return np.stack([(o.compute or quality)(genomes) for o in wanted], axis=1)
 
-    return _framed(name, space, wanted, exact, diagonal, noise)
+    framed = _framed(name, space, wanted, exact, diagonal, noise)
+    if architecture == 1.0:
+        return framed
+    costs = minimized(exact(space.largest[None]), wanted)[0]
+    measured = np.array([objective.compute is None for objective in wanted])
+    ideal, reference = np.where(measured, costs, 0.0), np.where(measured, 2 * costs, costs)
+    return replace(framed, ideal=ideal, reference=reference)
 
 
 def _transformer_space(blocks: int, layers: int, depth: str) -> SearchSpace:
@@ -355,6 +367,7 @@ def families(seed: int = 0) -> dict[str, Callable[[], Problem]]:
         "scrambled60": (scrambled, {"count": 60}),
         "scrambled150": (scrambled, {"count": 150}),
         "measured60": (scrambled, {"count": 60, "objectives": 3}),
+        "formats150": (transformer, {"blocks": 21, "layers": 4, "architecture": 10.0, "transform": "steep"}),
     }
     return real | {
         name: partial(make, name, seed=seed + at, **options) for at, (name, (make, options)) in enumerate(kinds.items())
