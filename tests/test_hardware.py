@@ -389,6 +389,19 @@ def test_on_a_device_the_choice_keeps_to_the_constraints_and_an_original_that_do
     device_table(found), device_figure(study, found)
 
 
+def test_a_device_s_front_is_shown_without_a_choice_where_nothing_keeps_to_the_constraints(tmp_path):
+    supernet = supernet_of("vit", FAST)
+    limits = {"quality": ">= 2"}
+    study = jointopt.search(supernet, lambda m: 1.0, ["quality", "size"], constraints=limits, evaluations=4)
+    found = on_device(study, supernet, "h100", FAST)
+    assert found.chosen is None and len(found.front)
+    unmet = "constraints: no evaluation has quality >= 2; the closest has 1"
+    assert str(device_table(found).caption) == unmet
+    page = jointopt.write_report(study, tmp_path / "report.html", devices=[found]).read_text()
+    assert f"Nothing is chosen here: {unmet.replace('>', '&gt;')}." in page
+    assert "the knee" not in {trace.name for trace in device_figure(study, found).data}
+
+
 def one_hot(space: SearchSpace, genome) -> list[torch.Tensor]:
     sizes = [len(gene.choices) for gene in space.genes]
     return [torch.eye(size, dtype=torch.float64)[at] for size, at in zip(sizes, genome, strict=True)]

@@ -36,7 +36,8 @@ class OnDevice:
         rows: all evaluations that fit into its memory, with the device's costs.
         front: those that are not dominated in the objectives, fast ones first.
         chosen: genome of the front's knee, of what keeps to the study's constraints but those of the run's own
-            hardware.
+            hardware; None where nothing does.
+        unmet: which constraint nothing keeps to, and what comes closest; "" where something is chosen.
         original: quality and costs of the original there; its quality alone where it does not fit.
     """
 
@@ -46,7 +47,8 @@ class OnDevice:
     measures: tuple[str, ...]
     rows: pd.DataFrame
     front: pd.DataFrame
-    chosen: tuple[int, ...]
+    chosen: tuple[int, ...] | None
+    unmet: str
     original: Mapping[str, float]
 
 
@@ -77,13 +79,17 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
     wanted = study.objectives if asked else (*study.objectives, Objective(first, "min"))
     measures = (first, *(name for name in times[:3] if name != first), "peak_memory")
     front = front_of(rows, wanted).sort_values(first)
-    kept = within(rows, [each for each in study.constraints if each.name not in ON_HARDWARE])
-    chosen = tuple(best_of(kept, wanted, study.quality, None, knee=True).tolist())
+    chosen, unmet = None, ""
+    try:
+        kept = within(rows, [each for each in study.constraints if each.name not in ON_HARDWARE])
+        chosen = tuple(best_of(kept, wanted, study.quality, None, knee=True).tolist())
+    except JointoptError as error:  # the front is there all the same
+        unmet = str(error)
     original = {name: v for name, v in study.original.items() if name not in ON_HARDWARE}
     there = supernet.original_costs(model)
     if there["peak_memory"] <= model.capacity:
         original |= there
-    return OnDevice(name, time_source(model.described()), wanted, measures, rows, front, chosen, original)
+    return OnDevice(name, time_source(model.described()), wanted, measures, rows, front, chosen, unmet, original)
 
 
 def device_figure(study: Study, on: OnDevice) -> go.Figure:
@@ -99,7 +105,7 @@ def device_figure(study: Study, on: OnDevice) -> go.Figure:
         (original, "the original", "markers", {"color": GREEN, "size": 14, "symbol": "star"}),
         (picked, "the knee", "markers", {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}),
     ):
-        if across in rows and up in rows:
+        if len(rows) and across in rows and up in rows:
             told = [
                 f"<b>{row['number']}</b><br>{escape(up)}: {written(up, row[up])}<br>"
                 f"{label(across)}: {row[across] / scale(across):,.4g}"

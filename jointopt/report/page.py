@@ -192,9 +192,10 @@ def _time_source(study: Study) -> str:
 
 
 def _device_section(study: Study, on: OnDevice, at: int) -> str:
+    told = escape(f"Nothing is chosen here: {on.unmet}") if on.unmet else "What is chosen here is the front's knee"
     return (
         f"<h2>On another device: {escape(on.name)}</h2><p>The {escape(on.source)}: the same evaluations, with the "
-        "times that they would take there. Quality was not measured again. What is chosen here is the front's knee.</p>"
+        f"times that they would take there. Quality was not measured again. {told}.</p>"
         + _plot(device_figure(study, on), f"device{at}")
     )
 
