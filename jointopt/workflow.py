@@ -218,8 +218,10 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     )
     study = _searched(config, prepared, supernet)
     try:
-        genome, finished = _chosen_and_finished(config, prepared, supernet, study, console)
-        write_report(study, output / REPORT)  # there even where the export is refused
+        try:
+            genome, finished = _chosen_and_finished(config, prepared, supernet, study, console)
+        finally:
+            write_report(study, output / REPORT)  # there even where nothing can be chosen, or the export is refused
         export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite, config.target)
         # Only now: what was refused is no choice.
         note_choice(study, supernet, genome, config.choose.model_dump(exclude_none=True), finished)
@@ -263,12 +265,15 @@ def _chosen_and_finished(
     from jointopt.study.rescoring import forget, rescore_finished, rescore_front
 
     wanted = config.choose.model_dump(exclude_none=True)
-    genome = _chosen(study, wanted)
     if prepared.unseen is None:
         forget(study)  # scores on data that the config named before
     else:
         rescore_front(supernet, study, prepared.unseen, prepared.contents["test"])
-    console.print(front_table(study, genome))
+    genome = None
+    try:
+        genome = _chosen(study, wanted)
+    finally:
+        console.print(front_table(study, genome))  # what there is to pick from, even where nothing fits
     if config.finish is None:
         return genome, None
     genome, finished = finish_top(

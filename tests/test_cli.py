@@ -367,9 +367,14 @@ def test_a_function_that_always_fails_stops_the_run_after_the_first_batch(place,
 
 def test_where_nothing_keeps_to_a_constraint_what_was_searched_can_still_be_exported(place, capsys, monkeypatch):
     write_config(place, output="runs/hard", constraints={"accuracy": ">= 1"}, search={"evaluations": 5})
-    said = refused(capsys, place, monkeypatch, "run", "config.yaml")
+    monkeypatch.chdir(place)
+    assert main(["run", "config.yaml"]) == 2
+    shown = capsys.readouterr()
+    said = shown.err.strip().splitlines()[-1]
     assert "constraints: no evaluation has accuracy >= 1; the closest has 0." in said
     assert said.endswith("; export --pick NUMBER takes any evaluation")
+    assert "front: " in shown.out and "* chosen" not in shown.out
+    assert (place / "runs/hard/report.html").is_file()
     assert main(["export", "runs/hard", "--pick", "3"]) == 0
 
 
