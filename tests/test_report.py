@@ -161,6 +161,24 @@ def test_an_outlier_makes_an_axis_logarithmic():
     assert predictions_figure(study) is None
 
 
+@pytest.mark.parametrize("up", ["min", "max"])
+@pytest.mark.parametrize("across", ["min", "max"])
+def test_no_corner_of_the_front_s_line_is_better_than_what_was_measured(across, up):
+    objectives = [Objective("up", up), Objective("across", across)]
+    study = Study.create(None, SPACE, objectives, {})
+    genomes = SPACE.sample(5, seed=0)
+    study.add_generation(genomes, np.full((5, 2), np.nan), {})
+    for genome, cost in zip(genomes, (0.1, 0.5, 0.2, 0.9, 0.7), strict=True):
+        values = {"up": objectives[0].sign * (1 - cost) ** 2, "across": objectives[1].sign * cost}
+        study.add_evaluation(0, genome, values, None, 0.1)
+    front = next(t for t in front_figure(study, objectives[1], objectives[0], None).data if t.name.startswith("front"))
+    assert len(front.x) == 5
+    x, y = np.array(front.x) * objectives[1].sign, np.array(front.y) * objectives[0].sign
+    corners = {"hv": (x[1:], y[:-1]), "vh": (x[:-1], y[1:])}[front.line.shape]
+    for at in range(len(x) - 1):
+        assert corners[0][at] >= x[at : at + 2].max() and corners[1][at] >= y[at : at + 2].max()
+
+
 def test_the_layers_figure_shows_the_share_kept_and_leaves_places_empty():
     figure = layers_figure(layout(32, ("W8A8",)), layout(64))
     named = {trace.name: trace for trace in figure.data if trace.showlegend is not False}

@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from jointopt.objectives import ON_HARDWARE, Objective
-from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, style
+from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, step, style
 from jointopt.report.quantities import label, scale, time_source, written
 from jointopt.study.choice import best_of, front_of, within
 from jointopt.study.study import Study
@@ -99,6 +99,7 @@ def device_figure(study: Study, on: OnDevice) -> go.Figure:
     original = pd.DataFrame([{"number": "the original", **on.original}])
     picked = on.rows[on.rows["genome"] == on.chosen]
     line = "lines+markers" if len(on.objectives) == 2 else "markers"
+    shape = step(next(objective for objective in on.objectives if objective.name == across))
     for rows, name, mode, marker in (
         (on.rows, f"evaluated ({len(on.rows)})", "markers", {"color": GRAY, "size": 7}),
         (on.front, f"front ({len(on.front)})", line, {"color": BLUE, "size": 9}),
@@ -113,7 +114,7 @@ def device_figure(study: Study, on: OnDevice) -> go.Figure:
             ]
             figure.add_scatter(
                 x=rows[across] / scale(across), y=rows[up] / scale(up), name=name, mode=mode, marker=marker,
-                text=told, hovertemplate="%{text}<extra></extra>", line={"color": BLUE, "width": 1.5, "shape": "hv"},
+                text=told, hovertemplate="%{text}<extra></extra>", line={"color": BLUE, "width": 1.5, "shape": shape},
             )  # fmt: skip
     style(figure, label(across), label(up), height=420)
     return figure

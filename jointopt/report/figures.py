@@ -79,6 +79,7 @@ def _add_points(
     marker: dict,
     mode: str = "markers",
 ) -> None:
+    """Those that a line joins are in the order of `across`, from small to large."""
     if not len(rows):
         return
     figure.add_trace(
@@ -91,9 +92,15 @@ def _add_points(
             name=escape(name),
             mode=mode,
             marker=marker,
-            line={"color": BLUE, "width": 1.5, "shape": "hv"},
+            line={"color": BLUE, "width": 1.5, "shape": step(across)},
         )
     )
+
+
+def step(across: Objective) -> str:
+    """The shape of a front's line, of points from small to large: each corner is worse than the points that it joins,
+    whatever the other objective's direction, for a better one would be a claim that nothing was measured for."""
+    return "hv" if across.direction == "min" else "vh"
 
 
 def _hover(space: SearchSpace, row: Mapping[str, Any], name: str) -> str:
