@@ -179,6 +179,22 @@ def test_no_corner_of_the_front_s_line_is_better_than_what_was_measured(across, 
         assert corners[0][at] >= x[at : at + 2].max() and corners[1][at] >= y[at : at + 2].max()
 
 
+def test_a_name_of_one_s_own_is_shown_by_plotly_as_it_is():
+    name, shown = """acc "top" '5' <b>&amp; ü</b>""", """acc "top" '5' &lt;b&gt;&amp;amp; ü&lt;/b&gt;"""
+    objectives = [Objective(name, "max"), OBJECTIVES[1]]
+    study = Study.create(None, SPACE, objectives, {})
+    genomes = SPACE.sample(4, seed=0)
+    study.add_generation(genomes, genomes.sum(1)[:, None] * [0.1, 1e6], {})
+    for genome in genomes:
+        study.add_evaluation(0, genome, {name: float(genome.sum()) ** 0.9, "size": 1e6}, None, 0.1)
+    up, across = (front_figure(study, *pair, None).layout for pair in (objectives[::-1], objectives))
+    assert up.yaxis.title.text == across.xaxis.title.text == f"{shown} (more is better)"
+    predictions = predictions_figure(study).layout
+    axes = (predictions.xaxis.title.text, predictions.yaxis.title.text)
+    assert axes == (f"{shown}, predicted", f"{shown}, measured")
+    assert predictions.annotations[0].text.startswith(f"{shown}: rank correlation")
+
+
 def test_the_layers_figure_shows_the_share_kept_and_leaves_places_empty():
     figure = layers_figure(layout(32, ("W8A8",)), layout(64))
     named = {trace.name: trace for trace in figure.data if trace.showlegend is not False}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from jointopt.objectives import ON_HARDWARE, Objective
-from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, step, style
+from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, plain, step, style
 from jointopt.report.quantities import label, scale, time_source, written
 from jointopt.study.choice import best_of, front_of, within
 from jointopt.study.study import Study
@@ -108,7 +107,7 @@ def device_figure(study: Study, on: OnDevice) -> go.Figure:
     ):
         if len(rows) and across in rows and up in rows:
             told = [
-                f"<b>{row['number']}</b><br>{escape(up)}: {written(up, row[up])}<br>"
+                f"<b>{row['number']}</b><br>{plain(up)}: {written(up, row[up])}<br>"
                 f"{label(across)}: {row[across] / scale(across):,.4g}"
                 for row in rows.to_dict("records")
             ]

@@ -54,8 +54,7 @@ def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequenc
         picked = frame[frame["genome"] == tuple(chosen)].assign(**finished_metrics(study, chosen))
         marker = {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}
         _add_points(figure, study.space, picked, across, up, "chosen", marker)
-    style(figure, label(across.name), f"{label(up.name)} ({_better(up)})", height=470)
-    figure.update_xaxes(title_text=f"{label(across.name)} ({_better(across)})")
+    style(figure, _title(across), _title(up), height=470)
     for axis, objective in (("xaxis", across), ("yaxis", up)):
         if _spans(frame, study.baselines, objective):
             figure.layout[axis].update(type="log", tickmode="array", tickvals=LOG_TICKS, ticktext=LOG_LABELS)
@@ -89,7 +88,7 @@ def _add_points(
             customdata=rows["number"],
             text=[_hover(space, row, name) for row in rows.to_dict("records")],
             hovertemplate="%{text}<extra></extra>",
-            name=escape(name),
+            name=plain(name),
             mode=mode,
             marker=marker,
             line={"color": BLUE, "width": 1.5, "shape": step(across)},
@@ -104,10 +103,10 @@ def step(across: Objective) -> str:
 
 
 def _hover(space: SearchSpace, row: Mapping[str, Any], name: str) -> str:
-    lines = [f"<b>evaluation {row['number']}</b>" if row["number"] >= 0 else f"<b>{escape(name)}</b>"]
+    lines = [f"<b>evaluation {row['number']}</b>" if row["number"] >= 0 else f"<b>{plain(name)}</b>"]
     for key, value in row.items():
         if not is_column(str(key)) and isinstance(value, int | float):
-            lines.append(f"{escape(str(key))}: {written(str(key), value)}")
+            lines.append(f"{plain(str(key))}: {written(str(key), value)}")
     return "<br>".join([*lines, *(_summary(space, row["genome"]) if "genome" in row else ())])
 
 
@@ -118,12 +117,12 @@ def _summary(space: SearchSpace, genome: Sequence[int]) -> list[str]:
     depths = [f"{name} {choice}" for name, choice in chosen if is_depth(name)]
     formats = Counter(str(choice) for name, choice in chosen if is_precision(name))
     return [
-        escape(text) for text in (", ".join(depths), ", ".join(f"{n} {name}" for name, n in formats.items())) if text
+        plain(text) for text in (", ".join(depths), ", ".join(f"{n} {name}" for name, n in formats.items())) if text
     ]
 
 
-def _better(objective: Objective) -> str:
-    return "less is better" if objective.direction == "min" else "more is better"
+def _title(objective: Objective) -> str:
+    return f"{label(objective.name)} ({'less' if objective.direction == 'min' else 'more'} is better)"
 
 
 def _spans(frame: pd.DataFrame, baselines: Mapping[str, Mapping[str, float]], objective: Objective) -> bool:
@@ -146,7 +145,7 @@ def layers_figure(layers: Layers, full: Layers | None) -> go.Figure:
     places = list(full or layers)
     whole = {record["layer"]: record["rows"] * record["columns"] for record in places}
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
-    names = [escape(str(record["layer"])) for record in places]
+    names = [plain(str(record["layer"])) for record in places]
     empty = {"color": "rgba(0,0,0,0.03)", "line": {"color": "#c9ced6", "width": 1}}
     figure.add_bar(
         x=names, y=[100.0] * len(places), marker=empty, hoverinfo="skip", name="the whole model", row=1, col=1
@@ -156,8 +155,8 @@ def layers_figure(layers: Layers, full: Layers | None) -> go.Figure:
         at = [place["layer"] for place in places if kept.get(place["layer"], {}).get("scheme") == scheme]
         shares = [100.0 * kept[path]["rows"] * kept[path]["columns"] / whole[path] for path in at]
         text = [_layer_text(kept[path], share) for path, share in zip(at, shares, strict=True)]
-        common: dict[str, Any] = {"x": [escape(path) for path in at], "marker": {"color": color}, "hovertext": text}
-        common |= {"hoverinfo": "text", "name": escape(str(scheme)), "legendgroup": str(scheme)}
+        common: dict[str, Any] = {"x": [plain(path) for path in at], "marker": {"color": color}, "hovertext": text}
+        common |= {"hoverinfo": "text", "name": plain(str(scheme)), "legendgroup": str(scheme)}
         figure.add_bar(y=shares, row=1, col=1, **common)
         figure.add_bar(y=[kept[path]["bits"] for path in at], row=2, col=1, showlegend=False, **common)
     style(figure, None, None, height=480)
@@ -172,8 +171,8 @@ def layers_figure(layers: Layers, full: Layers | None) -> go.Figure:
 
 def _layer_text(record: Mapping[str, Any], share: float) -> str:
     return (
-        f"<b>{escape(str(record['layer']))}</b><br>{record['kind']}, {record['rows']} x {record['columns']} "
-        f"({share:.0f}% of its weights)<br>{escape(str(record['scheme']))}, {record['bits']:.4g} bits a weight"
+        f"<b>{plain(str(record['layer']))}</b><br>{record['kind']}, {record['rows']} x {record['columns']} "
+        f"({share:.0f}% of its weights)<br>{plain(str(record['scheme']))}, {record['bits']:.4g} bits a weight"
     )
 
 
@@ -183,7 +182,7 @@ def _name_blocks(figure: go.Figure, places: Layers, names: list[str]) -> None:
     for index, record in enumerate(places):
         members.setdefault(str(record["block"] or record["layer"].rpartition(".")[2]), []).append(index)
     ticks = [names[indices[len(indices) // 2]] for indices in members.values()]
-    figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[escape(name) for name in members])
+    figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[plain(name) for name in members])
 
 
 def predictions_figure(study: Study) -> go.Figure | None:
@@ -201,7 +200,7 @@ def predictions_figure(study: Study) -> go.Figure | None:
     if not shown:
         return None
     titles = [
-        f"{escape(objective.name)}: rank correlation {_rank_correlation(both.iloc[:, 0], both.iloc[:, 1])} "
+        f"{plain(objective.name)}: rank correlation {_rank_correlation(both.iloc[:, 0], both.iloc[:, 1])} "
         f"(Spearman, {len(both)} evaluations)"
         for objective, both in shown
     ]
@@ -221,8 +220,8 @@ def predictions_figure(study: Study) -> go.Figure | None:
             row=1,
             col=index,
         )
-        figure.update_xaxes(title_text=f"{label(objective.name)}, predicted", row=1, col=index)
-        figure.update_yaxes(title_text=f"{label(objective.name)}, measured", row=1, col=index)
+        figure.update_xaxes(title_text=plain(f"{label(objective.name)}, predicted"), row=1, col=index)
+        figure.update_yaxes(title_text=plain(f"{label(objective.name)}, measured"), row=1, col=index)
     style(figure, None, None, height=400)
     figure.update_layout(showlegend=False, margin_t=50)
     return figure
@@ -244,6 +243,11 @@ def hypervolume_figure(study: Study) -> go.Figure | None:
     return figure
 
 
+def plain(text: str) -> str:
+    """Text that plotly shows as it is: it would read tags, and knows `&amp;`, `&lt;` and `&gt;` but no `&quot;`."""
+    return escape(text, quote=False)
+
+
 def style(figure: go.Figure, across: str | None, up: str | None, height: int) -> None:
     figure.update_layout(
         template="plotly_white",
@@ -255,6 +259,6 @@ def style(figure: go.Figure, across: str | None, up: str | None, height: int) ->
         hovermode="closest",
     )
     if across is not None:
-        figure.update_xaxes(title_text=escape(across))
+        figure.update_xaxes(title_text=plain(across))
     if up is not None:
-        figure.update_yaxes(title_text=escape(up))
+        figure.update_yaxes(title_text=plain(up))
