@@ -222,14 +222,25 @@ def test_each_cost_is_drawn_against_the_quality():
     assert [(x.name, y.name) for x, y in axes(own, own)] == [("b", "a")]
     assert axes(own[:1], own[:1]) == []
     mine = [Objective("mine", "min"), *own]
-    assert [(x.name, y.name) for x, y in axes(mine, own)] == [("mine", "a")]
+    assert [(x.name, y.name) for x, y in axes(mine, own)] == [("mine", "a"), ("mine", "b")]
+
+
+def test_each_objective_is_on_a_plot():
+    named = {n: Objective(n, "min") for n in ("accuracy", "loss", "kl", "size", "macs")}
+    quality, costs = list(named.values())[:3], list(named.values())[3:]
+    for objectives, measured in (((*quality, *costs), quality), (quality, quality), (costs, [])):
+        drawn = axes(list(objectives), measured)
+        assert {each.name for pair in drawn for each in pair} == {each.name for each in objectives}
+        assert len(drawn) == len(objectives) - 1
 
 
 def test_one_objective_alone_has_a_page_too(tmp_path):
     study = Study.create(None, SPACE, OBJECTIVES[:1], {})
     study.add_generation(SPACE.sample(1, seed=0), np.full((1, 1), np.nan), {})
     study.add_evaluation(0, SPACE.sample(1, seed=0)[0], {"accuracy": 0.5}, None, 0.1)
-    assert "in numbers" in page(study, tmp_path)
+    html = page(study, tmp_path)
+    assert "in numbers" in html and 'id="genome"' in html
+    assert "Hover over one" not in html
 
 
 def test_a_cost_of_ones_own_is_neither_finished_nor_scored_on_unseen_data(tmp_path):

@@ -175,6 +175,11 @@ def _front_section(study: Study, picked: tuple[int, ...] | None) -> str:
     if not len(study):
         return "<h2>The front</h2><p>No evaluation yet.</p>"
     pairs = axes(study.objectives, study.measured)
+    if not pairs:
+        return (
+            "<h2>The front</h2><p>Of one objective it is the best sub-network, and there is nothing to draw. Choices "
+            'other than the largest model\'s are coloured.</p><div class="scroll" id="genome"></div>'
+        )
     plots = "".join(_plot(front_figure(study, x, y, picked), f"front{i}") for i, (x, y) in enumerate(pairs))
     return (
         "<h2>The front</h2><p>Each point is a sub-network that was really measured. Hover over one to see its genome, "
@@ -209,7 +214,7 @@ def _hypervolume_section(study: Study) -> str:
         f"{escape(o.name)} {written(o.name, value)}" for o, value in zip(study.objectives, reference, strict=True)
     )
     return (
-        "<h2>Hypervolume</h2><p>How much the front dominates, in the units of the axes above, from the reference point "
+        "<h2>Hypervolume</h2><p>How much the front dominates, in the units of this page, from the reference point "
         f"{told}.</p>" + _plot(figure, "hypervolume")
     )
 

@@ -47,10 +47,10 @@ def counted(genomes: int) -> str:
 
 
 def axes(objectives: Sequence[Objective], measured: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
-    """The pairs to draw the front in, (across, up): each cost against the first measured objective, size first; where
-    that gives none, the first two."""
+    """The pairs to draw the front in, (across, up), so that each objective is in one: each cost against the first
+    measured objective, size first, and the other measured ones against that cost; where there are no costs, or nothing
+    else, all against the first. None of one objective."""
     costs = sorted((o for o in objectives if o not in measured), key=lambda o: o.name != "size")
-    pairs = [(cost, measured[0]) for cost in costs] if measured else []
-    if not pairs and len(objectives) > 1:
-        pairs = [(objectives[1], objectives[0])]
-    return pairs
+    if not costs or not measured:
+        return [(each, objectives[0]) for each in objectives[1:]]
+    return [(cost, measured[0]) for cost in costs] + [(costs[0], each) for each in measured[1:]]
