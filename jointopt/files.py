@@ -8,10 +8,14 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from quant.errors import JointoptError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SPEAKING: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError)
 """Exceptions whose own message can be shown unchanged."""
@@ -84,6 +88,17 @@ def write_whole(path: Path, text: str, what: str) -> None:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A file of safetensors, readable to whom the umask says: safetensors alone makes it readable to its owner only.
+    Raises OSError or SafetensorError where it cannot be written."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def locked(path: Path, what: str) -> sqlite3.Connection:

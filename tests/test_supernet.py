@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import warnings
 
@@ -405,6 +406,16 @@ def test_training_moves_the_smallest_towards_the_largest():
 def disagreement(supernet: Supernet, data: list) -> float:
     with supernet.active(supernet.space.smallest) as small, supernet.active(supernet.space.largest) as large:
         return sum(float((logits(small, b).softmax(-1) - logits(large, b).softmax(-1)).abs().mean()) for b in data)
+
+
+def test_a_saved_super_network_is_readable_to_whom_the_umask_says(tmp_path):
+    path = tmp_path / "supernet.safetensors"
+    before = os.umask(0o027)
+    try:
+        supernet_of("bert", SCHEMES).save(path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_saved_super_network_is_restored_with_its_order(tmp_path):

@@ -10,10 +10,10 @@ from inspect import getsource
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from jointopt.checkpoint import card
+from jointopt.files import write_tensors
 from jointopt.rebuilding import held_cache, runtime
 from jointopt.rebuilding.block_sizes import save_generation_config, settle_sizes
 from jointopt.rebuilding.loadable import auto_class, check_loadable
@@ -46,12 +46,8 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
 
 
 def write_weights(place: Path, model: nn.Module) -> None:
-    """model.safetensors, readable to whom the umask says: safetensors alone makes it readable to its owner only."""
-    path = place / "model.safetensors"
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors_of(model), path, metadata={"format": "pt"})
-    path.chmod(mode)
+    """model.safetensors, with every tensor as it is stored."""
+    write_tensors(place / "model.safetensors", tensors_of(model), {"format": "pt"})
 
 
 def write_config(place: Path, model: Any) -> str:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt.batches import on_device
 from jointopt.digests import digest_of
-from jointopt.files import reading
+from jointopt.files import reading, write_tensors
 from jointopt.learned_ranges import INPUTS, NAME, LearnedRanges, settle
 from quant.errors import JointoptError, check_kind
 from quant.formats import own_definition
@@ -63,7 +62,7 @@ def save(supernet: Supernet, path: str | Path) -> None:
     if supernet.transforms:
         record |= {"transforms": supernet.transforms, "scaled": supernet._scaled}
     try:
-        save_file(tensors, str(path), metadata={"supernet": json.dumps(record)})
+        write_tensors(Path(path), tensors, {"supernet": json.dumps(record)})
     except (OSError, SafetensorError) as error:
         raise JointoptError(f"{path}: cannot be written: {error}") from None
 
