@@ -203,6 +203,14 @@ def test_only_stock_operators_are_used(place):
     assert not graph.functions
 
 
+@pytest.mark.parametrize("name", ["vit", "bert", "llama_tied", "timm_vit", "resnet"])
+def test_onnx_runtime_loads_a_file_without_a_warning(name, place, capfd):
+    import onnxruntime
+
+    onnxruntime.InferenceSession(exported(name, place) / "model.onnx")
+    assert capfd.readouterr().err == ""
+
+
 def test_decoding_with_the_cache_gives_what_one_pass_gives(place):
     session = OnnxModel(exported("llama_tied", place) / "model.onnx", 1)
     ids = batches("llama_tied", size=2)[0]["input_ids"]

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -189,6 +190,7 @@ def traced(graph: nn.Module, arguments: tuple, inputs: dict[str, Any] | None = N
         finally:
             logging.disable(before)
     assert program is not None
+    _name_types(program.model.graph)
     write_convolutions(program.model)
     write_shared_weights(program.model)
     for node in program.model.graph:
@@ -197,6 +199,19 @@ def traced(graph: nn.Module, arguments: tuple, inputs: dict[str, Any] | None = N
         for value in node.outputs:
             value.metadata_props.clear()
     return program
+
+
+def _name_types(graph: ir.Graph) -> None:
+    """Writes each CastLike as the Cast that it is, where the type is known: ONNX Runtime, which has no kernel for it,
+    would warn of every constant that it cannot fold when it loads the file."""
+    for node in [each for each in graph if each.op_type == "CastLike"]:
+        value, like = node.inputs
+        assert like is not None
+        constant = ir.convenience.get_const_tensor(like)
+        dtype = like.dtype or (constant.dtype if constant is not None else None)
+        if dtype is not None:
+            cast = ir.node("Cast", [value], {"to": dtype})
+            ir.convenience.replace_nodes_and_values(graph, node, [node], [cast], node.outputs, cast.outputs)
 
 
 def _refusal(error: BaseException | None) -> JointoptError | None:
