@@ -149,7 +149,7 @@ def _train(config: Config, prepared: Prepared, supernet: Supernet, contents: Map
         learning_rate=config.train.learning_rate,
         seed=seed,
         sort_every=config.train.sort_every,
-        lora=lora_of(config, supernet),
+        lora=lora_of(config, supernet, prepared.loaded),
         checkpoint=Path(config.output) / CHECKPOINT,
         config=contents,
         progress=True,

@@ -5,19 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import BertForMaskedLM, TrainerCallback
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe
 from jointopt.adapters import adapted
 from jointopt.config.config import load_config
+from jointopt.models import LoadedModel, ModelSource, load_model
 from jointopt.training import loop
 from jointopt.training.configured import lora_of
 from jointopt.training.lora import attach, merge
 from jointopt.training.sampling import Sandwich
+from tests.saved import save_tokenizer
 from tests.test_trainer import arguments, trainer, weights
 from tests.test_training import calibrated, labelled
-from tests.zoo import batches, logits
+from tests.zoo import batches, logits, make
 
 peft = pytest.importorskip("peft")
 TARGETS = {"llama_tied": ["q_proj", "v_proj", "down_proj"], "vit": ["q_proj", "fc1", "fc2"], "bert": ["query", "dense"]}
@@ -61,6 +63,53 @@ def test_only_adapters_and_heads_are_trained(name):
     heads = {key for key, _ in supernet.model.named_parameters() if key.startswith("classifier")}
     assert with_gradients == expected | (heads if not name.startswith("llama") else set())
     assert all(each.grad.abs().sum() > 0 for key, each in supernet.model.named_parameters() if key.endswith("lora_B"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("distilbert", {"target_modules": ["q_lin"], "task_type": "SEQ_CLS"}),
+        ("distilbert", {"target_modules": ["q_lin"], "modules_to_save": ["classifier"]}),
+        ("roberta", {"target_modules": ["query"], "modules_to_save": ["classifier.out_proj"]}),
+        ("roberta", {"target_modules": ["dense"], "modules_to_save": ["out_proj"], "task_type": "SEQ_CLS"}),
+        ("llama_untied", {"target_modules": ["q_proj"], "modules_to_save": ["model.norm", "layers.2.mlp"]}),
+    ],
+)
+def test_what_is_trained_whole_is_what_peft_trains_whole(name, options):
+    wrapped = peft.get_peft_model(make(name), peft.LoraConfig(r=2, **options))
+    expected = {
+        key.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+        for key, each in wrapped.named_parameters()
+        if each.requires_grad and "lora_" not in key
+    }
+    supernet, wanted = calibrated(name), peft.LoraConfig(r=2, **options)
+    attach(supernet, wanted)
+    found = {key for key, each in supernet.model.named_parameters() if each.requires_grad and "lora_" not in key}
+    assert expected and found == expected
+    assert wanted.modules_to_save == options.get("modules_to_save")
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (["clasifier"], "found 'clasifier', in which no module's path ends; did you mean 'classifier'.*bert, dropout"),
+        (["weight"], "found 'weight', in which no module's path ends"),
+        ("classifier", "found 'classifier'; allowed: a list of names"),
+        (["encoder.layer"], "bert.encoder.layer is a ModuleList; allowed: modules that are called"),
+    ],
+)
+def test_modules_to_save_that_name_no_module_are_refused(saved, said):
+    with pytest.raises(JointoptError, match=f"^lora: modules_to_save: {said}"):
+        attach(calibrated("bert"), peft.LoraConfig(target_modules=["query"], modules_to_save=saved))
+
+
+def test_a_config_that_peft_has_used_is_still_one():
+    wanted = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
+    peft.get_peft_model(make("bert"), wanted)
+    assert "score" in wanted.modules_to_save  # which this model lacks
+    supernet = calibrated("bert")
+    attach(supernet, wanted)
+    assert supernet.model.classifier.weight.requires_grad
 
 
 def test_training_adapters_lowers_the_loss_and_changes_no_other_weight():
@@ -119,7 +168,6 @@ def test_adapters_resume_to_the_same_weights(where, tmp_path, monkeypatch):
 
 def test_the_trainer_trains_adapters_resumes_them_and_merges_them(tmp_path):
     rows = [{key: value[at] for key, value in labelled("vit")[0].items()} for at in range(6)]
-    from tests.zoo import make
 
     def made(folder: str, **options):
         torch.manual_seed(3)
@@ -138,8 +186,6 @@ def test_the_trainer_trains_adapters_resumes_them_and_merges_them(tmp_path):
 
 
 def test_adapters_are_evaluated_with_the_model(tmp_path):
-    from tests.zoo import make
-
     rows = [{key: value[at] for key, value in labelled("vit")[0].items()} for at in range(6)]
     kept = arguments(tmp_path, max_steps=6, learning_rate=1e-2, eval_strategy="steps", eval_steps=3)
     made = ElasticTrainer(model=make("vit"), args=kept, train_dataset=rows, eval_dataset=rows, lora=config("vit"))
@@ -186,7 +232,27 @@ def test_a_config_is_told_its_own_key_of_a_target_that_names_no_layer(tmp_path):
         "train: {steps: 1, lora: {targets: [q, out]}}\n"
     )
     with pytest.raises(JointoptError, match=r"^train.lora.targets: found 'out', which is no Linear layer here"):
-        lora_of(load_config(tmp_path / "c.yaml"), calibrated("timm_vit"))
+        loaded = LoadedModel(make("timm_vit"), None, "image-classification", ModelSource("m", "timm", "m"))
+        lora_of(load_config(tmp_path / "c.yaml"), calibrated("timm_vit"), loaded)
+
+
+def test_a_config_trains_heads_whole_and_what_the_checkpoint_lacks(tmp_path):
+    BertForMaskedLM(make("bert").config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    (tmp_path / "c.yaml").write_text(
+        f"model: {tmp_path}\ntask: text-classification\noutput: o\n"
+        "data: {train: t.csv, calibrate: t.csv, evaluate: t.csv}\n"
+        "train: {steps: 1, lora: {targets: [query, dense]}}\n"
+    )
+    loaded = load_model(str(tmp_path), "text-classification", "cpu")
+    supernet = jointopt.Supernet(loaded.model, jointopt.SearchSpace.for_model(loaded.model))
+    paths = attach(supernet, lora_of(load_config(tmp_path / "c.yaml"), supernet, loaded))
+    whole = {
+        key.rpartition(".")[0]
+        for key, each in supernet.model.named_parameters()
+        if each.requires_grad and "lora_" not in key
+    }
+    assert whole == {"classifier", "bert.pooler.dense"} and "bert.pooler.dense" not in paths
 
 
 def test_a_view_in_the_middle_of_training_computes_with_the_adapters(tmp_path):

@@ -44,11 +44,12 @@ def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe
     return recipe
 
 
-HEADS = ("classifier", "score", "fc", "head")
+HEADS = ("pre_classifier", "classifier", "cls_classifier", "distillation_classifier", "score", "fc", "head")
 
 
-def lora_of(config: Config, supernet: Supernet) -> Any:
-    """The `peft.LoraConfig` of a config, None where it has none.
+def lora_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Any:
+    """The `peft.LoraConfig` of a config, None where it has none. Heads are trained whole, and so is what the checkpoint
+    had no weights for, such as a pooler.
 
     Raises:
         JointoptError: peft is missing, or a layer that is named.
@@ -63,8 +64,12 @@ def lora_of(config: Config, supernet: Supernet) -> Any:
 
     check_targets(supernet.model, wanted.targets, "train.lora.targets")
     heads = [name for name in HEADS if has_module(supernet.model, name)]
+    new = {name.rpartition(".")[0] for name in loaded.untrained}
     return LoraConfig(
-        r=wanted.rank, lora_alpha=wanted.alpha, target_modules=list(wanted.targets), modules_to_save=heads or None
+        r=wanted.rank,
+        lora_alpha=wanted.alpha,
+        target_modules=list(wanted.targets),
+        modules_to_save=sorted({*heads, *new}) or None,
     )
 
 

@@ -6,6 +6,7 @@ own layers (`jointopt.adapters`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from jointopt.autocast import autocast_off
 from jointopt.installed import lacking
 from quant.errors import JointoptError, did_you_mean, in_one_line
 from search_spaces.clones import structural_clone
+from search_spaces.family import has_module
 
 if TYPE_CHECKING:
     from jointopt.supernet.supernet import Supernet
@@ -26,31 +28,31 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
     """Freezes a super-network but for adapters of the layers that a `peft.LoraConfig` names.
 
     Args:
-        config: rank, scale, target_modules; modules_to_save are trained whole. Without dropout and DoRA, which are no
-            part of a weight.
+        config: rank, scale, target_modules; what PEFT makes of modules_to_save and task_type is trained whole (weights
+            that modules share stay shared). Without dropout and DoRA, which are no part of a weight.
 
     Returns:
         Paths of the layers with an adapter.
 
     Raises:
-        JointoptError: peft is not installed, targets that the model lacks or that share their weight with another
-            layer, an option that cannot be sliced, adapters that are there already.
+        JointoptError: peft is not installed, targets or modules_to_save that the model lacks, targets that share their
+            weight with another layer, an option that cannot be sliced, adapters that are there already.
     """
     _check_config(config)
     if adapted(supernet.model):
         raise JointoptError("lora: the super-network has adapters already; allowed: one set")
     frozen = {name for name, each in supernet.model.named_parameters() if not each.requires_grad}
     try:
-        found = _wrapped(supernet.model, config)
+        found, whole = _wrapped(supernet.model, config)
     finally:  # PEFT freezes the clone's parameters, which are the model's
         _freeze(supernet.model, frozen)
     tied = {path for layer in supernet.family.layers for path in (*layer.tied, *([layer.path] if layer.tied else []))}
     if shared := sorted(tied & set(found)):
         raise JointoptError(f"lora: {shared[0]} shares its weight with another layer; allowed: layers with their own")
-    kept = tuple(config.modules_to_save or ())
     supernet.frozen = frozen
-    for name, parameter in supernet.model.named_parameters():
-        parameter.requires_grad_(any(part in kept for part in name.split(".")))
+    supernet.model.requires_grad_(False)
+    for path in whole:
+        supernet.model.get_submodule(path).requires_grad_(True)
     for path, adapter in found.items():
         layer = supernet.model.get_submodule(path)
         weight = layer.get_parameter("weight")
@@ -79,27 +81,51 @@ def _check_config(config: Any) -> None:
             )
 
 
-def _wrapped(model: nn.Module, config: Any) -> dict[str, Any]:
-    """Path -> what PEFT makes of the layer there, in a clone that shares the model's parameters."""
+def _wrapped(model: nn.Module, config: Any) -> tuple[dict[str, Any], list[str]]:
+    """Path -> what PEFT makes of the layer there, in a clone that shares the model's parameters; and the paths of the
+    modules that it trains whole."""
     from peft import get_peft_model
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     targets = config.target_modules
     names = check_targets(model, () if targets is None or isinstance(targets, str) else targets)
-    try:
-        wrapped = get_peft_model(structural_clone(model), config)
+    _check_saved(model, config)
+    try:  # a copy, as PEFT adds to modules_to_save what the task_type has
+        wrapped = get_peft_model(structural_clone(model), copy.deepcopy(config))
     except ValueError as error:
         raise JointoptError(f"lora: {in_one_line(error)}; allowed: {', '.join(names)}") from None
-    found: dict[str, Any] = {
-        name.removeprefix("base_model.model."): module
-        for name, module in wrapped.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    }
+    made = {name.removeprefix("base_model.model."): module for name, module in wrapped.named_modules()}
+    found: dict[str, Any] = {path: module for path, module in made.items() if isinstance(module, BaseTunerLayer)}
     if other := [path for path, module in found.items() if not isinstance(module, Linear)]:
         kind = type(model.get_submodule(other[0])).__name__
         raise JointoptError(f"lora: {other[0]} is a {kind}; allowed: target_modules that are Linear layers")
-    return found
+    whole = [path for path, module in made.items() if isinstance(module, ModulesToSaveWrapper)]
+    return found, [path for path in whole if has_module(model, path)]  # PEFT wraps again what is in one of them
+
+
+def _check_saved(model: nn.Module, config: Any) -> None:
+    """Raises JointoptError for modules_to_save that are none of the model's, by what PEFT goes by: how paths end."""
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    saved, key = config.modules_to_save, "lora: modules_to_save"
+    if isinstance(saved, str):
+        raise JointoptError(f"{key}: found {saved!r}; allowed: a list of names")
+    modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
+    added = SEQ_CLS_HEAD_NAMES if config.task_type else ()  # by PEFT itself, to a config that it uses
+    for wanted in saved or ():
+        matching = [path for path in modules if wanted and path.endswith(wanted)]
+        if not matching and wanted not in added:
+            near = did_you_mean(wanted, (path.rpartition(".")[2] for path in modules))
+            raise JointoptError(
+                f"{key}: found {wanted!r}, in which no module's path ends{near}; allowed: "
+                f"{', '.join(name for name, _ in model.named_children())}, or what is in them"
+            )
+        for path in matching:
+            if isinstance(modules[path], nn.ModuleList | nn.ModuleDict):
+                kind = type(modules[path]).__name__
+                raise JointoptError(f"{key}: {path} is a {kind}; allowed: modules that are called")
 
 
 def _freeze(model: nn.Module, names: Collection[str]) -> None:
