@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,37 @@ def test_what_is_trained_whole_is_what_peft_trains_whole(name, options):
 def test_modules_to_save_that_name_no_module_are_refused(saved, said):
     with pytest.raises(JointoptError, match=f"^lora: modules_to_save: {said}"):
         attach(calibrated("bert"), peft.LoraConfig(target_modules=["query"], modules_to_save=saved))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("layer_replication", [[0, 2], [1, 3]]),
+        ("alora_invocation_tokens", [5, 6]),
+        ("use_qalora", True),
+        ("arrow_config", {}),
+        ("kasa_config", {}),
+        ("monteclora_config", {}),
+        ("velora_config", {}),
+        ("use_bdlora", {"nblocks": 2, "target_modules_bd_a": ["q_proj"]}),
+    ],
+)
+def test_variants_that_are_not_two_matrices_are_refused(option, value):
+    if option not in {each.name for each in fields(peft.LoraConfig)}:
+        pytest.skip("a later PEFT's")
+    wanted = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **{option: value})
+    with pytest.raises(JointoptError, match=f"^lora: found {option}=.*; allowed: (None|False)"):
+        attach(calibrated("llama_untied"), wanted)
+
+
+def test_a_variant_by_its_initial_weights_is_refused():
+    try:
+        wanted = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="mica")
+        peft.get_peft_model(make("llama_untied"), wanted)
+    except ValueError:
+        pytest.skip("a later PEFT's")
+    with pytest.raises(JointoptError, match="^lora: found a .*; allowed: adapters that are two matrices"):
+        attach(calibrated("llama_untied"), wanted)
 
 
 def test_a_config_that_peft_has_used_is_still_one():

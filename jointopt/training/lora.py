@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +64,15 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
     return list(found)
 
 
+UNREAD = {
+    *("bias", "lora_bias", "trainable_token_indices", "target_parameters"),
+    *("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+}
+"""Options of a `peft.LoraConfig` by which PEFT would train more than two matrices a layer, or other layers, or compute
+with them otherwise."""
+
+
 def _check_config(config: Any) -> None:
     if told := lacking("lora"):
         raise JointoptError(f"lora: found {told}")
@@ -72,12 +82,11 @@ def _check_config(config: Any) -> None:
         raise JointoptError(f"lora: found {type(config).__name__}; allowed: a peft.LoraConfig")
     if config.lora_dropout or config.use_dora:
         raise JointoptError("lora: found lora_dropout or use_dora; allowed: neither, since adapters become weights")
-    # What PEFT would train beside the adapters, and nothing here reads.
-    for name, plain in (("bias", "none"), ("lora_bias", False), ("trainable_token_indices", None),
-                        ("target_parameters", None)):  # fmt: skip
-        if (given := getattr(config, name, plain)) != plain:
+    defaults = {each.name: each.default for each in fields(config)}
+    for name in sorted(UNREAD & defaults.keys()):
+        if (given := getattr(config, name)) != defaults[name]:
             raise JointoptError(
-                f"lora: found {name}={given!r}; allowed: {plain!r} (modules_to_save trains whole modules)"
+                f"lora: found {name}={given!r:.60}; allowed: {defaults[name]!r} (modules_to_save trains whole modules)"
             )
 
 
@@ -101,6 +110,8 @@ def _wrapped(model: nn.Module, config: Any) -> tuple[dict[str, Any], list[str]]:
     if other := [path for path, module in found.items() if not isinstance(module, Linear)]:
         kind = type(model.get_submodule(other[0])).__name__
         raise JointoptError(f"lora: {other[0]} is a {kind}; allowed: target_modules that are Linear layers")
+    if variants := [each for module in found.values() for each in module.lora_variant.values()]:
+        raise JointoptError(f"lora: found a {type(variants[0]).__name__}; allowed: adapters that are two matrices")
     whole = [path for path, module in made.items() if isinstance(module, ModulesToSaveWrapper)]
     return found, [path for path in whole if has_module(model, path)]  # PEFT wraps again what is in one of them
 
