@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,3 +54,21 @@ def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
             f"the model returned a {type(output).__name__} without logits; allowed: a tensor, or an output with .logits"
         )
     return logits
+
+
+@contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """A model computes no keys and values for later tokens, beside which samples that are packed into one row would
+    attend to each other. Its config is afterwards as it was."""
+    config: Any = getattr(model, "config", None)
+    known = hasattr(config, "use_cache")
+    before = getattr(config, "use_cache", None)
+    if known:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if known:
+            config.use_cache = before
+        elif hasattr(config, "use_cache"):  # by transformers' Trainer
+            del config.use_cache

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 import jointopt
@@ -188,6 +188,47 @@ def test_training_leaves_a_model_that_generates_with_its_cache(tmp_path):
     assert exported.config.use_cache
     assert not any(getattr(module, "gradient_checkpointing", False) for module in exported.modules())
     assert not any(module._forward_hooks for module in exported.modules())
+
+
+def packed(folder: Path, **options) -> tuple[ElasticTrainer, list[dict]]:
+    """Of a decoder, its samples of several lengths in one row a batch, without padding."""
+    rows = [{"input_ids": list(range(4, 4 + size)), "labels": list(range(4, 4 + size))} for size in (5, 9, 7, 12)]
+    made = ElasticTrainer(
+        model=make("llama_tied"), args=arguments(folder, learning_rate=0.0, weight_decay=0.0, **options),
+        train_dataset=rows, eval_dataset=rows, data_collator=DataCollatorWithFlattening(),
+    )  # fmt: skip
+    return made, rows
+
+
+def test_packed_samples_do_not_see_each_other_before_nor_after_training(tmp_path):
+    made, rows = packed(tmp_path, per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=1)
+    assert made.supernet.model.config.use_cache
+    before = made.evaluate()
+    made.train()
+    made.train()
+    after = made.evaluate()
+    model, tokens, total = made.supernet.model.eval(), 0, 0.0
+    for row in rows:
+        count = len(row["labels"]) - 1
+        total += model(**{key: torch.tensor([ids]) for key, ids in row.items()}).loss.item() * count
+        tokens += count
+    alone = total / tokens
+    assert before["eval_loss"] == pytest.approx(alone, rel=1e-5)
+    for name in ("eval_loss", "eval_smallest_loss", "eval_middle_loss"):
+        assert after[name] == pytest.approx(before[name], rel=1e-5)
+    assert made.supernet.model.config.use_cache
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "vit"])
+def test_a_trainer_leaves_the_config_as_it_was(name, tmp_path):
+    from tests.test_training import labelled
+
+    rows = [{key: value[at] for key, value in labelled(name)[0].items()} for at in range(6)]
+    model = make(name)
+    made = ElasticTrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=rows)
+    assert made.supernet.model.config.to_dict() == model.config.to_dict()
+    made.train()
+    assert made.supernet.model.config.to_dict() == model.config.to_dict()
 
 
 def test_channels_are_sorted_again_during_training(tmp_path):

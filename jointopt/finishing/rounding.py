@@ -6,8 +6,7 @@ nothing is quantized. Learned rounding then goes on from there, block after bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from jointopt.batches import check_batch, on_device, without_labels
 from jointopt.finishing.lockstep import Arrived, in_step, starting
 from jointopt.finishing.reconstruction import reconstruct
 from jointopt.finishing.shared_moments import SharedMoments
+from jointopt.outputs import without_cache
 from jointopt.supernet.subnetwork import Plan, detach, quantize_layer, renaming
 from jointopt.supernet.weight_bank import BankedWeight
 from quant.errors import JointoptError
@@ -55,7 +55,7 @@ def rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str, 
     original = supernet.view(replace(plan, schemes={}, caches={}))
     renamed = renaming(supernet.family, plan)
     rounder = _Rounder(supernet, plan, rounding, original, {renamed(p): p for p in rounded})
-    with _without_cache(shell), _without_cache(original):
+    with without_cache(shell), without_cache(original):  # of layers that are done, which would fill the memory
         in_step(shell, moved, rounder.modules, rounder.change, original)
     if rounder.left:
         raise JointoptError(f"finish: {next(iter(rounder.left.values()))}: {NEVER_REACHED}")
@@ -157,17 +157,3 @@ def _rounded(
     )
     lost = whole @ moments.original_mean()[..., None] - held @ moments.mean()[..., None]
     return BankedWeight(quantized, values), lost.flatten().to(target.dtype)
-
-
-@contextmanager
-def _without_cache(model: Any) -> Iterator[None]:
-    """Keys and values of layers that are done would only fill the memory."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if before:
-            config.use_cache = before

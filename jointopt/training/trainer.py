@@ -31,7 +31,7 @@ from jointopt.batches import Batch
 from jointopt.files import reading, write_whole
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
-from jointopt.outputs import IGNORED, logits_of
+from jointopt.outputs import IGNORED, logits_of, without_cache
 from jointopt.supernet.batch_norm import has_batch_norm, reestimate
 from jointopt.supernet.importance import check_sortable
 from jointopt.supernet.supernet import Supernet
@@ -101,10 +101,9 @@ class ElasticTrainer(Trainer):
         self.recipe = smoothed(recipe, args.label_smoothing_factor)
         self.sort_every = sort_every
         self._counted: bool | None = None
-        self._use_cache = getattr(getattr(self.supernet.model, "config", None), "use_cache", None)
-        super().__init__(
-            model=self.supernet.model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options
-        )
+        whole = self.supernet.model
+        with without_cache(whole):
+            super().__init__(model=whole, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
         check_optimizer(self.optimizer, self.supernet)
         self.label_names: list[str] = self.label_names or ["labels"]
         check_count("sort_every", sort_every)
@@ -124,7 +123,8 @@ class ElasticTrainer(Trainer):
                     "train_dataset: found none, and so nothing to calibrate with; allowed: one, calibration=, or a "
                     "calibrated supernet="
                 )
-            self.supernet.calibrate(self._calibration)
+            with without_cache(whole):
+                self.supernet.calibrate(self._calibration)
         self.recipe.check(self.supernet)
         if lora is not None and sort_every is not None:
             raise JointoptError("sort_every: adapters are not sorted; allowed: without lora")
@@ -187,13 +187,14 @@ class ElasticTrainer(Trainer):
         if self._add():
             self.optimizer = self.lr_scheduler = None
         ended = self._ended(args[0] if args else options.get("resume_from_checkpoint"))
-        try:
-            found = super().train(*args, **options) if ended is None else self._trained_before(ended)
-        finally:
-            self._undo()
-            if adapted(self.supernet.model):
-                merge(self.supernet)
-        self.supernet.calibrate(self._calibration)
+        with without_cache(self.supernet.model):
+            try:
+                found = super().train(*args, **options) if ended is None else self._trained_before(ended)
+            finally:
+                self._undo()
+                if adapted(self.supernet.model):
+                    merge(self.supernet)
+            self.supernet.calibrate(self._calibration)
         if self._counted is False:
             warnings.warn(NONE_COUNTED, stacklevel=2)
         return found
@@ -228,8 +229,6 @@ class ElasticTrainer(Trainer):
             undo()
             if getattr(model, "_require_grads_hooks", None):
                 model.disable_input_require_grads()
-        if self._use_cache is not None:
-            model.config.use_cache = self._use_cache
 
     def hyperparameter_search(self, *args: Any, **options: Any) -> Any:
         """Refused: the Trainer would train models that are no super-network's."""
@@ -309,18 +308,25 @@ class ElasticTrainer(Trainer):
         """The Trainer's, of the largest sub-network; where it evaluates, the losses of the smallest and of a middle one
         beside, so that callbacks (early stopping) see them too, as "eval_smallest_loss" and "eval_middle_loss": of
         names that end in "loss" the Trainer itself knows that less is better."""
-        found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if description == "Evaluation":
-            if f"{metric_key_prefix}_loss" not in found.metrics:
-                raise JointoptError(
-                    f"evaluate: found no sample with {' or '.join(self.label_names)}; allowed: one or more (predict "
-                    "needs none)"
-                )
-            space = self.supernet.space
-            middle = space.canonical((space.largest + space.smallest) // 2)
-            for name, genome in (("smallest", space.smallest), ("middle", middle)):
-                found.metrics[f"{metric_key_prefix}_{name}_loss"] = self._loss_of(genome, dataloader)
+        with without_cache(self.supernet.model):
+            found = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            if description == "Evaluation":
+                self._add_losses(found.metrics, dataloader, metric_key_prefix)
         return found
+
+    def _add_losses(self, metrics: dict[str, Any], dataloader: Any, prefix: str) -> None:
+        """Those of the smallest and of a middle sub-network."""
+        if f"{prefix}_loss" not in metrics:
+            raise JointoptError(
+                f"evaluate: found no sample with {' or '.join(self.label_names)}; allowed: one or more (predict "
+                "needs none)"
+            )
+        space = self.supernet.space
+        middle = space.canonical((space.largest + space.smallest) // 2)
+        for name, genome in (("smallest", space.smallest), ("middle", middle)):
+            metrics[f"{prefix}_{name}_loss"] = self._loss_of(genome, dataloader)
 
     @torch.no_grad()
     def _loss_of(self, genome: np.ndarray, dataloader: Any) -> float:
