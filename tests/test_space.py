@@ -362,3 +362,22 @@ def test_choices_may_be_numpy_s():
         SearchSpace.for_model(model, ["none"], **given).to_dict()
         == SearchSpace.for_model(model, ["none"], depth=[1, 2], mlp=[64, 1.0]).to_dict()
     )
+
+
+def test_the_middle_is_halfway_and_of_genes_of_two_choices_every_second_one_is_at_its_largest():
+    width = (1, 2)
+    space = SearchSpace(
+        [
+            Gene("b0.keep", (False, True)),
+            Gene("b1.keep", (False, True)),
+            Gene("b0.width", (1, 2, 3), {"b0.keep": (True,)}),
+            Gene("b1.width", width, {"b1.keep": (True,)}),
+            Gene("b2.width", width),
+            Gene("b3.width", width),
+        ]
+    )
+    middle = {"b0.keep": True, "b1.keep": False, "b0.width": 2, "b1.width": 1, "b2.width": 2, "b3.width": 1}
+    assert space.decode(space.middle) == middle
+    turned = SearchSpace(space.genes, smallest=[0, 0, 2, 1, 1, 1], largest=[1, 1, 0, 0, 0, 0])
+    assert turned.decode(turned.middle) == {**middle, "b2.width": 1, "b3.width": 2}
+    assert np.array_equal(space.canonical(space.middle), space.middle)

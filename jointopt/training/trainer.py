@@ -306,8 +306,8 @@ class ElasticTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """The Trainer's, of the largest sub-network; where it evaluates, the losses of the smallest and of a middle one
-        beside, so that callbacks (early stopping) see them too, as "eval_smallest_loss" and "eval_middle_loss": of
-        names that end in "loss" the Trainer itself knows that less is better."""
+        (`SearchSpace.middle`) beside, so that callbacks (early stopping) see them too, as "eval_smallest_loss" and
+        "eval_middle_loss": of names that end in "loss" the Trainer itself knows that less is better."""
         with without_cache(self.supernet.model):
             found = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -324,8 +324,7 @@ class ElasticTrainer(Trainer):
                 "needs none)"
             )
         space = self.supernet.space
-        middle = space.canonical((space.largest + space.smallest) // 2)
-        for name, genome in (("smallest", space.smallest), ("middle", middle)):
+        for name, genome in (("smallest", space.smallest), ("middle", space.middle)):
             metrics[f"{prefix}_{name}_loss"] = self._loss_of(genome, dataloader)
 
     @torch.no_grad()

@@ -110,7 +110,7 @@ def losses(made: Case, supernet: Supernet) -> dict[str, float]:
     found = {}
     for name, genome in {
         "smallest": space.smallest,
-        "middle": space.canonical((space.smallest + space.largest) // 2),
+        "middle": space.middle,
         "largest": space.largest,
     }.items():
         plain = [
