@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
+from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithFlattening, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -188,6 +189,24 @@ def test_training_leaves_a_model_that_generates_with_its_cache(tmp_path):
     assert exported.config.use_cache
     assert not any(getattr(module, "gradient_checkpointing", False) for module in exported.modules())
     assert not any(module._forward_hooks for module in exported.modules())
+
+
+class Once(IterableDataset):
+    def __init__(self, rows: list[dict]):
+        self.iterator = iter(rows)
+
+    def __iter__(self):
+        return self.iterator
+
+
+def test_data_that_can_be_gone_through_once_is_refused_before_it_is_read(tmp_path):
+    for name in ("train_dataset", "eval_dataset"):
+        given = {"train_dataset": data(), name: Once(data(4))}
+        with pytest.raises(JointoptError, match=f"^{name}: found a Once that can be gone through once; allowed: "):
+            ElasticTrainer(model=make("vit"), args=arguments(tmp_path), **given)
+        assert len(list(given[name])) == 4
+    with pytest.raises(JointoptError, match="^eval_dataset: found a Once"):
+        trainer(tmp_path).evaluate(Once(data(4)))
 
 
 def packed(folder: Path, **options) -> tuple[ElasticTrainer, list[dict]]:

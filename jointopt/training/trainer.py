@@ -164,6 +164,7 @@ class ElasticTrainer(Trainer):
 
     def _check_labels(self, dataset_name: str, dataset: Any) -> None:
         """Raises JointoptError where no labels come of the first sample, from which a collator may make them."""
+        _check_repeatable(dataset_name, dataset)
         first = next(iter(dataset), None)
         if first is None:
             raise JointoptError(f"{dataset_name}: found no sample; allowed: one or more")
@@ -276,6 +277,12 @@ class ElasticTrainer(Trainer):
         shown = labels[..., 1:] if self._loss_shifts_labels else labels
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return shown.ne(IGNORED).sum() / max(counted, 1) * self.current_gradient_accumulation_steps * processes
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's. Raises JointoptError for data that can be gone through but once."""
+        if not isinstance(eval_dataset, str | None):
+            _check_repeatable("eval_dataset", eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def prediction_step(self, model: nn.Module, *args: Any, **options: Any) -> Any:
         """The Trainer's, with adapters where there are some."""
@@ -422,6 +429,14 @@ class ElasticTrainer(Trainer):
         for name, parameter in added.items():
             parameter.data.copy_(kept[name])
         self.supernet.weights_changed()
+
+
+def _check_repeatable(name: str, dataset: Any) -> None:
+    if iter(dataset) is iter(dataset):
+        raise JointoptError(
+            f"{name}: found a {type(dataset).__name__} that can be gone through once; allowed: one whose __iter__ "
+            "begins anew each time, as a generator function does"
+        )
 
 
 def _saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
