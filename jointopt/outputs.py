@@ -33,9 +33,13 @@ def row_groups(rows: int, classes: int, device: torch.device) -> Iterator[slice]
 
 
 def problem_of(model: Any) -> str | None:
-    """What a classifier of transformers says that its outputs are, where they are not one class of several. What models
-    of other kinds have under `problem_type` means nothing, to transformers either."""
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    """What a classifier of transformers says that its outputs are, where they are not one class of several; of one
+    output that says nothing they are measured values, as transformers has it. What models of other kinds have under
+    `problem_type` means nothing, to transformers either."""
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem is None and getattr(config, "num_labels", None) == 1:
+        problem = REGRESSION
     classifies = any(each.__name__.endswith(CLASSIFIERS) for each in type(model).__mro__)
     return problem if classifies and problem in (MULTI_LABEL, REGRESSION) else None
 

@@ -159,6 +159,7 @@ def test_labels_of_the_tokens_themselves_are_not_taken_for_the_next_ones():
 def test_a_single_output_is_not_distilled():
     model = make("bert")
     model.classifier, model.config.num_labels = nn.Linear(128, 1), 1
+    model.config.problem_type = "single_label_classification"  # of which one output is no distribution
     supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"]))
     supernet.calibrate(batches("bert"))
     batch = {**batches("bert")[0], "labels": torch.rand(6)}

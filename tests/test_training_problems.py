@@ -18,7 +18,7 @@ from tests.zoo import batches, make
 PROBLEMS = ("multi_label_classification", "regression")
 
 
-def supernet_for(problem: str, outputs: int = 5) -> Supernet:
+def supernet_for(problem: str | None, outputs: int = 5) -> Supernet:
     model = make("bert")
     model.config.problem_type, model.config.num_labels = problem, outputs
     model.classifier, model.num_labels = nn.Linear(model.config.hidden_size, outputs), outputs
@@ -40,6 +40,14 @@ def test_the_largest_learns_what_transformers_would_have_it_learn(problem, outpu
     still(supernet.model)
     loss = jointopt.elastic_loss(supernet, batch, 0, Recipe(Uniform(0)))
     torch.testing.assert_close(loss, supernet.model(**batch).loss)
+
+
+def test_one_output_of_which_nothing_is_said_is_a_measured_value_as_transformers_has_it():
+    supernet, batch = supernet_for(None, 1), labelled("regression", 1)[0]
+    still(supernet.model)
+    loss = jointopt.elastic_loss(supernet, batch, 0, Recipe(Uniform(0)))
+    torch.testing.assert_close(loss, supernet.model(**batch).loss)
+    assert jointopt.elastic_loss(supernet, batch, 0, Recipe(Uniform(1))) > loss
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
