@@ -145,15 +145,16 @@ class SearchSpace:
     @property
     def middle(self) -> np.ndarray:
         """The canonical genome of a member between these: each gene that matters is halfway from its smallest choice to
-        its largest. Of genes without a choice there, such as those of two, every second one takes the next towards the
-        largest, beginning with the first, and the others the next towards the smallest."""
-        genome, matters, upwards = np.zeros(len(self), dtype=np.int64), np.ones(len(self), dtype=bool), True
+        its largest. Of genes with no choice between these, every second one is at its largest, beginning with the
+        first."""
+        genome, matters, large = np.zeros(len(self), dtype=np.int64), np.ones(len(self), dtype=bool), True
         for at, (low, high) in enumerate(zip(self._smallest, self._largest, strict=True)):
             matters[at] = all(matters[other] and allowed[genome[other]] for other, allowed in self._requires[at])
             if matters[at]:
-                below, between = divmod(int(low + high), 2)
-                genome[at] = below + (between and upwards == (low < high))
-                upwards ^= bool(between)
+                genome[at] = (low + high) // 2
+                if abs(high - low) == 1:
+                    genome[at] = high if large else low
+                    large = not large
         return genome
 
     @property
