@@ -10,9 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,70 +114,6 @@ def test_metrics_by_other_names_than_the_objectives_are_shown_with_how_to_ask_fo
         jointopt.search(supernet, lambda model: {"f1": 0.5}, evaluations=6)
 
 
-def test_a_damaged_study_says_so_in_one_line(supernet, tmp_path):
-    path = tmp_path / "study.db"
-    jointopt.search(supernet, agreement, evaluations=20, storage=path).close()
-    whole = path.read_bytes()
-    for at in range(0, len(whole), 4096):
-        path.write_bytes(whole[:at] + b"\xff" * 4000 + whole[at + 4000 :])
-        with pytest.raises(JointoptError, match=r"study '.*study.db'"), contextlib.closing(Study.open(path)) as study:
-            study.front()
-            study.results(supernet.space.sample(3, seed=0))
-            raise JointoptError(f"study {str(path)!r}: this page is none that is read")
-    (tmp_path / "study.db.lock").write_bytes(b"no lock" * 1000)
-    with pytest.raises(JointoptError, match="file is not a database"):
-        jointopt.search(supernet, agreement, evaluations=20, storage=path)
-
-
-@pytest.mark.parametrize(
-    ("edit", "said"),
-    [
-        ("UPDATE facts SET value = '{}' WHERE key = 'state'", "the state of its strategy cannot be read: KeyError"),
-        ("UPDATE facts SET value = '\"long\"' WHERE key = 'elapsed'", "its elapsed is 'long'"),
-        ("UPDATE facts SET value = '[1]' WHERE key = 'baselines'", r"its baselines is \[1\]"),
-        ("UPDATE facts SET value = '{\"best\": {}}' WHERE key = 'baselines'", r"its baselines.original is None"),
-        ("UPDATE generations SET genomes = '5'", "generation 0 cannot be read: ValueError: cannot reshape"),
-        ('UPDATE evaluations SET metrics = \'{"quality": "good"}\'', "evaluation 1 cannot be read: ValueError"),
-        ("UPDATE evaluations SET metrics = '[1]'", "evaluation 1 cannot be read: AttributeError"),
-    ],
-)
-def test_a_study_that_was_edited_to_something_else_is_said_to_be_damaged(supernet, tmp_path, edit, said):
-    path = tmp_path / "study.db"
-    jointopt.search(supernet, agreement, evaluations=3, storage=path).close()
-    with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute(edit)
-    with pytest.raises(JointoptError, match=f"study.db': is damaged: {said}"):
-        jointopt.search(supernet, agreement, evaluations=6, storage=path)
-
-
-@pytest.mark.parametrize(
-    ("edit", "said"),
-    [
-        ("UPDATE facts SET value = '{}' WHERE key = 'space'", "its space cannot be read: KeyError: 'genes'"),
-        ("UPDATE facts SET value = '[1]' WHERE key = 'objectives'", "its objectives cannot be read: TypeError"),
-        ("UPDATE facts SET value = '[1]' WHERE key = 'config'", r"its config is \[1\]"),
-        ("UPDATE facts SET value = 'null' WHERE key = 'config'", "its config is None"),
-        ("INSERT INTO facts VALUES ('choice', '[3]')", r"its choice is \[3\]"),
-        ("INSERT INTO facts VALUES ('baselines', '{\"original\": 3}')", "its baselines.original is 3"),
-        ("INSERT INTO facts VALUES ('baselines', '{\"original\": {\"x\": []}}')", r"its baselines.original.x is \[\]"),
-        ("INSERT INTO facts VALUES ('finished', '[3]')", r"its finished\[0\] is 3"),
-        ("INSERT INTO facts VALUES ('finished', '[{\"genome\": 3}]')", r"its finished\[0\].genome is 3"),
-        ("UPDATE evaluations SET genome = '[1, 2]' WHERE number = 2", "evaluation 2 .*: its genome has 2 genes"),
-        ("UPDATE generations SET predicted = '[]'", "generation 0 cannot be read: ValueError"),
-    ],
-)
-def test_a_study_that_was_edited_to_something_else_is_not_read(tmp_path, edit, said):
-    path = tmp_path / "study.db"
-    with contextlib.closing(Study.create(path, SearchSpace([Gene("a", (1, 2))]), [Objective("x", "min")], {})) as made:
-        made.add_generation(np.array([[0], [1]]), np.full((2, 1), np.nan), {})
-        for at in (0, 1):
-            made.add_evaluation(0, np.array([at]), {"x": 1.0}, None, 0.1)
-    with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute(edit)
-    with pytest.raises(JointoptError, match=f"study.db': is damaged: {said}"):
-        Study.open(path).front()
-
-
 def test_the_library_example_finds_a_genome_within_its_budget(supernet):
     study = jointopt.search(supernet, quality=agreement, objectives=["quality", "size"], evaluations=40, seed=0)
     middle = sum(supernet.costs(g)["size"] for g in (supernet.space.smallest, supernet.space.largest)) / 2e6
@@ -196,23 +130,6 @@ def test_the_library_example_finds_a_genome_within_its_budget(supernet):
 def test_two_searches_with_one_seed_are_the_same(supernet):
     first, second = (jointopt.search(supernet, agreement, evaluations=45, seed=3) for _ in range(2))
     assert dump(first) == dump(second)
-
-
-def test_best_by_drop_and_knee_and_nothing(supernet):
-    study = jointopt.search(supernet, agreement, evaluations=30)
-    frame = study.evaluations()
-    assert study.results(study.best()[None])[0]["quality"] == frame["quality"].max()
-    tolerated = frame["quality"].median()
-    chosen = study.results(study.best(drop=-tolerated)[None])[0]
-    assert chosen["size"] == frame[frame["quality"] >= tolerated - 1e-12]["size"].min()
-    assert tuple(study.best(knee=True)) in set(study.front()["genome"])
-    with pytest.raises(JointoptError, match="smallest evaluated has"):
-        study.best(size_mb=1e-6)
-    for wish in ("20", True, float("inf")):
-        with pytest.raises(JointoptError, match=f"best: found size_mb={wish!r}; allowed: a number"):
-            study.best(size_mb=wish)
-    with pytest.raises(JointoptError, match="more than one"):
-        study.best(size_mb=1, knee=True)
 
 
 def test_a_search_goes_on_where_it_stopped(supernet, tmp_path):
@@ -241,27 +158,6 @@ def test_another_config_on_the_same_study_is_refused_with_the_differences(supern
             supernet, agreement, evaluations=5, storage=tmp_path / "study.db", seed=1, config={"data": "b.csv"}
         )
     assert len(Study.open(tmp_path / "study.db")) == 5
-
-
-def test_a_second_writer_is_refused_while_readers_are_not(supernet, tmp_path):
-    path = tmp_path / "study.db"
-    jointopt.search(supernet, agreement, evaluations=5, storage=path).close()
-
-    def quality(model: torch.nn.Module) -> float:
-        with pytest.raises(JointoptError, match="another process is writing"):
-            jointopt.search(supernet, agreement, evaluations=9, storage=path)
-        assert len(Study.open(path)) >= 5
-        return agreement(model)
-
-    study = jointopt.search(supernet, quality, evaluations=9, storage=path)
-    assert len(study) == 9 and not study.evaluations()["failed"].any()
-
-
-def test_a_study_that_is_still_open_is_gone_on_with_by_the_same_call_and_a_larger_budget(supernet, tmp_path):
-    before = jointopt.search(supernet, agreement, evaluations=5, storage=tmp_path / "study.db")
-    assert len(jointopt.search(supernet, agreement, evaluations=9, storage=tmp_path / "study.db")) == 9
-    before.note("mine", 1)
-    assert len(before) == 9
 
 
 def test_failures_are_recorded_and_the_search_goes_on(supernet):
@@ -396,66 +292,10 @@ def test_errors_name_what_was_found(supernet, tmp_path):
         jointopt.search(uncalibrated, agreement, evaluations=3)
 
 
-def test_another_program_s_database_and_an_empty_one_are_left_as_they_are(supernet, tmp_path):
-    path = tmp_path / "notes.db"
-    with contextlib.closing(sqlite3.connect(path)) as other, other:
-        other.execute("CREATE TABLE notes (text)")
-    before = path.read_bytes()
-    with pytest.raises(JointoptError, match="notes.db' is no study; found tables notes; allowed: facts"):
-        Study.open(path)
-    with pytest.raises(JointoptError, match="is no study"):
-        jointopt.search(supernet, agreement, evaluations=3, storage=path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    (tmp_path / "empty.db").touch()
-    with pytest.raises(JointoptError, match="found tables none"):
-        Study.open(tmp_path / "empty.db")
-    assert len(jointopt.search(supernet, agreement, evaluations=3, storage=tmp_path / "empty.db")) == 3
-
-
 def test_numbers_of_numpy_are_numbers(supernet):
     options = {"strategy": "evolutionary", "strategy_options": {"population": np.int64(4)}}
     study = jointopt.search(supernet, agreement, evaluations=np.int64(5), seed=np.int64(3), **options)
     assert len(study) == 5 and study.config["strategy_options"] == {"population": 4} and study.config["seed"] == 3
-
-
-def test_paths_and_arrays_of_a_config_are_recorded_as_json_has_them(supernet):
-    prior = {"quality": [np.zeros(size) for size in supernet.space.sizes]}
-    config = {"data": Path("a.csv"), "limits": (np.float32(0.5), np.arange(2))}
-    study = jointopt.search(supernet, agreement, evaluations=3, config=config, strategy_options={"prior": prior})
-    assert study.config["data"] == "a.csv" and study.config["limits"] == [0.5, [0, 1]]
-    assert study.config["strategy_options"]["prior"]["quality"][0] == [0.0] * int(supernet.space.sizes[0])
-
-
-def test_what_json_cannot_hold_is_refused_by_its_key(supernet):
-    for config, said in (
-        ({"data": {"rows": {1, 2}}}, r"config.data.rows: found \{1, 2\}; allowed: text, numbers"),
-        ({"data": {(1, 2): 3}}, r"config.data: found the key \(1, 2\); allowed: text or whole numbers"),
-    ):
-        with pytest.raises(JointoptError, match=said):
-            jointopt.search(supernet, agreement, evaluations=3, config=config)
-
-
-def test_a_study_of_another_version_is_refused(supernet, tmp_path):
-    path = tmp_path / "study.db"
-    jointopt.search(supernet, agreement, evaluations=3, storage=path).close()
-    with contextlib.closing(sqlite3.connect(path)) as file, file:
-        file.execute("UPDATE facts SET value = '1' WHERE key = 'version'")
-    with pytest.raises(JointoptError, match="study.db': found version 1; allowed: 3"):
-        Study.open(path)
-    with pytest.raises(JointoptError, match="version was 1, is 3"):
-        jointopt.search(supernet, agreement, evaluations=3, storage=path)
-
-
-@pytest.mark.parametrize("wrong", ["UPDATE facts SET value = '1' WHERE key = 'version'", "DROP TABLE facts"])
-def test_a_study_that_is_refused_is_closed(wrong, tmp_path):
-    path = tmp_path / "study.db"
-    Study.create(path, SearchSpace([Gene("a", (1, 2))]), [Objective("x", "min")], {}).close()
-    with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute(wrong)
-    before = os.listdir("/proc/self/fd")
-    with pytest.raises(JointoptError) as kept:
-        Study.open(path)
-    assert len(os.listdir("/proc/self/fd")) == len(before), kept
 
 
 def test_a_study_that_has_asked_for_nothing_is_begun_anew_by_another_search(supernet, tmp_path):
@@ -478,55 +318,6 @@ def test_a_study_of_another_super_network_is_refused_in_one_line(supernet, tmp_p
     assert "\n" not in str(refused.value)
     with pytest.raises(JointoptError, match="no longer what the study searched"):
         jointopt.export(supernet, supernet.space.largest, tmp_path / "out", study=Study.open(path))
-
-
-def test_the_knee_looks_at_every_objective():
-    objectives = [Objective("loss", "min"), Objective("size", "min"), Objective("latency", "min")]
-    study = Study.create(None, SearchSpace([Gene("depth", tuple(range(1, 6)))]), objectives, {})
-    values = [(0, 10, 1), (10, 0, 1), (1, 1, 10), (3, 3, 0)]
-    for at, each in enumerate(values):
-        study.add_evaluation(0, np.array([at]), dict(zip(("loss", "size", "latency"), each, strict=True)), None, 1.0)
-    assert study.best(knee=True).tolist() == [3]
-
-
-TWO = (Objective("accuracy", "max"), Objective("macs", "min"))
-
-
-def chosen_among(rows: list[tuple], objectives: Sequence[Objective] = TWO, **wish: float) -> tuple[list[int], Study]:
-    """Of a study over two objectives alone, beside which size is known; the original has an accuracy of 1."""
-    study = Study.create(None, SearchSpace([Gene("depth", tuple(range(1, 6)))]), objectives, {})
-    study.note("baselines", {"original": {"accuracy": 1.0}})
-    names = ("accuracy", objectives[-1].name, "size")
-    for at, row in enumerate(rows):
-        metrics = dict(zip(names, row, strict=True))
-        study.add_evaluation(0, np.array([at]), metrics, None, 1.0)
-    return study.best(**wish).tolist(), study
-
-
-@pytest.mark.parametrize("wish", [{}, {"size_mb": 1}])
-def test_of_equal_quality_the_better_in_the_study_s_own_objectives_is_chosen(wish):
-    assert chosen_among([(1.0, 20, 100), (1.0, 10, 200), (0.5, 5, 50)], **wish)[0] == [1]
-
-
-def test_a_tolerated_drop_gives_the_least_of_the_study_s_first_cost():
-    assert chosen_among([(1.0, 20, 100), (0.9, 10, 200), (0.9, 30, 50), (0.1, 1, 1)], drop=0.2)[0] == [1]
-
-
-def test_a_tolerated_drop_gives_the_best_of_another_measured_objective_where_there_is_no_cost():
-    objectives = [Objective("accuracy", "max"), Objective("robustness", "max")]
-    rows = [(1.0, 0.1, 100), (0.9, 0.5, 300), (0.85, 0.4, 50), (0.1, 0.9, 1)]
-    chosen, study = chosen_among(rows, objectives, drop=0.2)
-    assert chosen == [1] and (1,) in set(study.front()["genome"])
-
-
-def test_a_drop_of_the_one_objective_is_refused():
-    with pytest.raises(JointoptError, match="drop: found 0.2, and accuracy is the study's one objective"):
-        chosen_among([(1.0, 20, 100), (0.9, 10, 20)], [Objective("accuracy", "max")], drop=0.2)
-
-
-def test_of_equals_in_all_objectives_the_smaller_is_on_the_front_and_chosen():
-    chosen, study = chosen_among([(1.0, 10, 200), (1.0, 10, 100)])
-    assert chosen == [1] and study.front()["genome"].tolist() == [(1,)]
 
 
 FORKED = """
@@ -584,18 +375,6 @@ def test_ten_kills_leave_the_front_byte_for_byte_as_it_would_have_been(tmp_path)
     assert len(json.loads((tmp_path / "whole.json").read_text())["number"]) > 2
 
 
-def test_hypervolume_is_measured_where_the_first_evaluations_all_failed(supernet):
-    calls = iter(range(100))
-
-    def quality(model: torch.nn.Module) -> float:
-        if 0 < next(calls) <= 11:
-            raise ValueError("not yet")
-        return agreement(model)
-
-    study = jointopt.search(supernet, quality, evaluations=14, batch=14, strategy="random")
-    assert study.evaluations()["failed"].notna().sum() == 11 and study.reference_point() is not None
-
-
 def test_a_study_that_goes_on_by_another_quality_function_is_told(supernet, tmp_path):
     path = tmp_path / "study.db"
     jointopt.search(supernet, agreement, evaluations=4, storage=path).close()
@@ -605,45 +384,3 @@ def test_a_study_that_goes_on_by_another_quality_function_is_told(supernet, tmp_
         study = jointopt.search(supernet, lambda model: 7.0, evaluations=8, storage=path)
     assert len(study) == 8
     study.close()
-
-
-def test_a_link_to_a_study_is_that_study(tmp_path):
-    space = SearchSpace([Gene("a", (1, 2, 3))])
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "link.db").symlink_to(tmp_path / "kept" / "study.db")
-    with contextlib.closing(
-        Study.create(tmp_path / "kept" / "study.db", space, [Objective("error", "min")], {})
-    ) as one:
-        one.note("b", 1)
-        assert Study.open(tmp_path / "link.db").fact("b") == 1
-
-
-READ_BY_ANOTHER = """
-import os, sys
-import jointopt.report.page, jointopt
-
-if not os.getuid():
-    os.setgid(65534)
-    os.setuid(65534)
-study = jointopt.Study.open(sys.argv[1])
-print(len(study.evaluations()), len(study.front()) > 0)
-"""
-
-
-def test_a_study_that_cannot_be_written_to_can_be_read():
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        space = SearchSpace([Gene("a", (1, 2, 3)), Gene("b", (1, 2))])
-        study = Study.create(folder / "s?%20.db", space, [Objective("error", "min")], {})
-        genomes = space.sample(4, seed=0)
-        study.add_generation(genomes, np.full((4, 1), np.nan), {})
-        for error, genome in enumerate(genomes):
-            study.add_evaluation(0, genome, {"error": float(error)}, None, 0.1)
-        study.close()
-        (folder / "s?%20.db.lock").unlink()
-        for path, mode in ((folder / "s?%20.db", 0o444), (folder, 0o555)):
-            path.chmod(mode)
-        command = [sys.executable, "-c", READ_BY_ANOTHER, str(folder / "s?%20.db")]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=100)
-        folder.chmod(0o755)
-        assert done.stdout.split() == ["4", "True"], done.stderr
