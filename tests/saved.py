@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -93,6 +94,12 @@ def save_timm(folder: Path) -> Path:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **args)
     save_for_hf(model, folder, model_args=args, safe_serialization=True)
     return folder
+
+
+def save_each(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of one model of every kind, by the kind's name."""
+    savers = {"bert": save_bert, "llama": save_llama, "vit": save_vit, "timm": save_timm}
+    return {name: save(tmp_path_factory.mktemp(name)) for name, save in savers.items()}
 
 
 def write_reviews(path: Path, count: int = 40, seed: int = 0) -> Path:

@@ -1,15 +1,11 @@
-"""Models, data and quality by the names that a config gives them."""
+"""Data as a config names them: tables and texts are read to the batches of a task, and bad ones are refused by name."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-import datasets
 import pandas as pd
 import pyarrow
 import pyarrow.parquet
@@ -17,51 +13,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
 from jointopt import JointoptError
-from jointopt.cli import main
 from jointopt.config.config import Config
-from jointopt.config.sections import Data, Distill, Source, Train
-from jointopt.config.starter import starter_config
-from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
-from jointopt.prepared import stay_offline
-from jointopt.rows import DataSource, looks_like_hub_id, read_columns, read_text, some
+from jointopt.config.sections import Data, Source
+from jointopt.models import load_model
+from jointopt.rows import DataSource, read_columns, read_text, some
 from jointopt.tasks import TASKS
-from jointopt.tasks.labels import class_indices, label_indices
-from tests.saved import (
-    LABELS,
-    quality_of,
-    save_bert,
-    save_llama,
-    save_timm,
-    save_tokenizer,
-    save_vit,
-    write_images,
-    write_reviews,
-)
+from jointopt.tasks.labels import class_indices
+from tests.saved import LABELS, quality_of, save_each, save_llama, write_images, write_reviews
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    makers = {"bert": save_bert, "llama": save_llama, "vit": save_vit, "timm": save_timm}
-    return {name: make(tmp_path_factory.mktemp(name)) for name, make in makers.items()}
-
-
-@pytest.mark.parametrize(
-    ("name", "task"),
-    [
-        ("bert", "text-classification"),
-        ("llama", "causal-lm"),
-        ("vit", "image-classification"),
-        ("timm", "image-classification"),
-    ],
-)
-def test_the_task_is_read_off_the_model(folders, name, task):
-    source = find_source(str(folders[name]))
-    assert model_task(source) == task
-    assert next(empty_model(source, task).parameters()).is_meta
+    return save_each(tmp_path_factory)
 
 
 def test_quality_of_texts_is_that_of_a_plain_loop(folders, tmp_path):
@@ -189,93 +155,6 @@ def test_some_rows_are_different_rows_and_the_same_each_time(count, samples):
     assert kept == some(count, samples)
 
 
-def test_labels_are_names_or_indices_in_numbers_or_text():
-    names = ["negative", "positive"]
-    assert class_indices(["positive", "negative"], names, "k") == [1, 0]
-    assert class_indices([1.0, 0], names, "k") == class_indices(["1", "0"], names, "k") == [1, 0]
-    assert class_indices(["b", "a"], ["LABEL_0", "LABEL_1"], "k", ["a", "b"]) == [1, 0]
-
-
-def test_folders_0_to_11_are_the_indices_of_classes_without_names():
-    folders = sorted(map(str, range(12)))
-    with pytest.warns(UserWarning, match="^folders 0 to 11 are taken for the indices of the model's classes"):
-        assert class_indices(["10", "2"], [f"LABEL_{index}" for index in range(12)], "k", folders) == [10, 2]
-    assert class_indices(["10", "2"], list(map(str, range(12))), "k", folders) == [10, 2]
-
-
-def test_folders_1_to_10_of_classes_without_names_are_refused_and_01_to_10_count_from_there():
-    labels = [f"LABEL_{index}" for index in range(10)]
-    with pytest.raises(JointoptError, match="^k: found folders 1 to 10, .* in one order alphabetically and in another"):
-        class_indices(["10", "2"], labels, "k", sorted(map(str, range(1, 11))))
-    with pytest.raises(JointoptError, match="^k: found folders 1 to 10, "):
-        class_indices(["2"], list(map(str, range(10))), "k", sorted(map(str, range(1, 11))))
-    assert class_indices(["10", "02"], labels, "k", [f"{number:02}" for number in range(1, 11)]) == [9, 1]
-
-
-def test_names_of_classes_match_in_capitals_unless_there_is_a_closer_one():
-    assert class_indices(["TOXIC", "Insult"], ["Toxic", "insult"], "k") == [0, 1]
-    assert class_indices(["a", "A"], ["A", "a"], "k") == [1, 0]
-    with pytest.raises(JointoptError, match="which several classes of the model are called"):
-        class_indices(["TOXIC"], ["Toxic", "toxic"], "k")
-
-
-@pytest.mark.parametrize(("folder", "label"), [("cafe\u0301", "caf\u00e9"), ("CAF\u00c9", "cafe\u0301")])
-def test_names_of_classes_match_whether_their_accents_are_apart_or_not(folder, label):
-    assert class_indices(["tea", folder], [label, "tea"], "k") == [1, 0]
-
-
-def test_a_name_that_two_classes_have_is_refused():
-    labels = ["crane", "maillot", "crane"]
-    assert class_indices([2, 0], labels, "k") == [2, 0]
-    assert class_indices(["maillot"], labels, "k") == [1]
-    with pytest.raises(
-        JointoptError, match="found label 'crane' in row 2, which several classes of the model are called"
-    ):
-        class_indices(["maillot", "crane"], labels, "k")
-
-
-def labels_of(source: DataSource, names: Sequence[str]) -> list[int]:
-    return label_indices(read_columns(source), source, names)
-
-
-def classified(*names: str) -> datasets.Dataset:
-    """Three texts of the classes 0, 1, 0, which have names."""
-    found = datasets.Dataset.from_dict({"text": ["good", "bad", "fine"], "label": [0, 1, 0]})
-    return found.cast_column("label", datasets.ClassLabel(names=list(names)))
-
-
-@pytest.mark.parametrize(
-    ("names", "labels", "expected"),
-    [
-        (("positive", "negative"), ("negative", "positive"), [1, 0, 1]),
-        (("positive", "negative"), ("neutral", "NEGATIVE", "POSITIVE"), [2, 1, 2]),
-        (("positive", "negative"), ("LABEL_0", "LABEL_1"), [0, 1, 0]),
-        (("0", "1"), ("negative", "positive"), [0, 1, 0]),
-    ],
-)
-def test_numbers_that_a_data_set_has_names_for_are_the_models_classes_of_these_names(tmp_path, names, labels, expected):
-    """Where either has no names, a number is an index."""
-    classified(*names).to_parquet(tmp_path / "a.parquet")
-    assert labels_of(DataSource(str(tmp_path / "a.parquet")), labels) == expected
-
-
-def test_numbers_of_a_hub_data_set_are_classes_by_its_names(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: classified("positive", "negative"))
-    assert labels_of(DataSource("owner/name", split="train"), ["negative", "positive"]) == [1, 0, 1]
-
-
-def test_a_class_whose_name_the_model_lacks_is_refused(tmp_path):
-    classified("pos", "negative").to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(JointoptError, match="found label 0 in row 1, which the data set calls 'pos'; the model has 2:"):
-        labels_of(DataSource(str(tmp_path / "a.parquet")), ["negative", "positive"])
-
-
-@pytest.mark.parametrize(("bad", "row"), [("neutral", 2), (2, 2), (-1, 2), (0.5, 2), (None, 2), (float("nan"), 2)])
-def test_a_label_that_the_model_lacks_is_named_with_its_row(bad, row):
-    with pytest.raises(JointoptError, match=f"data.evaluate.label: found label .* in row {row}; the model has 2: neg"):
-        class_indices([0, bad], ["negative", "positive"], "data.evaluate.label")
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -396,11 +275,6 @@ def test_what_is_said_of_a_long_value_is_short(folders, tmp_path, rows):
     assert len(str(raised.value).replace(str(tmp_path), "")) < 500
 
 
-def test_a_name_among_which_one_is_missing_is_the_one_that_is_named():
-    with pytest.raises(JointoptError, match="found label '' in row 3; the model has 2: negative, positive"):
-        class_indices(["positive", "negative", ""], ["negative", "positive"], "data.evaluate.label")
-
-
 def test_other_bad_data_is_named(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "t.txt").write_text("good film")
@@ -434,202 +308,7 @@ def test_a_column_that_the_task_does_not_read_is_refused(folders, tmp_path):
             quality_of(folders[name], task, source)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("./none", "no folder './none', and it is no hub id"),
-        ("here/none", "no folder 'here/none', and it is no hub id"),
-        ("here", "holds no config.json"),
-        ("here/file", "is a file"),
-        ("timm/vit_tiny_patch16_225", "timm has no .*; did you mean 'vit_tiny_patch16_224"),
-    ],
-)
-def test_a_model_that_is_not_there_is_named(tmp_path, monkeypatch, name, said):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here/file").write_text("x")
-    with pytest.raises(JointoptError, match=said):
-        find_source(name)
-
-
-def test_a_broken_model_folder_is_one_line(tmp_path):
-    folder = save_bert(tmp_path / "bert")
-    with pytest.raises(JointoptError, match="cannot be loaded: Unrecognized"):
-        load_model(str(folder), "image-classification", "cpu")
-    (folder / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(JointoptError, match="cannot be loaded: .*header"):
-        load_model(str(folder), None, "cpu")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(JointoptError, match="cannot be loaded: Error no file named model.safetensors"):
-        load_model(str(folder), None, "cpu")
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**content, "initializer_range": "two"}))
-    with pytest.raises(JointoptError, match="cannot be loaded: Strict.* Field 'initializer_range' expected float"):
-        load_model(str(folder), None, "cpu")
-    (folder / "config.json").write_text("{")
-    with pytest.raises(JointoptError, match="config.json cannot be read"):
-        load_model(str(folder), None, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("key", "found", "told"),
-    [
-        ("num_hidden_layers", 0, "num_hidden_layers: found 0; allowed: whole numbers from 1"),
-        ("num_attention_heads", 0, "num_attention_heads: found 0; allowed: whole numbers from 1"),
-        ("vocab_size", "many", "vocab_size: found 'many'; allowed: whole numbers from 1"),
-        ("architectures", 3, "architectures: found 3; allowed: a list of names"),
-    ],
-)
-def test_a_config_of_an_impossible_model_is_one_line_that_names_its_key(key, found, told, tmp_path):
-    folder = save_llama(tmp_path / "llama")
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**content, key: found}))
-    for read in (starter_config, lambda name: load_model(name, "causal-lm", "cpu")):
-        with pytest.raises(JointoptError, match=f"model: .*llama/config.json: {told}"):
-            read(str(folder))
-
-
-def test_a_missing_tokenizer_is_named(tmp_path):
-    folder = save_bert(tmp_path / "bert")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink()
-    with pytest.raises(JointoptError, match="holds no tokenizer; allowed: one of tokenizer.json"):
-        load_model(str(folder), None, "cpu")
-
-
-def save_headless_bert(folder: Path) -> Path:
-    config = BertConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    BertModel(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
-
-
-def test_a_model_without_a_head_is_asked_for_a_task_in_words_that_init_can_be_given(tmp_path, capsys):
-    assert main(["init", str(save_headless_bert(tmp_path))]) == 2
-    assert "names BertModel, which is no model of text-classification, image-class" in capsys.readouterr().err
-
-
-def test_weights_that_a_checkpoint_lacks_are_told(tmp_path):
-    loaded = load_model(str(save_headless_bert(tmp_path)), "text-classification", "cpu")
-    assert loaded.untrained == ("classifier.bias", "classifier.weight")
-
-
-def test_weights_that_a_checkpoint_lacks_are_the_same_whenever_it_is_loaded(tmp_path):
-    folder, heads, drawn = save_headless_bert(tmp_path), [], []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        heads.append(load_model(str(folder), "text-classification", "cpu").model.classifier.weight)
-        drawn.append(torch.rand(1))
-    assert torch.equal(*heads)
-    assert not torch.equal(*drawn)
-
-
 def test_a_split_of_a_file_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\ngood,1\n")
     with pytest.raises(JointoptError, match=r"data.split: found 'train', but .* is here; allowed: of a hub id"):
         read_columns(DataSource(str(tmp_path / "a.csv"), split="train"))
-
-
-def test_dtype_is_the_checkpoints_own_or_what_is_asked_for(tmp_path, folders):
-    load_model(str(folders["bert"]), None, "cpu").model.to(torch.float16).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path)
-    with pytest.warns(UserWarning, match="stored as float16 and read as float32, so that sizes, the original's too"):
-        assert load_model(str(tmp_path), None, "cpu").model.dtype == torch.float32
-    assert load_model(str(tmp_path), None, "cpu", "bfloat16").model.dtype == torch.bfloat16
-    with pytest.raises(JointoptError, match="dtype: found 'float16'"):
-        load_model(str(tmp_path), None, "cpu", "float16")
-
-
-def without_dtype(folder: Path, to: Path, stored: torch.dtype) -> Path:
-    """A copy whose weights are stored so, and whose config does not say it."""
-    shutil.copytree(folder, to)
-    config = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "dtype"}))
-    weights = {name: weight.to(stored) for name, weight in load_file(to / "model.safetensors").items()}
-    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
-    return to
-
-
-@pytest.mark.parametrize("name", ["bert", "timm"])
-def test_dtype_is_that_of_the_weights_where_the_config_says_none(tmp_path, folders, name):
-    folder = without_dtype(folders[name], tmp_path / "half", torch.bfloat16)
-    loaded = load_model(str(folder), None, "cpu")
-    assert next(loaded.model.parameters()).dtype == torch.bfloat16
-    assert next(empty_model(loaded.source, loaded.task).parameters()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", ["bert", "timm"])
-def test_float16_that_the_config_does_not_say_is_told(tmp_path, folders, name):
-    folder = without_dtype(folders[name], tmp_path / "half", torch.float16)
-    with pytest.warns(UserWarning, match="stored as float16 and read as float32, so that sizes, the original's too"):
-        load_model(str(folder), None, "cpu")
-
-
-def test_a_device_that_is_not_here_is_named():
-    if not torch.cuda.is_available():
-        with pytest.raises(JointoptError, match="device: cuda is not available here; there is cpu"):
-            chosen_device("cuda")
-    with pytest.raises(JointoptError, match="device: found 'tpu'"):
-        chosen_device("tpu")
-
-
-@pytest.mark.parametrize("name", ["bert-base-uncased", "google/vit-base-patch16-224", "a/b.c_d"])
-def test_a_hub_id_looks_like_one(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert looks_like_hub_id(name)
-
-
-def offline(folder: Path, monkeypatch, model: str = "", teacher: str = "", **data: Source) -> dict[str, str]:
-    """What `stay_offline` sets for a config of a local model, teacher and data, where not told other."""
-    local = str(folder)
-    named = {entry: Source(path=f"{entry}.csv") for entry in ("train", "calibrate", "evaluate", "test")} | data
-    train = Train(steps=1, distill=Distill(teacher=teacher or local))
-    config = Config(model=model or local, task="text-classification", data=Data(**named), train=train, output="out")
-    monkeypatch.setattr(os, "environ", {})
-    stay_offline(config)
-    return dict(os.environ)
-
-
-def test_where_all_that_is_named_is_here_nothing_is_looked_up_on_the_hub(folders, monkeypatch):
-    found = offline(folders["bert"], monkeypatch)
-    assert found == {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-
-
-@pytest.mark.parametrize(
-    "named",
-    [
-        {"model": "google-bert/bert-base-uncased"},
-        {"model": "timm/vit_tiny_patch16_224"},
-        {"teacher": "google-bert/bert-large-uncased"},
-        {"teacher": "timm/vit_base_patch16_224"},
-        *({entry: Source(path="owner/name", split="train")} for entry in ("train", "calibrate", "evaluate", "test")),
-    ],
-    ids=lambda named: " ".join(named),
-)
-def test_what_is_on_the_hub_may_be_looked_up_there(folders, monkeypatch, named):
-    assert offline(folders["bert"], monkeypatch, **named) == {}
-
-
-def test_a_teacher_that_is_gone_after_training_is_in_nobody_s_way(folders, monkeypatch):
-    assert offline(folders["bert"], monkeypatch, teacher="./none") == {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-    }
-
-
-def test_a_function_is_imported_from_the_current_directory_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "my_package_for_quality.py").write_text("def score(model): return 1.0\nnothing = 3\n")
-    assert import_function("my_package_for_quality.score")(None) == 1.0
-    with pytest.raises(JointoptError, match="has no function 'nothing'"):
-        import_function("my_package_for_quality.nothing")
-    for name, text, said in (
-        ("torn_package", "def score(", "importing 'torn_package' raised SyntaxError"),
-        ("ending_package", "import sys; sys.exit(0)", "importing 'ending_package' raised SystemExit"),
-    ):
-        (tmp_path / f"{name}.py").write_text(text)
-        with pytest.raises(JointoptError, match=said):
-            import_function(f"{name}.score")
-    with pytest.raises(JointoptError, match="No module named 'no_such_package'"):
-        import_function("no_such_package.score")
