@@ -4,73 +4,24 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
 import warnings
 
 import cloudpickle
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
-from jointopt.batches import lengths, of_average_length
 from jointopt.checkpoint.reload import load_model
 from jointopt.supernet.subnetwork import Plan, renaming, staying_layers
-from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make, supernet_of
-
-ALL = [*MODELS, *RELATIVES]
+from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make, supernet_of, unquantized
 
 
-@pytest.fixture(scope="module", params=ALL)
+@pytest.fixture(scope="module", params=[*MODELS, *RELATIVES])
 def named(request) -> tuple[str, Supernet]:
     return request.param, supernet_of(request.param, SCHEMES)
-
-
-def unquantized(supernet: Supernet, genome: np.ndarray) -> np.ndarray:
-    chosen = supernet.space.decode(genome)
-    return supernet.space.encode({k: "none" if k.endswith(".precision") else v for k, v in chosen.items()})
-
-
-@pytest.mark.parametrize("change", ["load_state_dict", "an optimizer"])
-def test_weights_that_someone_changed_are_noticed(change):
-    model = make("vit")
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]))
-    supernet.calibrate(batches("vit"))
-    genome, batch = supernet.space.largest, batches("vit")[0]
-    with supernet.active(genome) as view:
-        before = logits(view, batch)
-    assert supernet.calibrated and not supernet.trained
-    if change == "load_state_dict":
-        supernet.model.load_state_dict({k: 2 * v for k, v in supernet.model.state_dict().items()})
-    else:
-        optimizer = torch.optim.SGD(supernet.model.parameters(), lr=0.1)
-        supernet.model(**batch).logits.square().sum().backward()
-        optimizer.step()
-    with pytest.raises(JointoptError, match="search: the super-network is not calibrated"):
-        jointopt.search(supernet, lambda view: 1.0, evaluations=3)
-    with supernet.active(genome) as view:
-        noticed = logits(view, batch)
-    assert not supernet.calibrated and supernet.trained
-    supernet.calibrate(batches("vit"))
-    with supernet.active(genome) as view:
-        fresh = logits(view, batch)
-    assert torch.equal(noticed, fresh) and not torch.equal(before, fresh)
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda supernet: pickle.loads(pickle.dumps(supernet))])
-def test_a_copy_stays_calibrated(how):
-    model = make("vit")
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W8A8"]))
-    supernet.calibrate(batches("vit"))
-    other = how(supernet)
-    for each in (supernet, other):
-        with each.active(each.space.largest) as view:
-            logits(view, batches("vit")[0])
-        assert each.calibrated
 
 
 def test_sorting_leaves_the_function_of_the_whole_model_unchanged(named):
@@ -99,41 +50,6 @@ def test_every_sub_network_computes_finite_outputs_that_depend_on_the_genome(nam
             seen.append(logits(view, batch))
     assert all(torch.isfinite(values).all() for values in seen)
     assert not torch.allclose(seen[0], seen[1])
-
-
-def test_parameters_and_bytes_are_those_of_the_extracted_model(named):
-    name, supernet = named
-    for genome in supernet.space.sample(4, seed=1):
-        costs = supernet.costs(genome)
-        model = supernet.extract(unquantized(supernet, genome))
-        assert costs["parameters"] == sum(p.numel() for p in model.parameters())
-        plain = supernet.costs(unquantized(supernet, genome))
-        stored = {id(t): t for t in [*model.parameters(), *persistent_buffers(model)]}
-        assert plain["size"] == sum(t.numel() * t.element_size() for t in stored.values())
-
-
-def persistent_buffers(model: nn.Module) -> list[torch.Tensor]:
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return [tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters]
-
-
-def test_macs_are_half_the_counted_operations_of_a_forward_pass(named):
-    name, supernet = named
-    tokens = [length for batch in batches(name) for length in lengths(batch)]
-    batch = of_average_length(batches(name)[0], tokens)
-    for genome in [supernet.space.largest, *supernet.space.sample(3, seed=2)]:
-        model = supernet.extract(unquantized(supernet, genome))
-        if hasattr(model, "set_attn_implementation"):
-            model.set_attn_implementation("eager")
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(**batch)
-        rotary = 2 * 16 * 16 if "num_key_value_heads" in repr(getattr(model, "config", "")) else 0
-        counted = counter.get_total_flops() / 2
-        samples = len(next(iter(batch.values())))
-        assert abs(counted - samples * supernet.costs(genome)["macs"]) <= samples * rotary
 
 
 def test_an_original_that_was_trained_after_it_was_given_is_said():
@@ -170,75 +86,6 @@ def test_frequencies_that_a_long_text_left_in_a_model_stay_there(tmp_path):
     batch = batches("llama_tied")[0]
     assert torch.equal(logits(load_model(str(folder)), batch), logits(supernet.extract(supernet.space.smallest), batch))
     assert torch.equal(model.model.rotary_emb.inv_freq, left)
-
-
-def test_macs_of_texts_are_those_of_a_text_of_average_length_in_whichever_batches_they_come():
-    ids, mask = torch.full((4, 12), 7), torch.zeros(4, 12, dtype=torch.long)
-    for row, length in enumerate((2, 4, 6, 12)):
-        mask[row, :length] = 1
-    counted = []
-    for sizes in ([4], [1, 1, 1, 1], [2, 2]):
-        supernet = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=["none", "W8A8"], preset="fixed"))
-        parts = zip(ids.split(sizes), mask.split(sizes), strict=True)
-        supernet.calibrate(
-            [{"input_ids": each[:, : m.sum(1).max()], "attention_mask": m[:, : m.sum(1).max()]} for each, m in parts]
-        )
-        counted.append(supernet.original_costs()["macs"])
-    whole = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=["none", "W8A8"], preset="fixed"))
-    whole.calibrate([{"input_ids": ids[:1, :6], "attention_mask": torch.ones(1, 6, dtype=torch.long)}])
-    assert counted == [whole.original_costs()["macs"]] * 3
-
-
-@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
-def test_macs_of_texts_without_a_mask_are_those_with_one_of_ones(given):
-    costs = []
-    for masked in (False, True):
-        supernet = supernet_of("llama_tied", ["none", "W8A8"], preset="fixed")
-        size = supernet.model.config.hidden_size
-        texts: list[dict] = []
-        for length in (4, 30, 28, 31, 29):
-            ids = torch.full((1, length), 7)
-            values = ids if given == "input_ids" else torch.ones(1, length, size)
-            texts.append({given: values, **({"attention_mask": torch.ones_like(ids)} if masked else {})})
-        supernet.calibrate(texts)
-        costs.append(supernet.costs(supernet.space.largest))
-    assert costs[0] == costs[1]
-
-
-def test_positions_that_all_texts_have_in_common_are_cut_with_them():
-    ids, mask = torch.full((2, 8), 7), torch.ones(2, 8, dtype=torch.long)
-    mask[1, 4:] = 0
-    macs = []
-    for positions in ({}, {"position_ids": torch.arange(8)[None]}):
-        supernet = supernet_of("llama_tied", ["none", "W8A8"], preset="fixed")
-        supernet.calibrate([{"input_ids": ids, "attention_mask": mask, **positions}])
-        macs.append(supernet.costs(supernet.space.largest)["macs"])
-    assert macs[0] == macs[1]
-
-
-def test_inputs_that_cannot_be_cut_to_an_average_length_are_told_in_one_line():
-    ids, mask = torch.full((2, 8), 7), torch.ones(2, 8, dtype=torch.long)
-    mask[1, 4:] = 0
-    supernet = supernet_of("bert", ["none", "W8A8"], preset="fixed")
-    kinds = torch.zeros(8, dtype=torch.long)
-    with pytest.raises(JointoptError, match=r"average length.*input_ids \[2, 6\].*allowed: inputs with one entry"):
-        supernet.calibrate([{"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}])
-
-
-def test_bops_are_macs_times_the_bits_of_weights_and_activations():
-    supernet = supernet_of("vit", schemes=["none", "W8A8"], preset="fixed")
-    whole = supernet.costs(unquantized(supernet, supernet.space.largest))
-    assert whole["bops"] == whole["macs"] * 32 * 32
-    quantized = supernet.costs(supernet.space.smallest)
-    assert whole["macs"] * 8 * 8 < quantized["bops"] < whole["macs"] * 32 * 32
-
-
-def test_costs_of_many_genomes_are_those_of_each(named):
-    _, supernet = named
-    genomes = supernet.space.sample(5, seed=4)
-    columns = supernet.cost_columns(genomes)
-    for row, genome in enumerate(genomes):
-        assert supernet.costs(genome) == {measure: values[row] for measure, values in columns.items()}
 
 
 def test_the_original_is_untouched_by_calibration_views_and_training():
@@ -430,32 +277,6 @@ def test_a_saved_super_network_is_restored_with_its_order(tmp_path):
     assert again.fingerprint() == supernet.fingerprint()
 
 
-def test_a_restored_super_network_has_no_calibration_of_the_weights_before(tmp_path):
-    model = make("bert")
-    space = SearchSpace.for_model(model, schemes=["W8A8_STATIC"])
-    fresh, other = (Supernet(model, space, repair=True) for _ in range(2))
-    fresh.save(tmp_path / "supernet.safetensors")
-    other.calibrate(batches("bert"))
-    other.load(tmp_path / "supernet.safetensors")
-    assert other.fingerprint() == fresh.fingerprint()
-    with pytest.raises(JointoptError, match="W8A8_STATIC needs ranges of activations; call calibrate"):
-        other.extract(space.smallest)
-
-
-def test_what_was_calibrated_follows_a_model_that_is_moved_to_another_device():
-    model = make("resnet")
-    space = SearchSpace.for_model(model, schemes=["W8A8_STATIC"])
-    supernet = Supernet(model, space, repair=True)
-    supernet.calibrate(batches("resnet"))
-    supernet.model.to("meta")  # as the Trainer and accelerate move it to an accelerator
-    view = supernet.training_view(space.smallest)
-    constants = [each for held in supernet._statistics.values() for each in held.values()]
-    repaired = [each for pair in supernet._repaired.values() for each in pair if each is not None]
-    kept = [each for batch in supernet.samples for each in batch.values()]
-    held = [*view.parameters(), *constants, *repaired, *kept]
-    assert constants and repaired and kept and {each.device.type for each in held} == {"meta"}
-
-
 def test_what_was_quantized_follows_a_model_that_is_put_into_another_dtype():
     moved, model = supernet_of("llama_tied", schemes=["W8A8"]), make("llama_tied").to(torch.bfloat16)
     genome, batch = moved.space.largest, batches("llama_tied")[0]
@@ -493,59 +314,6 @@ def test_errors_name_what_was_found_and_what_is_allowed():
         Supernet(make("bert").half(), space)
     with pytest.raises(JointoptError, match="lm_head.*NVFP4|embed_tokens.*NVFP4|NVFP4"):
         Supernet(make("bert"), SearchSpace([jointopt.Gene("pooler.precision", ("NVFP4",))]))
-
-
-def test_calibration_batches_that_the_model_does_not_take_are_refused_with_what_it_takes():
-    model = make("timm_vit")
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
-    with pytest.raises(JointoptError, match="calibrate: found a NoneType; allowed: batches"):
-        supernet.calibrate(None)
-    images = batches("timm_vit")[0]["x"]
-    said = "calibrate: the model does not run on a batch of pixels: .*; allowed: what its forward takes, x"
-    with pytest.raises(JointoptError, match=said):
-        supernet.calibrate([{"pixels": images}])
-    with pytest.raises(JointoptError, match="a batch of x: .* to have 3 channels, but got 1"):
-        supernet.calibrate([{"x": images[:, :1]}])
-    with pytest.raises(JointoptError, match=r"a batch of x: Input height \(12\) doesn't match model"):  # it asserts so
-        supernet.calibrate([{"x": images[:, :, :12, :12]}])
-
-
-@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC"])
-def test_samples_that_are_not_finite_are_refused_and_leave_nothing_behind(scheme):
-    refused, fresh = (Supernet(make("vit"), SearchSpace.for_model(make("vit"), schemes=[scheme])) for _ in range(2))
-    wrong = batches("vit", seed=1)
-    wrong[0]["pixel_values"][0, 0, 0, 0] = torch.nan
-    with pytest.raises(JointoptError, match="o_proj: calibration saw inputs that are not finite; allowed: finite"):
-        refused.calibrate(wrong)
-    for supernet in (refused, fresh):
-        supernet.calibrate(batches("vit"))
-    assert refused.fingerprint() == fresh.fingerprint()
-
-
-def test_a_batch_of_padding_alone_is_refused():
-    batch = batches("bert")[0]
-    supernet = Supernet(make("bert"), SearchSpace.for_model(make("bert"), schemes=["W8A8"]))
-    with pytest.raises(JointoptError, match="calibrate: found a batch of padding alone"):
-        supernet.calibrate([{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}])
-
-
-@pytest.mark.parametrize("method", ["minmax", "average", "percentile", "mse", "entropy"])
-def test_ranges_of_activations_by_every_method_leave_padding_out(method):
-    padded = batches("bert", count=2)
-    other = [
-        {**b, "input_ids": torch.where(b["attention_mask"].bool(), b["input_ids"], b["input_ids"].flip(0))}
-        for b in padded
-    ]
-    found = []
-    for seen in (padded, other):
-        model = make("bert")
-        space = SearchSpace.for_model(model, schemes=["W8A8_STATIC", "FP8"], preset="fixed")
-        supernet = Supernet(model, space, activation_calibration=method)
-        supernet.calibrate(seen)
-        found.append(supernet)
-    for key in found[0]._statistics:
-        for name, value in found[0]._statistics[key].items():
-            torch.testing.assert_close(found[1]._statistics[key][name].float(), value.float(), rtol=0.03, atol=0)
 
 
 def test_the_original_s_layout_has_the_layers_that_no_genome_of_the_space_keeps():

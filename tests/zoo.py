@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,12 @@ def supernet_of(
     supernet = Supernet(model, SearchSpace.for_model(model, schemes=schemes, **space), latency=latency)
     supernet.calibrate(batches(name))
     return supernet
+
+
+def unquantized(supernet: Supernet, genome: np.ndarray) -> np.ndarray:
+    """The same architecture, with every layer as it was given."""
+    chosen = supernet.space.decode(genome)
+    return supernet.space.encode({k: "none" if k.endswith(".precision") else v for k, v in chosen.items()})
 
 
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
