@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 README, MEASURED = "README.md", "scripts/bench/README.md"
@@ -34,6 +37,14 @@ def blocks(language: str, file: str = README) -> list[Block]:
 def code(section: str) -> str:
     """All Python of a section."""
     return "\n".join(block.text for block in blocks("python") if block.section == section)
+
+
+def own_model() -> SimpleNamespace:
+    """The names that the section on a model of one's own leaves behind: mixer, declare, space, supernet."""
+    torch.manual_seed(0)
+    names: dict[str, object] = {"__name__": "own"}
+    exec(compile(code("A model of your own"), README, "exec"), names)
+    return SimpleNamespace(**names)
 
 
 def table(*header: str) -> list[list[str]]:

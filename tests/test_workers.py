@@ -18,7 +18,7 @@ import jointopt
 from jointopt import JointoptError, SearchSpace, Study, Supernet
 from jointopt.evaluation.workers import Processes, read_payload, write_payload
 from tests.commands import heed_ctrl_c
-from tests.readme import code
+from tests.readme import own_model
 from tests.same import dump
 from tests.zoo import batches, logits, make
 
@@ -35,10 +35,7 @@ def made(name: str = "vit", **options) -> Supernet:
 @pytest.fixture(scope="module")
 def supernet() -> Supernet:
     """The README's own model: a class that no worker could import, and that needs no library beside torch."""
-    torch.manual_seed(0)
-    names: dict = {"__name__": "own"}
-    exec(compile(code("A model of your own"), "README.md", "exec"), names)
-    return names["supernet"]
+    return own_model().supernet
 
 
 def agreement_with(model: torch.nn.Module, pixels: torch.Tensor) -> Callable[[torch.nn.Module], float]:
