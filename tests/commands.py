@@ -10,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from jointopt.cli import main
+from tests.saved import save_vit, write_images
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,3 +41,46 @@ def at_once(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
 def heed_ctrl_c() -> None:
     """Whoever runs the tests in the background may have had them ignore it, which children inherit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def user_place(folder: Path) -> Path:
+    """The folder with a model and its data, as a user has them."""
+    save_vit(folder / "vit")
+    write_images(folder / "images")
+    return folder
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    """`config.yaml` of a short run in such a place; a change to None leaves its key out."""
+    content: dict = {
+        "model": "vit",
+        "task": "image-classification",
+        "data": {"calibrate": "images", "evaluate": "images", "batch_size": 12},
+        "space": {"depth": [1, 2], "mlp": [64, 128], "schemes": ["none", "W8A8", "W4A16"]},
+        "objectives": ["accuracy", "size"],
+        "search": {"evaluations": 12},
+        "device": "cpu",
+        "output": "runs/vit",
+        **changes,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    return path
+
+
+def finished_run(place: Path) -> Path:
+    """The output of a run of that config."""
+    write_config(place)
+    done = at_once("run", "config.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "runs/vit"
+
+
+def refused(capsys, place: Path, monkeypatch, *words: str) -> str:
+    """The one line on stderr of a command that must end with exit code 2."""
+    monkeypatch.chdir(place)
+    assert main(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("jointopt: error: ")
+    return lines[0]

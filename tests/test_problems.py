@@ -29,8 +29,8 @@ from jointopt.sensitivity import estimated_losses
 from jointopt.tasks import TASKS
 from jointopt.tasks.labels import multi_labels, value_labels
 from jointopt.tasks.problems import CLASSIFICATION, NEXT_TOKEN, SEVERAL_CLASSES, VALUES, Problem
+from tests.commands import command
 from tests.saved import WORDS, quality_of, save_bert, save_vit, write_images
-from tests.test_cli import command
 from tests.test_fidelity import Given, Shifted
 from tests.test_training_problems import supernet_for
 from tests.zoo import batches, make
