@@ -62,6 +62,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         _check_wishes(config, prepared, supernet)
         _train(config, prepared, supernet, wanted["contents"])
         _keep(output, supernet, wanted)
+    (output / CHECKPOINT).unlink(missing_ok=True)
     supernet.calibrate(prepared.inputs)
     _take_shapes(config, supernet)
     look_up(config, prepared.inputs, supernet)
@@ -222,6 +223,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
             genome, finished = _chosen_and_finished(config, prepared, supernet, study, console)
         finally:
             write_report(study, output / REPORT)  # there even where nothing can be chosen, or the export is refused
+            console.print(f"report: {output / REPORT}", highlight=False)
         export_genome(supernet, study, genome, finished, output / EXPORT, prepared, overwrite, config.target)
         # Only now: what was refused is no choice.
         note_choice(study, supernet, genome, config.choose.model_dump(exclude_none=True), finished)
@@ -233,7 +235,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
                 console.print(line, highlight=False, soft_wrap=True)
         finally:
             write_report(study, output / REPORT)  # with the choice, even where it could not be verified
-        console.print(f"report: {output / REPORT}", f"export: {output / EXPORT}", sep="\n", highlight=False)
+        console.print(f"export: {output / EXPORT}", highlight=False)
         console.print(verdict(verification, study, output / EXPORT), highlight=False, soft_wrap=True)
     finally:
         study.close()

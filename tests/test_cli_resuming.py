@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jointopt import Gene, Objective, SearchSpace, Study
+from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet
+from jointopt.cli import main
 from jointopt.config.config import load_config
 from jointopt.files import locked
 from jointopt.run_folder import CHECKPOINT, LOCK, STUDY, taken
+from jointopt.training import loop
 from tests.commands import ROOT, at_once, finished_run, heed_ctrl_c, refused, user_place, write_config
 from tests.saved import write_images
 
@@ -87,6 +89,24 @@ def test_a_trained_super_network_is_not_trained_again(place):
     before = weights.stat().st_mtime_ns
     assert at_once("run", "config.yaml", "--evaluations", 5, "--overwrite", cwd=place).returncode == 0
     assert weights.stat().st_mtime_ns == before
+
+
+def test_a_training_whose_result_cannot_be_saved_is_not_lost(place, capsys, monkeypatch):
+    def full(supernet: Supernet, path: Path) -> None:
+        raise JointoptError(f"{str(path)!r} cannot be written: No space left on device")
+
+    data = {"train": "images", "evaluate": "images", "batch_size": 12}
+    write_config(place, output="runs/full", data=data, train={"steps": 3, "batch_size": 4}, search={"evaluations": 2})
+    monkeypatch.chdir(place)
+    with monkeypatch.context() as disk:
+        disk.setattr(Supernet, "save", full)
+        assert main(["run", "config.yaml"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    checkpoint = Path("runs/full/training.safetensors")
+    assert checkpoint.is_file()
+    monkeypatch.setattr(loop, "gradients_of", lambda *arguments: pytest.fail("trained anew"))
+    assert main(["run", "config.yaml"]) == 0
+    assert Path("runs/full/supernet.safetensors").is_file() and not checkpoint.exists()
 
 
 def test_a_study_that_has_asked_for_nothing_holds_the_output_to_no_config(place):

@@ -97,6 +97,7 @@ def test_what_is_trained_whole_is_what_peft_trains_whole(name, options):
         (["clasifier"], "found 'clasifier', in which no module's path ends; did you mean 'classifier'.*bert, dropout"),
         (["weight"], "found 'weight', in which no module's path ends"),
         ("classifier", "found 'classifier'; allowed: a list of names"),
+        ([3], "found .3.; allowed: a list of names"),
         (["encoder.layer"], "bert.encoder.layer is a ModuleList; allowed: modules that are called"),
     ],
 )

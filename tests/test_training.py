@@ -273,8 +273,16 @@ def test_a_training_that_was_killed_ends_with_the_same_weights_to_the_bit(tmp_pa
     assert file.is_file()
     resumed = calibrated("bert")
     again = jointopt.train_supernet(resumed, data, 10, recipe=recipe, learning_rate=1e-3, checkpoint=file)
-    assert again == history and not file.exists()
+    assert again == history
     assert all(torch.equal(t, resumed.model.state_dict()[k]) for k, t in whole.model.state_dict().items())
+
+
+def test_a_training_that_ended_is_taken_from_its_checkpoint(tmp_path):
+    data, file = labelled("bert"), tmp_path / "training.safetensors"
+    trained, again = calibrated("bert"), calibrated("bert")
+    history = jointopt.train_supernet(trained, data, 3, checkpoint=file)
+    assert jointopt.train_supernet(again, lambda epoch: pytest.fail("trained anew"), 3, checkpoint=file) == history
+    assert all(torch.equal(t, again.model.state_dict()[k]) for k, t in trained.model.state_dict().items())
 
 
 def interrupted(data: list[dict[str, Tensor]], steps: int, **options: Any) -> None:

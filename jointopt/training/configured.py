@@ -48,8 +48,8 @@ HEADS = ("pre_classifier", "classifier", "cls_classifier", "distillation_classif
 
 
 def lora_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Any:
-    """The `peft.LoraConfig` of a config, None where it has none. Heads are trained whole, and so is what the checkpoint
-    had no weights for, such as a pooler.
+    """The `peft.LoraConfig` of a config, None where it has none. Heads are trained whole, and so are modules for which
+    the checkpoint had not all weights, such as a pooler.
 
     Raises:
         JointoptError: peft is missing, or a layer that is named.
@@ -64,7 +64,7 @@ def lora_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Any:
 
     check_targets(supernet.model, wanted.targets, "train.lora.targets")
     heads = [name for name in HEADS if has_module(supernet.model, name)]
-    new = {name.rpartition(".")[0] for name in loaded.untrained}
+    new = {name.rpartition(".")[0] for name in loaded.untrained if "." in name}
     return LoraConfig(
         r=wanted.rank,
         lora_alpha=wanted.alpha,

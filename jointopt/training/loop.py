@@ -59,7 +59,8 @@ def train_supernet(
         sort_every: steps after which channels and heads are sorted again, by their importance on the batch at hand.
         lora: a `peft.LoraConfig`: adapters of its layers alone are trained, and merged at the end (`training.lora`).
         checkpoint: a file from which the same call goes on where an earlier one was killed, with the same result to
-            the bit; written every 50 steps, removed at the end. None keeps none.
+            the bit; written every 50 steps and after the last. Remove it when what was trained is saved. None keeps
+            none.
         config: what else the result depends on (model, data), as JSON can hold it; compared when a checkpoint is gone
             on with.
 
@@ -108,10 +109,8 @@ def train_supernet(
             counted = counted or recipe.counts(batch["labels"])
             if sort_every is not None and (step + 1) % sort_every == 0:
                 supernet.sort_again([without_labels(batch)], optimizer)
-            if kept is not None and (step + 1) % EVERY == 0:
+            if kept is not None and ((step + 1) % EVERY == 0 or step + 1 == steps):
                 kept.write(model, optimizer, history)
-    if kept is not None:
-        kept.path.unlink(missing_ok=True)
     if not counted:
         warnings.warn(NONE_COUNTED, stacklevel=2)
     return history

@@ -64,6 +64,7 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
     return list(found)
 
 
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 UNREAD = {
     *("bias", "lora_bias", "trainable_token_indices", "target_parameters"),
     *("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
@@ -121,7 +122,7 @@ def _check_saved(model: nn.Module, config: Any) -> None:
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
     saved, key = config.modules_to_save, "lora: modules_to_save"
-    if isinstance(saved, str):
+    if isinstance(saved, str) or not all(isinstance(name, str) for name in saved or ()):
         raise JointoptError(f"{key}: found {saved!r}; allowed: a list of names")
     modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
     added = SEQ_CLS_HEAD_NAMES if config.task_type else ()  # by PEFT itself, to a config that it uses
@@ -134,7 +135,7 @@ def _check_saved(model: nn.Module, config: Any) -> None:
                 f"{', '.join(name for name, _ in model.named_children())}, or what is in them"
             )
         for path in matching:
-            if isinstance(modules[path], nn.ModuleList | nn.ModuleDict):
+            if isinstance(modules[path], CONTAINERS):
                 kind = type(modules[path]).__name__
                 raise JointoptError(f"{key}: {path} is a {kind}; allowed: modules that are called")
 
