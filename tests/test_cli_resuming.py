@@ -96,17 +96,17 @@ def test_a_training_whose_result_cannot_be_saved_is_not_lost(place, capsys, monk
         raise JointoptError(f"{str(path)!r} cannot be written: No space left on device")
 
     data = {"train": "images", "evaluate": "images", "batch_size": 12}
-    write_config(place, output="runs/full", data=data, train={"steps": 3, "batch_size": 4}, search={"evaluations": 2})
+    write_config(place, output="runs/kept", data=data, train={"steps": 3, "batch_size": 4}, search={"evaluations": 2})
     monkeypatch.chdir(place)
     with monkeypatch.context() as disk:
         disk.setattr(Supernet, "save", full)
         assert main(["run", "config.yaml"]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    checkpoint = Path("runs/full/training.safetensors")
+    checkpoint = Path("runs/kept/training.safetensors")
     assert checkpoint.is_file()
     monkeypatch.setattr(loop, "gradients_of", lambda *arguments: pytest.fail("trained anew"))
     assert main(["run", "config.yaml"]) == 0
-    assert Path("runs/full/supernet.safetensors").is_file() and not checkpoint.exists()
+    assert Path("runs/kept/supernet.safetensors").is_file() and not checkpoint.exists()
 
 
 def test_a_study_that_has_asked_for_nothing_holds_the_output_to_no_config(place):
