@@ -19,7 +19,7 @@ from jointopt.config.config import load_config
 from jointopt.prepared import prepare
 from jointopt.run_folder import STUDY
 from jointopt.workflow import make_supernet
-from tests.commands import ROOT, at_once, command, refused, user_place, write_config
+from tests.commands import ROOT, at_once, command, refused, write_config
 from tests.saved import save_bert, save_timm, write_images, write_reviews
 
 
@@ -27,11 +27,6 @@ from tests.saved import save_bert, save_timm, write_images, write_reviews
 def test_what_needs_no_model_loads_no_torch(use):
     code = f"import sys, jointopt.cli; jointopt.{use}; sys.exit('torch' in sys.modules)"
     assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100).returncode
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return user_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from jointopt import Study
 from jointopt.cli import main
-from tests.commands import at_once, command, finished_run, refused, user_place, write_config
+from tests.commands import at_once, command, refused, write_config
 from tests.saved import save_bert, save_llama, write_reviews
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return user_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def finished(place) -> Path:
-    return finished_run(place)
 
 
 def test_another_point_of_the_front_is_exported_and_verified(finished, tmp_path):

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from jointopt import Study
-from tests.commands import at_once, user_place, write_config
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return user_place(tmp_path_factory.mktemp("place"))
+from tests.commands import at_once, write_config
 
 
 @pytest.mark.slow

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
 from jointopt import Gene, Objective, SearchSpace, Study
 from jointopt.cli import main
-from tests.commands import at_once, finished_run, refused, user_place, write_config
+from tests.commands import at_once, refused, write_config
 from tests.saved import write_images
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return user_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def finished(place) -> Path:
-    return finished_run(place)
 
 
 @pytest.mark.parametrize(

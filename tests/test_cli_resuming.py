@@ -21,18 +21,8 @@ from jointopt.config.config import load_config
 from jointopt.files import locked
 from jointopt.run_folder import CHECKPOINT, LOCK, STUDY, taken
 from jointopt.training import loop
-from tests.commands import ROOT, at_once, finished_run, heed_ctrl_c, refused, user_place, write_config
+from tests.commands import ROOT, at_once, heed_ctrl_c, refused, write_config
 from tests.saved import write_images
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return user_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def finished(place) -> Path:
-    return finished_run(place)
 
 
 def test_a_second_run_does_nothing_again_and_more_evaluations_go_on(finished):
