@@ -1,41 +1,26 @@
-"""Latency, energy and memory by roofline: what devices say, how operators add up, and reports for many devices."""
+"""Latency, energy and memory by roofline: how operators add up, and what fits."""
 
 from __future__ import annotations
 
-import json
-from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, ViTForImageClassification
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import jointopt
 from jointopt import Family, Gene, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
-from jointopt.cli import _on_devices
-from jointopt.config.config import load_config
 from jointopt.cost.device import device_names
 from jointopt.cost.expected import expected_cost
 from jointopt.cost.operators import Answer, Operator
-from jointopt.report.devices import device_figure, on_device
-from jointopt.report.terminal import device_table
-from jointopt.timing.hardware import latency_of
 from jointopt.timing.lookup import operators_of
-from quant.formats import scheme
-from tests import zoo
-from tests.saved import save_vit
+from tests.on_h100 import FAST, supernet_of
+from tests.test_expected_cost import one_hot
 from tests.zoo import MODELS, batches, make
-
-FAST = Roofline(load_device("h100"))
-
-
-def supernet_of(name: str, latency=FAST, **options) -> Supernet:
-    return zoo.supernet_of(name, latency=latency, **{"schemes": ["none", "W8A8", "W4A16", "FP8_DYNAMIC"], **options})
 
 
 def long_llama() -> nn.Module:
@@ -43,89 +28,6 @@ def long_llama() -> nn.Module:
     model = make("llama_tied")
     model.config.max_position_embeddings = 4096
     return model
-
-
-@pytest.mark.parametrize("name", device_names())
-def test_a_device_that_comes_with_the_package_is_whole_and_says_where_from(name):
-    device = load_device(name)
-    assert device.peak["float32"] <= max(device.peak.values())
-    assert device.efficiency.memory <= 1 and device.power.idle < device.power.peak
-
-
-@pytest.mark.parametrize(
-    ("device", "name", "expected"),
-    [
-        ("a100", "FP8_DYNAMIC", "bfloat16"),
-        ("a100", "W8A8", "int8"),
-        ("a100", "W4A4", "int4"),
-        ("h100", "W4A4", "int8"),
-        ("h100", "FP8_DYNAMIC", "fp8"),
-        ("h100", "NVFP4", "fp8"),
-        ("b200", "NVFP4", "fp4"),
-        ("b200", "W4A16", "bfloat16"),
-        ("cpu-avx2", "NVFP4", "float32"),
-        ("orin", "BNB_NF4", "bfloat16"),
-    ],
-)
-def test_a_format_that_a_device_lacks_is_computed_in_the_next_wider_one(device, name, expected):
-    assert load_device(device).computes(scheme(name), 16) == expected
-
-
-def test_a_device_of_one_s_own_is_read_and_a_missing_figure_is_named(tmp_path):
-    content = load_device("l4").model_dump()
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(content))
-    assert load_device(str(path)) == load_device("l4")
-    del content["cache"]["bandwidth"]
-    path.write_text(yaml.safe_dump(content))
-    with pytest.raises(JointoptError, match=r"mine\.yaml.*cache\.bandwidth: field required"):
-        load_device(str(path))
-    path.write_text("name: [")
-    with pytest.raises(JointoptError, match="mine.yaml', line 1: not YAML"):
-        load_device(str(path))
-    with pytest.raises(JointoptError, match="cannot be read"):
-        load_device(str(tmp_path / "other.yaml"))
-    with pytest.raises(JointoptError, match="did you mean 'h100'"):
-        load_device("h1000")
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("peak", {"int8": 1e12}, "peak: found no float32, in which all else is computed"),
-        ("overhead", float("inf"), "overhead: input should be a finite number"),
-        ("bandwidth", True, "bandwidth: found True; allowed: a number"),
-        ("overhead", True, "overhead: found True; allowed: a number"),
-        ("power", {"idle": 90, "peak": 70}, "power: found idle 90 above peak 70; allowed: peak or less"),
-        ("kernels", {"linaer none": 1e12}, "kernels: found kernel 'linaer none'; allowed: linear, "),
-        ("kernels", {"conv 3x1 none": 1e12}, "kernels: found kernel 'conv 3x1 none'; allowed: linear, "),
-        ("kernels", {"linear W8A9": 1e12}, "kernels: found kernel 'linear W8A9'; did you mean 'W8A8'"),
-        ("kernels", {"linear W4A16_G64": 1e12}, "kernels: found kernel 'linear W4A16_G64'"),
-        ("efficiency", {"compute": True, "memory": 1.0}, "efficiency.compute: found True; allowed: a number"),
-    ],
-)
-def test_a_figure_that_is_none_is_named(tmp_path, key, value, said):
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({**load_device("l4").model_dump(), key: value}))
-    with pytest.raises(JointoptError, match=f"mine.yaml.*{said}"):
-        load_device(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "holds no figures; allowed: name, peak"),
-        (b"name: a\noverhead: 1\nname: b\n", "line 3: name: found twice; allowed: once"),
-        (b"\xff", "not UTF-8"),
-        (b"[" * 3000, "nested too deeply"),
-        (b"name: !!timestamp 2026-30-11", "not YAML: a value is not what its tag says"),
-    ],
-)
-def test_a_device_file_that_says_nothing_or_two_things_is_named(tmp_path, content, said):
-    path = tmp_path / "mine.yaml"
-    path.write_bytes(content)
-    with pytest.raises(JointoptError, match=f"mine.yaml.*{said}"):
-        load_device(path)
 
 
 @pytest.mark.parametrize("options", [{"batch": 2.5}, {"batch": True}, {"context": 0}, {"context": -5}, {"parallel": 0}])
@@ -314,140 +216,6 @@ def test_what_does_not_fit_into_the_memory_is_no_choice(tmp_path):
         jointopt.search(supernet_of("vit", Roofline(tiny)), lambda m: 1.0, ["quality", "size"], evaluations=20)
 
 
-def test_one_study_on_many_devices_measures_no_quality_again(tmp_path):
-    supernet = supernet_of("llama_tied", None)
-    calls = []
-    study = jointopt.search(supernet, lambda m: float(len(calls) or calls.append(1) or 1), evaluations=8)
-    asked = len(calls)
-    model = make("llama_tied").to("meta")
-    bare = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8", "W4A16", "FP8_DYNAMIC"]))
-    bare.take_shapes(json.loads(json.dumps(study.fact("shapes"))))
-    found = [on_device(study, bare, name, Roofline(load_device(name), 2, 64)) for name in ("h100", "orin")]
-    assert len(calls) == asked
-    for each, name in zip(found, ("h100", "orin"), strict=True):
-        genome = np.array(each.chosen)
-        with_weights = supernet.costs_by(Roofline(load_device(name), 2, 64)).columns(genome[None])
-        row = each.rows[each.rows["genome"] == each.chosen].iloc[0]
-        assert row["decode_latency"] == pytest.approx(with_weights["decode_latency"][0])
-        assert each.chosen in set(each.front["genome"])
-    assert found[0].front["decode_latency"].min() < found[1].front["decode_latency"].min()
-    page = jointopt.write_report(study, tmp_path / "report.html", devices=found).read_text()
-    assert "On another device: orin" in page and "Jetson AGX Orin" in page
-
-
-def test_a_report_keeps_the_run_s_batch_and_parallel_unless_its_options_say_otherwise_and_shows_a_device_once(tmp_path):
-    save_vit(tmp_path / "vit")
-    content = {
-        "model": str(tmp_path / "vit"),
-        "task": "image-classification",
-        "data": {"calibrate": "images", "evaluate": "images"},
-        "space": {"depth": [1, 2]},
-        "hardware": {"device": "h100", "batch": 4, "parallel": 2},
-        "output": str(tmp_path),
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    config = load_config(tmp_path / "config.yaml")
-    model = ViTForImageClassification.from_pretrained(tmp_path / "vit")
-    supernet = Supernet(model, config.search_space(model), latency=latency_of(config))
-    side = model.config.image_size
-    supernet.calibrate([{"pixel_values": torch.randn(4, 1, side, side)}])
-    study = jointopt.search(supernet, lambda m: 1.0, ["quality", "latency"], evaluations=4)
-    searched = study.evaluations().set_index("number")["latency"]
-    for batch in (None, 16):
-        options = Namespace(device=["h100", "orin", "h100"], batch=batch, context=None)
-        on, alone = _on_devices(study, tmp_path, options)
-        assert on.source == f"roofline of 2 x NVIDIA H100 80GB SXM, batch {batch or 4}" and "2 x" not in alone.source
-        if batch is None:
-            assert on.rows.set_index("number")["latency"].to_dict() == pytest.approx(searched.to_dict())
-        else:
-            assert (on.rows["latency"].to_numpy() > searched[on.rows["number"]].to_numpy()).all()
-
-
-def test_a_run_s_own_device_has_its_own_front_and_a_time_is_added_where_there_is_none():
-    supernet = supernet_of("vit", FAST)
-    study = jointopt.search(supernet, lambda m: 1.0, ["quality", "size", "energy"], evaluations=12)
-    own = on_device(study, supernet, "h100", FAST)
-    assert sorted(own.front["number"]) == sorted(study.front()["number"])
-    assert own.chosen == tuple(study.best(knee=True))
-    assert own.measures[0] == "energy"
-    study = jointopt.search(supernet_of("vit", FAST), lambda m: 1.0, ["quality", "size"], evaluations=4)
-    added = on_device(study, supernet, "h100", FAST)
-    assert [objective.name for objective in added.objectives] == ["quality", "size", "latency"]
-
-
-def test_on_a_device_the_choice_keeps_to_the_constraints_and_an_original_that_does_not_fit_has_no_times():
-    supernet = supernet_of("vit", FAST)
-    limit = float(np.median([supernet.costs(genome)["size"] for genome in supernet.space.sample(20, 0)])) / 1e6
-    limits = {"size_mb": f"<= {limit}"}
-    study = jointopt.search(supernet, lambda m: 1.0, ["quality", "size"], constraints=limits, evaluations=20)
-    whole = supernet.original_costs()["peak_memory"]
-    small = Roofline(FAST.device.model_copy(update={"capacity": whole - 1}))
-    found = on_device(study, supernet, "small", small)
-    assert supernet.costs(np.array(found.chosen))["size"] <= limit * 1e6
-    assert "latency" not in found.original and found.original["quality"] == 1.0
-    assert "latency" in on_device(study, supernet, "h100", FAST).original
-    device_table(found), device_figure(study, found)
-
-
-def test_a_device_s_front_is_shown_without_a_choice_where_nothing_keeps_to_the_constraints(tmp_path):
-    supernet = supernet_of("vit", FAST)
-    limits = {"quality": ">= 2"}
-    study = jointopt.search(supernet, lambda m: 1.0, ["quality", "size"], constraints=limits, evaluations=4)
-    found = on_device(study, supernet, "h100", FAST)
-    assert found.chosen is None and len(found.front)
-    unmet = "constraints: no evaluation has quality >= 2; the closest has 1"
-    assert str(device_table(found).caption) == unmet
-    page = jointopt.write_report(study, tmp_path / "report.html", devices=[found]).read_text()
-    assert f"Nothing is chosen here: {unmet.replace('>', '&gt;')}." in page
-    assert "the knee" not in {trace.name for trace in device_figure(study, found).data}
-
-
-def one_hot(space: SearchSpace, genome) -> list[torch.Tensor]:
-    sizes = [len(gene.choices) for gene in space.genes]
-    return [torch.eye(size, dtype=torch.float64)[at] for size, at in zip(sizes, genome, strict=True)]
-
-
-@pytest.mark.parametrize("name", ["vit", "llama_tied", "resnet"])
-def test_expected_cost_of_a_certain_choice_is_its_cost(name):
-    supernet = supernet_of(name)
-    for genome in supernet.space.sample(4, seed=2):
-        found = float(expected_cost(supernet, one_hot(supernet.space, genome), "latency"))
-        assert found == pytest.approx(supernet.costs(genome)["latency"])
-
-
-def test_expected_cost_is_the_mean_over_genomes():
-    model = make("vit")
-    space = SearchSpace.for_model(model, schemes=["none", "W8A8"], depth=[2, 3], mlp=[128, 256], precision_per="block")
-    supernet = Supernet(model, space, latency=FAST)
-    generator = torch.Generator().manual_seed(0)
-    sizes = [len(gene.choices) for gene in space.genes]
-    free = [torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=True) for size in sizes]
-
-    def value() -> torch.Tensor:
-        return expected_cost(supernet, [each.softmax(0) for each in free], "latency")
-
-    chances = [each.detach().softmax(0).numpy() for each in free]
-    every = np.array(list(np.ndindex(*sizes)))
-    weights = np.prod([chance[every[:, at]] for at, chance in enumerate(chances)], axis=0)
-    assert float(value()) == pytest.approx(weights @ supernet.cost_columns(every)["latency"])
-
-
-def test_expected_cost_has_the_gradient_of_finite_differences():
-    model = make("vit")
-    space = SearchSpace.for_model(model, schemes=["none", "W8A8"], depth=[2, 3], mlp=[128, 256], precision_per="block")
-    supernet = Supernet(model, space, latency=FAST)
-    generator = torch.Generator().manual_seed(1)
-    free = [
-        torch.randn(len(gene.choices), generator=generator, dtype=torch.float64, requires_grad=True)
-        for gene in space.genes
-    ]
-
-    def microseconds(*each: torch.Tensor) -> torch.Tensor:
-        return 1e6 * expected_cost(supernet, [one.softmax(0) for one in each], "latency")
-
-    assert torch.autograd.gradcheck(microseconds, free)
-
-
 @pytest.mark.parametrize("conv", [nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)])
 def test_a_convolution_s_inputs_are_counted_whole(conv):
     model = nn.Sequential(conv)
@@ -458,18 +226,6 @@ def test_a_convolution_s_inputs_are_counted_whole(conv):
     supernet.calibrate([{"input": pixels}])
     found = supernet.costs(space.largest)
     assert found["peak_memory"] - found["size"] == (pixels[0].numel() + conv(pixels)[0].numel()) * 4
-
-
-def test_expected_cost_of_other_things_than_tensors_is_refused():
-    supernet = supernet_of("vit")
-    right = one_hot(supernet.space, supernet.space.smallest)
-    for wrong in ({"a": 1}, None, 3, [], [each.tolist() for each in right], [each.numpy() for each in right]):
-        with pytest.raises(JointoptError, match="expected_cost: found no tensors"):
-            expected_cost(supernet, wrong, "latency")
-    with pytest.raises(
-        JointoptError, match=rf"expected_cost: {supernet.space.names[0]}: found a tensor \[1\]; allowed"
-    ):
-        expected_cost(supernet, [right[0][:1], *right[1:]], "latency")
 
 
 def test_impossible_hardware_is_refused():

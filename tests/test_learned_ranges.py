@@ -25,8 +25,8 @@ from quant.formats import Format, scheme
 from quant.learned_ranges import LEAST, ends, factors, learn_range, widened
 from quant.reference import grouped_view, quantize, round_to_format
 from quant.tensors import QuantizedTensor
+from tests.elastic_trainers import arguments, data
 from tests.same import same_codes
-from tests.test_trainer import arguments, data
 from tests.test_training import calibrated, labelled
 from tests.zoo import batches, logits, make
 

@@ -18,8 +18,8 @@ from jointopt.training import loop
 from jointopt.training.configured import lora_of
 from jointopt.training.lora import attach, merge
 from jointopt.training.sampling import Sandwich
+from tests.elastic_trainers import arguments, trainer, weights
 from tests.saved import save_tokenizer
-from tests.test_trainer import arguments, trainer, weights
 from tests.test_training import calibrated, labelled
 from tests.zoo import batches, logits, make
 

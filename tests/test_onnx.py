@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering
 
 import jointopt
-from jointopt import Block, Family, JointoptError, Layer, Part, SearchSpace, Supernet, Width, installed
+from jointopt import JointoptError, SearchSpace, Supernet, installed
 from jointopt.checkpoint.onnx.session import OnnxModel
 from jointopt.targets import TARGETS
 from tests import zoo
-from tests.commands import at_once
-from tests.saved import save_vit, write_images
 from tests.zoo import batches, logits, make
 
 pytest.importorskip("onnxruntime")
@@ -137,61 +132,6 @@ def test_no_weight_is_stored_wider_than_its_format(name, place):
     # compressed-tensors keeps the shape of packed weights, ONNX some constants.
     assert size - 16 * layers - folded <= record["stored"] <= size + 64 * layers
     assert (folder / "model.onnx").stat().st_size < 1.5 * size + 200_000
-
-
-def integer_resnet(name: str, change=None, scheme: str = "W8A8_STATIC_ASYM"):
-    """A ResNet with all layers in one scheme (`change` was done to it before), and as ONNX has it."""
-    from jointopt.checkpoint.onnx.graph import onnx_program
-
-    model = make(name)
-    if change is not None:
-        change(model)
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", scheme], preset="fixed"))
-    supernet.calibrate(batches(name))
-    extracted = supernet.extract(supernet.space.smallest)
-    return extracted, onnx_program(extracted)
-
-
-def as_run(program, name: str, tmp_path: Path) -> torch.Tensor:
-    program.save(str(tmp_path / "model.onnx"))
-    session = OnnxModel(tmp_path / "model.onnx", 1)
-    return torch.cat([session(**batches(name, count=1, seed=seed)[0])["logits"] for seed in range(6)])
-
-
-def kinds(program) -> list[str]:
-    return [node.op_type for node in program.model.graph]
-
-
-@pytest.mark.parametrize("scheme", ["W8A8_STATIC", "W8A8_STATIC_ASYM"])
-def test_a_convolution_whose_readers_are_static_is_one_operator_with_its_normalization_and_relu(scheme, tmp_path):
-    extracted, program = integer_resnet("resnet", scheme=scheme)
-    found = as_run(program, "resnet", tmp_path)
-    expected = torch.cat([logits(extracted, batches("resnet", count=1, seed=seed)[0]) for seed in range(6)])
-    # The stem, and two of three convolutions of each of 5 blocks; the others add to the residual stream.
-    assert kinds(program).count("QLinearConv") == 11 and kinds(program).count("MatMulInteger") == 7
-    assert "ConvInteger" not in kinds(program) and "BatchNormalization" not in kinds(program)
-    assert (found - expected).abs().mean() < 5e-4 * expected.abs().max()
-
-
-def test_normalizations_that_turn_channels_round_or_off_are_folded_all_the_same(tmp_path):
-    def turned(model) -> None:
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.weight[::3] *= -1
-
-    def off(model) -> None:
-        turned(model)
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.data[0] = 0
-
-    for change, expected_count in ((turned, 11), (off, 0)):  # a product of nothing has no whole bias
-        extracted, program = integer_resnet("resnet", change)
-        assert kinds(program).count("QLinearConv") == expected_count
-        found = as_run(program, "resnet", tmp_path)
-        expected = torch.cat([logits(extracted, batches("resnet", count=1, seed=seed)[0]) for seed in range(6)])
-        assert (found - expected).abs().mean() < 5e-4 * expected.abs().max()
 
 
 def test_only_stock_operators_are_used(place):
@@ -371,92 +311,6 @@ def test_every_scheme_of_the_target_is_tested_here():
     assert np.unique(SCHEMES).size == len(SCHEMES)
 
 
-CONFIG = {
-    "model": "vit",
-    "task": "image-classification",
-    "data": {"calibrate": "images", "evaluate": "images", "batch_size": 12},
-    "space": {"depth": [1, 2]},
-    "target": "onnxruntime",
-    "hardware": {"device": "cpu-avx2"},
-    "objectives": ["accuracy", "latency"],
-    "search": {"evaluations": 6},
-    "device": "cpu",
-    "output": "runs/vit",
-}
-TIMED = {**CONFIG, "hardware": {"device": "this", "batch": 2}, "output": "runs/here"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Of a model and its images, and of what runs leave."""
-    made = tmp_path_factory.mktemp("configs")
-    save_vit(made / "vit")
-    write_images(made / "images")
-    return made
-
-
-def run(folder: Path, config: dict, *words: object) -> CompletedProcess:
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return at_once("run", "config.yaml", *words, cwd=folder)
-
-
-@pytest.fixture(scope="module")
-def ran(folder) -> str:
-    """What a run for ONNX Runtime printed."""
-    done = run(folder, CONFIG)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_config_that_targets_onnx_runtime_exports_model_onnx(folder, ran):
-    assert "verified: runs/vit/export" in ran
-    assert (folder / "runs/vit/export/model.onnx").is_file()
-    assert "roofline of CPU, 2 cores with AVX2" in (folder / "runs/vit/report.html").read_text()
-
-
-def test_its_report_shows_other_devices(folder, ran):
-    report = at_once("report", "runs/vit", "--device", "orin", "--device", "h100", cwd=folder)
-    assert report.returncode == 0, report.stderr
-    assert "Jetson AGX Orin" in report.stdout and "H100" in report.stdout
-
-
-def test_another_target_s_export_of_it_is_made_too(folder, ran):
-    other = at_once("export", "runs/vit", "--pick", "1", "--to", "plain", "--target", "transformers", cwd=folder)
-    assert other.returncode == 0, other.stderr
-    assert (folder / "plain/model.safetensors").is_file()
-
-
-def test_latency_of_this_machine_is_measured_and_a_run_goes_on_by_it(folder):
-    timed = run(folder, TIMED)
-    assert timed.returncode == 0, timed.stderr
-    assert "ms measured" in timed.stdout and "off where it was fitted end to end" in timed.stdout
-    again = run(folder, TIMED, "--evaluations", "8")
-    assert again.returncode == 0, again.stderr
-
-
-def test_latency_of_this_machine_is_measured_in_torch(folder):
-    space = {"depth": [1, 2], "schemes": ["none", "W4A16"]}
-    timed = run(folder, {**TIMED, "space": space, "target": "transformers", "output": "runs/torch"})
-    assert timed.returncode == 0, timed.stderr
-    assert "verified: runs/torch/export" in timed.stdout
-    assert "ms measured" in timed.stdout and ", torch 2." in timed.stdout
-    assert "ompressing" not in timed.stdout + timed.stderr
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"constraints": {"latency_ms": "<= 5"}}, "found 'latency_ms'; did you mean 'latency'?"),
-        ({"target": "gguf"}, "allowed: transformers, onnxruntime, which are timed"),
-        ({"space": {"schemes": ["none", "NVFP4"]}}, "target onnxruntime: NVFP4 has no form there; allowed: none, W8A8"),
-    ],
-)
-def test_what_the_target_cannot_do_is_refused_before_anything_is_timed(folder, changes, said):
-    early = run(folder, {**TIMED, "output": "runs/slip", **changes})
-    assert early.returncode == 2 and said in early.stderr
-    assert not (folder / "runs/slip/latency.json").exists()
-
-
 @pytest.mark.parametrize("name", ["bert", "llama_tied"])
 @pytest.mark.parametrize("scheme", ["FP8", "FP8_DYNAMIC", "FP8A16"])
 def test_an_embedding_in_fp8_is_looked_up_as_bytes(name, scheme, place):
@@ -470,72 +324,3 @@ def test_an_embedding_in_fp8_is_looked_up_as_bytes(name, scheme, place):
     folder = jointopt.export(supernet, genome, place / f"{name}-{scheme}", target="onnxruntime")
     verification = jointopt.verify(folder)
     assert verification.ok, verification.differences
-
-
-class Residual(nn.Module):
-    def __init__(self, padding: int | str, mode: str, channels: int):
-        super().__init__()
-        self.up = nn.Conv2d(channels, 32, 3, padding=padding, padding_mode=mode)
-        self.down = nn.Conv2d(32, channels, 1)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
-
-
-class Grey(nn.Module):
-    """Convolutions over one and over nine channels, so that kernels have an odd number of columns."""
-
-    def __init__(self, padding: int | str, mode: str, channels: int = 9):
-        super().__init__()
-        self.stem = nn.Conv2d(1, channels, 3, padding=1)
-        self.blocks = nn.ModuleList([Residual(padding, mode, channels)])
-        self.head = nn.Linear(channels, 5)
-
-    def forward(self, x):
-        return self.head(self.blocks[0](self.stem(x)).mean((2, 3)))
-
-
-def declare(model: nn.Module) -> Family:
-    layers = [Layer("stem", "stem", "stem"), Layer("head", "head", "head", tokens=False)]
-    layers += [Layer(f"block0.{each}", f"blocks.0.{each}", f"block0.{each}", "block0") for each in ("up", "down")]
-    width = Width("block0.mlp", "mlp", 32, (Part("blocks.0.up"),), (Part("blocks.0.down"),), block="block0")
-    return Family("grey", (Block("block0", "blocks.0"),), (width,), tuple(layers))
-
-
-@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC", "W4A16_CHANNEL", "FP8A16"])
-@pytest.mark.parametrize(("padding", "mode"), [(1, "zeros"), ("same", "zeros"), (1, "reflect"), (1, "circular")])
-def test_convolutions_of_any_padding_and_number_of_columns_export(scheme, padding, mode, tmp_path):
-    torch.manual_seed(0)
-    net, images = Grey(padding, mode).eval(), torch.randn(8, 1, 8, 8)
-    supernet = Supernet(net, SearchSpace.for_model(net, [scheme], family=declare, mlp=[32]), family=declare)
-    supernet.calibrate([{"x": images}])
-    expected = supernet.extract(supernet.space.largest)(images).detach()
-    folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "grey", target="onnxruntime")
-    found = OnnxModel(folder / "model.onnx", 1)(x=images)
-    torch.testing.assert_close(found, expected, atol=0.01 * float(expected.abs().max()), rtol=0)
-
-
-class Twice(Grey):
-    """The same, every layer but the first applied two times, the last to the tokens of an image."""
-
-    def forward(self, x):
-        tokens = self.blocks[0](self.blocks[0](self.stem(x))).flatten(2).transpose(1, 2)
-        return self.head(tokens).mean(1) + self.head(tokens.relu()).mean(1)
-
-
-def declare_twice(model: nn.Module) -> Family:
-    family = declare(model)
-    return replace(family, layers=tuple(replace(each, tokens=True) for each in family.layers))
-
-
-@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC"])
-def test_layers_that_run_twice_load_though_two_integer_products_read_one_weight(scheme, tmp_path):
-    torch.manual_seed(0)
-    net, images = Twice(1, "zeros", channels=16).eval(), torch.randn(8, 1, 8, 8)
-    space = SearchSpace.for_model(net, [scheme], family=declare_twice, mlp=[32])
-    supernet = Supernet(net, space, family=declare_twice)
-    supernet.calibrate([{"x": images}])
-    expected = supernet.extract(space.largest)(images).detach()
-    folder = jointopt.export(supernet, space.largest, tmp_path / "twice", target="onnxruntime")
-    found = OnnxModel(folder / "model.onnx", 1)(x=images)
-    torch.testing.assert_close(found, expected, atol=0.01 * float(expected.abs().max()), rtol=0)

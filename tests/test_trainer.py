@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
 from torch.utils.data import IterableDataset
-from transformers import DataCollatorWithFlattening, EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, EarlyStoppingCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.training.sampling import Sandwich
+from tests.elastic_trainers import arguments, assert_trained_alike, data, trainer, weights
 from tests.test_training import labelled
 from tests.zoo import batches, logits, make
-
-
-def data(count: int = 24, seed: int = 0) -> list[dict]:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, 3, 16, 16, generator=generator)
-    return [{"pixel_values": image, "labels": int(image.mean() > 0)} for image in images]
-
-
-def arguments(folder: Path, **options) -> TrainingArguments:
-    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 2}
-    defaults |= {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
-    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
-
-
-def trainer(
-    folder: Path, model=None, recipe: Recipe | None = None, lora=None, callbacks=None, **options
-) -> ElasticTrainer:
-    model = model or make("vit")
-    space = SearchSpace.for_model(model, schemes=["none", "W8A8"])
-    return ElasticTrainer(
-        model=model, space=space, args=arguments(folder, **options), train_dataset=data(), eval_dataset=data(8, 1),
-        recipe=recipe, lora=lora, callbacks=callbacks,
-    )  # fmt: skip
-
-
-def weights(made: ElasticTrainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in made.supernet.model.state_dict().items()}
-
-
-def assert_trained_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """But for biases of keys, on which nothing depends: AdamW makes whole steps of what rounding leaves of their
-    gradients."""
-    for name, tensor in expected.items():
-        if not name.endswith("k_proj.bias"):
-            assert (found[name] - tensor).abs().mean() < 1e-5, name
 
 
 def test_what_is_trained_can_be_searched_and_the_model_given_is_untouched(tmp_path):
@@ -125,51 +89,8 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
         torch.testing.assert_close(weights(checkpointed)[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-class _Killed(Exception):
-    pass
-
-
-class _KillAt(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise _Killed
-
-
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}])
-def test_a_training_that_was_killed_ends_with_the_same_weights_to_the_bit(tmp_path, options):
-    recipe = Recipe(precision_from=0.5)
-    whole = trainer(tmp_path / "whole", recipe=recipe, **options)
-    whole.train()
-    killed = trainer(tmp_path / "killed", recipe=recipe, save_strategy="steps", save_steps=2, **options)
-    killed.add_callback(_KillAt(5))
-    with pytest.raises(_Killed):
-        killed.train()
-    resumed = trainer(tmp_path / "killed", recipe=recipe, **options)
-    resumed.train(resume_from_checkpoint=True)
-    for name, tensor in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], tensor), name
-
-
-def test_a_checkpoint_of_another_space_is_refused(tmp_path):
-    made = trainer(tmp_path, save_strategy="steps", save_steps=3)
-    made.train()
-    model = make("vit")
-    other = ElasticTrainer(
-        model=model,
-        space=SearchSpace.for_model(model, schemes=["none"], depth=[2, 3]),
-        args=arguments(tmp_path),
-        train_dataset=data(),
-    )
-    with pytest.raises(JointoptError, match="another space"):
-        other.train(resume_from_checkpoint=True)
-
-
 @pytest.mark.parametrize("name", ["bert", "llama_tied", "resnet", "timm_vit"])
 def test_every_family_trains(name, tmp_path):
-    from tests.test_training import labelled
 
     batch = labelled(name)[0]
     rows = [{key: value[at] for key, value in batch.items()} for at in range(6)]
@@ -179,7 +100,6 @@ def test_every_family_trains(name, tmp_path):
 
 
 def test_training_leaves_a_model_that_generates_with_its_cache(tmp_path):
-    from tests.test_training import labelled
 
     rows = [{key: value[at] for key, value in labelled("llama_tied")[0].items()} for at in range(6)]
     kept = arguments(tmp_path, max_steps=1, gradient_checkpointing=True)
@@ -240,7 +160,6 @@ def test_packed_samples_do_not_see_each_other_before_nor_after_training(tmp_path
 
 @pytest.mark.parametrize("name", ["llama_tied", "vit"])
 def test_a_trainer_leaves_the_config_as_it_was(name, tmp_path):
-    from tests.test_training import labelled
 
     rows = [{key: value[at] for key, value in labelled(name)[0].items()} for at in range(6)]
     model = make(name)
@@ -384,109 +303,6 @@ def test_smoothed_labels_are_those_of_the_trainer(tmp_path):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("name", ["vit", "deit", "bert"])
-@pytest.mark.parametrize("kind", ["plain", "learned ranges", "lora"])
-def test_the_best_checkpoint_is_loaded_whole(name, kind, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 5e-3}
-    peft = pytest.importorskip("peft")
-    targets = ["query", "value"] if name == "bert" else ["q_proj", "v_proj"]
-    lora = peft.LoraConfig(r=2, target_modules=targets) if kind == "lora" else None
-    recipe = Recipe(precision_from=0.0, learned_ranges=True) if kind == "learned ranges" else None
-    rows = [{key: value[0] for key, value in labelled(name)[0].items()} for _ in range(8)]
-    model, seen = make(name), {}
-
-    class SecondIsBest(TrainerCallback):
-        def on_evaluate(self, args, state, control, metrics, **others):
-            metrics["eval_loss"] = abs(state.global_step - 2)
-
-        def on_save(self, args, state, control, **others):
-            if state.global_step == 2:
-                seen.update(weights(made))
-
-    made = ElasticTrainer(
-        model=model, space=SearchSpace.for_model(model, schemes=["none", "FP8"]), args=arguments(tmp_path, **options),
-        train_dataset=rows, eval_dataset=rows, recipe=recipe, lora=lora, callbacks=[SecondIsBest()],
-    )  # fmt: skip
-    loaded = {}
-    whole = made._load_best_model
-
-    def load_best() -> None:
-        whole()
-        loaded.update(weights(made))
-
-    made._load_best_model = load_best
-    made.train()
-    assert made.state.best_model_checkpoint.endswith("checkpoint-2")
-    assert seen.keys() == loaded.keys()
-    assert all(torch.equal(loaded[key], tensor) for key, tensor in seen.items())
-
-
-def test_a_model_with_learned_ranges_is_saved_after_training_and_trained_again(tmp_path):
-    made = trainer(tmp_path, recipe=Recipe(precision_from=0.0, learned_ranges=True), max_steps=2)
-    made.train()
-    learned = made.supernet.learned.values.clone()
-    made.save_model(str(tmp_path / "saved"))
-    assert torch.equal(load_file(tmp_path / "saved" / "added.safetensors")["learned_ranges"], learned)
-    made.train()
-    assert not torch.equal(made.supernet.learned.values, learned)
-
-
-def test_a_checkpoint_of_another_recipe_is_refused_in_one_line(tmp_path):
-    plain, learned = None, Recipe(precision_from=0.0, learned_ranges=True)
-    for number, (one, other) in enumerate([(plain, learned), (learned, plain)]):
-        folder = tmp_path / str(number)
-        trainer(folder, recipe=one, save_strategy="steps", save_steps=2, max_steps=2).train()
-        with pytest.raises(JointoptError, match=r"checkpoint-2' is of another recipe or lora; allowed: the same"):
-            trainer(folder, recipe=other, max_steps=4).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-
-
-@pytest.mark.parametrize("name", ["vit", "timm_vit"])
-@pytest.mark.parametrize("missing", [True, False])
-def test_weights_that_do_not_all_fit_are_refused_before_one_is_loaded(name, missing, tmp_path):
-    image = "x" if name == "timm_vit" else "pixel_values"
-    rows = [{image: each["pixel_values"], "labels": each["labels"]} for each in data()]
-
-    def trainer_of(**options) -> ElasticTrainer:
-        return ElasticTrainer(model=make(name), args=arguments(tmp_path, **options), train_dataset=rows)
-
-    trainer_of(save_strategy="steps", save_steps=2, max_steps=2).train()
-    file = tmp_path / "checkpoint-2" / "model.safetensors"
-    tensors = load_file(file)
-    last = max(tensors)
-    bad = tensors.pop(last)
-    save_file(tensors if missing else {**tensors, last: bad[..., :1].contiguous()}, file, metadata={"format": "pt"})
-    made = trainer_of(max_steps=4)
-    before = weights(made)
-    with pytest.raises(JointoptError, match=r"train: the weights in .*checkpoint-2' cannot be read: .* is missing, or"):
-        made.train(resume_from_checkpoint=True)
-    found = weights(made)
-    assert all(torch.equal(found[key], tensor) for key, tensor in before.items())
-
-
-def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path):
-    recipe = Recipe(precision_from=0.0, learned_ranges=True)
-    trainer(tmp_path, recipe=recipe, save_strategy="steps", save_steps=2, max_steps=2).train()
-    folder = tmp_path / "checkpoint-2"
-    for name, content in (
-        ("supernet.json", b"["),
-        ("supernet.json", b"[1]"),
-        ("added.safetensors", b"no tensors"),
-        ("added.safetensors", save({"learned_ranges": torch.zeros(1)})),
-        ("added.safetensors", save({"other": torch.zeros(1)})),
-        ("model.safetensors", b"no tensors"),
-    ):
-        (folder / name).rename(folder / "kept")
-        (folder / name).write_bytes(content)
-        made = trainer(tmp_path, recipe=recipe, max_steps=4)
-        before = weights(made)
-        with pytest.raises(JointoptError, match=r"train: .*checkpoint-2.* cannot be read: .*; allowed: what this"):
-            made.train(resume_from_checkpoint=str(folder))
-        found = weights(made)
-        assert all(torch.equal(found[key], tensor) for key, tensor in before.items())
-        (folder / "kept").replace(folder / name)
-
-
 def test_an_optimizer_of_the_model_that_was_copied_is_refused_and_one_of_the_super_network_trains(tmp_path):
     model = make("vit")
     optimizer = torch.optim.AdamW(model.parameters())
@@ -550,15 +366,6 @@ def test_early_stopping_sees_the_smallest_sub_network(tmp_path):
     assert made.state.global_step == 2
 
 
-def test_the_best_checkpoint_is_that_of_the_smallest_sub_network_s_least_loss(tmp_path):
-    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "smallest_loss"}
-    made = trainer(tmp_path, learning_rate=3e-2, **often, **best)
-    made.train()
-    seen = [entry["eval_smallest_loss"] for entry in made.state.log_history if "eval_smallest_loss" in entry]
-    assert made.state.best_metric == min(seen) < max(seen)
-
-
 def test_labels_may_come_from_the_collator(tmp_path):
     rows = [{"input_ids": ids} for ids in batches("llama_tied", 1, 8)[0]["input_ids"]]
 
@@ -571,47 +378,3 @@ def test_labels_may_come_from_the_collator(tmp_path):
     )
     made.train()
     assert made.state.global_step == 1
-
-
-def test_a_training_that_has_ended_is_taken_up_as_it_ended(tmp_path):
-    made = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
-    made.train()
-    again = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
-    assert again.train(resume_from_checkpoint=True).global_step == 4
-    assert again.supernet.calibrated
-    expected = weights(made)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(again).items())
-
-
-class _FullDisk(TrainerCallback):
-    """After a step no file may grow beyond this."""
-
-    def __init__(self, step: int, limit: int):
-        self.step, self.limit = step, limit
-
-    def on_step_end(self, args, state, control, **others):
-        if state.global_step == self.step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-@pytest.mark.parametrize(("limit", "said"), [(300_000, "File too large"), (2_000_000, "as it does on a full disk")])
-def test_a_checkpoint_that_cannot_be_written_whole_is_named_and_the_one_before_gone_on_with(tmp_path, limit, said):
-    """The first limit is below the weights' file, the second below the optimizer's."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    try:
-        with pytest.raises(JointoptError, match=f"train: '.*checkpoint-4' cannot be written: .*{said}"):
-            trainer(tmp_path, callbacks=[_FullDisk(4, limit)], **saving).train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    again = trainer(tmp_path, **saving)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 6
-
-
-def test_a_checkpoint_that_was_killed_before_its_last_file_is_named(tmp_path):
-    trainer(tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
-    (tmp_path / "checkpoint-3/trainer_state.json").unlink()
-    with pytest.raises(JointoptError, match="checkpoint-3' holds no trainer_state.json, which is written last"):
-        trainer(tmp_path).train(resume_from_checkpoint=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_trainer import assert_trained_alike
+from tests.elastic_trainers import assert_trained_alike
 from tests.zoo import batches, make
 
 ROOT = Path(__file__).parents[1]
@@ -20,8 +20,9 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from safetensors.torch import save_file
-from jointopt import ElasticTrainer, SearchSpace
-from tests.test_trainer import Recipe, Sandwich, arguments, trainer, weights
+from jointopt import ElasticTrainer, Recipe, SearchSpace
+from jointopt.training.sampling import Sandwich
+from tests.elastic_trainers import arguments, trainer, weights
 from tests.test_trainer_processes import image_rows, masked_rows
 from tests.zoo import make
 folder, backend = Path(sys.argv[1]), "gloo" if sys.argv[2] == "2" else None

@@ -15,7 +15,7 @@ from jointopt import Distillation, ElasticTrainer, JointoptError, Recipe, Search
 from jointopt.training.distillation import soft_labels
 from jointopt.training.recipe import task_loss
 from jointopt.training.sampling import Attentive, Progressive, Sandwich, Uniform, step_seed
-from tests.test_trainer import arguments
+from tests.elastic_trainers import arguments
 from tests.test_training import calibrated, gradients, labelled, still
 from tests.zoo import batches, logits, make
 

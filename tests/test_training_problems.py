@@ -10,7 +10,7 @@ import jointopt
 from jointopt import Distillation, ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.training.distillation import soft_labels
 from jointopt.training.sampling import step_seed
-from tests.test_trainer import arguments
+from tests.elastic_trainers import arguments
 from tests.test_training import still
 from tests.test_training_inputs import Uniform
 from tests.zoo import batches, make
