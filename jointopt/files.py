@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from quant.errors import JointoptError, first_line
+from quant.errors import JointoptError, first_line, named_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ def reading(what: str, allowed: str = "", *also: type[Exception]) -> Iterator[No
     except JointoptError:
         raise
     except (*DAMAGED, *also) as error:
-        told = first_line(error) if isinstance(error, (*_SPEAKING, *also)) else f"{type(error).__name__}: {error}"
+        told = first_line(error) if isinstance(error, (*_SPEAKING, *also)) else named_line(error)
         # An OSError is the system's, as of permissions or a broken disk: the file itself may be whole.
         instead = f"; allowed: {allowed}" if allowed and not isinstance(error, OSError) else ""
         raise JointoptError(f"{what} cannot be read: {told}{instead}") from None
@@ -91,14 +91,24 @@ def write_whole(path: Path, text: str, what: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A file of safetensors, readable to whom the umask says: safetensors alone makes it readable to its owner only.
-    Raises OSError or SafetensorError where it cannot be written."""
+    """A file of safetensors, written beside its place and moved there; readable to whom the umask says: safetensors
+    alone makes it readable to its owner only. What a killed process left beside is written over.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; nothing is left beside.
+    """
     from safetensors.torch import save_file
 
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(mode)
+    beside = path.with_name(f".{path.name}")
+    try:
+        beside.touch()
+        mode = beside.stat().st_mode
+        save_file(tensors, beside, metadata=metadata)
+        beside.chmod(mode)
+        beside.replace(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink()
 
 
 def locked(path: Path, what: str) -> sqlite3.Connection:

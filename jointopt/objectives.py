@@ -193,15 +193,9 @@ def non_dominated(costs: np.ndarray) -> np.ndarray:
 
     Rows with a NaN are not. Of equal rows the first counts.
     """
-    kept = np.zeros(len(costs), dtype=bool)
-    rows = np.flatnonzero(np.isfinite(costs).all(axis=1))
-    rows = rows[np.lexsort(costs[rows].T[::-1])]
-    if costs.shape[1] == 2 and len(rows):
-        second = costs[rows, 1]
-        kept[rows[second < np.concatenate([[np.inf], np.minimum.accumulate(second)[:-1]])]] = True
-        return kept
-    for at in rows:
-        kept[at] = not (costs[kept] <= costs[at]).all(axis=1).any()
+    kept = np.isfinite(costs).all(axis=1)
+    if kept.any():
+        kept[kept] = moocore.is_nondominated(costs[kept], keep_weakly=False)
     return kept
 
 

@@ -20,7 +20,7 @@ from jointopt.config.config import Config
 from jointopt.digests import digest_of
 from jointopt.rows import class_folders, is_hub_id
 from jointopt.timing.hardware import latency_of
-from quant.errors import JointoptError
+from quant.errors import JointoptError, named_line
 from search_spaces.families import declare
 
 if TYPE_CHECKING:
@@ -208,6 +208,6 @@ def _named_failures(function: Callable[[Any], Any], name: str) -> Quality:
         try:
             return function(model)
         except (Exception, SystemExit) as error:
-            raise JointoptError(f"quality: {name} raised {type(error).__name__}: {error}") from error
+            raise JointoptError(f"quality: {name} raised {named_line(error)}") from error
 
     return quality

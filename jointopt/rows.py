@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jointopt.files import check_path, reading
-from quant.errors import JointoptError
+from quant.errors import JointoptError, first_line
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 TEXTS = (".txt", ".md", ".rst")
@@ -273,9 +273,8 @@ def _hub_columns(source: DataSource) -> Columns:
     try:
         found = datasets.load_dataset(source.path, split=source.split)
     except (OSError, ValueError, RuntimeError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise JointoptError(
-            f"{key}: no file or folder {source.path!r} is here, and on the hub it cannot be loaded: {said}"
+            f"{key}: no file or folder {source.path!r} is here, and on the hub it cannot be loaded: {first_line(error)}"
         ) from None
     found = found.select(some(len(found), source.samples))
     classes = {}

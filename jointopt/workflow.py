@@ -17,7 +17,7 @@ from jointopt.files import reading, write_whole
 from jointopt.names import NEAREST
 from jointopt.prepared import Prepared, prepare, stay_offline
 from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, has_asked, taken
-from jointopt.timing.hardware import THIS, check_timed, latency_of, look_up, measured_beside
+from jointopt.timing.hardware import check_timed, latency_of, look_up, measured_beside
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
     if config.train is None:
         supernet.calibrate(prepared.inputs)
-        if config.hardware is not None and config.hardware.device == THIS:
+        if config.hardware is not None and config.hardware.is_this_machine:
             _check_wishes(config, prepared, supernet)
         _take_shapes(config, supernet)
         look_up(config, prepared.inputs, supernet)
@@ -159,16 +159,10 @@ def _train(config: Config, prepared: Prepared, supernet: Supernet, contents: Map
 
 def _keep(output: Path, supernet: Supernet, wanted: Mapping[str, Any]) -> None:
     """Weights first, then the file that vouches for them."""
-    beside = output / f".{WEIGHTS}"
     try:
-        supernet.save(beside)
-        beside.replace(output / WEIGHTS)
+        supernet.save(output / WEIGHTS)
     except JointoptError as error:
         raise JointoptError(f"output: {error}") from None
-    except OSError as error:
-        raise JointoptError(f"output: {str(output / WEIGHTS)!r} cannot be written: {error.strerror}") from None
-    finally:
-        beside.unlink(missing_ok=True)
     write_whole(output / TRAINED, json.dumps(wanted, indent=1), "output")
 
 
@@ -230,7 +224,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
         try:
             verification = verify_export(output / EXPORT, prepared)
             study.note("verified", "verified" if verification.ok else "differs")
-            if config.hardware is not None and config.hardware.device == THIS:
+            if config.hardware is not None and config.hardware.is_this_machine:
                 line = measured_beside(config, prepared.inputs, supernet, study, genome, output / EXPORT)
                 console.print(line, highlight=False, soft_wrap=True)
         finally:

@@ -27,6 +27,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
+def named_line(error: BaseException) -> str:
+    """The same behind the error's type, for messages that say little without it."""
+    name, told = type(error).__name__, first_line(error)
+    return told if told == name else f"{name}: {told}"
+
+
 def did_you_mean(found: Any, allowed: Iterable[str]) -> str:
     """ "; did you mean 'W8A8'?" for an error's line, whatever the case of the letters; empty where nothing is near."""
     lowered = {name.lower(): name for name in allowed}

@@ -120,7 +120,7 @@ def _by_bits(gene: Gene) -> list[int]:
 
     def bits(index: int) -> tuple[float, float]:
         wanted = scheme(str(gene.choices[index]))
-        return wanted.bits if wanted.weights else 32.0, 8.0 if wanted.activations else 16.0
+        return wanted.bits, 8.0 if wanted.activations else 16.0
 
     return sorted(range(len(gene.choices)), key=bits)
 
@@ -392,13 +392,3 @@ def _presence(
         if len(counts) < len(choices[block.stage]):
             requires = {block.stage: counts, **requires}
     return requires
-
-
-__all__ = [
-    "default_architecture",
-    "default_order",
-    "presets",
-    "requirements",
-    "space_for_model",
-    "with_extremes",
-]

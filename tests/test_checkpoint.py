@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config, resolve_model_data_config
 from torch import nn
-from transformers import BertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
 
 import jointopt
 from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
@@ -137,7 +137,7 @@ def test_layers_of_unequal_size_are_listed_under_the_standard_key(tmp_path):
     assert layered[1]["intermediate_size"] == 128
     assert (layered[2]["num_attention_heads"], layered[2]["num_key_value_heads"]) == (2, 1)
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_jointopt.JointoptLlamaForCausalLM"}
-    assert jointopt.verify(folder).ok
+    assert not jointopt.verify(folder).differences
 
 
 def test_the_reported_size_is_the_bytes_of_all_tensors(tmp_path):
@@ -186,7 +186,7 @@ def test_outputs_that_are_small_are_compared_all_the_same(target, name, tmp_path
                 parameter.mul_(1e-4)
         supernet = supernet_of("vit", schemes=["W8A8"], model=model)
         folders.append(jointopt.export(supernet, supernet.space.smallest, tmp_path / str(seed), target=target))
-    assert jointopt.verify(folders[0]).ok
+    assert not jointopt.verify(folders[0]).differences
     (folders[1] / name).replace(folders[0] / name)
     (difference,) = jointopt.verify(folders[0]).differences
     assert difference.startswith("outputs: ")
@@ -278,6 +278,14 @@ def test_the_card_tells_how_to_load_and_what_it_is(tmp_path):
     assert (
         "from modeling_jointopt import load" in card and "head.precision" in card and "base_model: timm/resnet" in card
     )
+
+
+def test_the_card_names_no_folder_of_the_user_s_as_a_model_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make("bert").save_pretrained("models/bert")
+    supernet = supernet_of("bert", model=AutoModelForSequenceClassification.from_pretrained("models/bert"))
+    folder = jointopt.export(supernet, supernet.space.smallest, "small")
+    assert "base_model:" not in (folder / "README.md").read_text()
 
 
 def test_the_card_gives_times_their_unit_and_where_they_come_from(tmp_path):

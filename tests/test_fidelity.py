@@ -20,7 +20,7 @@ from jointopt.evaluation.sharing import SharedEvaluator
 from jointopt.report.page import write_report
 from jointopt.report.terminal import finished_table, front_table
 from jointopt.study.rescoring import rescored, rescored_finished
-from jointopt.tasks.problems import NEXT_TOKEN, ONE_CLASS, quality_function
+from jointopt.tasks.problems import NEXT_TOKEN, ONE_CLASS
 from tests.zoo import batches, make
 
 
@@ -52,30 +52,30 @@ def table(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_errors_are_those_of_a_mean_over_samples_however_they_are_batched(count, size):
     logits, labels = table(count)
     parts = [{"logits": x, "labels": y} for x, y in zip(logits.split(size), labels.split(size), strict=True)]
-    found = quality_function(parts, ONE_CLASS, ("accuracy", "loss", "perplexity"))(Given())
+    found = ONE_CLASS.quality(parts)(Given())
     losses = nn.functional.cross_entropy(logits.double(), labels, reduction="none").numpy()
     right = (logits.argmax(-1) == labels).double().numpy()
     assert math.isclose(found["loss"], losses.mean(), rel_tol=1e-5)
     assert math.isclose(found["accuracy"], right.mean(), rel_tol=1e-9, abs_tol=1e-9)
     assert math.isclose(found.errors["loss"], losses.std(ddof=1) / count**0.5, rel_tol=1e-4, abs_tol=1e-6)
     assert math.isclose(found.errors["accuracy"], right.std(ddof=1) / count**0.5, rel_tol=1e-6, abs_tol=1e-9)
-    assert math.isclose(found.errors["perplexity"], found["perplexity"] * found.errors["loss"])
 
 
 def test_tokens_of_one_text_count_as_one_sample():
     logits, labels = table(6)
     once = {"logits": logits[:, None].repeat(1, 2, 1), "labels": labels[:, None].repeat(1, 2)}
     often = {"logits": logits[:, None].repeat(1, 9, 1), "labels": labels[:, None].repeat(1, 9)}
-    few, many = (quality_function([batch], NEXT_TOKEN, ("loss",))(Given()) for batch in (once, often))
+    few, many = (NEXT_TOKEN.quality([batch])(Given()) for batch in (once, often))
     assert math.isclose(few["loss"], many["loss"], rel_tol=1e-5)
     assert math.isclose(few.errors["loss"], many.errors["loss"], rel_tol=1e-4)
+    assert math.isclose(few.errors["perplexity"], few["perplexity"] * few.errors["loss"])
 
 
 def test_masked_tokens_belong_to_no_sample():
     logits, labels = table(6)
     labels = labels[:, None].repeat(1, 5)
     labels[0, 2:] = -100
-    found = quality_function([{"logits": logits[:, None].repeat(1, 5, 1), "labels": labels}], NEXT_TOKEN, ("loss",))
+    found = NEXT_TOKEN.quality([{"logits": logits[:, None].repeat(1, 5, 1), "labels": labels}])
     losses = nn.functional.cross_entropy(logits.double(), labels[:, 1], reduction="none").numpy()
     counts = np.array([1, 4, 4, 4, 4, 4])
     mean = (losses * counts).sum() / counts.sum()
@@ -91,8 +91,7 @@ def test_scores_of_a_large_vocabulary_are_those_of_all_logits_at_once():
     labels = torch.randint(shape[-1], shape[:2], generator=generator)
     labels[1, 6:] = -100
     batch = {"logits": logits, "labels": labels}
-    metrics = ("accuracy", "loss", "kl")
-    found = quality_function([batch], NEXT_TOKEN, metrics, Shifted(original - logits))(Given())
+    found = NEXT_TOKEN.quality([batch], Shifted(original - logits))(Given())
     rows, wanted = logits[:, :-1][labels[:, 1:] != -100].double(), labels[:, 1:][labels[:, 1:] != -100]
     reference = original[:, :-1][labels[:, 1:] != -100].double()
     divergence = nn.functional.kl_div(
@@ -101,14 +100,6 @@ def test_scores_of_a_large_vocabulary_are_those_of_all_logits_at_once():
     assert math.isclose(found["loss"], nn.functional.cross_entropy(rows, wanted), rel_tol=1e-5)
     assert math.isclose(found["accuracy"], (rows.argmax(-1) == wanted).double().mean(), abs_tol=1e-9)
     assert math.isclose(found["kl"], divergence, rel_tol=1e-4)
-
-
-def test_a_quality_function_stops_behind_its_first_samples():
-    logits, labels = table(12)
-    parts = [{"logits": x, "labels": y} for x, y in zip(logits.split(4), labels.split(4), strict=True)]
-    whole, part = quality_function(parts, ONE_CLASS, ("loss",)), quality_function(parts[:2], ONE_CLASS, ("loss",))
-    assert whole(Given(), samples=8) == part(Given()) != whole(Given())
-    assert whole(Given(), samples=8).errors == part(Given()).errors
 
 
 def bert() -> Supernet:
@@ -124,7 +115,7 @@ def labelled(seed: int) -> list[dict[str, torch.Tensor]]:
 
 
 def test_an_evaluation_holds_the_errors_of_its_metrics():
-    supernet, quality = bert(), quality_function(labelled(1), ONE_CLASS, ("accuracy", "loss"))
+    supernet, quality = bert(), ONE_CLASS.quality(labelled(1))
     genomes = supernet.space.sample(3, seed=0)
     alone = [evaluate(supernet, genome, quality) for genome in genomes]
     assert all(set(each.errors) == {"accuracy", "loss"} for each in alone)
@@ -141,30 +132,30 @@ def test_errors_that_are_none_are_refused(errors):
 @pytest.fixture(scope="module")
 def searched() -> tuple[Supernet, Study]:
     supernet = bert()
-    quality = quality_function(labelled(1), ONE_CLASS, ("loss",))
+    quality = ONE_CLASS.quality(labelled(1))
     return supernet, search(supernet, quality, ["loss", "size"], 12)
 
 
 def test_the_front_is_scored_again_and_once(searched):
     supernet, study = searched
-    unseen = quality_function(labelled(2), ONE_CLASS, ("loss",))
+    unseen = ONE_CLASS.quality(labelled(2))
     rescore_front(supernet, study, unseen)
     found = rescored(study)
     assert set(found) == {None, *study.front()["genome"]}
     for genome, record in found.items():
         if genome is not None:
             again = evaluate(supernet, np.array(genome), unseen)
-            assert record["metrics"] == {"loss": again.metrics["loss"]} and record["errors"] == again.errors
+            assert record["metrics"]["loss"] == again.metrics["loss"] and record["errors"] == again.errors
     rescore_front(supernet, study, lambda model: pytest.fail("scored twice"))
 
 
 def test_scores_on_other_unseen_data_are_forgotten_and_those_on_the_same_kept(searched):
     supernet, study = searched
-    rescore_front(supernet, study, quality_function(labelled(2), ONE_CLASS, ("loss",)), "two")
+    rescore_front(supernet, study, ONE_CLASS.quality(labelled(2)), "two")
     before = rescored(study)
-    rescore_front(supernet, study, quality_function(labelled(3), ONE_CLASS, ("loss",)), "two")
+    rescore_front(supernet, study, ONE_CLASS.quality(labelled(3)), "two")
     assert rescored(study) == before
-    rescore_front(supernet, study, quality_function(labelled(3), ONE_CLASS, ("loss",)), "three")
+    rescore_front(supernet, study, ONE_CLASS.quality(labelled(3)), "three")
     after = rescored(study)
     assert set(after) == set(before)
     assert all(after[genome]["metrics"] != before[genome]["metrics"] for genome in before)
@@ -172,7 +163,7 @@ def test_scores_on_other_unseen_data_are_forgotten_and_those_on_the_same_kept(se
 
 def test_both_scores_are_shown(searched, tmp_path):
     supernet, study = searched
-    rescore_front(supernet, study, quality_function(labelled(2), ONE_CLASS, ("loss",)))
+    rescore_front(supernet, study, ONE_CLASS.quality(labelled(2)))
     console = Console(file=io.StringIO(), width=200)
     console.print(front_table(study))
     value = rescored(study)[None]["metrics"]["loss"]
@@ -182,10 +173,10 @@ def test_both_scores_are_shown(searched, tmp_path):
 
 def test_what_was_finished_is_scored_on_unseen_data_too_and_once(searched, tmp_path):
     supernet, study = searched
-    unseen = quality_function(labelled(2), ONE_CLASS, ("loss",))
+    unseen = ONE_CLASS.quality(labelled(2))
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in labelled(1)]
     genome = np.array(study.front()["genome"].iloc[0])
-    finished = finish(supernet, genome, inputs, quality=quality_function(labelled(1), ONE_CLASS, ("loss",)))
+    finished = finish(supernet, genome, inputs, quality=ONE_CLASS.quality(labelled(1)))
     study.add_finished(finished.genome, finished.rounding, finished.metrics, finished.seconds)
     rescore_front(supernet, study, unseen)
     before = rescored(study)

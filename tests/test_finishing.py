@@ -363,7 +363,7 @@ def test_impossible_trainings_of_one_sub_network_are_refused():
         "seed: found -1; allowed: a whole number from 0": {"steps": 3, "seed": -1},
         "quality: found 3; allowed: a function": {"quality": 3},
         "found batches in a dict": {"steps": 3, "batches": batches("vit")[0]},
-        "found no batch": {"steps": 3, "batches": []},
+        "finish: found no batch; allowed: one or more": {"steps": 3, "batches": []},
         "a function of epochs": {"batches": lambda epoch: batches("vit")},
     }.items():
         with pytest.raises(JointoptError, match=match):

@@ -13,8 +13,10 @@ from torch import nn
 
 import jointopt
 from jointopt import Family, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
+from jointopt.cost.operators import Operator
 from jointopt.timing.backend import Backend
 from jointopt.timing.lookup import key_of, operators_of
+from quant.formats import SCHEMES, Format, Scheme, scheme
 from tests.zoo import batches, make
 
 pytest.importorskip("onnxruntime")
@@ -91,6 +93,15 @@ def test_each_kind_in_each_scheme_is_timed(tmp_path):
     assert set(found.device.kernels) == {each.kernel for each in operators_of(supernet(), 4) if each.macs}
 
 
+@pytest.mark.parametrize("name", ["my-w8", "MINE_G7"])
+def test_a_fitted_device_with_a_scheme_of_one_s_own_is_saved_and_read_again(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(SCHEMES, name, Scheme(name, Format("int8", "channel")))
+    kernel = Operator("linear", 4, 4, 1.0, scheme=scheme(name)).kernel
+    device = load_device("cpu-avx2").model_copy(update={"kernels": {kernel: 1e9}})
+    device.save(tmp_path / "mine.yaml")
+    assert kernel == f"linear {name}" and load_device(tmp_path / "mine.yaml").kernels == {kernel: 1e9}
+
+
 def test_too_little_to_fit_by_is_refused(tmp_path):
     def declare(model: nn.Module) -> Family:
         return Family(
@@ -102,7 +113,7 @@ def test_too_little_to_fit_by_is_refused(tmp_path):
     with pytest.raises(JointoptError, match="found 2 operators to time; allowed: 8 or more"):
         jointopt.fit_roofline(small, path=tmp_path / "operators.json")
     largest = supernet().space.largest
-    with pytest.raises(JointoptError, match="roofline: found 1 times to fit by; allowed: two or more"):
+    with pytest.raises(JointoptError, match="roofline: found 1 times to fit by; allowed: 2 or more"):
         Roofline(load_device("l4")).fit(supernet(), [largest], [1e-3])
     with pytest.raises(JointoptError, match="roofline: found a time of 0.0 s; allowed: above 0"):
         Roofline(load_device("l4")).fit(supernet(), [largest, largest], [1e-3, 0.0])

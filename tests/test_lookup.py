@@ -189,7 +189,7 @@ def test_a_fit_finds_what_a_graph_adds_to_its_operators(timed):
     found = supernet().costs_by(fitted).columns(np.array(genomes))["latency"]
     np.testing.assert_allclose(found, 0.8 * sums + 5e-6 * np.array(layers), rtol=0.02)
     assert "off where it was fitted end to end" in fitted.source
-    with pytest.raises(JointoptError, match="three or more"):
+    with pytest.raises(JointoptError, match="3 or more"):
         lookup.fit(supernet(), genomes[:2], [1.0, 2.0])
 
 

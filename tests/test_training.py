@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -277,6 +278,17 @@ def test_a_training_that_was_killed_ends_with_the_same_weights_to_the_bit(tmp_pa
     assert all(torch.equal(t, resumed.model.state_dict()[k]) for k, t in whole.model.state_dict().items())
 
 
+def test_a_checkpoint_is_readable_to_whom_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        jointopt.train_supernet(calibrated("vit"), labelled("vit"), 1, checkpoint=tmp_path / "training.safetensors")
+    finally:
+        os.umask(before)
+    assert [(path.name, path.stat().st_mode & 0o777) for path in tmp_path.iterdir()] == [
+        ("training.safetensors", 0o640)
+    ]
+
+
 def test_a_training_that_ended_is_taken_from_its_checkpoint(tmp_path):
     data, file = labelled("bert"), tmp_path / "training.safetensors"
     trained, again = calibrated("bert"), calibrated("bert")
@@ -429,7 +441,8 @@ def test_ranges_of_the_weights_before_training_are_neither_scored_nor_exported(n
         with pytest.raises(JointoptError, match=said + r"; call supernet.calibrate\(batches\) again"):
             use()
     supernet.calibrate(batches(name))
-    assert jointopt.finish(supernet, smallest, batches(name)).model is not None
+    finished = jointopt.finish(supernet, smallest, batches(name)).model
+    assert logits(finished, batches(name)[0]).isfinite().all()
 
 
 def test_between_steps_a_sub_network_has_the_codes_of_the_weights_as_they_are():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jointopt.names import NEAREST
 from jointopt.report.quantities import label, scale, time_source
+from jointopt.rows import looks_like_hub_id
 
 ROUNDED_BY = {
     NEAREST: "the nearest value",
@@ -23,7 +25,7 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
     costs, original = record["costs"], record["original"]
     base = record["base_model"]
     front = ["---", "tags: [jointopt, quantized, pruned]"]
-    if base and "/" in base and not base.startswith((".", "/")):
+    if base and "/" in base and looks_like_hub_id(base) and not Path(base).exists():
         front.append(f"base_model: {base}")
     front.append("---")
     values = {"size": costs["size"], **costs, **record["metrics"]}

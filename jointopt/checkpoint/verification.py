@@ -117,9 +117,9 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise JointoptError(f"verify: {str(folder)!r} is no export: it has no {RECORD}")
     with reading(f"verify: {str(path)!r}", UNCHANGED):
         record = json.loads(path.read_text())
-    lacking = [key for key in _KINDS if key not in record] if isinstance(record, dict) else list(_KINDS)
-    if lacking:
-        raise JointoptError(f"verify: {str(path)!r} has no {', '.join(lacking)}; allowed: {UNCHANGED}")
+    missing = [key for key in _KINDS if key not in record] if isinstance(record, dict) else list(_KINDS)
+    if missing:
+        raise JointoptError(f"verify: {str(path)!r} has no {', '.join(missing)}; allowed: {UNCHANGED}")
     for key, found, kind in _parts(record):
         if not isinstance(found, kind):
             raise JointoptError(f"verify: {str(path)!r}: {key}: found {found!r:.60}; allowed: {UNCHANGED}")

@@ -154,7 +154,7 @@ class Config(Section):
             raise ValueError(f"space.caches with target {wanted.name}; allowed: leave them out")
         if self.dtype not in ("auto", *wanted.dtypes):
             raise ValueError(f"dtype {self.dtype} with target {wanted.name}; allowed: {', '.join(wanted.dtypes)}")
-        if self.hardware is not None and self.hardware.device == "this" and wanted.backend is None:
+        if self.hardware is not None and self.hardware.is_this_machine and wanted.backend is None:
             timed = ", ".join(name for name, each in TARGETS.items() if each.backend)
             raise ValueError(f"hardware.device this with target {self.target}; allowed: {timed}, which are timed")
         return self

@@ -347,11 +347,15 @@ class Hardware(Section):
     parallel: Positive = 1
     threads: Threads = 1
 
+    @property
+    def is_this_machine(self) -> bool:
+        return self.device == "this"
+
     @model_validator(mode="after")
     def _of_its_kind(self) -> Hardware:
-        if self.device == "this" and (self.context is not None or self.parallel > 1):
+        if self.is_this_machine and (self.context is not None or self.parallel > 1):
             key = "parallel" if self.context is None else "context"
             raise ValueError(f"{key} with device this, which is timed as it is; allowed: with a device by name or file")
-        if self.device != "this" and self.threads > 1:
+        if self.threads > 1 and not self.is_this_machine:
             raise ValueError(f"threads with device {self.device}; allowed: with device this")
         return self

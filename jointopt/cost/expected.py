@@ -39,7 +39,8 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
         raise JointoptError(f"expected_cost: found {measure!r}; allowed: {allowed}")
     genes = supernet.space.genes
     if any(np.isnan(table.values[measure]).any() for table in tables.tables):
-        raise JointoptError(f"expected_cost: {supernet.latency.source} has no figure for {measure}")  # type: ignore[union-attr]
+        assert supernet.latency is not None  # all others have figures
+        raise JointoptError(f"expected_cost: {supernet.latency.source} has no figure for {measure}")
     ordered = isinstance(probabilities, Iterable) and not isinstance(probabilities, Mapping)
     found = list(probabilities) if ordered else []
     if not found or not all(isinstance(each, Tensor) for each in found):

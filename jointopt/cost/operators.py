@@ -77,8 +77,7 @@ class Operator:
         side = round(math.sqrt(self.area))
         grouped = " grouped" if self.heads > 1 else ""
         kind = f"conv {side}x{side}{grouped}" if self.kind == "conv" else self.kind
-        scheme = "none" if self.scheme is None else re.sub(r"_G\d+", "", self.scheme.name)
-        return f"{kind} {scheme}{' fused' if self.fused else ''}"
+        return f"{kind} {_without_group(self.scheme)}{' fused' if self.fused else ''}"
 
     @property
     def input_bytes(self) -> float:
@@ -95,7 +94,15 @@ class Operator:
         return self.positions * self.rows * self.bits / 8
 
 
-_KERNEL = re.compile(r"(?:linear|embedding|norm|attention|cache|conv (\d+)x\1(?: grouped)?) (\w+)(?: fused)?")
+def _without_group(scheme: Scheme | None) -> str:
+    """The name of the scheme that this one is with other groups, if there is one."""
+    if scheme is None:
+        return "none"
+    name = re.sub(r"_G\d+", "", scheme.name)
+    return name if name in SCHEMES else scheme.name
+
+
+_KERNEL = re.compile(r"(?:linear|embedding|norm|attention|cache|conv (\d+)x\1(?: grouped)?) (\S+)(?: fused)?")
 
 
 def check_kernel(name: str) -> None:
@@ -159,8 +166,7 @@ class LatencyModel(Protocol):
 def times_to_fit(model: str, genomes: Sequence[Any], seconds: Sequence[float], fewest: int) -> np.ndarray:
     """End-to-end times, as an array. Raises JointoptError for too few, for others than one a genome, for no times."""
     if len(seconds) < fewest or len(genomes) != len(seconds):
-        number = {2: "two", 3: "three"}[fewest]
-        raise JointoptError(f"{model}: found {len(seconds)} times to fit by; allowed: {number} or more, one a genome")
+        raise JointoptError(f"{model}: found {len(seconds)} times to fit by; allowed: {fewest} or more, one a genome")
     for each in seconds:
         if not isinstance(each, int | float | np.number) or not 0 < each < math.inf:
             raise JointoptError(f"{model}: found a time of {each!r} s; allowed: above 0")

@@ -6,7 +6,7 @@ Each module is a small table (see tables.py): what it costs at every choice of t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -22,7 +22,7 @@ from jointopt.cost.tables import Axis, Table, Tables
 from jointopt.learned_ranges import NAME as RANGES
 from quant.cache import cache_format
 from quant.errors import JointoptError
-from quant.formats import Scheme
+from quant.formats import Scheme, scheme
 from quant.packing import statistics_bytes, storage_bytes
 from search_spaces.family import Cache, Family, Layer, Width, extent
 from search_spaces.space import SearchSpace
@@ -46,7 +46,7 @@ class ShapeCosts:
     Args:
         model: the super-network's prepared model.
         positions: see `measure_positions`; they give `macs` its meaning: those of one such sample.
-        scheme_of: (layer, choice) -> the scheme as the layer stores it.
+        schemes: (layer's path, choice) -> the scheme as it fits the layer; what is not in it stays as it is.
         leaving: depth gene -> names of its removable blocks in the order of leaving.
         latency: what answers for time and energy; None leaves them out.
     """
@@ -58,7 +58,7 @@ class ShapeCosts:
         space: SearchSpace,
         positions: Positions,
         precision_gene: Mapping[str, str],
-        scheme_of: Callable[[Layer, str], Scheme],
+        schemes: Mapping[tuple[str, str], Scheme],
         leaving: Mapping[str, Sequence[str]],
         latency: LatencyModel | None = None,
     ):
@@ -66,7 +66,7 @@ class ShapeCosts:
         self.space, self.family, self.leaving = space, family, leaving
         self._index = {name: i for i, name in enumerate(space.names)}
         self._model, self.measured, self.positions = model, positions, positions.of
-        self._precision_gene, self._scheme_of = precision_gene, scheme_of
+        self._precision_gene, self._fitted = precision_gene, schemes
         self._layers = {layer.path: layer for layer in family.layers}
         self._tied = {path: layer for layer in family.layers for path in layer.tied}
         self._producer = {part.module: (w, part.channels) for w in family.widths for part in w.producers}
@@ -172,7 +172,9 @@ class ShapeCosts:
         name = self._precision_gene.get(layer.path) if layer else None
         gene = self._index[name] if name else None
         choices = ("none",) if gene is None else self.space.genes[gene].choices
-        return gene, [self._scheme_of(layer, str(choice)) if layer else None for choice in choices]
+        if layer is None:
+            return gene, [None for _ in choices]
+        return gene, [self._fitted.get((layer.path, str(choice))) or scheme("none") for choice in choices]
 
     def _readers(self, layer: Layer | None) -> list[Layer]:
         """What alone reads a convolution. Only times depend on it."""
@@ -211,12 +213,12 @@ class ShapeCosts:
         for name, tensor in owned.items():
             shape = _sliced_shape(module, name, tensor, rows, columns)
             if name in module._parameters:
-                parameters += _product(shape)
+                parameters += math.prod(shape)
             if name == "weight" and quantized:
                 assert scheme is not None
                 size += storage_bytes(scheme, shape, tensor.element_size(), embedding=isinstance(module, nn.Embedding))
             else:
-                size += _product(shape) * tensor.element_size()
+                size += math.prod(shape) * tensor.element_size()
         if "weight" not in owned and scheme is not None and not isinstance(module, nn.Embedding):
             size += statistics_bytes(scheme)  # those beside a weight of its own are among its bytes
         macs = 0.0
@@ -244,7 +246,7 @@ class ShapeCosts:
         if scheme is not None and scheme.weights is not None:
             stored = storage_bytes(scheme, shape, weight.element_size(), embedding=kind == "embedding")
         else:
-            stored = _product(shape) * weight.element_size()
+            stored = math.prod(shape) * weight.element_size()
         positions = self.positions[path]
         if kind == "norm":
             positions = self._tokens * columns if columns else positions  # columns are the heads that it meets
@@ -364,7 +366,3 @@ def _sliced_shape(module: nn.Module, name: str, tensor: Tensor, rows: int, colum
     if name == "weight" and len(shape) > 1:
         shape[1] = columns
     return tuple(shape)
-
-
-def _product(shape: Sequence[int]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) if len(shape) else 1

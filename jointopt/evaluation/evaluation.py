@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.objectives import COSTS, is_column
-from quant.errors import JointoptError
+from quant.errors import JointoptError, named_line
 
 if TYPE_CHECKING:
     from jointopt.supernet.subnetwork import Plan
     from jointopt.supernet.supernet import Supernet
 
-Quality = Callable[..., Any]
+Quality = Callable[[nn.Module], Any]
 """Model -> a number ("quality", higher is better), or a mapping of metrics to numbers, `Metrics` among them."""
 
 
@@ -147,8 +147,7 @@ def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality, plan: Pla
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and _in_signal_handler(error):
             raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-        return Evaluation(None, reason, time.perf_counter() - started)
+        return Evaluation(None, named_line(error), time.perf_counter() - started)
     seconds = time.perf_counter() - started
     costs = {name: float(value) for name, value in supernet.costs(genome).items()}
     return Evaluation({**costs, **metrics}, None, seconds, metrics.errors)

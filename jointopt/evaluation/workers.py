@@ -34,7 +34,7 @@ import torch
 from jointopt.evaluation.evaluation import Evaluation, Quality
 from jointopt.evaluation.sharing import MEMORY, SharedEvaluator
 from jointopt.names import NOISY
-from quant.errors import JointoptError
+from quant.errors import JointoptError, named_line
 
 if TYPE_CHECKING:
     from jointopt.supernet.supernet import Supernet
@@ -352,7 +352,7 @@ def write_payload(supernet: Supernet, quality: Quality, count: int, threads: int
         if not isinstance(error, Exception):
             raise
         raise JointoptError(
-            f"workers: the quality function or the super-network cannot be sent to another process: {_told(error)}"
+            f"workers: the quality function or the super-network cannot be sent to another process: {named_line(error)}"
         ) from error
     return Path(path)
 
@@ -368,16 +368,13 @@ def read_payload(path: str | Path, threads: int) -> SharedEvaluator:
     try:
         return torch.load(path, map_location=_first_gpu, mmap=True, weights_only=False)
     except Exception as error:
-        raise JointoptError(f"the quality function or the super-network cannot be loaded: {_told(error)}") from None
+        told = named_line(error)
+        raise JointoptError(f"the quality function or the super-network cannot be loaded: {told}") from None
 
 
 def _first_gpu(storage: Any, location: str) -> Any:
     """What was on a GPU goes to the first that this process sees: each may see another. All else, where it was."""
     return storage.cuda(0) if location.startswith("cuda") else None
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def visible_gpus() -> list[str]:

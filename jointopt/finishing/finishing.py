@@ -27,7 +27,7 @@ from jointopt.evaluation.evaluation import Quality, check_supernet, measured
 from jointopt.finishing.rounding import ROUNDINGS, rounded_anew
 from jointopt.names import FINISHING_RATE
 from jointopt.objectives import COSTS
-from jointopt.study.choice import front_of, improves, within
+from jointopt.study.choice import front_of, improves, keeping_to
 from jointopt.training.alone import train_alone
 from jointopt.training.loop import Batches
 from quant.errors import JointoptError, check_above_0, check_choice, check_count, check_whole
@@ -253,7 +253,7 @@ def _told(study: Study, made: Finished) -> str:
 def _nearest_on_front(study: Study, genome: np.ndarray, top: int) -> list[np.ndarray]:
     """The genome and its `top` - 1 neighbours on the front of those that keep to the study's constraints, from small to
     large; of two as near, the smaller first. The genome itself need not be on it: a wish for what is no objective."""
-    frame = within(study.succeeded(), study.constraints)
+    frame = keeping_to(study.succeeded(), study.constraints)
     near = pd.concat([front_of(frame, study.objectives), frame[frame["genome"] == tuple(genome)]])
     costs = [o.name for o in study.objectives if o.name in COSTS]
     near = near.drop_duplicates("genome").sort_values(costs[0] if costs else study.quality.name, kind="stable")

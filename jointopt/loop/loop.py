@@ -297,8 +297,8 @@ class _Run:
     budget: Budget
     watch: Watch
     batch: int
-    own: Sequence[Objective] = ()
-    check_interrupt: Callable[[], None] = lambda: None
+    own: Sequence[Objective]
+    check_interrupt: Callable[[], None]
 
     def batches(self) -> str:
         """Asks for a batch, evaluates all of it, tells it, and so on. Returns why it ended."""

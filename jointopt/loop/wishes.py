@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ from search_spaces.precision import is_cache
 
 if TYPE_CHECKING:
     from jointopt.supernet.supernet import Supernet
+
+Column = Callable[[np.ndarray], np.ndarray]
+"""Genomes [n, genes] -> what a cost is for each of them [n]."""
 
 
 def resolved(
@@ -64,13 +67,13 @@ def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[st
                 "allowed: another name"
             )
 
-    def column(name: str):
+    def column(name: str) -> Column:
         if name in ON_HARDWARE and supernet.latency is None:
             raise JointoptError(
                 f"objective {name!r}: found no hardware; allowed: with Supernet(..., latency=Roofline(...))"
             )
-        if name in ON_HARDWARE and name not in known:
-            raise JointoptError(f"objective {name!r}: {supernet.latency.source} has no figure for it")  # type: ignore[union-attr]
+        if name not in known and supernet.latency is not None and name in ON_HARDWARE:
+            raise JointoptError(f"objective {name!r}: {supernet.latency.source} has no figure for it")
         if name not in known:
             raise JointoptError(f"objective {name!r}: found no cache in this model; allowed costs: {', '.join(known)}")
         return lambda genomes: supernet.cost_columns(genomes)[name]
@@ -86,7 +89,7 @@ def _constraints(
         raise JointoptError(f"constraints: found {given!r}; allowed: a mapping such as {{size_mb: '<= 20'}}")
     own = {o.name: o.compute for o in objectives if o.name not in costs}
 
-    def column(name: str, unit: float):
+    def column(name: str, unit: float) -> Column:
         return lambda genomes: supernet.cost_columns(genomes)[name] / unit
 
     found = []

@@ -11,9 +11,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from jointopt.objectives import ON_HARDWARE, Objective
-from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, plain, step, style
+from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, escaped, step, style
 from jointopt.report.quantities import label, scale, time_source, written
-from jointopt.study.choice import best_of, front_of, within
+from jointopt.study.choice import best_of, front_of, keeping_to
 from jointopt.study.study import Study
 from quant.errors import JointoptError
 
@@ -80,7 +80,7 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
     front = front_of(rows, wanted).sort_values(first)
     chosen, unmet = None, ""
     try:
-        kept = within(rows, [each for each in study.constraints if each.name not in ON_HARDWARE])
+        kept = keeping_to(rows, [each for each in study.constraints if each.name not in ON_HARDWARE])
         chosen = tuple(best_of(kept, wanted, study.quality, None, knee=True).tolist())
     except JointoptError as error:  # the front is there all the same
         unmet = str(error)
@@ -107,7 +107,7 @@ def device_figure(study: Study, on: OnDevice) -> go.Figure:
     ):
         if len(rows) and across in rows and up in rows:
             told = [
-                f"<b>{row['number']}</b><br>{plain(up)}: {written(up, row[up])}<br>"
+                f"<b>{row['number']}</b><br>{escaped(up)}: {written(up, row[up])}<br>"
                 f"{label(across)}: {row[across] / scale(across):,.4g}"
                 for row in rows.to_dict("records")
             ]

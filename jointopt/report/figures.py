@@ -88,7 +88,7 @@ def _add_points(
             customdata=rows["number"],
             text=[_hover(space, row, name) for row in rows.to_dict("records")],
             hovertemplate="%{text}<extra></extra>",
-            name=plain(name),
+            name=escaped(name),
             mode=mode,
             marker=marker,
             line={"color": BLUE, "width": 1.5, "shape": step(across)},
@@ -103,10 +103,10 @@ def step(across: Objective) -> str:
 
 
 def _hover(space: SearchSpace, row: Mapping[str, Any], name: str) -> str:
-    lines = [f"<b>evaluation {row['number']}</b>" if row["number"] >= 0 else f"<b>{plain(name)}</b>"]
+    lines = [f"<b>evaluation {row['number']}</b>" if row["number"] >= 0 else f"<b>{escaped(name)}</b>"]
     for key, value in row.items():
         if not is_column(str(key)) and isinstance(value, int | float):
-            lines.append(f"{plain(str(key))}: {written(str(key), value)}")
+            lines.append(f"{escaped(str(key))}: {written(str(key), value)}")
     return "<br>".join([*lines, *(_summary(space, row["genome"]) if "genome" in row else ())])
 
 
@@ -117,7 +117,7 @@ def _summary(space: SearchSpace, genome: Sequence[int]) -> list[str]:
     depths = [f"{name} {choice}" for name, choice in chosen if is_depth(name)]
     formats = Counter(str(choice) for name, choice in chosen if is_precision(name))
     return [
-        plain(text) for text in (", ".join(depths), ", ".join(f"{n} {name}" for name, n in formats.items())) if text
+        escaped(text) for text in (", ".join(depths), ", ".join(f"{n} {name}" for name, n in formats.items())) if text
     ]
 
 
@@ -145,7 +145,7 @@ def layers_figure(layers: Layers, full: Layers | None) -> go.Figure:
     places = list(full or layers)
     whole = {record["layer"]: record["rows"] * record["columns"] for record in places}
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
-    names = [plain(str(record["layer"])) for record in places]
+    names = [escaped(str(record["layer"])) for record in places]
     empty = {"color": "rgba(0,0,0,0.03)", "line": {"color": "#c9ced6", "width": 1}}
     figure.add_bar(
         x=names, y=[100.0] * len(places), marker=empty, hoverinfo="skip", name="the whole model", row=1, col=1
@@ -155,8 +155,8 @@ def layers_figure(layers: Layers, full: Layers | None) -> go.Figure:
         at = [place["layer"] for place in places if kept.get(place["layer"], {}).get("scheme") == scheme]
         shares = [100.0 * kept[path]["rows"] * kept[path]["columns"] / whole[path] for path in at]
         text = [_layer_text(kept[path], share) for path, share in zip(at, shares, strict=True)]
-        common: dict[str, Any] = {"x": [plain(path) for path in at], "marker": {"color": color}, "hovertext": text}
-        common |= {"hoverinfo": "text", "name": plain(str(scheme)), "legendgroup": str(scheme)}
+        common: dict[str, Any] = {"x": [escaped(path) for path in at], "marker": {"color": color}, "hovertext": text}
+        common |= {"hoverinfo": "text", "name": escaped(str(scheme)), "legendgroup": str(scheme)}
         figure.add_bar(y=shares, row=1, col=1, **common)
         figure.add_bar(y=[kept[path]["bits"] for path in at], row=2, col=1, showlegend=False, **common)
     style(figure, None, None, height=480)
@@ -171,8 +171,8 @@ def layers_figure(layers: Layers, full: Layers | None) -> go.Figure:
 
 def _layer_text(record: Mapping[str, Any], share: float) -> str:
     return (
-        f"<b>{plain(str(record['layer']))}</b><br>{record['kind']}, {record['rows']} x {record['columns']} "
-        f"({share:.0f}% of its weights)<br>{plain(str(record['scheme']))}, {record['bits']:.4g} bits a weight"
+        f"<b>{escaped(str(record['layer']))}</b><br>{record['kind']}, {record['rows']} x {record['columns']} "
+        f"({share:.0f}% of its weights)<br>{escaped(str(record['scheme']))}, {record['bits']:.4g} bits a weight"
     )
 
 
@@ -182,7 +182,7 @@ def _name_blocks(figure: go.Figure, places: Layers, names: list[str]) -> None:
     for index, record in enumerate(places):
         members.setdefault(str(record["block"] or record["layer"].rpartition(".")[2]), []).append(index)
     ticks = [names[indices[len(indices) // 2]] for indices in members.values()]
-    figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[plain(name) for name in members])
+    figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[escaped(name) for name in members])
 
 
 def predictions_figure(study: Study) -> go.Figure | None:
@@ -200,7 +200,7 @@ def predictions_figure(study: Study) -> go.Figure | None:
     if not shown:
         return None
     titles = [
-        f"{plain(objective.name)}: rank correlation {_rank_correlation(both.iloc[:, 0], both.iloc[:, 1])} "
+        f"{escaped(objective.name)}: rank correlation {_rank_correlation(both.iloc[:, 0], both.iloc[:, 1])} "
         f"(Spearman, {len(both)} evaluations)"
         for objective, both in shown
     ]
@@ -220,8 +220,8 @@ def predictions_figure(study: Study) -> go.Figure | None:
             row=1,
             col=index,
         )
-        figure.update_xaxes(title_text=plain(f"{label(objective.name)}, predicted"), row=1, col=index)
-        figure.update_yaxes(title_text=plain(f"{label(objective.name)}, measured"), row=1, col=index)
+        figure.update_xaxes(title_text=escaped(f"{label(objective.name)}, predicted"), row=1, col=index)
+        figure.update_yaxes(title_text=escaped(f"{label(objective.name)}, measured"), row=1, col=index)
     style(figure, None, None, height=400)
     figure.update_layout(showlegend=False, margin_t=50)
     return figure
@@ -243,7 +243,7 @@ def hypervolume_figure(study: Study) -> go.Figure | None:
     return figure
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that plotly shows as it is: it would read tags, and knows `&amp;`, `&lt;` and `&gt;` but no `&quot;`."""
     return escape(text, quote=False)
 
@@ -259,6 +259,6 @@ def style(figure: go.Figure, across: str | None, up: str | None, height: int) ->
         hovermode="closest",
     )
     if across is not None:
-        figure.update_xaxes(title_text=plain(across))
+        figure.update_xaxes(title_text=escaped(across))
     if up is not None:
-        figure.update_yaxes(title_text=plain(up))
+        figure.update_yaxes(title_text=escaped(up))

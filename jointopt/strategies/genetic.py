@@ -1,6 +1,6 @@
 """The genetic operators, on integer genomes, with the selection of NSGA-II (Deb et al., 2002).
 
-`select` is DEAP's; `order` is the same ranking by arrays, ties aside, for the inner searches, which rank thousands of
+`select` is DEAP's; `order` is the same ranking of arrays, ties aside, for the inner searches, which rank thousands of
 times.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import moocore
 import numpy as np
 from deap import base, tools
 
@@ -38,20 +39,12 @@ def select(costs: np.ndarray, k: int) -> np.ndarray:
 def order(costs: np.ndarray) -> np.ndarray:
     """Each row's place, 0 the best: by front, then by crowding distance. Of equal distances, such as the infinite ones
     of a front's ends, the first row is first; `select` has DEAP's order of them, and so may keep another end."""
+    rank = moocore.pareto_rank(costs)
+    distance = np.empty(len(costs))
+    for each in range(rank.max(initial=-1) + 1):
+        distance[rank == each] = _crowding(costs[rank == each])
     place = np.empty(len(costs), dtype=np.int64)
-    beaten = np.ones((len(costs), len(costs)), dtype=bool)
-    better = np.zeros_like(beaten)
-    for column in costs.T:
-        beaten &= column[:, None] <= column
-        better |= column[:, None] < column
-    beaten &= better
-    left, at = np.arange(len(costs)), 0
-    while len(left):
-        first = ~beaten[np.ix_(left, left)].any(axis=0)
-        front = left[first]
-        front = front[np.argsort(-_crowding(costs[front]), kind="stable")]
-        place[front] = np.arange(at, at + len(front))
-        left, at = left[~first], at + len(front)
+    place[np.lexsort((-distance, rank))] = np.arange(len(costs))
     return place
 
 

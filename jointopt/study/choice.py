@@ -32,7 +32,7 @@ def front_of(frame: pd.DataFrame, objectives: Sequence[Objective]) -> pd.DataFra
     return frame[kept].iloc[np.lexsort(costs[kept].T)].reset_index(drop=True)
 
 
-def within(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> pd.DataFrame:
+def keeping_to(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> pd.DataFrame:
     """The rows that keep to all constraints. Raises JointoptError where none does, naming the closest."""
     excess = np.zeros(len(frame))
     for each in constraints:

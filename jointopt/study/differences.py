@@ -30,7 +30,7 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
     return {k: v for name, each in value.items() for k, v in flat(each, f"{key}.{name}".lstrip(".")).items()}
 
 
-def plain(key: str, value: Any) -> Any:
+def as_json(key: str, value: Any) -> Any:
     """As JSON gives it back. Raises JointoptError for what it cannot hold, by the key."""
     return json.loads(json.dumps(_without_types(key, value)))
 

@@ -22,8 +22,8 @@ import pandas as pd
 
 from jointopt.files import check_path, locked
 from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized
-from jointopt.study.choice import best_of, costs_of, front_of, with_finished, within
-from jointopt.study.differences import differing, plain
+from jointopt.study.choice import best_of, costs_of, front_of, keeping_to, with_finished
+from jointopt.study.differences import as_json, differing
 from jointopt.study.reference_point import reference_point
 from jointopt.study.study_file import closed_if_refused, connect, damaged, explained
 from quant.errors import JointoptError, check_kind
@@ -133,7 +133,7 @@ class Study:
                 "version": VERSION,
                 "space": space.to_dict(),
                 "objectives": [[o.name, o.direction] for o in objectives],
-                "config": plain("config", config),
+                "config": as_json("config", config),
             }
             with explained(path):
                 stored = dict(connection.execute("SELECT key, value FROM facts").fetchall())
@@ -458,7 +458,7 @@ class Study:
             frame = with_finished(frame, self.finished(), finished, self.measured or self.objectives[:1])
         original = self.original.get(self.quality.name)
         exact = [each.name for each in self.objectives if each not in self.measured]
-        kept = within(frame, self.constraints)
+        kept = keeping_to(frame, self.constraints)
         return best_of(kept, self.objectives, self.quality, original, exact, size_mb, drop, knee)
 
 

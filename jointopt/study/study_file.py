@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, named_line
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -36,9 +36,7 @@ def damaged(path: Path | None, what: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise JointoptError(
-            f"study {str(path)!r}: is damaged: {what} cannot be read: {type(error).__name__}: {error}"
-        ) from None
+        raise JointoptError(f"study {str(path)!r}: is damaged: {what} cannot be read: {named_line(error)}") from None
 
 
 def connect(path: Path | None, new: bool) -> sqlite3.Connection:

@@ -3,16 +3,13 @@ brought together for `jointopt.cost`, which knows of none of them by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jointopt.cost.operators import LatencyModel
 from jointopt.cost.positions import Positions, measure_positions
 from jointopt.cost.shapes import ShapeCosts
 from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
-from quant.formats import Scheme, scheme
-from search_spaces.family import Family, Layer, within
+from search_spaces.family import Family, within
 from search_spaces.precision import gene_names
 from search_spaces.space import Gene, SearchSpace
 
@@ -29,7 +26,7 @@ def tables(supernet: Supernet, latency: LatencyModel | None) -> ShapeCosts:
         supernet.space,
         positions,
         supernet.precision_genes,
-        partial(_lookup, supernet.schemes),
+        supernet.schemes,
         supernet.leaving,
         latency,
     )
@@ -52,7 +49,7 @@ def original_tables(supernet: Supernet, latency: LatencyModel | None) -> ShapeCo
     model, family = supernet._declared(supernet._given)
     only = SearchSpace([Gene(gene_names(family.layers[0])[0], ("none",))])
     positions = supernet._costs.measured
-    return ShapeCosts(model, family, only, positions, {}, partial(_lookup, {}), supernet.leaving, latency)
+    return ShapeCosts(model, family, only, positions, {}, {}, supernet.leaving, latency)
 
 
 def by_block(records: list[dict[str, Any]], family: Family) -> list[dict[str, Any]]:
@@ -61,7 +58,3 @@ def by_block(records: list[dict[str, Any]], family: Family) -> list[dict[str, An
     for record in records:
         record["block"] = next((name for path, name in paths.items() if within(record["path"], path)), None)
     return records
-
-
-def _lookup(schemes: Mapping[tuple[str, str], Scheme], layer: Layer, choice: str) -> Scheme:
-    return schemes.get((layer.path, choice)) or scheme("none")

@@ -87,10 +87,10 @@ class Source:
 
 
 def build(source: Source, plan: Plan, training: bool = False) -> nn.Module:
-    """A module tree of its own whose tensors are leading slices of the model's, in eval mode. With `training`,
-    modules keep the modes they have in a model that is in training mode; else all are put in training mode.
+    """A module tree of its own whose tensors are leading slices of the model's, in eval mode.
 
-    With `training` nothing is repaired, and slices keep their link to the whole parameters, so that gradients reach
+    With `training` it is in training mode, in which modules keep the modes that they have in a model that is in it
+    too; nothing is repaired, and slices keep their link to the whole parameters, so that gradients reach
     them: of a quantized weight straight through its rounding (Bengio et al., arXiv 1308.3432), or as the learned
     factors of ranges have it.
     """

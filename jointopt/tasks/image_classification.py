@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jointopt.rows import IMAGE, DataSource, check_named, class_folders, column, read_columns
 from jointopt.tasks.problems import CLASSIFICATION
 from jointopt.tasks.task import Samples, Task, picked_labels, place_of, read_labels
-from quant.errors import JointoptError, first_line
+from quant.errors import JointoptError, named_line
 
 KEPT_BYTES = 2 * 10**9
 """Processed images are kept in memory up to here; beyond, they are read again each time."""
@@ -74,8 +74,7 @@ def _inputs(processor: Any, image: Image.Image) -> Tensor:
     try:
         return processor(images=image, return_tensors="pt")["pixel_values"][0]
     except Exception as error:
-        told = f"{type(error).__name__}: {first_line(error)}"
-        raise JointoptError(f"model: its image processor fails on {image.mode} images: {told}") from None
+        raise JointoptError(f"model: its image processor fails on {image.mode} images: {named_line(error)}") from None
 
 
 def _check_size(model: nn.Module, pixels: Tensor, source: DataSource) -> None:

@@ -63,12 +63,10 @@ def choice_scores(logits: Tensor, labels: Tensor, reference: Tensor | None) -> T
 
 
 def choice_metrics(scores: Tensor, owners: Tensor, samples: int) -> Metrics:
-    """F1 of all labels counted together (micro; 0 where no class is told and none is right), accuracy (the share of
-    samples all of whose labels are right), loss and KL divergence; of `choice_scores`, a row for each sample."""
+    """F1 of all labels counted together (micro; one of them or more is right), accuracy (the share of samples all of
+    whose labels are right), loss and KL divergence; of `choice_scores`, a row for each sample."""
     weights = torch.cat([torch.ones_like(scores[:, :3]), scores[:, 4:]], 1)
     (loss, right, divergence, f1), errors = _ratios(scores[:, :4], weights)
-    if not scores[:, 4].any():  # no class is told, none is right
-        f1 = errors[3] = 0.0
     if not math.isfinite(loss):  # no logit that is not a number is above 0
         f1 = right = math.nan
     found = {"f1": f1, "accuracy": right, "loss": loss, "kl": divergence}

@@ -80,62 +80,42 @@ class Problem:
     check: Callable[[Tensor, str], None] | None = None
 
     def quality(self, batches: Sequence[Batch], original: nn.Module | None = None, key: str = "labels") -> Quality:
-        """model -> its metrics on the batches; "kl" is there where the original is, whose outputs are kept.
+        """model -> {metric: value}, of all labels that count, with the values' standard errors.
 
         Args:
-            key: the config's, for what is said about the labels.
+            batches: inputs by name, and "labels".
+            original: what "kl" (divergence of the model's distribution, in nats) is measured from; run once, its logits
+                are kept. None leaves it out.
+            key: what labels are called in errors: the config's key.
+
+        Raises:
+            JointoptError: labels of which the metrics could tell nothing.
         """
-        return quality_function(batches, self, self.metrics, original, key)
+        inputs = [without_labels(batch) for batch in batches]
+        counted = [self.counted(batch["labels"]) for batch in batches]
+        if self.check is not None:
+            self.check(torch.cat([each.wanted for each in counted]), key)
+        references: list[Tensor] | None = None
+        if original is not None and "kl" in self.metrics:
+            with torch.no_grad():
+                references = [
+                    logits_of(original, given).flatten(0, -2)[each.rows]
+                    for each, given in zip(counted, inputs, strict=True)
+                ]
+        wanted = [name for name in self.metrics if name != "kl" or references is not None]
 
+        def quality(model: nn.Module) -> Metrics:
+            scores, owners, seen = [], [], 0
+            for at, (batch, each, given) in enumerate(zip(batches, counted, inputs, strict=True)):
+                logits = logits_of(model, given).flatten(0, -2)
+                scores.append(_scores(logits, each, None if references is None else references[at], self))
+                owners.append(each.owners + seen)
+                seen += len(batch["labels"])
+            # Only here does the device have to be waited for.
+            found = self.summary(torch.cat(scores).cpu().double(), torch.cat(owners), seen)
+            return Metrics({name: found[name] for name in wanted}, {n: found.errors[n] for n in wanted if seen > 1})
 
-def quality_function(
-    batches: Sequence[Batch],
-    problem: Problem,
-    metrics: Sequence[str],
-    original: nn.Module | None = None,
-    key: str = "labels",
-) -> Quality:
-    """model -> {metric: value}, of all labels that count, with the values' standard errors.
-
-    The function takes `samples`: it then stops behind the batch in which so many are reached.
-
-    Args:
-        batches: inputs by name, and "labels".
-        metrics: of what the problem's `summary` gives; "kl" (divergence of the model's distribution from the
-            original's, in nats) is left out where `original` is None.
-        original: what "kl" is measured from; run once, its logits are kept.
-        key: what labels are called in errors.
-
-    Raises:
-        JointoptError: labels of which the metrics could tell nothing.
-    """
-    inputs = [without_labels(batch) for batch in batches]
-    counted = [problem.counted(batch["labels"]) for batch in batches]
-    if problem.check is not None:
-        problem.check(torch.cat([each.wanted for each in counted]), key)
-    references: list[Tensor] | None = None
-    if original is not None and "kl" in metrics:
-        with torch.no_grad():
-            references = [
-                logits_of(original, given).flatten(0, -2)[each.rows]
-                for each, given in zip(counted, inputs, strict=True)
-            ]
-    wanted = [name for name in metrics if name != "kl" or references is not None]
-
-    def quality(model: nn.Module, samples: int | None = None) -> Metrics:
-        scores, owners, seen = [], [], 0
-        for at, (batch, each, given) in enumerate(zip(batches, counted, inputs, strict=True)):
-            logits = logits_of(model, given).flatten(0, -2)
-            scores.append(_scores(logits, each, None if references is None else references[at], problem))
-            owners.append(each.owners + seen)
-            seen += len(batch["labels"])
-            if samples is not None and seen >= samples:
-                break
-        # Only here does the device have to be waited for.
-        found = problem.summary(torch.cat(scores).cpu().double(), torch.cat(owners), seen)
-        return Metrics({name: found[name] for name in wanted}, {n: found.errors[n] for n in wanted if seen > 1})
-
-    return quality
+        return quality
 
 
 def _scores(logits: Tensor, counted: Counted, reference: Tensor | None, problem: Problem) -> Tensor:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from jointopt.study.study import Study
     from jointopt.supernet.supernet import Supernet
 
-THIS = "this"
-"""Hardware: this machine, by the times of its operators in what the target runs in."""
 LATENCY = "latency.json"
 """In a run's output: what was timed and fitted of this machine."""
 
@@ -33,7 +31,7 @@ def latency_of(config: Config) -> Roofline | None:
     from jointopt.cost.device import load_device
     from jointopt.cost.roofline import Roofline
 
-    if config.hardware is None or config.hardware.device == THIS:
+    if config.hardware is None or config.hardware.is_this_machine:
         return None
     wanted = config.hardware
     return Roofline(load_device(wanted.device), wanted.batch, wanted.context, wanted.parallel)
@@ -42,12 +40,12 @@ def latency_of(config: Config) -> Roofline | None:
 def check_timed(config: Config, supernet: Supernet) -> None:
     """Raises JointoptError where the config's hardware is this machine, and what it runs cannot be timed here."""
     wanted = config.hardware
-    if wanted is None or wanted.device != THIS:
+    if wanted is None or not wanted.is_this_machine:
         return
     try:
         Backend.of(supernet, _backend(config), wanted.threads)
     except JointoptError as error:
-        raise JointoptError(f"hardware.device {THIS}: {error}") from None
+        raise JointoptError(f"hardware.device this: {error}") from None
 
 
 def look_up(config: Config, inputs: Sequence[Batch], supernet: Supernet) -> None:
@@ -55,7 +53,7 @@ def look_up(config: Config, inputs: Sequence[Batch], supernet: Supernet) -> None
     from jointopt.timing.here import lookup_here
 
     wanted = config.hardware
-    if wanted is not None and wanted.device == THIS:
+    if wanted is not None and wanted.is_this_machine:
         check_timed(config, supernet)
         kept, seed = Path(config.output) / LATENCY, config.search.seed
         backend = _backend(config)
@@ -82,9 +80,9 @@ def measured_beside(
     from jointopt.timing.here import batch_of
     from jointopt.timing.timers import time_export
 
-    assert config.hardware is not None
+    assert config.hardware is not None and supernet.latency is not None
     backend = Backend.of(supernet, _backend(config), config.hardware.threads)
     found = time_export(folder, batch_of(inputs, config.hardware.batch), backend)
     expected = float(supernet.costs(genome)["latency"])
     study.note("measured_latency", {"genome": genome.tolist(), "measured": found, "expected": expected})
-    return f"latency of the export: {found * 1e3:.4g} ms measured, {expected * 1e3:.4g} ms by {supernet.latency.source}"  # type: ignore[union-attr]
+    return f"latency of the export: {found * 1e3:.4g} ms measured, {expected * 1e3:.4g} ms by {supernet.latency.source}"

@@ -75,7 +75,7 @@ def train_alone(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    numbered = zip(range(steps), endless(batches, seed, 0), strict=False)
+    numbered = zip(range(steps), endless("finish", batches, seed, 0), strict=False)
     with _whole(supernet) as teacher, torch.enable_grad():
         for step, batch in track(numbered, "finishing", total=steps, disable=not progress):
             check_batch("finish", batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -13,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jointopt.adapters import adapted
-from jointopt.files import check_path, reading
-from jointopt.study.differences import plain
+from jointopt.files import check_path, reading, write_tensors
+from jointopt.study.differences import as_json
 from jointopt.supernet.state import distinct_tensors, read_tensors
 from jointopt.training.distillation import NUMBERS
 from quant.errors import JointoptError, check_kind
@@ -53,10 +51,10 @@ class Checkpoint:
             raise JointoptError(f"train: the checkpoint's folder {str(Path(path).parent)!r} does not exist")
         if known := set(config or {}) & set(described):
             raise JointoptError(f"config: found {min(known)!r}, which every checkpoint records; allowed: another key")
-        return cls(Path(path), {**described, **plain("config", config or {})})
+        return cls(Path(path), {**described, **as_json("config", config or {})})
 
     def write(self, model: nn.Module, optimizer: torch.optim.Optimizer, history: Sequence[float]) -> None:
-        """Beside, then into place: a reader never sees half of it."""
+        """A reader never sees half of it."""
         tensors = {f"model.{name}": each.detach() for name, each in distinct_tensors(model).items()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
@@ -64,13 +62,10 @@ class Checkpoint:
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         record = {"described": self._described, "history": list(history)}
-        beside = self.path.with_name(f".{self.path.name}")
+        whole = {name: each.cpu().contiguous() for name, each in tensors.items()}
         try:
-            whole = {name: each.cpu().contiguous() for name, each in tensors.items()}
-            save_file(whole, str(beside), metadata={"training": json.dumps(record)})
-            os.replace(beside, self.path)
+            write_tensors(self.path, whole, {"training": json.dumps(record)})
         except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
             raise JointoptError(f"train: the checkpoint {str(self.path)!r} cannot be written: {error}") from None
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
@@ -110,7 +105,7 @@ def described_by(supernet: Supernet, recipe: Recipe) -> dict[str, Any]:
     described = {
         "space": supernet.space.to_dict(),
         "the recipe's seed": recipe.seed,
-        "sampling": _held_by(recipe.sampling),
+        "sampling": _held_by(recipe.strategy),
         "precision_from": recipe.precision_from,
         "distillation": recipe.distillation and [getattr(recipe.distillation, name) for name in NUMBERS],
         "lora": {path: layer.lora_scale for path, layer in adapted(supernet.model).items()},
@@ -118,7 +113,7 @@ def described_by(supernet: Supernet, recipe: Recipe) -> dict[str, Any]:
             f"{name} {list(each.shape)}" for name, each in supernet.model.named_parameters() if each.requires_grad
         ),
     }
-    return plain("train", described)
+    return as_json("train", described)
 
 
 def _held_by(sampling: Any) -> dict[str, Any]:
@@ -133,7 +128,7 @@ def _held_by(sampling: Any) -> dict[str, Any]:
         elif is_dataclass(value) and not isinstance(value, type):
             value = {each.name: getattr(value, each.name) for each in fields(value)}
         with suppress(JointoptError):
-            found[name] = plain(name, value)
+            found[name] = as_json(name, value)
     return found
 
 

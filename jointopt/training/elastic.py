@@ -89,7 +89,7 @@ def _progress(step: int, steps: int | None, recipe: Recipe) -> float:
     check_whole("step", step)
     check_count("steps", steps)
     if steps is None:
-        if recipe.precision_from not in (None, 0, 0.0) or getattr(recipe.sampling, "counts_steps", False):
+        if recipe.precision_from not in (None, 0, 0.0) or getattr(recipe.strategy, "counts_steps", False):
             raise JointoptError("steps: found none; this recipe counts by their number; allowed: how many there are")
         return 0.0
     if step >= steps:
@@ -201,7 +201,7 @@ class _Student:
 
 def _students(supernet: Supernet, step: int, progress: float, recipe: Recipe) -> list[_Student]:
     """The largest sub-network first, which every other one may learn from."""
-    genomes = recipe.sampling.genomes(supernet.space, progress, step_seed(recipe.seed, step))  # type: ignore[union-attr]
+    genomes = recipe.strategy.genomes(supernet.space, progress, step_seed(recipe.seed, step))
     if genomes is None or (len(genomes) and np.ndim(genomes) != 2):
         raise JointoptError(f"sampling: found {genomes!r} in place of genomes; allowed: a list of them")
     precision = recipe.precision_from is not None and progress >= recipe.precision_from

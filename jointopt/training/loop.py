@@ -97,7 +97,7 @@ def train_supernet(
         if kept is not None:
             history = kept.restore(model, optimizer)
         counted = bool(history)  # what came before is not known
-        numbered = zip(range(len(history), steps), endless(batches, seed, len(history)), strict=False)
+        numbered = zip(range(len(history), steps), endless("train", batches, seed, len(history)), strict=False)
         for step, batch in track(
             numbered, "super-network training", total=steps, completed=len(history), disable=not progress
         ):
@@ -200,8 +200,8 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def endless(batches: Batches, seed: int, done: int) -> Iterator[Batch]:
-    """Epoch after epoch, without the first `done` batches."""
+def endless(what: str, batches: Batches, seed: int, done: int) -> Iterator[Batch]:
+    """Epoch after epoch, without the first `done` batches. `what` is trained, as an error begins."""
     epoch = passed = 0
     while True:
         if callable(batches):
@@ -215,5 +215,5 @@ def endless(batches: Batches, seed: int, done: int) -> Iterator[Batch]:
             if passed > done:
                 yield batch
         if passed == before:
-            raise JointoptError("train: found no batch")
+            raise JointoptError(f"{what}: found no batch; allowed: one or more dicts of the model's inputs")
         epoch += 1

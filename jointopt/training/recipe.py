@@ -145,7 +145,13 @@ class Recipe:
             raise JointoptError("precision_from: found no number format in the space; allowed: leave it out")
         for (path, _), wanted in supernet.schemes.items() if self.precision_from is not None else ():
             supernet.statistics(path, wanted)
-        self.sampling.genomes(supernet.space, 0.0, self.seed)  # type: ignore[union-attr]
+        self.strategy.genomes(supernet.space, 0.0, self.seed)
+
+    @property
+    def strategy(self) -> Sampling:
+        """`sampling`, which may be given by name."""
+        assert not isinstance(self.sampling, str)
+        return self.sampling
 
     @property
     def is_usual(self) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from jointopt.adapters import NAMES, adapted, with_adapters
 from jointopt.batches import Batch
-from jointopt.files import reading, write_whole
+from jointopt.files import reading, write_tensors, write_whole
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.learned_ranges import learn
 from jointopt.outputs import IGNORED, logits_of, without_cache
@@ -378,7 +378,8 @@ class ElasticTrainer(Trainer):
             super()._save(output_dir, state_dict)
             if self.args.should_save:
                 if added := self._added():
-                    save_file({name: each.detach().cpu().contiguous() for name, each in added.items()}, folder / ADDED)
+                    whole = {name: each.detach().cpu().contiguous() for name, each in added.items()}
+                    write_tensors(folder / ADDED, whole, {"format": "pt"})
                 write_whole(folder / RECORD, json.dumps(self._record(), default=str), "train")
 
     def _added(self) -> dict[str, Tensor]:

@@ -73,9 +73,11 @@ def quantize_and_hold(weight: Tensor, format: Format, clip: Clip | None = None) 
 
 def pack(codes: Tensor, bits: int, offset: int, dtype: torch.dtype) -> Tensor | None:
     """Codes [rows, n] + offset as words of `dtype`, the first lowest; None where no kernel does it (on a CPU)."""
-    if codes.device.type != "cuda" or (backend := _backend("cuda")) is None:
+    if codes.device.type != "cuda" or _backend("cuda") is None:
         return None
-    return backend.pack(codes, bits, offset, dtype)  # type: ignore[attr-defined]
+    from quant.kernels import cuda
+
+    return cuda.pack(codes, bits, offset, dtype)
 
 
 def _weight_kernels(weight: Tensor, format: Format, clip: Clip | None) -> KernelBackend | None:

@@ -52,7 +52,7 @@ from jointopt.evaluation.evaluation import evaluate, measured
 from jointopt.evaluation.sharing import SharedEvaluator, block_signatures
 from jointopt.loop.loop import search
 from jointopt.supernet.batch_norm import has_batch_norm, reestimate
-from jointopt.tasks.problems import NEXT_TOKEN, ONE_CLASS, quality_function
+from jointopt.tasks.problems import NEXT_TOKEN, ONE_CLASS
 from search_spaces.precision import is_precision
 
 AIM = 1.05
@@ -121,7 +121,7 @@ class Bench:
         self.supernet.calibrate(batches)
         self.extra = batches if has_batch_norm(model) else []
         problem = NEXT_TOKEN if isinstance(model, LlamaForCausalLM) else ONE_CLASS
-        self.quality = quality_function([case.batch()], problem, ("accuracy", "loss"))
+        self.quality = problem.quality([case.batch()])
         self.genomes = self.supernet.space.sample(genomes, seed=0)
 
     def rows(self) -> list[Row]:

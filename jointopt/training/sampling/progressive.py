@@ -37,7 +37,7 @@ class Progressive:
 
     def genomes(self, space: SearchSpace, progress: float, seed: int) -> list[np.ndarray]:
         elastic = np.array([progress >= self._begins(name) for name in space.names])
-        genomes = np.stack([space.smallest, *space.sample(self.count, seed)]) if self.count else space.smallest[None]
+        genomes = np.stack([space.smallest, *space.sample(self.count, seed)])
         return list(space.canonical(np.where(elastic, genomes, space.largest)))
 
     def _begins(self, gene: str) -> float:

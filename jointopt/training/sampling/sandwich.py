@@ -22,4 +22,4 @@ class Sandwich:
         check_whole("sandwich: count", self.count)
 
     def genomes(self, space: SearchSpace, progress: float, seed: int) -> list[np.ndarray]:
-        return [space.smallest, *space.sample(self.count, seed)] if self.count else [space.smallest]
+        return [space.smallest, *space.sample(self.count, seed)]
