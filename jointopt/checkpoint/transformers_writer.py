@@ -3,18 +3,20 @@ config and, where the library builds no such layers, a short modelling file."""
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 from collections.abc import Collection, Mapping
 from inspect import getsource
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from jointopt.checkpoint import card
 from jointopt.files import write_tensors
-from jointopt.rebuilding import held_cache, runtime
+from jointopt.rebuilding import held_cache, runtime, timm_loading
 from jointopt.rebuilding.block_sizes import save_generation_config, settle_sizes
 from jointopt.rebuilding.loadable import auto_class, check_loadable
 from jointopt.rebuilding.structure import (
@@ -81,12 +83,25 @@ def _write_transformers(place: Path, model: Any) -> str:
     return card.transformers_snippet(auto, place.name, bool(spec))
 
 
+def in_one_file(first: ModuleType, *others: ModuleType) -> str:
+    """The source of modules that import each other alone, or libraries, as that of one module."""
+    source = getsource(first)
+    for module in others:
+        text = getsource(module)
+        imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        needed = [
+            ast.unparse(node)
+            for node in imports
+            if ast.unparse(node) not in source and not (getattr(node, "module", None) or "").startswith("jointopt.")
+        ]
+        rest = "".join(text.splitlines(keepends=True)[imports[-1].end_lineno :]).strip("\n")
+        source += "\n\n" + "".join(f"{line}  # noqa: E402\n" for line in needed) + "\n\n" * bool(needed) + rest + "\n"
+    return source
+
+
 def _modeling_file(stock: Any, name: str, packed: Collection[str], caches: bool) -> str:
     """The source of `name`. `packed`: paths of layers that take their codes from another."""
-    source = getsource(runtime)
-    if caches:
-        text = getsource(held_cache)
-        source += "\n\n" + text[text.index("def hold_caches") :]
+    source = in_one_file(runtime, held_cache) if caches else in_one_file(runtime)
     held = '        hold_caches(self, config.jointopt["caches"])\n' if caches else ""
     # A packed layer has no `weight` that the library could tie; what else is tied stays so.
     still = {k: v for k, v in (stock._tied_weights_keys or {}).items() if k.removesuffix(".weight") not in packed}
@@ -113,32 +128,5 @@ def _write_timm(place: Path, model: nn.Module) -> str:
     config = {"architecture": recipe["class"], "timm": recipe, "dtype": dtype, "jointopt": spec}
     config["pretrained_cfg"] = preprocessing(model)
     (place / "config.json").write_text(json.dumps(config, indent=1))
-    (place / MODELING).write_text(getsource(runtime) + _TIMM_LOAD)
+    (place / MODELING).write_text(in_one_file(runtime, timm_loading))
     return card.timm_snippet(place.name)
-
-
-_TIMM_LOAD = '''
-
-def load(folder):
-    """The model in `folder`, in eval mode. Needs timm and safetensors."""
-    import json
-    import os
-
-    import timm
-    from safetensors.torch import load_file
-
-    with open(os.path.join(folder, "config.json")) as file:
-        config = json.load(file)
-    arguments = dict(config["timm"]["arguments"])
-    library = timm.models.vision_transformer
-    if config["timm"]["class"] == "ResNet":
-        library = timm.models.resnet
-        arguments["block"] = getattr(library, arguments["block"])
-    model = getattr(library, config["timm"]["class"])(**arguments).to(getattr(torch, config["dtype"]))
-    rebuild(model, config["jointopt"])
-    model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
-    # How its images are prepared, where timm looks for it, in the tuples that it has there.
-    prepared = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items()}
-    model.pretrained_cfg = model.default_cfg = prepared
-    return model.eval()
-'''

@@ -11,12 +11,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from inspect import getsource
 from pathlib import Path
 from typing import Any
 
 from jointopt.checkpoint.card import transformers_snippet
-from jointopt.checkpoint.transformers_writer import MODELING, write_config, write_weights
+from jointopt.checkpoint.transformers_writer import MODELING, in_one_file, write_config, write_weights
 from jointopt.rebuilding import runtime
 from jointopt.rebuilding.block_sizes import is_uniform, save_generation_config
 from jointopt.rebuilding.loadable import check_loadable
@@ -45,40 +44,6 @@ from vllm import LLM
 
 model = LLM("{folder}"{argument})
 ```"""
-
-_CLASSES = '''
-
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-
-class Entries(dict):
-    """A dict whose entries are attributes too, which is how vLLM reads them."""
-
-    def __getattr__(self, name):
-        if name in self:
-            return self[name]
-        raise AttributeError(name)
-
-
-class DeciLMConfig(LlamaConfig):
-    """LlamaConfig with an entry for each block."""
-
-    model_type = "nemotron-nas"
-
-    def __init__(self, block_configs=(), **kwargs):
-        super().__init__(**kwargs)
-        self.block_configs = [Entries({part: Entries(each[part]) for part in each}) for each in block_configs]
-
-
-class DeciLMForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM with blocks of the sizes that config.json lists. vLLM has its own class of this name."""
-
-    config_class = DeciLMConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        rebuild(self, config.jointopt)
-'''
 
 
 def snippet(folder: str, uneven: bool) -> str:
@@ -234,5 +199,7 @@ def _write_uneven(place: Path, model: Any) -> str:
     }
     (place / "config.json").write_text(json.dumps(content, indent=2))
     save_generation_config(model, place)
-    (place / MODELING).write_text(getsource(runtime) + _CLASSES)
+    from jointopt.rebuilding import decilm
+
+    (place / MODELING).write_text(in_one_file(runtime, decilm))
     return transformers_snippet("AutoModelForCausalLM", place.name, True)

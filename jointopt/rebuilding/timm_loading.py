@@ -1,0 +1,28 @@
+"""Loads a folder that holds a model of timm. Goes into such an export's modelling file."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from jointopt.rebuilding.runtime import rebuild
+
+
+def load(folder):
+    """The model in `folder`, in eval mode. Needs timm and safetensors."""
+    import timm
+    from safetensors.torch import load_file
+
+    config = json.loads((Path(folder) / "config.json").read_text())
+    arguments = dict(config["timm"]["arguments"])
+    library = timm.models.vision_transformer
+    if config["timm"]["class"] == "ResNet":
+        library = timm.models.resnet
+        arguments["block"] = getattr(library, arguments["block"])
+    model = getattr(library, config["timm"]["class"])(**arguments).to(getattr(torch, config["dtype"]))
+    rebuild(model, config["jointopt"])
+    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    # How its images are prepared, where timm looks for it, in the tuples that it has there.
+    prepared = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items()}
+    model.pretrained_cfg = model.default_cfg = prepared
+    return model.eval()
