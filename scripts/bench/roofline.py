@@ -3,9 +3,9 @@
     python scripts/bench/roofline.py --json roofline.json
 
 GenZ's figures (arXiv 2406.01698) are what its package genz-llm 0.0.16 gives for the same models, batches, contexts and
-tensor parallelism, in bfloat16, one beam, with the rates that it lists for the A100 80GB and the H100; it has no time
-for starting a kernel, so ours is left out of the comparison. No weight is loaded: the models are on torch's meta
-device.
+tensor parallelism, in bfloat16, one beam, with the rates that it lists for the A100 80GB and the H100. It has no time
+for starting a kernel and half of the A100's NVLink, and so has ours here. No weight is loaded: the models are on
+torch's meta device.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ GENZ = {
     ("llama2-70b", 8, "h100", 1, 2048): (59.972, 7.791),
     ("llama2-70b", 8, "h100", 32, 2048): (1823.908, 8.823),
 }
+LINKS = {"a100": 1.5e11, "h100": 4.5e11}
+"""Bytes a second from one device to the others, as GenZ lists them."""
 SIZES = {
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
     "llama2-70b": (8192, 28672, 80, 64, 8, 32000),
@@ -64,7 +66,9 @@ def compared(console: Console, measures: Measures) -> None:
     for (name, parallel, device, batch, context), (prefill, token) in GENZ.items():
         model = models[name]
         space = SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed")
-        bare = load_device(device).model_copy(update={"overhead": 0.0})
+        known = load_device(device)
+        network = known.network.model_copy(update={"bandwidth": LINKS[device]})
+        bare = known.model_copy(update={"overhead": 0.0, "network": network})
         roofline = Roofline(bare, batch, context, parallel)
         costs = Supernet(model, space, latency=roofline).original_costs()
         ours = (costs["latency"] * 1e3, costs["decode_latency"] * 1e3)
