@@ -208,7 +208,7 @@ def test_numbers_follow_the_order_of_asking_whatever_ends_first(supernet):
         study = Study.create(None, supernet.space, objectives, {})
         asking = jointopt.strategies.create("guided", supernet.space, objectives, seed=1)
         budget = Budget(evaluations=23)
-        reason = _Run(study, asking, evaluator, budget, Watch(study, budget, False), 10).batches()
+        reason = _Run(study, asking, evaluator, budget, Watch(study, budget, False), 10, (), lambda: None).batches()
         assert reason == "evaluations: 23 done"
         return study.evaluations().drop(columns="seconds").fillna("none").to_dict("records")
 
