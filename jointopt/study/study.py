@@ -7,11 +7,9 @@ ends, so that whatever moment the process dies at, the next one finds what is le
 from __future__ import annotations
 
 import json
-import platform
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -23,25 +21,14 @@ import pandas as pd
 from jointopt.files import check_path, locked
 from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized
 from jointopt.study.choice import best_of, costs_of, front_of, keeping_to, with_finished
-from jointopt.study.differences import as_json, differing
+from jointopt.study.differences import as_json
+from jointopt.study.facts import check_config, check_facts, software
 from jointopt.study.reference_point import reference_point
 from jointopt.study.study_file import closed_if_refused, connect, damaged, explained
 from quant.errors import JointoptError, check_kind
 from search_spaces.space import SearchSpace
 
-_SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "numpy")
-_KINDS = {
-    "config": dict,
-    "baselines": dict,
-    "computed": list,
-    "finished": list,
-    "elapsed": Real,
-    "threads": int,
-    "choice": dict,
-    "unseen": list,
-}
 _OF_GENOMES = ("generations", "evaluations")
-_FINISHED = {"genome": list, "rounding": str, "metrics": dict}
 VERSION = 3
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,28 +67,7 @@ class Study:
             self.space = SearchSpace.from_dict(space)
         with damaged(path, "its objectives"):
             self.objectives = tuple(Objective(name, direction) for name, direction in objectives)
-        self._check_facts()
-
-    def _check_facts(self) -> None:
-        """Raises JointoptError, by its key, for what was edited to something else."""
-
-        def check(key: str, found: object, kind: type) -> None:
-            if not isinstance(found, kind):
-                raise JointoptError(f"study {str(self.path)!r}: is damaged: its {key} is {found!r:.60}")
-
-        none = object()
-        for key, kind in _KINDS.items():
-            if (found := self.fact(key, none)) is not none:
-                check(key, found, kind)
-        baselines: dict[str, Any] = {"original": None, **self.baselines} if self.baselines else {}
-        for name, metrics in baselines.items():
-            check(f"baselines.{name}", metrics, dict)
-            for metric, value in metrics.items():
-                check(f"baselines.{name}.{metric}", value, Real)
-        for at, record in enumerate(self.finished()):
-            check(f"finished[{at}]", record, dict)
-            for key, kind in _FINISHED.items():
-                check(f"finished[{at}].{key}", record.get(key), kind)
+        check_facts(path, self.fact)
 
     @classmethod
     def create(
@@ -140,12 +106,12 @@ class Study:
                 found = {key: json.loads(stored.get(key, "null")) for key in wanted}
                 asked = any(connection.execute(f"SELECT 1 FROM {each} LIMIT 1").fetchone() for each in _OF_GENOMES)
                 if stored and (asked or found["version"] != VERSION):
-                    _compare(path, found, wanted)
+                    check_config(path, found, wanted)
                 elif found != json.loads(json.dumps(wanted)):  # of what is there, if anything, no genome was asked
                     with connection:
                         connection.execute("DELETE FROM facts")
                         computed = [o.name for o in objectives if o.compute is not None]
-                        facts = {**wanted, "computed": computed, "software": _software()}
+                        facts = {**wanted, "computed": computed, "software": software()}
                         rows = [(key, json.dumps(value)) for key, value in facts.items()]
                         connection.executemany("INSERT INTO facts VALUES (?, ?)", rows)
             return cls(connection, path, lock)
@@ -460,21 +426,3 @@ class Study:
         exact = [each.name for each in self.objectives if each not in self.measured]
         kept = keeping_to(frame, self.constraints)
         return best_of(kept, self.objectives, self.quality, original, exact, size_mb, drop, knee)
-
-
-def _compare(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    facts = differing({**stored, "config": None}, {**wanted, "config": None})
-    config = differing(stored["config"] or {}, wanted["config"])
-    if facts or config:
-        told = "; ".join(filter(None, (facts, config)))
-        raise JointoptError(f"study {str(path)!r} has another config: {told}; allowed: that one, or another storage")
-
-
-def _software() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _SOFTWARE:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
