@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import jointopt
 from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet
+from jointopt.study.choice import best_of
 from tests.test_search import agreement
 from tests.zoo import supernet_of
 
@@ -62,6 +66,13 @@ def chosen_among(rows: list[tuple], objectives: Sequence[Objective] = TWO, **wis
 @pytest.mark.parametrize("wish", [{}, {"size_mb": 1}])
 def test_of_equal_quality_the_better_in_the_study_s_own_objectives_is_chosen(wish):
     assert chosen_among([(1.0, 20, 100), (1.0, 10, 200), (0.5, 5, 50)], **wish)[0] == [1]
+
+
+@given(size=st.integers(1, 10**12))
+@example(size=524_287)  # 0.524287 * 1e6 is less
+def test_a_sub_network_has_the_size_that_is_said_of_it(size):
+    frame = pd.DataFrame([{"number": 0, "genome": (1,), "accuracy": 1.0, "size": size}])
+    assert best_of(frame, TWO, TWO[0], None, size_mb=size / 1e6).tolist() == [1]
 
 
 def test_a_tolerated_drop_gives_the_least_of_the_study_s_first_cost():

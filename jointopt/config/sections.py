@@ -283,8 +283,7 @@ class Choose(Section):
         size_mb: the best quality at or under this size.
         drop: the smallest whose quality is at most this much worse than the original's; where size is no objective,
             the one of the least first cost that is, or best in the first other that is.
-        knee: the point farthest from the line (of three objectives the plane) between the ends of the front;
-            of one objective its best.
+        knee: the point of the front with the least sum of objectives, each scaled from 0, its best, to 1, its worst.
     """
 
     size_mb: Annotated[float, Field(gt=0)] | None = None

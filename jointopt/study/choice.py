@@ -100,10 +100,10 @@ def best_of(
     if size_mb is not None:
         if "size" not in frame:
             raise JointoptError("best: the study has no size; search with 'size' among the objectives")
-        size = _size(frame)
-        fits = size <= size_mb * 1e6
+        megabytes = _size(frame) / 1e6  # as constraints have it: the limit times 1e6 may round to less than a size
+        fits = megabytes <= size_mb
         if not fits.any():
-            raise JointoptError(f"size_mb: found {size_mb}; the smallest evaluated has {size.min() / 1e6:.4g} MB")
+            raise JointoptError(f"size_mb: found {size_mb}; the smallest evaluated has {megabytes.min()} MB")
         return _first(frame, np.where(fits, cost, np.inf), *ties)
     others = [objective for objective in objectives if objective is not quality]
     if not others:

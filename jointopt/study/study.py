@@ -400,8 +400,8 @@ class Study:
             size_mb: the best quality at or under this many 10^6 bytes.
             drop: the smallest whose quality is at most this much worse than the original's, in quality's own unit;
                 where size is no objective, the one of the least first cost that is, or best in the first other that is.
-            knee: the point of the front farthest from the line (of three objectives the plane) between its ends; of
-                one objective its best. With no argument: the best quality.
+            knee: the point of the front with the least sum of objectives, each scaled from 0, its best on the front,
+                to 1, its worst: of two the farthest from the line between the ends. With no argument: the best quality.
             finished: a rounding; genomes finished by it count with their finished quality, where it is better.
 
         Raises:
