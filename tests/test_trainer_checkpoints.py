@@ -169,14 +169,26 @@ def test_the_best_checkpoint_is_that_of_the_smallest_sub_network_s_least_loss(tm
     assert made.state.best_metric == min(seen) < max(seen)
 
 
-def test_a_training_that_has_ended_is_taken_up_as_it_ended(tmp_path):
-    made = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
+EPOCHS = {"max_steps": -1, "num_train_epochs": 1.3}
+"""Of 6 batches each."""
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"), [({"max_steps": 4}, 4), (EPOCHS, 8), ({**EPOCHS, "gradient_accumulation_steps": 4}, 3)]
+)
+def test_a_training_that_has_ended_is_taken_up_as_it_ended(tmp_path, options, steps):
+    made = trainer(tmp_path, save_strategy="steps", save_steps=steps, **options)
     made.train()
-    again = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
-    assert again.train(resume_from_checkpoint=True).global_step == 4
+    again = trainer(tmp_path, save_strategy="steps", save_steps=steps, **options)
+    assert again.train(resume_from_checkpoint=True).global_step == steps
     assert again.supernet.calibrated
     expected = weights(made)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(again).items())
+
+
+def test_a_training_that_has_ended_goes_on_with_more_epochs(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=8, **EPOCHS).train()
+    assert trainer(tmp_path, **{**EPOCHS, "num_train_epochs": 2}).train(resume_from_checkpoint=True).global_step == 12
 
 
 class _FullDisk(TrainerCallback):

@@ -211,8 +211,11 @@ class ElasticTrainer(Trainer):
                 f"train: {str(folder)!r} holds no {TRAINER_STATE_NAME}, which is written last; allowed: a whole "
                 "checkpoint, such as the one before it"
             )
-        done = TrainerState.load_from_json(str(state)).global_step
-        return str(folder) if 0 < self.args.max_steps <= done else None
+        saved = TrainerState.load_from_json(str(state))
+        if self.args.auto_find_batch_size and saved.train_batch_size is not None:
+            self._train_batch_size = saved.train_batch_size  # what the Trainer goes on with, and its steps are of
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return str(folder) if 0 < steps <= saved.global_step else None
 
     def _trained_before(self, folder: str) -> TrainOutput:
         self._load_from_checkpoint(folder)
