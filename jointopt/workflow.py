@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         look_up(config, prepared.inputs, supernet)
         return supernet
     output = Path(config.output)
-    wanted = {**config.training_record(), "contents": _trained_from(prepared)}
+    wanted = {**config.training_record(), "contents": _trained_from(config, prepared)}
     if _trained_before(config, wanted):
         supernet.load(output / WEIGHTS)
     elif console is None:
@@ -81,7 +82,9 @@ def _trained_before(config: Config, wanted: Mapping[str, Any]) -> bool:
     if {**there, "contents": None} != {**wanted, "contents": None}:
         return False
     earlier = there["contents"] or {}
-    key = next(key for key, value in wanted["contents"].items() if value != earlier.get(key))
+    key = next((key for key, value in wanted["contents"].items() if value != earlier.get(key)), None)
+    if key is None:  # a teacher that is gone
+        return True
     raise JointoptError(
         f"{key}: has other contents than the super-network in {config.output!r} was trained with; allowed: those, or "
         "another output"
@@ -110,13 +113,21 @@ def _take_shapes(config: Config, supernet: Supernet) -> None:
         supernet.take_shapes(shapes)
 
 
-def _trained_from(prepared: Prepared) -> dict[str, str]:
-    """Key of the config -> digest of what it names: all that training depends on."""
-    return {
+def _trained_from(config: Config, prepared: Prepared) -> dict[str, str]:
+    """Key of the config -> digest of what it names: all that training depends on. Without a teacher that cannot be
+    loaded, which training says and all else does without."""
+    from jointopt.training.configured import TEACHER, teacher_of
+
+    found = {
         "model": digest_of([prepared.loaded.model.state_dict()]),
         "data.train": prepared.trained_on,
         "data.calibrate": prepared.contents["calibrate"],
     }
+    with suppress(JointoptError):
+        teacher = teacher_of(config, prepared.loaded.task, "cpu")
+        if teacher is not None:
+            found[TEACHER] = digest_of([teacher.state_dict()])
+    return found
 
 
 def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> None:

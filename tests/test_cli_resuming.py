@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet
 from jointopt.cli import main
@@ -22,7 +24,7 @@ from jointopt.files import locked
 from jointopt.run_folder import CHECKPOINT, LOCK, STUDY, taken
 from jointopt.training import loop
 from tests.commands import ROOT, at_once, heed_ctrl_c, refused, write_config
-from tests.saved import write_images
+from tests.saved import save_vit, write_images
 
 
 def test_a_second_run_does_nothing_again_and_more_evaluations_go_on(finished):
@@ -147,6 +149,20 @@ def test_a_super_network_trained_on_other_images_is_not_gone_on_with(place, caps
         said = refused(capsys, place, monkeypatch, "run", "config.yaml", "--evaluations", "3")
         assert "output: 'runs/taught/supernet.json' cannot be read: " in said
         assert (place / "runs/taught/supernet.safetensors").read_bytes() == before
+
+
+def test_a_super_network_taught_by_another_teacher_is_not_gone_on_with(place, capsys, monkeypatch):
+    save_vit(place / "teacher")
+    data = {"train": "images", "evaluate": "images", "batch_size": 12}
+    train = {"steps": 2, "batch_size": 4, "distill": {"teacher": "teacher"}}
+    write_config(place, output="runs/pupil", data=data, train=train, search={"evaluations": 2})
+    assert at_once("run", "config.yaml", cwd=place).returncode == 0
+    weights = place / "teacher/model.safetensors"
+    save_file({name: 2 * each for name, each in load_file(weights).items()}, weights, {"format": "pt"})
+    said = refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert "train.distill.teacher: has other contents than the super-network in 'runs/pupil' was trained with" in said
+    shutil.rmtree(place / "teacher")  # it is needed no more
+    assert at_once("run", "config.yaml", cwd=place).returncode == 0
 
 
 def test_other_images_under_the_same_name_are_noticed(place, capsys, monkeypatch):

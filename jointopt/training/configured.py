@@ -14,9 +14,13 @@ from quant.errors import JointoptError
 from search_spaces.family import has_module
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from jointopt.config.config import Config
     from jointopt.models import LoadedModel
     from jointopt.supernet.supernet import Supernet
+
+TEACHER = "train.distill.teacher"
 
 
 def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe:
@@ -25,23 +29,31 @@ def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe
     Raises:
         JointoptError: a teacher that cannot be loaded or has other labels, whatever does not fit the super-network.
     """
-    from jointopt.models import load_model, said_of
-
     wanted = config.train
     assert wanted is not None
     distillation = None
     if wanted.distill:
         numbers = {name: getattr(wanted.distill, name) for name in NUMBERS}
-        given, teacher = wanted.distill.teacher, None
-        if given is not None:
-            with said_of("train.distill.teacher"):
-                teacher = load_model(given, loaded.task, str(supernet.device), config.dtype).model
-        distillation = Distillation(**numbers, teacher=teacher)
+        distillation = Distillation(**numbers, teacher=teacher_of(config, loaded.task, str(supernet.device)))
     recipe = Recipe(
         _sampling(config, supernet), distillation, wanted.precision_from, wanted.learned_ranges, seed=config.search.seed
     )
     recipe.check(supernet)
     return recipe
+
+
+def teacher_of(config: Config, task: str, device: str) -> nn.Module | None:
+    """The other model that a config trains to agree with; None where it names none.
+
+    Raises:
+        JointoptError: it cannot be loaded.
+    """
+    from jointopt.models import load_model, said_of
+
+    if config.train is None or not config.train.distill or config.train.distill.teacher is None:
+        return None
+    with said_of(TEACHER):
+        return load_model(config.train.distill.teacher, task, device, config.dtype).model
 
 
 HEADS = ("pre_classifier", "classifier", "cls_classifier", "distillation_classifier", "score", "fc", "head")
