@@ -264,9 +264,7 @@ def _fake_quantized(
     elif scale is None:
         raise JointoptError(f"{format.element} activations are static; found no scale; calibrate first")
     assert scale is not None
-    if global_scale is not None:
-        scale = scale / global_scale
-    scale = scale.to(x.dtype) if format.granularity != "group" or global_scale is None else scale
+    scale = scale.to(x.dtype) if global_scale is None else scale / global_scale  # float32 stays float32
     scaled = grouped / scale
     if zero_point is not None:
         scaled += zero_point.to(x.dtype)

@@ -91,6 +91,18 @@ def test_a_format_of_one_s_own_is_the_same_when_reloaded(name, tmp_path, monkeyp
     assert stored_bytes(folder) == supernet.costs(genome)["size"]
 
 
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_inputs_whose_scales_are_e4m3_are_the_same_in_a_reloaded_bfloat16_model(granularity, tmp_path, monkeypatch):
+    mine = Scheme("MINE", Format("fp8_e4m3", "channel"), dynamic("fp8_e4m3", granularity, scale="e4m3"))
+    monkeypatch.setitem(FORMATS, "MINE", mine)
+    supernet = supernet_of("vit", model=make("vit").to(torch.bfloat16), schemes=["none", "MINE"], preset="fixed")
+    genome = uniform(supernet, block="MINE")
+    folder = jointopt.export(supernet, genome, tmp_path / "out")
+    pixels = {"pixel_values": batches("vit", seed=2)[0]["pixel_values"].bfloat16()}
+    with supernet.active(genome) as view:
+        assert torch.equal(logits(load_model(str(folder)), pixels), logits(view, pixels))
+
+
 STOCK = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM

@@ -145,6 +145,19 @@ def test_dynamic_integers_of_any_granularity_have_their_values(granularity, grou
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_e4m3_scales_of_any_granularity_stay_float32_once_divided_by_that_of_the_tensor(granularity, dtype):
+    x = numbers(3, 7, 256, seed=2).to(dtype)
+    whole = generate_gparam(*x.float().aminmax())
+    arguments = QuantizationArgs(
+        num_bits=8, type="float", strategy=granularity, dynamic=True, scale_dtype=torch.float8_e4m3fn
+    )
+    ours = Format("fp8_e4m3", granularity, scale="e4m3", dynamic=True)
+    held = fake_quantize_activation(x, ours, global_scale=whole)
+    assert torch.equal(held, dynamically(x, arguments, whole).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("element", "symmetric"), [("int8", True), ("int8", False), ("fp8_e4m3", True)])
 def test_static_activations_have_their_values_and_scales(element, symmetric, dtype):
     ours = Format(element, "tensor", symmetric=symmetric)
