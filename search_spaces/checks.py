@@ -8,7 +8,7 @@ from types import FunctionType
 
 from torch import nn
 
-from quant.errors import JointoptError, check_kind, did_you_mean
+from quant.errors import JointoptError, check_count, check_kind, did_you_mean
 from search_spaces.clones import keeping
 from search_spaces.family import Block, Cache, Family, Layer, Link, Part, Width, extent, has_module, within
 
@@ -21,6 +21,8 @@ def check(family: Family, model: nn.Module) -> None:
     declaration contradicts itself."""
     _check_nouns(family)
     _check_names(family)
+    for cache in family.caches:
+        check_count(f"cache {cache.name!r}: window", cache.window)
     paths = [block.path for block in family.blocks] + [layer.path for layer in family.layers]
     paths += [path for block in family.blocks for branch in block.branches for path in branch.replacements]
     for path in paths + [cache.attention for cache in family.caches]:

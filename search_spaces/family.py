@@ -130,12 +130,19 @@ class Cache:
         attention: the module's path; it is handed the cache, and has `k_proj` and `v_proj`.
         heads: gene of the width that its heads leave with.
         block: the block it lives in.
+        window: tokens that a token's attention meets, itself included; of the earlier ones the cache holds no others.
+            None for all.
     """
 
     name: str
     attention: str
     heads: str
     block: str
+    window: int | None = None
+
+    def held(self, tokens: float) -> float:
+        """Of so many earlier tokens, how many the cache holds."""
+        return tokens if self.window is None else min(tokens, self.window - 1)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ def declare(model: Model) -> Family:
         widths.append(_heads(name, attention, config.num_attention_heads, head_dim, heads_per_group))
         widths.append(_mlp(name, mlp, model.get_submodule(f"{mlp}.down_proj").in_features))
         layers.extend(_block_layers(name, attention, mlp))
-        caches.append(Cache(f"{name}.cache", attention, f"{name}.heads", name))
+        caches.append(Cache(f"{name}.cache", attention, f"{name}.heads", name, _window(config, index)))
         readers.append(Link(f"{path}.input_layernorm", tuple(f"{attention}.{m}_proj" for m in "qkv")))
         readers.append(Link(f"{path}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")))
         links.append(Link(f"{attention}.v_proj", (f"{attention}.o_proj",), head_dim, heads_per_group))
@@ -94,6 +95,14 @@ def declare(model: Model) -> Family:
         stream=stream,
         staying=staying,
     )
+
+
+def _window(config: Any, index: int) -> int | None:
+    """That of a block's attention. Without a list of kinds all blocks slide (Mistral), or there is no window at all;
+    Qwen2 and Qwen3 make the list from their `use_sliding_window` and `max_window_layers`."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[index] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if slides else None
 
 
 def _staying(kinds: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from jointopt import Block, Branch, Family, JointoptError, Layer, Part, SearchSpace, SkipBranch, Supernet, Width
 from search_spaces.clones import structural_clone
+from search_spaces.llama import declare as declare_llama
+from tests.zoo import make
 
 INPUTS = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
 Declare = Callable[[nn.Module], Family]
@@ -313,6 +315,12 @@ def test_caches_are_numbered_as_they_were_where_no_block_leaves(declared):
 def test_caches_are_numbered_anew_where_blocks_leave():
     declare = declaring([f"blocks.{index}" for index in range(4)])
     assert cache_numbers(calibrated(counting(Looped("blocks")), declare, depth=[2, 4])) == [0, 1]
+
+
+def test_a_cache_s_window_is_of_one_token_or_more():
+    blind = with_changes(declare_llama, caches=lambda cache: replace(cache, window=0))
+    with pytest.raises(JointoptError, match=r"cache 'block0\.cache': window: found 0; allowed: a whole number from 1"):
+        SearchSpace.for_model(make("llama_tied"), schemes=["none"], family=blind)
 
 
 class OfSixteen(Looped):

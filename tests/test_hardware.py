@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import jointopt
 from jointopt import Family, Gene, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
@@ -20,6 +21,7 @@ from jointopt.cost.operators import Answer, Operator
 from jointopt.timing.lookup import operators_of
 from tests.on_h100 import FAST, supernet_of
 from tests.test_expected_cost import one_hot
+from tests.test_supernet import partly_sliding
 from tests.zoo import MODELS, batches, make
 
 
@@ -165,6 +167,64 @@ def test_a_longer_context_costs_more_and_a_quantized_cache_less():
     plain, quantized = (held.costs(genome) for genome in genomes)
     assert quantized["decode_latency"] < plain["decode_latency"]
     assert quantized["peak_memory"] < plain["peak_memory"]
+
+
+@pytest.mark.parametrize("made", [lambda: make("mistral"), partly_sliding, lambda: make("qwen2")])
+def test_decoding_and_memory_count_the_keys_that_transformers_computes_with_and_holds(made):
+    """Under a window of 8, in all blocks or in some, and without any."""
+    model = made()
+    model.set_attn_implementation("eager")
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed")
+    supernet = Supernet(model, space, latency=Roofline(load_device("orin"), batch=2, context=24))
+    ids = torch.randint(3, 96, (2, 24))
+    supernet.calibrate([{"input_ids": ids}])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        with FlopCounterMode(display=False) as counted:
+            model(ids[:1, :1], past_key_values=of_one(cache))
+    found = supernet.original_costs()
+    largest = max(each["activation"] for each in supernet.original_breakdown())
+    assert found["peak_memory"] == found["size"] + largest + held
+    assert found["decode_macs"] == counted.get_total_flops() / 2
+
+
+def of_one(cache: DynamicCache) -> DynamicCache:
+    """The cache of the first sequence alone."""
+    cache.batch_select_indices(torch.tensor([0]))
+    return cache
+
+
+def test_a_longer_context_than_the_window_leaves_decoding_as_it_is():
+    def costs(context: int) -> dict[str, float]:
+        model = make("mistral")
+        model.config.max_position_embeddings = 4096
+        return supernet_of("mistral", Roofline(FAST.device, 4, context), model=model).original_costs()
+
+    short, long = costs(64), costs(4096)
+    assert short["decode_latency"] == long["decode_latency"]
+    assert short["latency"] < long["latency"]
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "bert"])
+def test_attention_over_a_whole_text_reads_keys_and_values_once_a_sequence(name):
+    class Reading:
+        """Stands in for a device that takes a second for each byte of keys and values, and a joule."""
+
+        source, batch, context, capacity = "reading", 1, 16, float("inf")
+
+        def described(self):
+            return {}
+
+        def answer(self, operator: Operator) -> Answer:
+            return Answer(operator.cache_bytes, operator.cache_bytes)
+
+    found = supernet_of(name, Reading()).original_costs()
+    width = 64 if name == "llama_tied" else 128  # two heads of four
+    assert found["latency"] == 3 * 2 * width * 16 * 4
+    if name == "llama_tied":
+        assert found["decode_latency"] == found["latency"]
 
 
 def test_keys_and_values_from_cached_inputs_are_computed_again_for_each_token():

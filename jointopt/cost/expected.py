@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jointopt.cost.shapes import PARTS
 from jointopt.cost.tables import keeping
 from quant.errors import JointoptError
 from search_spaces.family import within
@@ -34,8 +35,8 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
         JointoptError: an unknown measure, one that is no sum (peak_memory), probabilities of another shape.
     """
     tables = supernet.costs_by(supernet.latency)
-    if measure not in tables.measures or measure == "activation":
-        allowed = ", ".join(name for name in tables.measures if name != "activation")
+    if measure not in tables.measures or measure in PARTS:
+        allowed = ", ".join(name for name in tables.measures if name not in PARTS)
         raise JointoptError(f"expected_cost: found {measure!r}; allowed: {allowed}")
     genes = supernet.space.genes
     if any(np.isnan(table.values[measure]).any() for table in tables.tables):

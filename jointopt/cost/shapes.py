@@ -1,6 +1,10 @@
 """Parameters, bytes, MACs and BOPs of any sub-network, from shapes alone: exact, and for many genomes at once.
 
 Each module is a small table (see tables.py): what it costs at every choice of the genes that it depends on.
+
+Attention computes its products of a whole text for all pairs of tokens, since transformers leaves out by a mask what
+comes later or lies beyond a sliding window. One more token meets the tokens of its window alone, and transformers'
+caches hold no others.
 """
 
 from __future__ import annotations
@@ -31,13 +35,16 @@ _TRAINED_BESIDE = (RANGES, *ADAPTERS)
 """Parameters of training alone, which no checkpoint stores."""
 MEASURES = ("parameters", "size", "macs", "bops")
 CACHE_MEASURES = ("cache", "decode_macs")
-"""Of models that generate text: bytes that a token takes in the cache of all layers, and MACs of one more token after
-a context of as many tokens as a sample of `positions` has."""
+"""Of models that generate text: bytes that a token takes in the cache of all layers while it is within their windows,
+and MACs of one more token after a context of as many tokens as a sample of `positions` has."""
 TIMED = ("latency", "energy", "activation")
 """Of a network whose operators a model of latency answers for: seconds and joules of a batch, and the bytes of the
-largest operator's inputs and outputs, from which `peak_memory` follows."""
-DECODED = ("decode_latency", "decode_energy")
-"""The same for one more token of every sequence of a batch, after the whole context."""
+largest operator's inputs and outputs."""
+DECODED = ("decode_latency", "decode_energy", "cached")
+"""The same for one more token of every sequence of a batch, after the whole context; and the bytes that are in a
+sequence's caches then."""
+PARTS = ("activation", "cached")
+"""What `peak_memory` is made of beside the size, and nothing by itself."""
 
 
 class ShapeCosts:
@@ -76,6 +83,7 @@ class ShapeCosts:
             self.measures += TIMED + (DECODED if family.caches else ())
             self._tokens, self._scale = self._context(latency)
         self._attends = {w.consumers[0].module.rpartition(".")[0]: w for w in family.widths if w.attention}
+        self._caches = {cache.heads: cache for cache in family.caches}
         self._seen: set[int] = set()
         tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
         tables += [self._attention(width) for width in family.widths if width.attention]
@@ -95,8 +103,8 @@ class ShapeCosts:
         found = self._joined.columns(genomes)
         if self.latency is not None:
             found["peak_memory"] = found["size"] + found.pop("activation").astype(np.int64)
-            if "cache" in found:
-                found["peak_memory"] += found["cache"] * round(self._tokens * self._scale) * self.latency.batch
+            if "cached" in found:
+                found["peak_memory"] += found.pop("cached") * self.latency.batch
             for measure in ("energy", "decode_energy"):  # not every model of latency knows them
                 if measure in found and np.isnan(found[measure]).any():
                     del found[measure]
@@ -182,7 +190,7 @@ class ShapeCosts:
         return [self._layers[path] for path in paths]
 
     def _zeros(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        whole = ("parameters", "size", "macs", "cache", "decode_macs")
+        whole = ("parameters", "size", "macs", "cache", "decode_macs", "cached")
         return {m: np.zeros(shape, dtype=np.int64 if m in whole else np.float64) for m in self.measures}
 
     def _owned(self, module: nn.Module) -> dict[str, Tensor]:
@@ -271,56 +279,61 @@ class ShapeCosts:
         per_token = positions / self._tokens
         return per_token >= 1 and abs(per_token - round(per_token)) < 1e-6
 
-    def _timed(self, operator: Operator) -> dict[str, float]:
-        """What an operator takes: of the whole context and, where there is a cache, of one more token."""
+    def _timed(self, operator: Operator, met: float = 0.0) -> dict[str, float]:
+        """What an operator takes: of the whole context and, where there is a cache, of one more token, which meets so
+        many keys. Reading those of earlier tokens is what `_cache` counts."""
         assert self.latency is not None
         answer = self.latency.answer(operator)
         moved = (operator.input_bytes + operator.output_bytes) * operator.samples(self.latency.batch)
         found = {"latency": answer.seconds, "energy": answer.joules, "activation": moved}
         if self.family.caches:
-            one = operator
+            one = replace(operator, context=met, cache_bytes=0.0)
             if self._by_token(operator.positions / self._scale):
-                one = replace(operator, positions=operator.positions / (self._tokens * self._scale))
+                one = replace(one, positions=operator.positions / (self._tokens * self._scale))
             answer = self.latency.answer(one)
             found |= {"decode_latency": answer.seconds, "decode_energy": answer.joules}
         return found
 
     def _attention(self, width: Width) -> Table:
-        """The two products of attention: queries with keys, and what they weigh of the values, each T x T x width."""
+        """The two products of attention: queries with keys, and what they weigh of the values, each T x T x width; for
+        one more token as many times the width as it meets keys, its own among them."""
         part = width.consumers[0]
         rows = self._axis((width, part.channels), width.units * part.channels)
         tokens = self.positions.get(part.module, 0.0)
         weight = self._model.get_submodule(part.module).get_parameter("weight")
         bits = weight.element_size() * 8
-        macs = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1, 1, 1) * 2 * tokens * tokens
+        products = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1, 1, 1) * 2  # of a query with one key
+        macs = products * tokens * tokens
         values = self._zeros(macs.shape) | {"macs": np.round(macs).astype(np.int64), "bops": macs * bits * bits}
         if self.family.caches:
-            values["decode_macs"] = np.round(macs / max(tokens, 1)).astype(np.int64)
+            met = self._met(width, tokens) if tokens else 0.0
+            values["decode_macs"] = np.round(products * met).astype(np.int64)
         if self.latency is not None:
             self._time_attention(width, rows, tokens * self._scale, bits, values)
         return Table(part.module, "attention", rows, Axis(None, (0,)), None, (None, None), values)
 
+    def _met(self, width: Width, tokens: float) -> float:
+        """Keys that a token's attention meets after so many others."""
+        cache = self._caches.get(width.gene)
+        return (tokens if cache is None else cache.held(tokens)) + 1
+
     def _time_attention(
         self, width: Width, rows: Axis, tokens: float, bits: int, values: Mapping[str, np.ndarray]
     ) -> None:
-        """Keys and values are as wide as the narrowest producer of the width says: there may be fewer heads of them.
-
-        Where they are cached, `_cache` reads them for each new token.
-        """
+        """Keys and values are as wide as the narrowest producer of the width says: there may be fewer heads of them."""
         query = max(part.channels for part in width.producers)
         share = min(part.channels for part in width.producers) / query
         for at, row in enumerate(rows.sizes):
             keys = round(row * share)
-            held = 2 * keys * tokens * bits / 8
+            read = 2 * keys * tokens * bits / 8
             heads = row // min(part.channels for part in width.producers)
-            operator = Operator("attention", row, keys, tokens, tokens, heads=heads, bits=bits)
-            if not self.family.caches:
-                operator = replace(operator, cache_bytes=held)
-            for measure, value in self._timed(operator).items():
+            operator = Operator("attention", row, keys, tokens, tokens, heads=heads, bits=bits, cache_bytes=read)
+            for measure, value in self._timed(operator, self._met(width, tokens)).items():
                 values[measure][at] = value
 
     def _cache(self, cache: Cache) -> Table:
-        """What the cache of one attention layer takes, and what computing keys and values from cached inputs does."""
+        """What the cache of one attention layer takes, what reading it does for one more token, and what computing keys
+        and values from cached inputs does."""
         keys = f"{cache.attention}.k_proj"
         weight = self._model.get_submodule(keys).get_parameter("weight")
         rows, hidden = self._axis(self._producer.get(keys), weight.shape[0]), weight.shape[1]
@@ -332,23 +345,25 @@ class ShapeCosts:
             for c, choice in enumerate(choices):
                 form = cache_format(str(choice))
                 values["size"][r, 0, c] = form.constant_bytes(row // head_dim, head_dim)
-                values["cache"][r, 0, c] = form.token_bytes(row // head_dim, head_dim, hidden, weight.element_size())
+                token = form.token_bytes(row // head_dim, head_dim, hidden, weight.element_size())
+                values["cache"][r, 0, c] = token
                 if self.latency is not None:
-                    held = values["cache"][r, 0, c, 0, 0] * self._tokens * self._scale
-                    answer = self.latency.answer(Operator("cache", 0, 0, 0.0, cache_bytes=held))
-                    again = self._computed_again(row, hidden, 8 * weight.element_size()) if form.inputs else None
+                    held = cache.held(self._tokens * self._scale)
+                    values["cached"][r, 0, c] = token * round(held)
+                    answer = self.latency.answer(Operator("cache", 0, 0, 0.0, cache_bytes=token * held))
+                    again = self._computed_again(row, hidden, held, 8 * weight.element_size()) if form.inputs else None
                     for measure, part in (("decode_latency", "seconds"), ("decode_energy", "joules")):
                         computed = 2 * getattr(again, part) if again else 0.0  # keys and values
                         values[measure][r, 0, c] = getattr(answer, part) + computed
                 if form.inputs:
-                    values["decode_macs"][r, 0, c] = round(self.positions.get(keys, 0.0)) * 2 * row * hidden
+                    values["decode_macs"][r, 0, c] = round(cache.held(self.positions.get(keys, 0.0))) * 2 * row * hidden
         return Table(keys, "cache", rows, Axis(None, (0,)), gene, (None, None), values)
 
-    def _computed_again(self, rows: int, hidden: int, bits: int) -> Answer:
-        """What the keys of the whole context take, or the values, from inputs that are cached; the weights that they
-        are computed by are read for the new token anyway."""
+    def _computed_again(self, rows: int, hidden: int, tokens: float, bits: int) -> Answer:
+        """What the keys of so many tokens take, or the values, from inputs that are cached; the weights that they are
+        computed by are read for the new token anyway."""
         assert self.latency is not None
-        return self.latency.answer(Operator("linear", rows, hidden, self._tokens * self._scale, bits=bits))
+        return self.latency.answer(Operator("linear", rows, hidden, tokens, bits=bits))
 
 
 def _stores(module: nn.Module) -> bool:
