@@ -273,6 +273,18 @@ def test_of_floating_point_the_range_of_least_divergence_holds_an_outlier_which_
     assert others[0].square().mean() < 1.02 * others[1].square().mean()
 
 
+@pytest.mark.parametrize("name", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("zeros", ["of a ReLU", "before a negated ReLU", "of dropped values"])
+def test_exact_zeros_leave_the_range_of_least_divergence_where_the_others_have_it(zeros, name):
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
+    if zeros == "of dropped values":
+        x[2500:] = 0
+    else:
+        x = x.relu() if zeros == "of a ReLU" else -x.relu()
+    with_zeros, without = (observed(STATIC[name], each, method="entropy") for each in (x, x[x != 0]))
+    assert all(torch.equal(with_zeros[key], without[key]) for key in without)
+
+
 @pytest.mark.parametrize("name", ["symmetric", "asymmetric", "fp8"])
 @pytest.mark.parametrize("levels", [(0.0, 1.0), (-1.0, 1.0), (0.0, 1 / 3, 2 / 3, 1.0), (3.0,)], ids=str)
 def test_few_levels_keep_their_largest_in_the_range_of_least_divergence(name, levels):
