@@ -217,6 +217,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
 
     output = Path(config.output)
     supernet = make_supernet(config, prepared, console)
+    _check_export(config, overwrite, supernet)
     space = supernet.space
     console.print(
         f"{supernet.family.name}: {len(space)} genes, {counted(space.count())} genomes; searching in {output / STUDY}",
@@ -361,17 +362,20 @@ def export_genome(
     overwrite: bool,
     target: str,
 ) -> None:
-    """Exports a genome, or what finishing made of it, unless the folder holds this very one already.
+    """Exports a genome, or what finishing made of it, unless the folder holds this very one already, with its scores.
 
     Raises:
         JointoptError: the folder holds something else and `overwrite` is not set.
     """
-    from jointopt.checkpoint.writer import export
+    from jointopt.checkpoint.writer import export, told_apart_by
 
     if folder.exists() and not overwrite:
-        if _held(folder) == (genome.tolist(), finished.rounding if finished else NEAREST, target):
+        wanted = {**told_apart_by(supernet, genome, finished, study), "target": target}
+        held = _held(folder)
+        differing = [key for key, value in wanted.items() if held.get(key) != value]
+        if not differing:
             return
-        raise _in_the_way(folder)
+        raise _in_the_way(folder, "this model with other scores" if differing == ["metrics"] else "another model")
     source = prepared.loaded.source
     export(
         supernet,
@@ -387,31 +391,35 @@ def export_genome(
         study.note("verified", None)  # which another model was
 
 
-def _check_export(config: Config, overwrite: bool) -> None:
+def _check_export(config: Config, overwrite: bool, supernet: Supernet | None = None) -> None:
     """Refuses, before the search, what is in the export's place and can be none of the run's choices, whichever it is:
-    no export, one for another target, or a finished one where the config finishes nothing."""
+    no export, one for another target, or a finished one where the config finishes nothing.
+
+    Args:
+        supernet: once it is made; an export of another one is then refused too.
+    """
     from jointopt.checkpoint.writer import check_place
 
     folder = Path(config.output) / EXPORT
     if overwrite:
         check_place(folder, overwrite)
     elif folder.exists():
-        genome, rounding, target = _held(folder)
-        unfinished = config.finish is None and rounding != NEAREST
-        if genome is None or unfinished or target != config.target:
-            raise _in_the_way(folder)
+        held = _held(folder)
+        unfinished = config.finish is None and held.get("rounding") != NEAREST
+        other = supernet is not None and held.get("supernet") != supernet.fingerprint()
+        if held.get("genome") is None or unfinished or other or held["target"] != config.target:
+            raise _in_the_way(folder, "another model")
 
 
-def _held(folder: Path) -> tuple[list[int] | None, str | None, str]:
-    """Genome, rounding and target of the export in a folder; no genome where it is none."""
+def _held(folder: Path) -> dict[str, Any]:
+    """What is recorded of the export in a folder; nothing but a target where it is none."""
     from jointopt.checkpoint.writer import RECORD, UNCHANGED
 
-    record = _read_json(folder / RECORD, "export", f"{UNCHANGED}, or --overwrite")
-    return record.get("genome"), record.get("rounding"), record.get("target", "transformers")
+    return {"target": "transformers"} | _read_json(folder / RECORD, "export", f"{UNCHANGED}, or --overwrite")
 
 
-def _in_the_way(folder: Path) -> JointoptError:
-    return JointoptError(f"export: {str(folder)!r} exists and holds another model; --overwrite replaces it")
+def _in_the_way(folder: Path, held: str) -> JointoptError:
+    return JointoptError(f"export: {str(folder)!r} exists and holds {held}; --overwrite replaces it")
 
 
 def verify_export(folder: Path, prepared: Prepared | None) -> Verification:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from jointopt import Study
 from jointopt.cli import main
-from tests.commands import at_once, command, refused, write_config
+from tests.commands import at_once, command, finished_run, refused, user_place, write_config
 from tests.saved import save_bert, save_llama, write_reviews
 
 
@@ -146,6 +146,7 @@ def test_a_run_whose_export_is_refused_leaves_the_choice_as_it_was(copied, capsy
     [
         ((), {"target": "onnxruntime"}, "exists and holds another model; --overwrite replaces it"),
         ((), {"rounding": "gptq"}, "exists and holds another model; --overwrite replaces it"),
+        ((), {"supernet": "0" * 32}, "exists and holds another model; --overwrite replaces it"),
         ((), "{", "export: 'runs/copied/export/jointopt.json' cannot be read: "),
         (("--overwrite",), None, "holds no jointopt.json"),
     ],
@@ -163,3 +164,22 @@ def test_an_export_that_no_choice_can_replace_is_refused_before_the_search(
     (copied / "study.db").unlink()
     assert said in refused(capsys, copied.parents[1], monkeypatch, "run", "config.yaml", *words)
     assert not (copied / "study.db").exists()
+
+
+def test_an_export_of_other_weights_is_not_taken_for_the_run_s_where_its_study_is_gone(tmp_path, capsys, monkeypatch):
+    finished_run(user_place(tmp_path))
+    (tmp_path / "runs/vit/study.db").unlink()
+    weights = tmp_path / "vit/model.safetensors"
+    save_file({name: 2 * each for name, each in load_file(weights).items()}, weights, {"format": "pt"})
+    said = refused(capsys, tmp_path, monkeypatch, "run", "config.yaml")
+    assert "'runs/vit/export' exists and holds another model; --overwrite replaces it" in said
+    assert not (tmp_path / "runs/vit/study.db").exists()
+    assert at_once("run", "config.yaml", "--overwrite", cwd=tmp_path).returncode == 0
+
+
+def test_an_export_with_other_scores_is_not_taken_for_the_run_s(copied, capsys, monkeypatch):
+    assert main(["run", "config.yaml", "--overwrite"]) == 0
+    record = copied / "export/jointopt.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"metrics": {"accuracy": 2.0}}))
+    said = refused(capsys, copied.parents[1], monkeypatch, "run", "config.yaml")
+    assert "'runs/copied/export' exists and holds this model with other scores; --overwrite replaces it" in said

@@ -29,6 +29,7 @@ from jointopt.evaluation.evaluation import check_supernet
 from jointopt.files import check_path, locked, reading
 from jointopt.finishing.finishing import Finished
 from jointopt.names import NEAREST
+from jointopt.objectives import COSTS
 from jointopt.outputs import first_output
 from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
 from jointopt.rebuilding.timm_recipe import by_library
@@ -104,10 +105,7 @@ def export(
     genome = supernet.space.canonical(genome if finished is None else finished.genome)
     model = (supernet.extract(genome) if finished is None else finished.model).eval()
     with flat_inputs_noted(model):
-        record = _record(supernet, genome, model, study, base_model)
-    if finished is not None:
-        metrics = {k: v for k, v in (finished.metrics or {}).items() if k not in record["costs"]}
-        record |= {"metrics": metrics, "rounding": finished.rounding}
+        record = _record(supernet, genome, finished, model, study, base_model)
     try:
         clear_killed(folder)
         with (
@@ -180,25 +178,39 @@ def _move(whole: Path, folder: Path, aside: Path, overwrite: bool) -> None:
         raise
 
 
-def _record(
-    supernet: Supernet, genome: np.ndarray, model: nn.Module, study: Study | None, base_model: str | None
+def told_apart_by(
+    supernet: Supernet, genome: np.ndarray, finished: Finished | None, study: Study | None
 ) -> dict[str, Any]:
-    metrics = supernet.scores.get(genome.tobytes())
-    if study is not None:
-        metrics = study.results(genome[None])[0] or None
-    costs = supernet.costs(genome)
+    """The part of an export's record that is another one where anything else was exported, or it has other scores."""
+    metrics = supernet.scores.get(genome.tobytes()) if study is None else study.results(genome[None])[0]
+    if finished is not None:
+        metrics = finished.metrics
+    return {
+        "supernet": supernet.fingerprint(),
+        "genome": genome.tolist(),
+        "rounding": NEAREST if finished is None else finished.rounding,
+        "metrics": {name: value for name, value in (metrics or {}).items() if name not in COSTS},
+    }
+
+
+def _record(
+    supernet: Supernet,
+    genome: np.ndarray,
+    finished: Finished | None,
+    model: nn.Module,
+    study: Study | None,
+    base_model: str | None,
+) -> dict[str, Any]:
     return {
         "base_model": base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None,
         "family": supernet.family.name,
         "dtype": dtype_name(next(model.parameters()).dtype),
-        "genome": genome.tolist(),
+        **told_apart_by(supernet, genome, finished, study),
         "choices": supernet.space.decode(genome),
-        "costs": costs,
+        "costs": supernet.costs(genome),
         **({"latency": supernet.latency.described()} if supernet.latency else {}),
-        "metrics": {k: v for k, v in (metrics or {}).items() if k not in costs},
         "original": study.original if study is not None else supernet.original_costs(),
         "layers": supernet.layout(genome),
-        "rounding": NEAREST,
         "probe": _probe(supernet, model),
         "software": {name: version(name) for name in ("torch", "transformers", "timm", "compressed-tensors")},
     }
