@@ -135,6 +135,7 @@ def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> Non
     from jointopt.loop.wishes import check_wishes
     from jointopt.objectives import ON_HARDWARE
 
+    _check_choice(config, supernet)
     check_timed(config, supernet)
     timed_later = ON_HARDWARE if supernet.latency is None else ()
     check_wishes(
@@ -144,6 +145,13 @@ def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> Non
         prepared.quality if config.quality and not _recorded(config, "baselines") else None,
         config.search.warm_start,
     )
+
+
+def _check_choice(config: Config, supernet: Supernet) -> None:
+    from jointopt.loop.wishes import check_size
+
+    if config.choose.size_mb is not None:
+        check_size(supernet, config.choose.size_mb)
 
 
 def _train(config: Config, prepared: Prepared, supernet: Supernet, contents: Mapping[str, str]) -> None:
@@ -218,6 +226,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     output = Path(config.output)
     supernet = make_supernet(config, prepared, console)
     _check_export(config, overwrite, supernet)
+    _check_choice(config, supernet)
     space = supernet.space
     console.print(
         f"{supernet.family.name}: {len(space)} genes, {counted(space.count())} genomes; searching in {output / STUDY}",
@@ -305,7 +314,11 @@ def _chosen(study: Study, wanted: Mapping[str, Any]) -> np.ndarray:
     try:
         return study.best(**wanted)
     except JointoptError as error:
-        raise JointoptError(f"{error}; export --pick NUMBER takes any evaluation") from None
+        if study.succeeded().empty:  # of a search by minutes alone: all other ends are of an evaluation
+            further = f"{study.stopped}, and with more of them the same command goes on"
+        else:
+            further = "export --pick NUMBER takes any evaluation"
+        raise JointoptError(f"{error}; {further}") from None
 
 
 def note_choice(

@@ -97,6 +97,16 @@ def test_where_nothing_keeps_to_a_constraint_what_was_searched_can_still_be_expo
     assert main(["export", "runs/hard", "--pick", "3"]) == 0
 
 
+def test_where_the_minutes_were_over_before_an_evaluation_more_of_them_are_advised(place, capsys, monkeypatch):
+    write_config(place, output="runs/brief", search={"minutes": 1e-6})
+    monkeypatch.chdir(place)
+    assert main(["run", "config.yaml"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith("choose from; minutes: 1e-06 are over, and with more of them the same command goes on")
+    write_config(place, output="runs/brief", search={"minutes": 10, "evaluations": 3})
+    assert main(["run", "config.yaml"]) == 0
+
+
 def test_a_wish_that_cannot_be_is_refused_before_training_and_costs_none(place, capsys, monkeypatch):
     data = {"train": "images", "evaluate": "images", "batch_size": 12}
     rest = {"data": data, "train": {"steps": 2, "batch_size": 4}, "search": {"evaluations": 3}, "output": "runs/typo"}
@@ -107,6 +117,10 @@ def test_a_wish_that_cannot_be_is_refused_before_training_and_costs_none(place, 
         write_config(place, constraints={wish: "<= 0.0001"}, **rest)
         assert said in refused(capsys, place, monkeypatch, "run", "config.yaml")
         assert not (place / "runs/typo/supernet.safetensors").exists()
+    write_config(place, choose={"size_mb": 0.0001}, **rest)
+    said = refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert "choose.size_mb: found 0.0001; allowed: from 0." in said
+    assert not (place / "runs/typo/supernet.safetensors").exists()
     write_config(place, **rest)
     done = at_once("run", "config.yaml", cwd=place)
     assert done.returncode == 0, done.stderr

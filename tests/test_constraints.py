@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from jointopt import Gene, JointoptError, Objective, SearchSpace, strategies
+from jointopt.loop.wishes import check_size
 from jointopt.objectives import Constraint, constraint
 from jointopt.strategies.feasible import Feasible
 from tests.conditional_problem import SPACE, STRATEGIES, TWO, loss, macs, measure, searched, size
+from tests.zoo import supernet_of
 
 SMALL = Constraint("size", 9, "<=")
 
@@ -131,3 +133,13 @@ def test_a_constraint_that_says_nothing_is_refused(text):
 def test_a_constraint_is_read_as_it_is_written():
     assert constraint("accuracy", ">= 0.9") == Constraint("accuracy", 0.9, ">=")
     assert str(constraint("size", "<=1e6")) == "size <= 1e+06"
+
+
+@pytest.mark.parametrize("name", ["vit", "llama_tied"])
+def test_no_size_is_chosen_below_that_of_the_smallest_of_all_sub_networks(name):
+    given = {"depth": [1, 2], "mlp": [0.5, 0.75, 1.0], "precision_per": "block"}
+    supernet = supernet_of(name, ["none", "W8A8", "W4A16", "W4A16_G32", "NVFP4"], **given)
+    least = supernet.cost_columns(np.array(list(supernet.space.genomes())))["size"].min() / 1e6
+    check_size(supernet, least)
+    with pytest.raises(JointoptError, match=f"choose.size_mb: found .*; allowed: from {least}, as the smallest"):
+        check_size(supernet, least - 1e-6)

@@ -12,6 +12,7 @@ from jointopt import strategies
 from jointopt.evaluation.evaluation import Quality, measured
 from jointopt.objectives import COSTS, ON_HARDWARE, Constraint, Objective, constraint, cost_and_unit, named
 from jointopt.sensitivity import telling
+from jointopt.strategies.feasible import descended
 from quant.errors import JointoptError, did_you_mean
 from search_spaces.precision import is_cache
 
@@ -51,6 +52,14 @@ def check_wishes(
         telling(wanted)
     if quality is not None:
         check_metrics(wanted, metrics_of_original(supernet, quality))
+
+
+def check_size(supernet: Supernet, size_mb: float) -> None:
+    """Raises JointoptError where no sub-network is as small as what a config chooses."""
+    size, space = (lambda genomes: supernet.cost_columns(genomes)["size"]), supernet.space
+    least = float(size(descended(space, size, space.smallest)[None])[0]) / 1e6
+    if least > size_mb:
+        raise JointoptError(f"choose.size_mb: found {size_mb}; allowed: from {least}, as the smallest sub-network has")
 
 
 def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[str, float]) -> list[Objective]:

@@ -147,16 +147,24 @@ class Feasible:
         yield np.array([self._descended(each) for each in population[:STARTS]])
 
     def _descended(self, genome: np.ndarray) -> np.ndarray:
-        """Each gene in turn at its best choice, until none is improved by one gene alone."""
-        genome, excess = genome.copy(), float(self.excess(genome[None])[0])
-        improved = excess > 0
-        while improved:
-            improved = False
-            for at, size in enumerate(self.space.sizes):
-                tried = np.repeat(genome[None], size, axis=0)
-                tried[:, at] = np.arange(size)
-                tried = self.space.canonical(tried)
-                values = self.excess(tried)
-                if values.min() < excess:
-                    genome, excess, improved = tried[values.argmin()], float(values.min()), True
-        return genome
+        return descended(self.space, self.excess, genome)
+
+
+def descended(space: SearchSpace, excess: Callable[[np.ndarray], np.ndarray], genome: np.ndarray) -> np.ndarray:
+    """Each gene in turn at its best choice, until nothing is in excess, or none is improved by one gene alone.
+
+    Args:
+        excess: genomes [n, genes] -> what is to become 0, or as little as can be [n].
+    """
+    genome, least = genome.copy(), float(excess(genome[None])[0])
+    improved = least > 0
+    while improved:
+        improved = False
+        for at, size in enumerate(space.sizes):
+            tried = np.repeat(genome[None], size, axis=0)
+            tried[:, at] = np.arange(size)
+            tried = space.canonical(tried)
+            values = excess(tried)
+            if values.min() < least:
+                genome, least, improved = tried[values.argmin()], float(values.min()), True
+    return genome
