@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jointopt import Supernet
 from jointopt.evaluation.evaluation import evaluate
@@ -348,6 +350,43 @@ def with_one_kernel_of_attention(model: nn.Module) -> float:
     with sdpa_kernel(SDPBackend.MATH):
         first = bits(logits(model, BATCH))
     return first + bits(logits(model, BATCH))
+
+
+class Counting(TorchDispatchMode):
+    """How many operations ran."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def with_counted_operations(model: nn.Module) -> float:
+    with Counting() as counting:
+        first = bits(logits(model, BATCH))
+    return first + counting.count + bits(logits(model, BATCH))
+
+
+class Doubling(TorchFunctionMode):
+    """Makes something else of an activation function."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        return found * 2 if function is nn.functional.silu else found
+
+
+def with_an_exchanged_function(model: nn.Module) -> float:
+    with Doubling():
+        first = bits(logits(model, BATCH))
+    return first + bits(logits(model, BATCH))
+
+
+def with_a_profiler(model: nn.Module) -> float:
+    with torch.autograd.profiler.profile() as profiler:
+        first = bits(logits(model, BATCH))
+    multiplied = sum(event.count for event in profiler.key_averages() if "mm" in event.key)
+    return first + multiplied + bits(logits(model, BATCH))
 
 
 QUALITIES = [value for name, value in list(globals().items()) if name.startswith("with_")]

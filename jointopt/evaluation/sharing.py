@@ -9,9 +9,10 @@ known again by the call's inputs (128 bits of their bytes' hash), the hidden sta
 the blocks up to there are: so a hidden state that is taken instead of computed is the one that would have been
 computed, to the bit.
 A call of which that cannot be said is run plainly: one with a KV cache or anything else that is no plain tensor or
-number among its inputs, with gradients, with hooks, on a view whose tensors or modules were changed since. What a
-skipped block would have left beside its hidden state (its part of a KV cache) stands in the output as something that
-cannot be used; where it is used all the same, the genome is evaluated again, plainly.
+number among its inputs, with gradients, with hooks, on a view whose tensors or modules were changed since, and one
+that a mode of torch or its profiler watches. (A clock is not noticed: it is told what was run.) What a skipped block
+would have left beside its hidden state (its part of a KV cache) stands in the output as something that cannot be used;
+where it is used all the same, the genome is evaluated again, plainly.
 """
 
 from __future__ import annotations
@@ -246,6 +247,7 @@ class _SharedRun:
         view.register_forward_hook(self._finish, always_call=True)
         self._all = list(view.modules())
         self._state = _state(self._all)
+        self._watching = _watching()
 
     def __deepcopy__(self, memo: dict) -> _SharedRun:
         self.used = True
@@ -263,7 +265,7 @@ class _SharedRun:
     def _begin(self, view: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._call, self.used = None, True
         here = view is self._view and threading.get_ident() == self._thread
-        if not here or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not here or torch.is_grad_enabled() or torch.compiler.is_compiling() or _watching() != self._watching:
             return
         digest = xxhash.xxh3_128()
         try:
@@ -391,6 +393,12 @@ def _attention_kernels() -> list[bool]:
     """Which of torch's may be chosen from: each has other last bits."""
     allowed = torch.backends.cuda
     return [allowed.flash_sdp_enabled(), allowed.mem_efficient_sdp_enabled(), allowed.math_sdp_enabled()]
+
+
+def _watching() -> list[int]:
+    """What sees every operation of torch, and may count it or make another of it: modes, and the profiler."""
+    modes = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+    return [*modes, torch.autograd._profiler_enabled()]
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -62,6 +62,8 @@ def search(
     Args:
         supernet: calibrated.
         quality: model -> a number, higher is better, which is the metric "quality"; or model -> a mapping of metrics.
+            It is for what the model returns: blocks that genomes of a batch have in common are run once for all of
+            them, so that a clock in it is no measure of a genome. What one costs is an `Objective` with `compute`.
         objectives: names of metrics ("quality", "accuracy", "loss", "kl", "perplexity", ...), of costs ("size", "macs",
             "bops", "parameters"; of a super-network with a model of latency "latency", "energy", "peak_memory"),
             {name: direction} for a metric of one's own, or `Objective`s: with `compute` of a cost of one's own, by
