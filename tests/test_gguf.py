@@ -89,8 +89,13 @@ def test_a_bfloat16_model_is_verified_though_it_reloads_in_float32(tmp_path):
     model = make("llama_tied").to(torch.bfloat16)
     supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"], depth=[1, 2]))
     supernet.calibrate(batches("llama_tied"))
-    found = jointopt.verify(jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf"))
+    genome, quality = supernet.space.largest, mean_square("llama_tied", seed=2)
+    with supernet.active(genome) as view:
+        supernet.scores[genome.tobytes()] = {"quality": quality(view)}
+    folder = jointopt.export(supernet, genome, tmp_path / "out", target="gguf")
+    found = jointopt.verify(folder, quality=quality)
     assert found.ok, found.differences
+    assert not jointopt.verify(folder, quality=lambda model: 1.1 * quality(model)).ok
 
 
 def test_scales_that_float16_holds_below_its_normal_numbers_are_the_same_in_the_file(tmp_path):

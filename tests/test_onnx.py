@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -221,8 +222,6 @@ def test_beside_the_file_are_the_sizes_of_every_layer_and_how_it_generates(place
 
 
 def test_a_changed_model_does_not_verify(place, tmp_path):
-    import shutil
-
     import onnx
 
     folder = tmp_path / "changed"
@@ -235,9 +234,27 @@ def test_a_changed_model_does_not_verify(place, tmp_path):
     assert not verification.ok and "outputs" in verification.differences[0]
 
 
-def test_an_export_without_its_config_does_not_verify(place, tmp_path):
-    import shutil
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_where_inputs_are_rounded_one_sample_may_be_decided_otherwise_and_no_more(name, place, tmp_path):
+    folder = tmp_path / "scored"
+    shutil.copytree(exported(name, place), folder)
+    batch = batches(name, count=1, size=12, seed=3)[0]
+    record = json.loads((folder / "jointopt.json").read_text())
+    sure = logits(supernet_of(name).extract(mixed(supernet_of(name))), batch).argmax(-1)
+    for others, differs in ((1, False), (2, True)):
+        labels = sure.clone()
+        labels[:others] = (labels[:others] + 1) % 5
 
+        def quality(model, labels=labels) -> dict[str, float]:
+            return {"accuracy": float((logits(model, batch).argmax(-1) == labels).float().mean())}
+
+        (folder / "jointopt.json").write_text(json.dumps({**record, "metrics": {"accuracy": 1.0}}))
+        found = jointopt.verify(folder, quality=quality)
+        assert bool(found.differences) == differs
+        assert all(line.endswith("1 recorded (allowed 0.0834 apart)") for line in found.differences)
+
+
+def test_an_export_without_its_config_does_not_verify(place, tmp_path):
     folder = tmp_path / "bare"
     shutil.copytree(exported("vit", place), folder)
     (folder / "config.json").unlink()

@@ -22,7 +22,7 @@ from quant.formats import SCHEMES
 from quant.kernels import fake_quantize_activation, quantize
 from quant.layers import llm_int8_linear
 from quant.packing import packed_tensors, storage_bytes
-from tests.zoo import batches, logits, make
+from tests.zoo import batches, logits, make, mean_square
 
 FOUR_BIT = {"BNB_NF4": "nf4", "BNB_FP4": "fp4"}
 NAMES = ("BNB_INT8", *FOUR_BIT)
@@ -153,6 +153,18 @@ def test_view_extracted_and_reloaded_by_bitsandbytes_are_one(model, tmp_path):
     subprocess.run([sys.executable, "-I", "-c", RELOAD, *paths], check=True, capture_output=True, cwd=tmp_path)
     for folder, output in load_file(tmp_path / "outputs").items():
         torch.testing.assert_close(output, expected[folder], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_a_processor_computes_in_bfloat16_is_verified_by_its_metrics_too(tmp_path):
+    model, quality = make("bert"), mean_square("bert", seed=2)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["BNB_NF4"], preset="fixed"))
+    supernet.calibrate(batches("bert"))
+    study = jointopt.search(supernet, quality, evaluations=1)
+    folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "small", study=study)
+    found = jointopt.verify(folder, quality=quality)
+    assert found.ok and found.metrics, found.differences
+    assert not jointopt.verify(folder, quality=lambda model: 1.1 * quality(model)).ok
 
 
 @pytest.mark.slow

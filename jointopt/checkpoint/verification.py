@@ -29,10 +29,56 @@ from quant.errors import JointoptError, check_kind, first_line
 from quant.formats import scheme
 from search_spaces.precision import is_precision
 
-TOLERANCE = 1e-3
-"""How far metrics may be apart, times the larger of 1 and the recorded value."""
-
 _SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How far a reloaded export may be from what was scored.
+
+    Attributes:
+        outputs: of those for the probe, times the largest.
+        metrics: times the larger of 1 and the recorded value.
+        decides: whether it may decide otherwise on a sample whose outputs are close to each other.
+        by_median: whether half of the outputs may be further away.
+    """
+
+    outputs: float
+    metrics: float
+    decides: bool = True
+    by_median: bool = False
+
+    def of_metric(self, recorded: float, decisions: int) -> float:
+        """How far a metric of so many decisions (samples, tokens) may be from what was recorded. A share of them, as an
+        accuracy is, may differ by one of them at least."""
+        most = self.metrics * max(1.0, abs(recorded))
+        right = recorded * decisions
+        if self.decides and 0 <= recorded <= 1 and decisions and abs(right - round(right)) < 1e-4:
+            most = max(most, 1.001 / decisions)  # a little more, for what floats leave
+        return most
+
+
+SAME = Allowance(1e-4, 1e-3, decides=False)
+"""Of what computes the same, but for the order of sums."""
+NARROW = Allowance(2e-2, 2e-2)
+"""Of 16-bit arithmetic, here or there."""
+ROUNDED = Allowance(5e-2, 5e-2, by_median=True)
+"""Of inputs that are rounded after other sums."""
+
+
+def allowance(record: Mapping[str, Any], dtype: torch.dtype) -> Allowance:
+    """By what an export's target computes otherwise than the search did; `dtype` is the reloaded model's."""
+    schemes = [scheme(layer["scheme"]) for layer in record["layers"]]
+    # ONNX Runtime adds whole numbers where torch adds their products with a scale: a last bit apart, which the next
+    # layer's rounding can turn into a step. In random BERTs of six blocks that takes single samples up to 0.18 of the
+    # largest output away, and half of them at most 0.02; another model's outputs are away in all of them. Of 400
+    # samples three got another class.
+    if _target(record) == "onnxruntime" and any(each.activations for each in schemes):
+        return ROUNDED
+    # A GGUF file is read into float32, whatever the model computed in.
+    narrow = dtype != torch.float32 or (_target(record) == "gguf" and record.get("dtype") == "bfloat16")
+    # bitsandbytes computes 4-bit layers in bfloat16 wherever a CPU has it, whatever the model's dtype.
+    return NARROW if narrow or any(each.bitsandbytes for each in schemes) else SAME
 
 
 @dataclass(frozen=True)
@@ -59,7 +105,10 @@ def verify(folder: str | Path, quality: Quality | None = None, device: str = "cp
     its record.
 
     Compared are the outputs for the record's probe, the metrics of `quality` with those that the search measured for
-    this genome (where it did), and the bytes on disk with the reported size.
+    this genome (where it did), and the bytes on disk with the reported size. Metrics may differ by 0.001 times the
+    larger of 1 and the recorded value where the export computes what was scored. Where it cannot to the last bit, which
+    may change single decisions, by 0.02 (bfloat16 models, bitsandbytes) or 0.05 (inputs that ONNX Runtime rounds), and
+    a share of n samples by 1/n.
 
     Args:
         quality: the function that the search used; its model's forward passes run in the other process.
@@ -82,27 +131,47 @@ def verify(folder: str | Path, quality: Quality | None = None, device: str = "cp
     metrics: dict[str, float] = {}
     try:
         with reloaded(folder, device) as model:
-            differences += _probe_differences(model, record)
+            allowed = allowance(record, model.dtype)
+            differences += _probe_differences(model, record, allowed)
             if quality is not None:
-                metrics = _scored(quality, model, differences)
+                metrics, decisions = _scored(quality, model, differences)
+                differences += _metric_differences(metrics, record, allowed, decisions)
     except ReloadError as error:
         differences.append(f"reload: {error}")
-    for name, value in metrics.items():
-        recorded = record["metrics"].get(name)
-        if recorded is not None and abs(value - recorded) > TOLERANCE * max(1.0, abs(recorded)):
-            differences.append(f"{name}: {value:.6g} reloaded, {recorded:.6g} recorded")
     return Verification(tuple(differences), metrics, size)
 
 
-def _scored(quality: Quality, model: nn.Module, differences: list[str]) -> dict[str, float]:
-    """A model that computes something else may give no number at all, which is a difference more."""
+def _scored(quality: Quality, model: nn.Module, differences: list[str]) -> tuple[dict[str, float], int]:
+    """The metrics, and of how many samples or tokens they are. A model that computes something else may give no number
+    at all, which is a difference more."""
+    decisions = 0
+
+    def count(model: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal decisions
+        logits = getattr(output, "logits", output)
+        decisions += len(logits.flatten(0, -2)) if isinstance(logits, Tensor) and logits.dim() > 1 else 0
+
+    hook = model.register_forward_hook(count)
     try:
-        return measured(quality, model)
+        return measured(quality, model), decisions
     except JointoptError as error:
         if not differences:
             raise
         differences.append(str(error))
-        return {}
+        return {}, decisions
+    finally:
+        hook.remove()
+
+
+def _metric_differences(
+    metrics: Mapping[str, float], record: Mapping[str, Any], allowed: Allowance, decisions: int
+) -> list[str]:
+    found = []
+    for name, value in metrics.items():
+        recorded = record["metrics"].get(name)
+        if recorded is not None and abs(value - recorded) > (most := allowed.of_metric(recorded, decisions)):
+            found.append(f"{name}: {value:.6g} reloaded, {recorded:.6g} recorded (allowed {most:.3g} apart)")
+    return found
 
 
 _KINDS: dict[str, Any] = {"choices": dict, "probe": dict | None, "costs": dict, "layers": list, "metrics": dict}
@@ -165,31 +234,21 @@ def _check_installed(folder: Path, record: Mapping[str, Any]) -> None:
         raise JointoptError(f"verify: {str(folder)!r} holds {wanted}; found {told}")
 
 
-def _probe_differences(model: RemoteModel, record: Mapping[str, Any]) -> list[str]:
+def _probe_differences(model: RemoteModel, record: Mapping[str, Any], allowed: Allowance) -> list[str]:
     if record["probe"] is None:
         return []
-    dtype = next(model.parameters()).dtype
     with reading(f"verify: the probe in {RECORD}", UNCHANGED, RuntimeError):
-        inputs = probe_inputs(record["probe"], dtype)
+        inputs = probe_inputs(record["probe"], model.dtype)
         expected = torch.tensor(record["probe"]["outputs"], dtype=torch.float32)
         largest = max(float(expected.abs().max()), float(record["probe"].get("largest", 0.0)))
     with torch.no_grad():
         found = probed(model(**inputs))
-    # bitsandbytes computes 4-bit layers in bfloat16 wherever a CPU has it, whatever the model's dtype.
-    schemes = [scheme(layer["scheme"]) for layer in record["layers"]]
-    # ONNX Runtime adds whole numbers where torch adds their products with a scale: a last bit apart, which the next
-    # layer's rounding can turn into a step. In random BERTs of six blocks that takes single samples up to 0.18 of the
-    # largest output away, and half of them at most 0.02; another model's outputs are away in all of them.
-    rounds = record.get("target") == "onnxruntime" and any(each.activations for each in schemes)
-    # A GGUF file is read into float32, whatever the model computed in.
-    narrow = record.get("target") == "gguf" and record.get("dtype") == "bfloat16"
-    exact = dtype == torch.float32 and not (rounds or narrow or any(each.bitsandbytes for each in schemes))
-    allowed = (1e-4 if exact else 5e-2 if rounds else 2e-2) * largest + torch.finfo(torch.float32).eps
+    most = allowed.outputs * largest + torch.finfo(torch.float32).eps
     if found.shape != expected.shape:
         return [f"outputs: {tuple(found.shape)} reloaded, {tuple(expected.shape)} recorded"]
     distances = (found - expected).abs()
-    apart = float(distances.median() if rounds else distances.max())
-    return [] if apart <= allowed else [f"outputs: {apart:.3g} apart from those recorded (allowed {allowed:.3g})"]
+    apart = float(distances.median() if allowed.by_median else distances.max())
+    return [] if apart <= most else [f"outputs: {apart:.3g} apart from those recorded (allowed {most:.3g})"]
 
 
 class ReloadError(Exception):
