@@ -92,15 +92,18 @@ def write_whole(path: Path, text: str, what: str) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A file of safetensors, written beside its place and moved there; readable to whom the umask says: safetensors
-    alone makes it readable to its owner only. What a killed process left beside is written over.
+    alone makes it readable to its owner only. A link stays one. What a killed process left beside is written over, for
+    which the name beside is one alone: these files are large.
 
     Raises:
         OSError, SafetensorError: it cannot be written; nothing is left beside.
     """
     from safetensors.torch import save_file
 
+    path = path.resolve()
     beside = path.with_name(f".{path.name}")
     try:
+        beside.unlink(missing_ok=True)
         beside.touch()
         mode = beside.stat().st_mode
         save_file(tensors, beside, metadata=metadata)

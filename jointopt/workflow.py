@@ -53,7 +53,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         look_up(config, prepared.inputs, supernet)
         return supernet
     output = Path(config.output)
-    wanted = {**config.training_record(), "contents": _trained_from(config, prepared)}
+    wanted = {**config.training_record(), "contents": _trained_from(config, prepared, console is not None)}
     if _trained_before(config, wanted):
         supernet.load(output / WEIGHTS)
     elif console is None:
@@ -82,8 +82,9 @@ def _trained_before(config: Config, wanted: Mapping[str, Any]) -> bool:
     if {**there, "contents": None} != {**wanted, "contents": None}:
         return False
     earlier = there["contents"] or {}
-    key = next((key for key, value in wanted["contents"].items() if value != earlier.get(key)), None)
-    if key is None:  # a teacher that is gone
+    known = {key: value for key, value in wanted["contents"].items() if key in earlier}
+    key = next((key for key, value in known.items() if value != earlier[key]), None)
+    if key is None:  # a teacher that is gone, or was not recorded
         return True
     raise JointoptError(
         f"{key}: has other contents than the super-network in {config.output!r} was trained with; allowed: those, or "
@@ -113,9 +114,13 @@ def _take_shapes(config: Config, supernet: Supernet) -> None:
         supernet.take_shapes(shapes)
 
 
-def _trained_from(config: Config, prepared: Prepared) -> dict[str, str]:
+def _trained_from(config: Config, prepared: Prepared, with_teacher: bool) -> dict[str, str]:
     """Key of the config -> digest of what it names: all that training depends on. Without a teacher that cannot be
-    loaded, which training says and all else does without."""
+    loaded, which training says and all else does without.
+
+    Args:
+        with_teacher: whether a teacher is looked at, without whom what was trained can be exported.
+    """
     from jointopt.training.configured import TEACHER, teacher_of
 
     found = {
@@ -124,7 +129,7 @@ def _trained_from(config: Config, prepared: Prepared) -> dict[str, str]:
         "data.calibrate": prepared.contents["calibrate"],
     }
     with suppress(JointoptError):
-        teacher = teacher_of(config, prepared.loaded.task, "cpu")
+        teacher = teacher_of(config, prepared.loaded.task, "cpu") if with_teacher else None
         if teacher is not None:
             found[TEACHER] = digest_of([teacher.state_dict()])
     return found
@@ -385,7 +390,8 @@ def export_genome(
     if folder.exists() and not overwrite:
         wanted = {**told_apart_by(supernet, genome, finished, study), "target": target}
         held = _held(folder)
-        differing = [key for key, value in wanted.items() if held.get(key) != value]
+        known = {key: held.get(key) for key in wanted if key != "supernet" or key in held}  # earlier versions lack it
+        differing = [key for key, value in known.items() if wanted[key] != value]
         if not differing:
             return
         raise _in_the_way(folder, "this model with other scores" if differing == ["metrics"] else "another model")
@@ -419,7 +425,7 @@ def _check_export(config: Config, overwrite: bool, supernet: Supernet | None = N
     elif folder.exists():
         held = _held(folder)
         unfinished = config.finish is None and held.get("rounding") != NEAREST
-        other = supernet is not None and held.get("supernet") != supernet.fingerprint()
+        other = supernet is not None and held.get("supernet", supernet.fingerprint()) != supernet.fingerprint()
         if held.get("genome") is None or unfinished or other or held["target"] != config.target:
             raise _in_the_way(folder, "another model")
 

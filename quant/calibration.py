@@ -129,7 +129,8 @@ class ActivationObserver:
         method: "minmax", all that was seen; "average", the moving average of the batches' ends; "percentile", from
             the 0.01st to the 99.99th; "mse", the share of the largest magnitude, 0.02 to 1 in steps of 0.02, with the
             least squared error; "entropy", the share whose rounded distribution is nearest to the true one by KL
-            divergence (Migacz, "8-bit inference with TensorRT", GTC 2017), zeros left out.
+            divergence (Migacz, "8-bit inference with TensorRT", GTC 2017), the bin at 0 no fuller than
+            its neighbours.
 
     Raises:
         JointoptError: an unknown method.
@@ -209,10 +210,10 @@ def _squared_error(histogram: Histogram, low: Tensor, high: Tensor, format: Form
     return float((lost.square() * histogram.counts).sum())
 
 
-def _without_zeros(counts: Tensor) -> Tensor:
-    """The bin that begins at 0 has no more than the fuller of its neighbours: every range holds zeros exactly, and those
-    of a ReLU would else be most of what a divergence sees. pytorch-quantization's HistogramCalibrator gives that bin
-    its neighbour's count, too."""
+def _with_level_zero(counts: Tensor) -> Tensor:
+    """The bin that begins at 0 has no more than the fuller of its neighbours: every range holds zeros exactly, and
+    those of a ReLU would else be most of what a divergence sees. pytorch-quantization's HistogramCalibrator gives that
+    bin its neighbour's count, too."""
     zero = _BINS // 2
     counts[zero] = torch.minimum(counts[zero], counts[[zero - 1, zero + 1]].max())
     return counts
@@ -223,7 +224,7 @@ def _divergence(histogram: Histogram, low: Tensor, high: Tensor, format: Format)
 
     The rounded one spreads the mass that each code has inside the range evenly over the bins that had some of it.
     """
-    counts, centres = _without_zeros(histogram.counts.double()), histogram.centres()
+    counts, centres = _with_level_zero(histogram.counts.double()), histogram.centres()
     low, high = low.clamp(max=0).double(), high.clamp(min=0).double()
     if format.symmetric:
         high = torch.maximum(-low, high)

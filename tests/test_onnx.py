@@ -180,7 +180,7 @@ def test_a_padded_batch_gives_what_its_samples_give_alone(place):
 @pytest.mark.parametrize("name", ["vit", "timm_vit"])
 def test_an_export_verifies_in_a_process_of_its_own(name, place):
     supernet = supernet_of(name)
-    batch = batches(name, count=1, size=12, seed=3)[0]
+    batch = batches(name, count=1, size=48, seed=3)[0]
 
     def quality(model) -> float:
         output = model(**batch)
@@ -234,24 +234,14 @@ def test_a_changed_model_does_not_verify(place, tmp_path):
     assert not verification.ok and "outputs" in verification.differences[0]
 
 
-@pytest.mark.parametrize("name", ["vit", "bert"])
-def test_where_inputs_are_rounded_one_sample_may_be_decided_otherwise_and_no_more(name, place, tmp_path):
+def test_where_inputs_are_rounded_a_few_samples_may_be_decided_otherwise(place, tmp_path):
     folder = tmp_path / "scored"
-    shutil.copytree(exported(name, place), folder)
-    batch = batches(name, count=1, size=12, seed=3)[0]
+    shutil.copytree(exported("bert", place), folder)
     record = json.loads((folder / "jointopt.json").read_text())
-    sure = logits(supernet_of(name).extract(mixed(supernet_of(name))), batch).argmax(-1)
-    for others, differs in ((1, False), (2, True)):
-        labels = sure.clone()
-        labels[:others] = (labels[:others] + 1) % 5
-
-        def quality(model, labels=labels) -> dict[str, float]:
-            return {"accuracy": float((logits(model, batch).argmax(-1) == labels).float().mean())}
-
-        (folder / "jointopt.json").write_text(json.dumps({**record, "metrics": {"accuracy": 1.0}}))
-        found = jointopt.verify(folder, quality=quality)
-        assert bool(found.differences) == differs
-        assert all(line.endswith("1 recorded (allowed 0.0834 apart)") for line in found.differences)
+    (folder / "jointopt.json").write_text(json.dumps({**record, "metrics": {"accuracy": 1.0}}))
+    assert not jointopt.verify(folder, quality=lambda model: {"accuracy": 0.96}).differences
+    (said,) = jointopt.verify(folder, quality=lambda model: {"accuracy": 0.94}).differences
+    assert said == "accuracy: 0.94 reloaded, 1 recorded (allowed 0.05 apart)"
 
 
 def test_an_export_without_its_config_does_not_verify(place, tmp_path):
@@ -266,7 +256,7 @@ def test_what_was_finished_exports_too(tmp_path):
     supernet = supernet_of("vit")
     finished = jointopt.finish(supernet, mixed(supernet), batches("vit", count=4))
     folder = jointopt.export(supernet, finished, tmp_path / "finished", target="onnxruntime")
-    batch = batches("vit", count=1, size=12, seed=3)[0]
+    batch = batches("vit", count=1, size=48, seed=3)[0]
     found = OnnxModel(folder / "model.onnx", 1)(**batch)["logits"]
     expected = logits(finished.model, batch)
     assert (found - expected).abs().mean() < 2e-3 * expected.abs().max()

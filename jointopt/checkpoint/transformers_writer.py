@@ -89,11 +89,8 @@ def in_one_file(first: ModuleType, *others: ModuleType) -> str:
     for module in others:
         text = getsource(module)
         imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        needed = [
-            ast.unparse(node)
-            for node in imports
-            if ast.unparse(node) not in source and not (getattr(node, "module", None) or "").startswith("jointopt.")
-        ]
+        there = {ast.unparse(node) for node in ast.parse(source).body}
+        needed = [line for line in map(ast.unparse, imports) if line not in there and "from jointopt." not in line]
         rest = "".join(text.splitlines(keepends=True)[imports[-1].end_lineno :]).strip("\n")
         source += "\n\n" + "".join(f"{line}  # noqa: E402\n" for line in needed) + "\n\n" * bool(needed) + rest + "\n"
     return source

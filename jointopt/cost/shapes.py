@@ -83,7 +83,7 @@ class ShapeCosts:
             self.measures += TIMED + (DECODED if family.caches else ())
             self._tokens, self._scale = self._context(latency)
         self._attends = {w.consumers[0].module.rpartition(".")[0]: w for w in family.widths if w.attention}
-        self._caches = {cache.heads: cache for cache in family.caches}
+        self._caches = {cache.attention: cache for cache in family.caches}
         self._seen: set[int] = set()
         tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
         tables += [self._attention(width) for width in family.widths if width.attention]
@@ -111,8 +111,9 @@ class ShapeCosts:
         return found
 
     def breakdown(self, genome: np.ndarray) -> list[dict[str, Any]]:
-        """Of each operator of one genome: its module's path, and its share of every measure."""
-        return self._joined.breakdown(genome)
+        """Of each operator of one genome: its module's path, and its share of every cost."""
+        records = self._joined.breakdown(genome)
+        return [{key: value for key, value in each.items() if key not in PARTS} for each in records]
 
     def _context(self, latency: LatencyModel) -> tuple[float, float]:
         """Tokens of a measured sample, and by how much the stated context is longer.
@@ -314,7 +315,7 @@ class ShapeCosts:
 
     def _met(self, width: Width, tokens: float) -> float:
         """Keys that a token's attention meets after so many others."""
-        cache = self._caches.get(width.gene)
+        cache = self._caches.get(width.consumers[0].module.rpartition(".")[0])
         return (tokens if cache is None else cache.held(tokens)) + 1
 
     def _time_attention(

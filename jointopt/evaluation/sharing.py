@@ -10,9 +10,9 @@ the blocks up to there are: so a hidden state that is taken instead of computed 
 computed, to the bit.
 A call of which that cannot be said is run plainly: one with a KV cache or anything else that is no plain tensor or
 number among its inputs, with gradients, with hooks, on a view whose tensors or modules were changed since, and one
-that a mode of torch or its profiler watches. (A clock is not noticed: it is told what was run.) What a skipped block
-would have left beside its hidden state (its part of a KV cache) stands in the output as something that cannot be used;
-where it is used all the same, the genome is evaluated again, plainly.
+that a mode of torch or its profiler watches which was not there when the view was made. (A clock is not noticed: it is
+told what was run.) What a skipped block would have left beside its hidden state (its part of a KV cache) stands in the
+output as something that cannot be used; where it is used all the same, the genome is evaluated again, plainly.
 """
 
 from __future__ import annotations

@@ -193,6 +193,7 @@ def _score_original(
         study.note("baselines", {"original": {**original, **metrics_of_original(supernet, quality)}})
     elif len(study) and budget.spent(study, 0.0) is None:
         _check_goes_on(study, wanted, metrics_of_original(supernet, quality))
+        _check_costs(study, wanted, original)
     check_metrics(wanted, study.original)
     if study.fact("shapes") is None:
         study.note("shapes", supernet.shapes())
@@ -208,6 +209,18 @@ def _check_goes_on(study: Study, wanted: Sequence[Objective], found: Mapping[str
             warnings.warn(
                 f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study began: by "
                 "another quality function or on other data; what it scored then stays beside what is scored now",
+                stacklevel=4,
+            )
+
+
+def _check_costs(study: Study, wanted: Sequence[Objective], found: Mapping[str, float]) -> None:
+    """Warns where a cost of the original is another than when the study was begun."""
+    for name in {each.name for each in wanted} & {*found} & {*study.original}:
+        before = study.original[name]
+        if not np.isclose(found[name], before, rtol=1e-3, equal_nan=True):
+            warnings.warn(
+                f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study began, as "
+                "another version of jointopt counted it; what was counted then stays beside what is counted now",
                 stacklevel=4,
             )
 
