@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from jointopt import JointoptError
-from jointopt.rows import DataSource, read_columns
-from jointopt.tasks.labels import class_indices, label_indices
+from jointopt.rows import Columns, DataSource, read_columns
+from jointopt.tasks.labels import class_indices, label_indices, multi_labels
 
 
 def test_labels_are_names_or_indices_in_numbers_or_text():
@@ -33,6 +33,30 @@ def test_folders_1_to_10_of_classes_without_names_are_refused_and_01_to_10_count
     with pytest.raises(JointoptError, match="^k: found folders 1 to 10, "):
         class_indices(["2"], list(map(str, range(10))), "k", sorted(map(str, range(1, 11))))
     assert class_indices(["10", "02"], labels, "k", [f"{number:02}" for number in range(1, 11)]) == [9, 1]
+
+
+@pytest.mark.parametrize("written", [[1, 3], [1.0, 3.0], ["1.0", "3.0"], [" 1", "3 "], ["01", "03"]])
+def test_numbers_are_the_classes_called_so_however_they_are_written(written):
+    assert class_indices(written, ["1", "2", "3", "4"], "k") == [0, 2]
+    assert class_indices(written, ["3.0", "2.0", "1.0"], "k") == [2, 0]
+    lists = Columns({"label": [[value] for value in written]})
+    assert multi_labels(lists, DataSource("x"), ["1", "2", "3"]).tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+def test_a_class_that_is_listed_twice_in_other_words_is_refused():
+    with pytest.raises(JointoptError, match=r"found \[2, '2.0'\] in row 1; allowed: each class once"):
+        multi_labels(Columns({"label": [[2, "2.0"], [1]]}), DataSource("x"), ["1", "2", "3"])
+
+
+def test_an_index_among_numbers_that_are_names_is_refused():
+    with pytest.raises(JointoptError, match="k: found label 0.0 in row 2; the model has 3: 1, 2, 3"):
+        class_indices([1.0, 0.0], ["1", "2", "3"], "k")
+    assert class_indices([1.0, 0.0], ["10", "20", "30"], "k") == [1, 0]
+
+
+def test_folders_01_to_09_are_no_classes_0_to_9():
+    with pytest.raises(JointoptError, match="^k: found 9 folders, and the model has 10 classes without names"):
+        class_indices(["01"], list(map(str, range(10))), "k", [f"{number:02}" for number in range(1, 10)])
 
 
 def test_names_of_classes_match_in_capitals_unless_there_is_a_closer_one():

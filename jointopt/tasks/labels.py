@@ -118,16 +118,16 @@ def _is_list(value: Any) -> bool:
 
 def _listed(rows: Sequence[list[Any]], own: Sequence[str] | None, names: Sequence[str], key: str) -> Tensor:
     """Whether each class is listed in each row, float32 [rows, classes]."""
-    for number, row in enumerate(rows, 1):
-        if len(set(map(str, row))) < len(row) or any(isinstance(value, bool | np.bool_) for value in row):
+    labels = torch.zeros(len(rows), len(names), dtype=torch.float32)
+    numbers = [number for number, row in enumerate(rows, 1) for _ in row]
+    indices = _indices([value for row in rows for value in row], own, names, key, rows=numbers)
+    labels[[number - 1 for number in numbers], indices] = 1
+    for number, (row, found) in enumerate(zip(rows, labels.sum(1).tolist(), strict=True), 1):
+        if found < len(row) or any(isinstance(value, bool | np.bool_) for value in row):
             raise JointoptError(
                 f"{key}: found {row!r:.200} in row {number}; allowed: each class once, by name or index, or in all "
                 f"rows 0 or 1 for each of {_few(names)}"
             )
-    numbers = [number for number, row in enumerate(rows, 1) for _ in row]
-    indices = _indices([value for row in rows for value in row], own, names, key, rows=numbers)
-    labels = torch.zeros(len(rows), len(names), dtype=torch.float32)
-    labels[[number - 1 for number in numbers], indices] = 1
     return labels
 
 
@@ -182,13 +182,17 @@ def _indices_of(names: Sequence[str], labels: Sequence[str]) -> list[int | None]
 
 def _called(names: Iterable[str], labels: Sequence[str]) -> dict[str, list[int]]:
     """For each name the model's labels of the same name; where there are none, of the same in capitals, or written by
-    other code points."""
+    other code points; or of the same number, as pandas writes 1 as 1.0 in a column where a value was ever missing."""
     exact: dict[str, list[int]] = {}
-    alike: dict[str, list[int]] = {}
+    alike: dict[str | int | None, list[int]] = {}
+    nameless = _nameless(labels)  # whose numbers are indices
     for index, label in enumerate(labels):
         exact.setdefault(label, []).append(index)
         alike.setdefault(_folded(label), []).append(index)
-    return {name: exact.get(name) or alike.get(_folded(name), []) for name in names}
+        number = None if nameless else _whole(label)
+        if number is not None:
+            alike.setdefault(number, []).append(index)
+    return {name: exact.get(name) or alike.get(_folded(name)) or alike.get(_whole(name), []) for name in names}
 
 
 def _folded(name: str) -> str:
@@ -214,7 +218,8 @@ def class_indices(
     """Labels as the model counts them.
 
     Args:
-        values: names of the model's labels, be it in capitals, or their indices, as numbers or as text.
+        values: names of the model's labels, be it in capitals, or their indices, as numbers or as text. A number is the
+            index of a class only where none of them is a name, as 1.0 is of a class called "1".
         labels: the model's, by index.
         folders: which the values are names of, alphabetically; they number the classes where the model's labels have
             no names, see `_by_class`.
@@ -246,12 +251,15 @@ def class_indices(
     for row, value in zip(rows or count(1), values, strict=False):
         index = next(iter(called[str(value)]), None) if named else _whole(value)
         if index is None or not 0 <= index < len(labels):
-            raise JointoptError(
-                f"{key}: found label {value!r:.200} in row {row}; the model has {_few(labels)}, or 0 to "
-                f"{len(labels) - 1}"
-            )
+            raise _unknown(value, row, labels, key)
         indices.append(index)
     return indices
+
+
+def _unknown(value: Any, row: int, labels: Sequence[str], key: str) -> JointoptError:
+    return JointoptError(
+        f"{key}: found label {value!r:.200} in row {row}; the model has {_few(labels)}, or 0 to {len(labels) - 1}"
+    )
 
 
 def _by_class(folders: Sequence[str], key: str) -> list[str]:
