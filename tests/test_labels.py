@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import datasets
+import numpy as np
+import pandas as pd
 import pytest
 
 from jointopt import JointoptError
@@ -57,6 +59,13 @@ def test_an_index_among_numbers_that_are_names_is_refused():
 def test_folders_01_to_09_are_no_classes_0_to_9():
     with pytest.raises(JointoptError, match="^k: found 9 folders, and the model has 10 classes without names"):
         class_indices(["01"], list(map(str, range(10))), "k", [f"{number:02}" for number in range(1, 10)])
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), pd.NA])
+def test_a_missing_label_is_no_class_of_its_name(missing):
+    with pytest.raises(JointoptError, match="k: found label .* in row 2; the model has 3: none, nan, <NA>, or 0 to 2"):
+        class_indices(["none", missing], ["none", "nan", "<NA>"], "k")
+    assert class_indices(["None", "NaN"], ["none", "nan"], "k") == [0, 1]
 
 
 def test_names_of_classes_match_in_capitals_unless_there_is_a_closer_one():

@@ -228,6 +228,9 @@ def class_indices(
     Raises:
         JointoptError: a label that the model does not have; folders that cannot number the classes without names.
     """
+    for row, value in zip(rows or count(1), values, strict=False):
+        if _missing(value):  # which as text would be the name of a class called "none"
+            raise _unknown(value, row, labels, key)
     called = _called({str(value) for value in values}, labels)
     # Of folders 1 to 10 none may be called 10 among a few samples, and 1 to 9 are not the classes 1 to 9.
     numbers = [name for name in folders or () if name.isdecimal()] if _nameless(labels) else []
@@ -260,6 +263,11 @@ def _unknown(value: Any, row: int, labels: Sequence[str], key: str) -> JointoptE
     return JointoptError(
         f"{key}: found label {value!r:.200} in row {row}; the model has {_few(labels)}, or 0 to {len(labels) - 1}"
     )
+
+
+def _missing(value: Any) -> bool:
+    """Whether it is what json, NumPy or pandas has in place of a value."""
+    return not isinstance(value, str) and str(value) in ("None", "nan", "NaN", "<NA>", "NaT")
 
 
 def _by_class(folders: Sequence[str], key: str) -> list[str]:
