@@ -69,6 +69,20 @@ def test_rows_of_text_become_pieces_parted_by_the_end_token(folders, tmp_path):
     assert batch["input_ids"][0, 2] == end == batch["input_ids"][0, 5]
 
 
+@pytest.mark.parametrize(("said", "cut"), [(5, 5), (10**30, 32), (1e30, 32)])
+def test_texts_are_as_long_as_the_tokenizer_and_the_model_take_where_the_config_does_not_say(
+    folders, said, cut, tmp_path
+):
+    pd.DataFrame({"text": ["good film " * 50], "label": [1]}).to_csv(tmp_path / "t.csv", index=False)
+    for name, task in (("bert", "text-classification"), ("llama", "causal-lm")):
+        loaded = load_model(str(folders[name]), task, "cpu")
+        loaded.processor.model_max_length = said
+        for wanted, length in ((None, cut), (7, 7)):
+            source = DataSource(str(tmp_path / "t.csv"), length=wanted)
+            batch = TASKS[task].batches(source, loaded.processor, loaded.model, 1)[0]
+            assert batch["input_ids"].shape == (1, length), (name, wanted)
+
+
 def test_an_epoch_has_every_sample_once_and_an_order_of_its_own(folders, tmp_path):
     loaded = load_model(str(folders["vit"]), None, "cpu")
     source = DataSource(str(write_images(tmp_path / "images")))

@@ -69,7 +69,8 @@ class Data(Section):
         evaluate: what every genome is scored on.
         test: what the front is scored on again when the search has ended, which never sees it.
         batch_size: samples in one forward pass of calibration and evaluation (default: 32, of a language model 4).
-        length: tokens in a text at most, or in a chunk of running text (default: what the model takes, 512 at most).
+        length: tokens in a text at most, or in a chunk of running text (default: what the model and its
+            tokenizer take, 512 at most).
     """
 
     train: SourceOrPath | None = None

@@ -18,7 +18,7 @@ from quant.errors import JointoptError
 
 def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     """All text in a row, rows of a table parted by the end-of-text token, in pieces of 512 tokens (or as many as the
-    model takes, or `length`); what is left at the end is not used."""
+    model and its tokenizer take, or `length`); what is left at the end is not used."""
     text = read_text(source)
     check_named(source, ("text",) if text is None else ())
     if text is not None:
@@ -32,7 +32,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         rows = processor(given, add_special_tokens=False, verbose=False)["input_ids"]
     for encoded in rows:
         tokens += [*end, *encoded] if tokens else encoded
-    length = text_length(source, model)
+    length = text_length(source, processor, model)
     pieces = torch.tensor(tokens[: len(tokens) // length * length], dtype=torch.long).reshape(-1, length)
     pieces = pieces[: source.samples]
     if not len(pieces):

@@ -18,7 +18,7 @@ from jointopt.tasks.problems import CLASSIFICATION, ONE_CLASS, Problem
 from quant.errors import JointoptError
 
 LENGTH = 512
-"""Tokens of a text, where neither the config nor the model says fewer."""
+"""Tokens of a text, where neither the config, nor the tokenizer, nor the model says fewer."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,18 @@ def picked_labels(labels: Tensor | None, indices: Sequence[int]) -> dict[str, Te
     return {} if labels is None else {"labels": labels[list(indices)]}
 
 
-def text_length(source: DataSource, model: nn.Module) -> int:
-    """Tokens in a text at most: what the config says, or as many as the model takes, 512 at most."""
+def text_length(source: DataSource, processor: Any, model: nn.Module) -> int:
+    """Tokens in a text at most: what the config says, or as many as the model and its tokenizer take, 512 at most.
+
+    Raises:
+        JointoptError: the config says more than the model takes.
+    """
     most = most_tokens(model) or LENGTH
     if source.length is not None and source.length > most:
         raise JointoptError(f"data.length: found {source.length}; the model takes {most} tokens at most")
-    return source.length or min(most, LENGTH)
+    # What `truncation=True` cuts texts to; 1e30, as transformers has it, where the tokenizer does not say.
+    own = getattr(processor, "model_max_length", LENGTH)
+    return source.length or int(min(most, own, LENGTH))
 
 
 def label_names(model: Any) -> list[str]:

@@ -25,7 +25,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         given.append(texts(column(columns, source.text_pair, (), key), key))
     labels = read_labels(columns, source, model)
     with settings_kept(processor):
-        encoded = processor(*given, truncation=True, max_length=text_length(source, model))
+        encoded = processor(*given, truncation=True, max_length=text_length(source, processor, model))
     for row, tokens in enumerate(encoded["input_ids"], 1):
         if not tokens:
             raise JointoptError(f"{source.key}.text: row {row} has no token; allowed: texts of one token or more")
