@@ -40,14 +40,13 @@ SMALL = {
 }
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, **changes: object) -> None:
     """One token a word."""
     vocabulary = {word: index for index, word in enumerate(("[PAD]", "[UNK]", "[END]", *WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]", model_max_length=32
-    )
+    options = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[END]", "model_max_length": 32, **changes}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **options)
     tokenizer.save_pretrained(folder)
 
 

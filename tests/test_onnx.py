@@ -12,13 +12,20 @@ import pytest
 import timm
 import torch
 from torch import nn
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet, installed
 from jointopt.checkpoint.onnx.session import OnnxModel
 from jointopt.targets import TARGETS
 from tests import zoo
+from tests.saved import SMALL, save_tokenizer
 from tests.zoo import batches, logits, make
 
 pytest.importorskip("onnxruntime")
@@ -288,6 +295,38 @@ def test_what_onnx_runtime_cannot_run_is_refused_before_anything_is_written(tmp_
     with pytest.raises(JointoptError, match=r"found no onnxscript; pip install 'jointopt\[onnx\]'"):
         jointopt.export(half, half.space.smallest, tmp_path / "out", target="onnxruntime")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("bert", ["input_ids", "token_type_ids", "attention_mask"]),
+        ("roberta", ["input_ids", "attention_mask"]),
+        pytest.param("electra", ["input_ids", "token_type_ids", "attention_mask"], marks=pytest.mark.slow),
+        pytest.param("distilbert", ["input_ids", "attention_mask"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_takes_what_the_tokenizer_beside_it_makes(name, made, tmp_path):
+    supernet = zoo.supernet_of(name, ["none", "W8A16_CHANNEL"], preset="fixed")
+    genome = supernet.space.smallest
+    save_tokenizer(tmp_path, model_input_names=made)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    jointopt.export(supernet, genome, tmp_path / "export", processor=tokenizer, target="onnxruntime")
+    session = OnnxModel(tmp_path / "export" / "model.onnx", 1).session
+    given = tokenizer(["good film", "the film was bad"], padding=True, return_tensors="pt")
+    assert {each.name for each in session.get_inputs()} == {*given} == {*made}
+    found = torch.from_numpy(session.run(None, {key: each.numpy() for key, each in given.items()})[0])
+    expected = logits(supernet.extract(genome), given)
+    torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
+
+
+def test_types_that_are_all_one_are_no_input_where_no_tokenizer_says_what_it_makes(tmp_path):
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(RobertaConfig(**SMALL, pad_token_id=0, type_vocab_size=1)).eval()
+    supernet = Supernet(model, SearchSpace.for_model(model, ["none", "W8A16_CHANNEL"], preset="fixed"))
+    jointopt.export(supernet, supernet.space.largest, tmp_path / "roberta", target="onnxruntime")
+    session = OnnxModel(tmp_path / "roberta" / "model.onnx", 1).session
+    assert [each.name for each in session.get_inputs()] == ["input_ids", "attention_mask"]
 
 
 def test_a_model_that_feeds_forward_in_chunks_is_traced_without(tmp_path):

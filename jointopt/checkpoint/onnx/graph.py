@@ -93,13 +93,14 @@ RETURNS, ARGUMENTS, FIXED = "returns", "arguments", "fixed"
 names that its forward takes, in their order, and the values among them that are no tensors."""
 
 
-def onnx_program(model: nn.Module, example: Mapping[str, Any] | None = None) -> Any:
+def onnx_program(model: nn.Module, processor: Any = None, example: Mapping[str, Any] | None = None) -> Any:
     """The model as a `torch.onnx.ONNXProgram`, its quantized layers as the operators of `layers`.
 
     Inputs are called as the model's own (`pixel_values`; `x` for timm), for models that generate text those of
     Optimum: past_key_values.0.key, present.0.key and so on for each attention layer that there is.
 
     Args:
+        processor: the tokenizer that makes a text model's inputs, which are the graph's.
         example: inputs of a model of no library, by their names; only the number of samples is left open.
 
     Raises:
@@ -107,7 +108,7 @@ def onnx_program(model: nn.Module, example: Mapping[str, Any] | None = None) -> 
     """
     if example is not None:
         return _own_program(model, example)
-    graph, inputs, names = _graph(without_chunks(with_twins(model)).eval())
+    graph, inputs, names = _graph(without_chunks(with_twins(model)).eval(), processor)
     shapes = _dynamic_shapes(inputs, _image_size(model) is None)
     outputs = ["logits", *(name.replace("past_key_values", "present") for name in names if name.startswith("past"))]
     program = _traced_of(model, graph, inputs, dynamic_shapes=shapes, input_names=names, output_names=outputs)
@@ -239,7 +240,7 @@ def with_twins(model: nn.Module) -> nn.Module:
     return shell
 
 
-def _graph(model: Any) -> tuple[nn.Module, dict[str, Any], list[str]]:
+def _graph(model: Any, processor: Any) -> tuple[nn.Module, dict[str, Any], list[str]]:
     """The module that is traced, an example of its inputs, and the names of these in the file."""
     if not hasattr(model, "config"):
         first: Any = next(m for m in model.modules() if isinstance(m, nn.Conv2d | OnnxConv2d))
@@ -262,9 +263,18 @@ def _graph(model: Any) -> tuple[nn.Module, dict[str, Any], list[str]]:
         past = [f"past_key_values.{at}.{part}" for at in range(len(caches)) for part in ("key", "value")]
         return DecoderGraph(model), inputs, [*list(inputs)[:3], *past]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
+    if _takes_types(model, processor):
         inputs["token_type_ids"] = torch.zeros_like(ids)
     return TextGraph(model), inputs, list(inputs)
+
+
+def _takes_types(model: Any, processor: Any) -> bool:
+    """Whether token_type_ids are an input. ONNX Runtime demands each there is, and RoBERTa's tokenizer makes none of
+    these; without a tokenizer, they are where there are several types."""
+    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    made = getattr(processor, "model_input_names", None)
+    return model.config.type_vocab_size > 1 if made is None else "token_type_ids" in made
 
 
 def _image_size(model: Any) -> tuple[int, ...] | None:

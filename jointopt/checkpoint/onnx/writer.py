@@ -37,6 +37,7 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
     """model.onnx and config.json in a folder, see `writers.Writer`.
 
     Args:
+        processor: the tokenizer whose outputs are the inputs of a text model's graph.
         example: by which a model is traced that is neither of transformers nor of timm.
 
     Raises:
@@ -52,7 +53,7 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
     if next(model.parameters()).device.type != "cpu":
         model = copy.deepcopy(model).cpu()
         example = on_device(example, torch.device("cpu"))
-    program = onnx_program(model, example if own else None)
+    program = onnx_program(model, processor, example if own else None)
     program.save(str(place / MODEL))
     if isinstance(model, PreTrainedModel):
         save_configs(model, place)
