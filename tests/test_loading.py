@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BertModel,
+    ElectraForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaForCausalLM,
+)
 
 from jointopt import JointoptError
 from jointopt.cli import main
@@ -18,9 +27,9 @@ from jointopt.config.config import Config
 from jointopt.config.sections import Data, Distill, Source, Train
 from jointopt.config.starter import starter_config
 from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
-from jointopt.prepared import stay_offline
+from jointopt.prepared import prepare, stay_offline
 from jointopt.rows import looks_like_hub_id
-from tests.saved import save_bert, save_each, save_llama, save_tokenizer
+from tests.saved import SMALL, save_bert, save_each, save_llama, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +125,36 @@ def save_headless_bert(folder: Path) -> Path:
 def test_a_model_without_a_head_is_asked_for_a_task_in_words_that_init_can_be_given(tmp_path, capsys):
     assert main(["init", str(save_headless_bert(tmp_path))]) == 2
     assert "names BertModel, which is no model of text-classification, image-class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertLMHeadModel, RobertaForCausalLM, ElectraForCausalLM, "llama"])
+def test_a_model_that_reads_later_tokens_is_no_causal_one(kind, tmp_path):
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SMALL, is_causal=False))
+    else:
+        model = kind(kind.config_class(**SMALL))
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    (tmp_path / "t.txt").write_text("the film was good " * 40)
+    data = Data(calibrate=str(tmp_path / "t.txt"), evaluate=str(tmp_path / "t.txt"))
+    config = Config(model=str(tmp_path), task="causal-lm", data=data, device="cpu", output=str(tmp_path / "out"))
+    said = "task: found causal-lm, and .* reads each token before it says which it is; allowed: .* or quality: "
+    with pytest.raises(JointoptError, match=said):
+        prepare(config)
+    if kind is not BertForMaskedLM:  # whose name says so
+        with pytest.raises(JointoptError, match=said):
+            starter_config(str(tmp_path))
+
+
+def test_a_function_of_ones_own_may_score_a_model_that_is_not_causal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("scoring.py").write_text("def by_tokens(model):\n    return 1.0\n")
+    BertForMaskedLM(BertConfig(**SMALL)).save_pretrained("bert")
+    save_tokenizer(Path("bert"))
+    Path("t.txt").write_text("the film was good " * 40)
+    data = Data(calibrate="t.txt")
+    config = Config(model="bert", task="causal-lm", quality="scoring.by_tokens", data=data, device="cpu", output="out")
+    assert prepare(config).inputs
 
 
 def test_weights_that_a_checkpoint_lacks_are_told(tmp_path):

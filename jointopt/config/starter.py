@@ -58,7 +58,8 @@ def starter_config(name: str) -> str:
     Nothing is downloaded but the config of a hub id.
 
     Raises:
-        JointoptError: no such model, a model of an unknown family, or of an unknown task.
+        JointoptError: no such model, a model of an unknown family, of an unknown task, or one that is
+            called causal and is not.
     """
     from jointopt.models import empty_model, find_source, model_task
     from jointopt.report.quantities import counted
@@ -68,6 +69,8 @@ def starter_config(name: str) -> str:
         os.environ["HF_HUB_OFFLINE"] = "1"
     task = model_task(source)
     model = empty_model(source, task)
+    if task == "causal-lm":
+        tasks.TASKS[task].check_scored(model)
     problem = None if task == "causal-lm" else problem_of(model)
     from jointopt.supernet.transforms import possible
     from search_spaces.defaults import DEFAULT_SCHEMES, default_architecture, presets, space_for_model

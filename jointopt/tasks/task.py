@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jointopt.batches import Batch, most_tokens
 from jointopt.outputs import MULTI_LABEL, REGRESSION, problem_of
 from jointopt.rows import Columns, DataSource
-from jointopt.tasks.problems import CLASSIFICATION, ONE_CLASS, Problem
+from jointopt.tasks.problems import CLASSIFICATION, NEXT_TOKEN, ONE_CLASS, Problem
 from quant.errors import JointoptError
 
 LENGTH = 512
@@ -88,6 +88,11 @@ class Task:
     def check_scored(self, model: nn.Module) -> None:
         """Raises JointoptError for a model that cannot be scored by built-in metrics, which a user's own quality may be
         able to."""
+        if self.problem(model) is NEXT_TOKEN and not _causal(model):
+            raise JointoptError(
+                f"task: found {self.name}, and {type(model).__name__} reads each token before it says which it is; "
+                "allowed: models that read earlier ones alone, such as LLaMA's, or quality: my_package.my_function"
+            )
         if self.problem(model) is ONE_CLASS and len(label_names(model)) < 2:
             said = (
                 f"problem_type {MULTI_LABEL} or {REGRESSION} in its config.json, or "
@@ -98,6 +103,13 @@ class Task:
                 f"model: found a single output, which is no class of several; allowed: {said}quality: "
                 "my_package.my_function"
             )
+
+
+def _causal(model: nn.Module) -> bool:
+    """Whether each token is computed of the ones before it alone, as attention layers of transformers say themselves,
+    but for a decoder whose config has its masks changed (`create_causal_mask`)."""
+    turned_off = not getattr(getattr(model, "config", None), "is_causal", True)
+    return not turned_off and all(getattr(module, "is_causal", True) for module in model.modules())
 
 
 def place_of(model: nn.Module) -> torch.device:
