@@ -12,7 +12,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,8 +239,8 @@ def load_model(name: str, task: str | None, device: str = "auto", dtype: str = "
         dtype: "float32", "bfloat16", or "auto": the checkpoint's own if it is one of these, else float32.
 
     Raises:
-        JointoptError: no such model, weights that cannot be read or are quantized already, no tokenizer or image
-            processor, a device that is not there.
+        JointoptError: no such model, weights that cannot be read, are quantized already or are another head's, no
+            tokenizer or image processor, a device that is not there.
     """
     place = chosen_device(device)
     if dtype not in ("auto", *DTYPES):
@@ -294,9 +294,33 @@ def _load_transformers(source: ModelSource, task: str, dtype: str) -> LoadedMode
             )
     finally:
         logging.set_verbosity(verbosity)
+    _check_used(source, model, report)
     if source.kind == "gguf":
         _forget_gguf(model)
     return LoadedModel(model, _processor(source, task), task, source, tuple(sorted(report["missing_keys"])))
+
+
+def _check_used(source: ModelSource, model: Any, report: Mapping[str, Any]) -> None:
+    """Warns of a checkpoint's weights that the model has no place for, unless it has a new head to be trained.
+
+    Raises:
+        JointoptError: they are of a layer that it has, and would compute otherwise: another head's of the same name.
+    """
+    kind, held = type(model).__name__, model.state_dict().keys() - report["missing_keys"]
+    named = ", ".join(getattr(model.config, "architectures", None) or ())
+    # Encoders are trained with a pooler, which RoBERTa's and ViT's classifiers have always left out.
+    left = sorted(name for name in report["unexpected_keys"] if ".pooler." not in f".{name}")
+    for name in left:
+        layer = name.rpartition(".")[0]
+        if f"{layer}.weight" in held:
+            told = f" (its config names {named})" if named not in ("", kind) else ""
+            raise JointoptError(
+                f"model: {source.name!r} holds {name}{told}, without which {kind} would compute {layer}; allowed: "
+                f"weights of a {kind}"
+            )
+    if left and not report["missing_keys"]:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(f"model: {source.name!r} holds {left[0]}{more}, which {kind} leaves out", stacklevel=2)
 
 
 def _stored(source: ModelSource, config: Any) -> torch.dtype | str | None:

@@ -13,12 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     BertLMHeadModel,
     BertModel,
     ElectraForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForTokenClassification,
+    RobertaConfig,
     RobertaForCausalLM,
+    RobertaForSequenceClassification,
 )
 
 from jointopt import JointoptError
@@ -160,6 +164,43 @@ def test_a_function_of_ones_own_may_score_a_model_that_is_not_causal(tmp_path, m
 def test_weights_that_a_checkpoint_lacks_are_told(tmp_path):
     loaded = load_model(str(save_headless_bert(tmp_path)), "text-classification", "cpu")
     assert loaded.untrained == ("classifier.bias", "classifier.weight")
+
+
+def test_the_head_of_another_task_is_not_taken_in_part(tmp_path):
+    LlamaForTokenClassification(LlamaConfig(**SMALL, pad_token_id=0)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    said = r"holds score.bias \(its config names LlamaForTokenC.*\), .* allowed: weights of a LlamaForSequenceC"
+    with pytest.raises(JointoptError, match=said):
+        load_model(str(tmp_path), "text-classification", "cpu")
+
+
+def with_weights(folder: Path, **more: torch.Tensor) -> str:
+    """The folder, with more in its file."""
+    save_file({**load_file(folder / "model.safetensors"), **more}, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_weights_of_a_layer_that_the_model_would_leave_out_are_refused(tmp_path):
+    name = with_weights(save_llama(tmp_path / "llama"), **{"model.layers.0.mlp.up_proj.bias": torch.ones(128)})
+    with pytest.raises(JointoptError, match=r"holds model.layers.0.mlp.up_proj.bias, without which LlamaForCausalLM "):
+        load_model(name, None, "cpu")
+
+
+def test_other_weights_that_a_model_leaves_out_are_told(tmp_path):
+    name = with_weights(save_llama(tmp_path / "llama"), **{"v_head.summary.weight": torch.ones(1, 64)})
+    with pytest.warns(UserWarning, match="holds v_head.summary.weight, which LlamaForCausalLM leaves out"):
+        load_model(name, None, "cpu")
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_left_out_for_a_new_head_or_as_ever_is_not_told(tmp_path):
+    BertForPreTraining(BertConfig(**SMALL)).save_pretrained(tmp_path / "bert")
+    save_tokenizer(tmp_path / "bert")
+    assert load_model(str(tmp_path / "bert"), "text-classification", "cpu").untrained
+    RobertaForSequenceClassification(RobertaConfig(**SMALL)).save_pretrained(tmp_path / "roberta")
+    save_tokenizer(tmp_path / "roberta")
+    unused = {"roberta.pooler.dense.weight": torch.ones(64, 64), "roberta.embeddings.position_ids": torch.ones(1, 32)}
+    assert not load_model(with_weights(tmp_path / "roberta", **unused), None, "cpu").untrained
 
 
 def test_weights_that_a_checkpoint_lacks_are_the_same_whenever_it_is_loaded(tmp_path):
