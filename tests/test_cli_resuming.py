@@ -161,6 +161,7 @@ def test_a_super_network_taught_by_another_teacher_is_not_gone_on_with(place, ca
     save_file({name: 2 * each for name, each in load_file(weights).items()}, weights, {"format": "pt"})
     said = refused(capsys, place, monkeypatch, "run", "config.yaml")
     assert "train.distill.teacher: has other contents than the super-network in 'runs/pupil' was trained with" in said
+    assert at_once("export", "runs/pupil", "--pick", 1, "--to", "runs/taught-one", cwd=place).returncode == 0
     shutil.rmtree(place / "teacher")  # it is needed no more
     assert at_once("run", "config.yaml", cwd=place).returncode == 0
 

@@ -19,6 +19,7 @@ from jointopt.cost.device import device_names
 from jointopt.cost.expected import expected_cost
 from jointopt.cost.operators import Answer, Operator
 from jointopt.timing.lookup import operators_of
+from search_spaces.families import declare
 from tests.on_h100 import FAST, supernet_of
 from tests.test_expected_cost import one_hot
 from tests.test_supernet import partly_sliding
@@ -188,6 +189,19 @@ def test_decoding_and_memory_count_the_keys_that_transformers_computes_with_and_
     largest = max(each["activation"] for each in supernet.original_breakdown())
     assert found["peak_memory"] == found["size"] + largest + held
     assert found["decode_macs"] == counted.get_total_flops() / 2
+
+
+def test_blocks_that_share_a_gene_have_windows_of_their_own():
+    def one_gene(model: nn.Module) -> Family:
+        _, family = declare(model)
+        widths = [replace(width, gene="heads") if width.attention else width for width in family.widths]
+        caches = [replace(cache, heads="heads") for cache in family.caches]
+        return replace(family, widths=tuple(widths), caches=tuple(caches))
+
+    model = partly_sliding()
+    space = SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed")
+    shared, own = Supernet(model, space, family=one_gene), Supernet(model, space)
+    assert shared.original_costs()["decode_macs"] == own.original_costs()["decode_macs"]
 
 
 def of_one(cache: DynamicCache) -> DynamicCache:

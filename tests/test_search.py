@@ -375,6 +375,16 @@ def test_ten_kills_leave_the_front_byte_for_byte_as_it_would_have_been(tmp_path)
     assert len(json.loads((tmp_path / "whole.json").read_text())["number"]) > 2
 
 
+def test_a_study_that_goes_on_by_other_costs_is_told(supernet, tmp_path):
+    study = jointopt.search(supernet, lambda _: 1.0, evaluations=2, storage=tmp_path / "study.db")
+    study.note("baselines", {"original": {**study.original, "size": 7}})
+    study.close()
+    with pytest.warns(
+        UserWarning, match="size of the original is .*, and was 7 when the study began, as another versi"
+    ):
+        jointopt.search(supernet, lambda _: 1.0, evaluations=3, storage=tmp_path / "study.db")
+
+
 def test_a_study_that_goes_on_by_another_quality_function_is_told(supernet, tmp_path):
     path = tmp_path / "study.db"
     jointopt.search(supernet, agreement, evaluations=4, storage=path).close()

@@ -265,6 +265,16 @@ def test_a_saved_super_network_is_readable_to_whom_the_umask_says(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o640
 
 
+def test_what_a_killed_process_left_beside_decides_nothing_and_a_link_stays_one(tmp_path):
+    (tmp_path / "large").mkdir()
+    link, file = tmp_path / "supernet.safetensors", tmp_path / "large/weights.safetensors"
+    link.symlink_to(file)
+    left = file.with_name(f".{file.name}")
+    left.touch(mode=0o600)
+    supernet_of("bert", SCHEMES).save(link)
+    assert link.is_symlink() and not left.exists() and file.stat().st_mode & 0o077
+
+
 def test_a_saved_super_network_is_restored_with_its_order(tmp_path):
     supernet = supernet_of("bert", SCHEMES)
     labelled = [{**batch, "labels": torch.zeros(6, dtype=torch.long)} for batch in batches("bert")]

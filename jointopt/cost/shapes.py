@@ -111,9 +111,8 @@ class ShapeCosts:
         return found
 
     def breakdown(self, genome: np.ndarray) -> list[dict[str, Any]]:
-        """Of each operator of one genome: its module's path, and its share of every cost."""
-        records = self._joined.breakdown(genome)
-        return [{key: value for key, value in each.items() if key not in PARTS} for each in records]
+        """Of each operator of one genome: its module's path, and its share of every measure."""
+        return self._joined.breakdown(genome)
 
     def _context(self, latency: LatencyModel) -> tuple[float, float]:
         """Tokens of a measured sample, and by how much the stated context is longer.
