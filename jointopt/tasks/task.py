@@ -106,8 +106,8 @@ class Task:
 
 
 def _causal(model: nn.Module) -> bool:
-    """Whether each token is computed of the ones before it alone, as attention layers of transformers say themselves,
-    but for a decoder whose config has its masks changed (`create_causal_mask`)."""
+    """Whether each token is computed from the ones before it alone. Attention layers of transformers say so themselves;
+    a LLaMA's config may turn it off (`is_causal: false`), which they do not say."""
     turned_off = not getattr(getattr(model, "config", None), "is_causal", True)
     return not turned_off and all(getattr(module, "is_causal", True) for module in model.modules())
 

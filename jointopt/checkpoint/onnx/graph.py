@@ -274,7 +274,7 @@ def _takes_types(model: Any, processor: Any) -> bool:
     if "token_type_ids" not in inspect.signature(model.forward).parameters:
         return False
     made = getattr(processor, "model_input_names", None)
-    return model.config.type_vocab_size > 1 if made is None else "token_type_ids" in made
+    return getattr(model.config, "type_vocab_size", 1) > 1 if made is None else "token_type_ids" in made
 
 
 def _image_size(model: Any) -> tuple[int, ...] | None:
