@@ -293,9 +293,10 @@ def _without_weights(config: Config) -> Supernet:
 def _export(options: argparse.Namespace) -> int:
     from jointopt.config.config import load_config
     from jointopt.prepared import prepare, stay_offline
+    from jointopt.run_exports import export_genome
     from jointopt.run_folder import CONFIG, EXPORT, STUDY
     from jointopt.study.study import Study
-    from jointopt.workflow import export_genome, finished_genome, finishing_of, make_supernet, note_choice
+    from jointopt.workflow import finished_genome, finishing_of, make_supernet, note_choice
 
     pick = parse_pick(options.pick)
     if options.to:
@@ -376,8 +377,8 @@ def picked(study: Study, pick: dict[str, Any], rounding: str | None) -> np.ndarr
 def _verify(options: argparse.Namespace) -> int:
     from jointopt.config.config import load_config
     from jointopt.prepared import prepare, stay_offline
+    from jointopt.run_exports import verify_export
     from jointopt.run_folder import CONFIG, EXPORT, STUDY
-    from jointopt.workflow import verify_export
 
     check_path(options.folder, "verify")
     folder = Path(options.folder)

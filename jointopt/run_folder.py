@@ -7,13 +7,14 @@ latency.json, what was timed of this machine, where the config asks for that.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from jointopt.config.config import Config, load_config
-from jointopt.files import check_path, locked, write_whole
+from jointopt.files import check_path, locked, reading, write_whole
 from jointopt.study.differences import differing
 from jointopt.timing.hardware import LATENCY
 from quant.errors import JointoptError
@@ -85,3 +86,15 @@ def taken(config: Config) -> Iterator[None]:
         write_whole(output / CONFIG, config.to_yaml(), "output")
         clear_killed(output / EXPORT)
         yield
+
+
+def read_json(path: Path, key: str, allowed: str) -> dict[str, Any]:
+    """What a run wrote; {} where it wrote nothing.
+
+    Args:
+        key, allowed: of an error's line where the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    with reading(f"{key}: {str(path)!r}", allowed):
+        return dict(json.loads(path.read_text()))

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,22 @@ import numpy as np
 
 from jointopt.config.config import Config
 from jointopt.digests import digest_of
-from jointopt.files import reading, write_whole
+from jointopt.files import write_whole
 from jointopt.names import NEAREST
 from jointopt.prepared import Prepared, prepare, stay_offline
-from jointopt.run_folder import CHECKPOINT, EXPORT, REPORT, STUDY, TRAINED, WEIGHTS, check_output, has_asked, taken
+from jointopt.run_exports import check_export, export_genome, verify_export
+from jointopt.run_folder import (
+    CHECKPOINT,
+    EXPORT,
+    REPORT,
+    STUDY,
+    TRAINED,
+    WEIGHTS,
+    check_output,
+    has_asked,
+    read_json,
+    taken,
+)
 from jointopt.timing.hardware import check_timed, latency_of, look_up, measured_beside
 from quant.errors import JointoptError
 
@@ -76,7 +87,7 @@ def _trained_before(config: Config, wanted: Mapping[str, Any]) -> bool:
     Raises:
         JointoptError: it was trained with other contents, or the file that says with what is damaged.
     """
-    there = _read_json(Path(config.output) / TRAINED, "output", "what an earlier run wrote, or none, to train anew")
+    there = read_json(Path(config.output) / TRAINED, "output", "what an earlier run wrote, or none, to train anew")
     if there == wanted:
         return True
     if {**there, "contents": None} != {**wanted, "contents": None}:
@@ -190,18 +201,6 @@ def _keep(output: Path, supernet: Supernet, wanted: Mapping[str, Any]) -> None:
     write_whole(output / TRAINED, json.dumps(wanted, indent=1), "output")
 
 
-def _read_json(path: Path, key: str, allowed: str) -> dict[str, Any]:
-    """What a run wrote; {} where it wrote nothing.
-
-    Args:
-        key, allowed: of an error's line where the file is damaged.
-    """
-    if not path.is_file():
-        return {}
-    with reading(f"{key}: {str(path)!r}", allowed):
-        return dict(json.loads(path.read_text()))
-
-
 def run(config: Config, console: Console, overwrite: bool = False) -> Verification:
     """The whole of a config: train, search, choose, export, verify, report. What an earlier run did is not done again,
     and no other run works in the folder meanwhile.
@@ -217,7 +216,7 @@ def run(config: Config, console: Console, overwrite: bool = False) -> Verificati
     check_output(config)
     check_ray("search.ray", config.search.ray)
     stay_offline(config)
-    _check_export(config, overwrite)
+    check_export(config, overwrite)
     console.print(f"model {config.model}", highlight=False)
     prepared = prepare(config)
     with taken(config):
@@ -230,7 +229,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
 
     output = Path(config.output)
     supernet = make_supernet(config, prepared, console)
-    _check_export(config, overwrite, supernet)
+    check_export(config, overwrite, supernet)
     _check_choice(config, supernet)
     space = supernet.space
     console.print(
@@ -368,91 +367,6 @@ def _finishing_batches(config: Config, prepared: Prepared) -> Batches:
     samples, size, seed = prepared.train, config.finish.batch_size, config.search.seed
     assert samples is not None
     return lambda epoch: samples.epoch(epoch, size, seed)
-
-
-def export_genome(
-    supernet: Supernet,
-    study: Study,
-    genome: np.ndarray,
-    finished: Finished | None,
-    folder: Path,
-    prepared: Prepared,
-    overwrite: bool,
-    target: str,
-) -> None:
-    """Exports a genome, or what finishing made of it, unless the folder holds this very one already, with its scores.
-
-    Raises:
-        JointoptError: the folder holds something else and `overwrite` is not set.
-    """
-    from jointopt.checkpoint.writer import export, told_apart_by
-
-    if folder.exists() and not overwrite:
-        wanted = {**told_apart_by(supernet, genome, finished, study), "target": target}
-        held = _held(folder)
-        known = {key: held.get(key) for key in wanted if key != "supernet" or key in held}  # earlier versions lack it
-        differing = [key for key, value in known.items() if wanted[key] != value]
-        if not differing:
-            return
-        raise _in_the_way(folder, "this model with other scores" if differing == ["metrics"] else "another model")
-    source = prepared.loaded.source
-    export(
-        supernet,
-        finished or genome,
-        folder,
-        study=study,
-        processor=prepared.loaded.saved_processor,
-        base_model=source.name if not source.local else Path(source.location).name,
-        overwrite=overwrite,
-        target=target,
-    )
-    if folder.resolve() == (Path(str(study.path)).parent / EXPORT).resolve():
-        study.note("verified", None)  # which another model was
-
-
-def _check_export(config: Config, overwrite: bool, supernet: Supernet | None = None) -> None:
-    """Refuses, before the search, what is in the export's place and can be none of the run's choices, whichever it is:
-    no export, one for another target, or a finished one where the config finishes nothing.
-
-    Args:
-        supernet: once it is made; an export of another one is then refused too.
-    """
-    from jointopt.checkpoint.writer import check_place
-
-    folder = Path(config.output) / EXPORT
-    if overwrite:
-        check_place(folder, overwrite)
-    elif folder.exists():
-        held = _held(folder)
-        unfinished = config.finish is None and held.get("rounding") != NEAREST
-        other = supernet is not None and held.get("supernet", supernet.fingerprint()) != supernet.fingerprint()
-        if held.get("genome") is None or unfinished or other or held["target"] != config.target:
-            raise _in_the_way(folder, "another model")
-
-
-def _held(folder: Path) -> dict[str, Any]:
-    """What is recorded of the export in a folder; nothing but a target where it is none."""
-    from jointopt.checkpoint.writer import RECORD, UNCHANGED
-
-    return {"target": "transformers"} | _read_json(folder / RECORD, "export", f"{UNCHANGED}, or --overwrite")
-
-
-def _in_the_way(folder: Path, held: str) -> JointoptError:
-    return JointoptError(f"export: {str(folder)!r} exists and holds {held}; --overwrite replaces it")
-
-
-def verify_export(folder: Path, prepared: Prepared | None) -> Verification:
-    """`jointopt.verify`: reloaded in a process without jointopt on the search's device, scored as there, weighed; and
-    its tokenizer or image processor compared with the original's."""
-    from jointopt.checkpoint.processors import processor_differences
-    from jointopt.checkpoint.verification import verify
-
-    if prepared is None:
-        return verify(folder)
-    loaded = prepared.loaded
-    found = verify(folder, prepared.quality, device=str(next(loaded.model.parameters()).device))
-    more = processor_differences(folder, loaded, prepared.inputs, prepared.prepare_inputs)
-    return replace(found, differences=(*found.differences, *more))
 
 
 def verdict(verification: Verification, study: Study, folder: Path) -> str:

@@ -79,6 +79,7 @@ def finished_run(place: Path) -> Path:
 def refused(capsys, place: Path, monkeypatch, *words: str) -> str:
     """The one line on stderr of a command that must end with exit code 2."""
     monkeypatch.chdir(place)
+    capsys.readouterr()  # what the test itself has printed, such as progress while it saved a model
     assert main(words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
