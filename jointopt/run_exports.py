@@ -76,7 +76,7 @@ def check_export(config: Config, overwrite: bool, supernet: Supernet | None = No
     elif folder.exists():
         held = _held(folder)
         unfinished = config.finish is None and held.get("rounding") != NEAREST
-        other = supernet is not None and held.get("supernet", supernet.fingerprint()) != supernet.fingerprint()
+        other = supernet is not None and "supernet" in held and held["supernet"] != supernet.fingerprint()
         if held.get("genome") is None or unfinished or other or held["target"] != config.target:
             raise _in_the_way(folder, "another model")
 

@@ -379,9 +379,7 @@ def test_a_study_that_goes_on_by_other_costs_is_told(supernet, tmp_path):
     study = jointopt.search(supernet, lambda _: 1.0, evaluations=2, storage=tmp_path / "study.db")
     study.note("baselines", {"original": {**study.original, "size": 7}})
     study.close()
-    with pytest.warns(
-        UserWarning, match="size of the original is .*, and was 7 when the study began, as another versi"
-    ):
+    with pytest.warns(UserWarning, match="size of the original is .*, and was 7 when the study began: anot"):
         jointopt.search(supernet, lambda _: 1.0, evaluations=3, storage=tmp_path / "study.db")
 
 

@@ -192,35 +192,23 @@ def _score_original(
     if not study.baselines:
         study.note("baselines", {"original": {**original, **metrics_of_original(supernet, quality)}})
     elif len(study) and budget.spent(study, 0.0) is None:
-        _check_goes_on(study, wanted, metrics_of_original(supernet, quality))
-        _check_costs(study, wanted, original)
+        metrics = metrics_of_original(supernet, quality)
+        check_metrics(wanted, metrics)
+        _check_goes_on(study, wanted, metrics, "by another quality function or on other data")
+        _check_goes_on(study, wanted, original, "another version of jointopt counted it")
     check_metrics(wanted, study.original)
     if study.fact("shapes") is None:
         study.note("shapes", supernet.shapes())
 
 
-def _check_goes_on(study: Study, wanted: Sequence[Objective], found: Mapping[str, float]) -> None:
-    """Raises JointoptError where the quality function no longer gives an objective, and warns where it says something
-    else of the original than when the study was begun."""
-    check_metrics(wanted, found)
+def _check_goes_on(study: Study, wanted: Sequence[Objective], found: Mapping[str, float], why: str) -> None:
+    """Warns, with the reason, where an objective of the original is another than when the study was begun."""
     for name in {each.name for each in wanted} & {*found} & {*study.original}:
         before = study.original[name]
         if not np.isclose(found[name], before, rtol=1e-3, atol=1e-6, equal_nan=True):
             warnings.warn(
-                f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study began: by "
-                "another quality function or on other data; what it scored then stays beside what is scored now",
-                stacklevel=4,
-            )
-
-
-def _check_costs(study: Study, wanted: Sequence[Objective], found: Mapping[str, float]) -> None:
-    """Warns where a cost of the original is another than when the study was begun."""
-    for name in {each.name for each in wanted} & {*found} & {*study.original}:
-        before = study.original[name]
-        if not np.isclose(found[name], before, rtol=1e-3, equal_nan=True):
-            warnings.warn(
-                f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study began, as "
-                "another version of jointopt counted it; what was counted then stays beside what is counted now",
+                f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study began: "
+                f"{why}; what was recorded then stays beside what is recorded now",
                 stacklevel=4,
             )
 
