@@ -275,7 +275,8 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
         raise JointoptError("--device: the study has no evaluation yet; allowed: with one or more")
     supernet = _without_weights(config)
     supernet.take_shapes(shapes)
-    return [on_device(study, supernet, name, model) for name, model in zip(names, models, strict=True)]
+    wish = config.choose.model_dump(exclude_none=True)
+    return [on_device(study, supernet, name, model, wish) for name, model in zip(names, models, strict=True)]
 
 
 def _without_weights(config: Config) -> Supernet:

@@ -60,6 +60,8 @@ QUANTITIES = {
 """All that are known, in the order in which they are listed."""
 ON_HARDWARE = tuple(name for name, each in QUANTITIES.items() if each.source == "hardware")
 """Costs that a model of latency answers for."""
+ENERGIES = ("energy", "decode_energy")
+"""Of these, what only a device's power figures give, and no timing."""
 COSTS = tuple(name for name, each in QUANTITIES.items() if each.source != "quality")
 EVALUATIONS = 200
 """Of a search to which no budget is given."""

@@ -131,6 +131,10 @@ def test_whole_numbers_are_those_of_yaml_1_2(tmp_path, text, number):
         ("model: other", "line 5: model: found twice"),
         ("hardware: {device: this, context: 7}", "context with device this, which is timed as it is"),
         ("hardware: {device: this, parallel: 2}", "parallel with device this, which is timed as it is"),
+        (
+            "target: onnxruntime\nhardware: {device: this}\nobjectives: [accuracy, energy]",
+            "energy with hardware.device this, which is timed; allowed: latency, decode_latency, peak_memory",
+        ),
         ("hardware: {device: orin, threads: 2}", "threads with device orin; allowed: with device this"),
         ("space: {{x}}", "line 5: found a key in braces or brackets; allowed: text, in quotes"),
         ("space: &a [*a]", "found a list or mapping that holds itself"),

@@ -98,6 +98,22 @@ def test_on_a_device_the_choice_keeps_to_the_constraints_and_an_original_that_do
     device_table(found), device_figure(study, found)
 
 
+def test_on_a_device_the_choice_is_by_the_wish_that_the_run_had():
+    supernet = supernet_of("vit", FAST)
+    scored = iter(np.linspace(0.5, 1.0, 21)[::-1])
+    study = jointopt.search(supernet, lambda m: float(next(scored)), ["quality", "size"], evaluations=20)
+    level = study.original["quality"] - 0.1
+    lossy = on_device(study, supernet, "h100", FAST, {"drop": 0.1})
+    good = lossy.rows[lossy.rows["quality"] >= level - 1e-9]
+    assert good["latency"].min() == lossy.rows[lossy.rows["genome"] == lossy.chosen]["latency"].item()
+    assert device_table(lossy).caption.plain == "* the least latency at most 0.1 worse"
+    limit = float(study.evaluations()["size"].median()) / 1e6
+    small = on_device(study, supernet, "h100", FAST, {"size_mb": limit})
+    assert small.chosen == tuple(study.best(size_mb=limit))
+    assert small.wish in {trace.name for trace in device_figure(study, small).data}
+    assert on_device(study, supernet, "h100", FAST, {"size_mb": 1e-6}).unmet.startswith("size_mb: found 1e-06")
+
+
 def test_a_device_s_front_is_shown_without_a_choice_where_nothing_keeps_to_the_constraints(tmp_path):
     supernet = supernet_of("vit", FAST)
     limits = {"quality": ">= 2"}

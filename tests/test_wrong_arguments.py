@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from timm.models.resnet import BasicBlock, ResNet
@@ -68,6 +70,16 @@ def test_a_model_in_place_of_a_super_network(call, said):
 def test_something_else_altogether(call, said):
     with pytest.raises(JointoptError, match=said):
         call()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_tied", "vit", "resnet"])
+def test_a_model_with_weights_that_are_no_numbers(name):
+    model = make(name)
+    path, weight = list(model.named_parameters())[-2]
+    with torch.no_grad():
+        weight.view(-1)[-1] = float("nan")
+    with pytest.raises(JointoptError, match=f"^{re.escape(path)}: found NaN or infinity; allowed: finite numbers$"):
+        Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
 
 
 @pytest.mark.parametrize("options", [{}, {"steps": 1}])

@@ -32,7 +32,7 @@ from jointopt.config.sections import (
     limits,
 )
 from jointopt.names import TASK_NAMES, TargetName, TaskName
-from jointopt.objectives import ON_HARDWARE, QUANTITIES, constraint
+from jointopt.objectives import ENERGIES, ON_HARDWARE, QUANTITIES, constraint
 from jointopt.rows import DataSource
 from jointopt.supernet.transforms import TRANSFORMS
 from jointopt.targets import TARGETS, UNEVEN, Target, check_schemes, closed_key, narrowed, of_kind
@@ -132,6 +132,10 @@ class Config(Section):
         wanting = next((name for name in [*names, *(self.constraints or ())] if name in ON_HARDWARE), None)
         if wanting is not None and self.hardware is None:
             raise ValueError(f"{wanting} without hardware; allowed: with hardware: {{device: NAME}}")
+        untimed = next((name for name in [*names, *(self.constraints or ())] if name in ENERGIES), None)
+        if untimed is not None and self.hardware is not None and self.hardware.is_this_machine:
+            allowed = ", ".join(name for name in ON_HARDWARE if name not in ENERGIES)
+            raise ValueError(f"{untimed} with hardware.device this, which is timed; allowed: {allowed}")
         return self
 
     @model_validator(mode="after")

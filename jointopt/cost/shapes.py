@@ -24,6 +24,7 @@ from jointopt.cost.operators import Answer, LatencyModel, Operator
 from jointopt.cost.positions import Positions, kind_of
 from jointopt.cost.tables import Axis, Table, Tables
 from jointopt.learned_ranges import NAME as RANGES
+from jointopt.objectives import ENERGIES
 from quant.cache import cache_format
 from quant.errors import JointoptError
 from quant.formats import Scheme, scheme
@@ -105,7 +106,7 @@ class ShapeCosts:
             found["peak_memory"] = found["size"] + found.pop("activation").astype(np.int64)
             if "cached" in found:
                 found["peak_memory"] += found.pop("cached") * self.latency.batch
-            for measure in ("energy", "decode_energy"):  # not every model of latency knows them
+            for measure in ENERGIES:  # not every model of latency knows them
                 if measure in found and np.isnan(found[measure]).any():
                     del found[measure]
         return found

@@ -82,7 +82,10 @@ def _objectives(supernet: Supernet, objectives: Sequence[Any], known: Mapping[st
                 f"objective {name!r}: found no hardware; allowed: with Supernet(..., latency=Roofline(...))"
             )
         if name not in known and supernet.latency is not None and name in ON_HARDWARE:
-            raise JointoptError(f"objective {name!r}: {supernet.latency.source} has no figure for it")
+            allowed = ", ".join(each for each in known if each in ON_HARDWARE)
+            raise JointoptError(
+                f"objective {name!r}: {supernet.latency.source} has no figure for it; allowed: {allowed}"
+            )
         if name not in known:
             raise JointoptError(f"objective {name!r}: found no cache in this model; allowed costs: {', '.join(known)}")
         return lambda genomes: supernet.cost_columns(genomes)[name]

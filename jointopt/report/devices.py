@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from jointopt.cost.operators import LatencyModel
     from jointopt.supernet.supernet import Supernet
 
+KNEE = MappingProxyType({"knee": True})
+
 
 @dataclass(frozen=True)
 class OnDevice:
@@ -34,9 +37,10 @@ class OnDevice:
         measures: the device's costs, the time that is an objective first.
         rows: all evaluations that fit into its memory, with the device's costs.
         front: those that are not dominated in the objectives, fast ones first.
-        chosen: genome of the front's knee, of what keeps to the study's constraints but those of the run's own
+        chosen: genome that fits the wish, of what keeps to the study's constraints but those of the run's own
             hardware; None where nothing does.
-        unmet: which constraint nothing keeps to, and what comes closest; "" where something is chosen.
+        wish: what was chosen by, in words.
+        unmet: what nothing keeps to, and what comes closest; "" where something is chosen.
         original: quality and costs of the original there; its quality alone where it does not fit.
     """
 
@@ -47,15 +51,20 @@ class OnDevice:
     rows: pd.DataFrame
     front: pd.DataFrame
     chosen: tuple[int, ...] | None
+    wish: str
     unmet: str
     original: Mapping[str, float]
 
 
-def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) -> OnDevice:
+def on_device(
+    study: Study, supernet: Supernet, name: str, model: LatencyModel, wish: Mapping[str, Any] = KNEE
+) -> OnDevice:
     """Puts a study on a device.
 
     Args:
         supernet: of the study's model and space, with its order of blocks; its weights are not looked at.
+        wish: a keyword of `Study.best`, by which the device's choice is made. With `drop` it is the least of the
+            device's first measure, as a rule the fastest, in place of the smallest.
 
     Raises:
         JointoptError: no evaluation, or none that fits into the device's memory.
@@ -81,18 +90,30 @@ def on_device(study: Study, supernet: Supernet, name: str, model: LatencyModel) 
     chosen, unmet = None, ""
     try:
         kept = keeping_to(rows, [each for each in study.constraints if each.name not in ON_HARDWARE])
-        chosen = tuple(best_of(kept, wanted, study.quality, None, knee=True).tolist())
+        # Sizes are the same on every device: what may be lost is given up for what is not.
+        ranked = [each for each in wanted if "drop" not in wish or each.name in (study.quality.name, first)]
+        original = study.original.get(study.quality.name)
+        chosen = tuple(best_of(kept, ranked, study.quality, original, exact=[first], **wish).tolist())
     except JointoptError as error:  # the front is there all the same
         unmet = str(error)
-    original = {name: v for name, v in study.original.items() if name not in ON_HARDWARE}
+    known = {name: v for name, v in study.original.items() if name not in ON_HARDWARE}
     there = supernet.original_costs(model)
     if there["peak_memory"] <= model.capacity:
-        original |= there
-    return OnDevice(name, time_source(model.described()), wanted, measures, rows, front, chosen, unmet, original)
+        known |= there
+    source = time_source(model.described())
+    return OnDevice(name, source, wanted, measures, rows, front, chosen, _worded(wish, first), unmet, known)
+
+
+def _worded(wish: Mapping[str, Any], first: str) -> str:
+    if "size_mb" in wish:
+        return f"the best at or under {wish['size_mb']:g} MB"
+    if "drop" in wish:
+        return f"the least {first} at most {wish['drop']:g} worse"
+    return "the knee"
 
 
 def device_figure(study: Study, on: OnDevice) -> go.Figure:
-    """All evaluations in quality and the device's first measure, the front, the original, and the front's knee."""
+    """All evaluations in quality and the device's first measure, the front, the original, and what is chosen there."""
     across, up = on.measures[0], study.quality.name
     figure = go.Figure()
     original = pd.DataFrame([{"number": "the original", **on.original}])
@@ -103,7 +124,7 @@ def device_figure(study: Study, on: OnDevice) -> go.Figure:
         (on.rows, f"evaluated ({len(on.rows)})", "markers", {"color": GRAY, "size": 7}),
         (on.front, f"front ({len(on.front)})", line, {"color": BLUE, "size": 9}),
         (original, "the original", "markers", {"color": GREEN, "size": 14, "symbol": "star"}),
-        (picked, "the knee", "markers", {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}),
+        (picked, on.wish, "markers", {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}),
     ):
         if len(rows) and across in rows and up in rows:
             told = [

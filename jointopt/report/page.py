@@ -197,7 +197,7 @@ def _time_source(study: Study) -> str:
 
 
 def _device_section(study: Study, on: OnDevice, at: int) -> str:
-    told = escape(f"Nothing is chosen here: {on.unmet}") if on.unmet else "What is chosen here is the front's knee"
+    told = escape(f"Nothing is chosen here: {on.unmet}" if on.unmet else f"Chosen here is {on.wish}")
     return (
         f"<h2>On another device: {escape(on.name)}</h2><p>The {escape(on.source)}: the same evaluations, with the "
         f"times that they would take there. Quality was not measured again. {told}.</p>"

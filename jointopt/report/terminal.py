@@ -74,7 +74,7 @@ def device_table(on: OnDevice) -> Table:
         table.add_row(f"{row['number']}{mark}", *values, style="bold" if mark else None)
     table.add_section()
     table.add_row("the original", *(_shown(on.original, name) for name in names))
-    table.caption = Text(on.unmet or "* the knee")
+    table.caption = Text(on.unmet or f"* {on.wish}")
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import torch
 from torch import Tensor, nn
 
 from jointopt.cost.positions import kind_of
@@ -20,8 +21,15 @@ def own_copy(model: nn.Module) -> nn.Module:
     """A deep copy.
 
     Raises:
-        JointoptError: a tensor that is computed from others, by its path.
+        JointoptError: a tensor that is computed from others, or weights that are not finite, by their path; a dtype
+            that is neither float32 nor bfloat16.
     """
+    dtypes = {p.dtype for p in model.parameters()}
+    if not dtypes <= {torch.float32, torch.bfloat16}:
+        raise JointoptError(f"dtype: the model holds {', '.join(map(str, dtypes))}; allowed: float32, bfloat16")
+    for path, weights in model.named_parameters():
+        if not weights.is_meta and not weights.isfinite().all():
+            raise JointoptError(f"{path}: found NaN or infinity; allowed: finite numbers")
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not value.is_leaf:

@@ -129,9 +129,6 @@ class Supernet:
         latency: LatencyModel | None = None,
     ):
         check_kind("model", model, nn.Module, "a torch.nn.Module")
-        dtypes = {p.dtype for p in model.parameters()}
-        if not dtypes <= {torch.float32, torch.bfloat16}:
-            raise JointoptError(f"dtype: the model holds {', '.join(map(str, dtypes))}; allowed: float32, bfloat16")
         check_kind("space", space, SearchSpace, "a SearchSpace, such as SearchSpace.for_model(model)")
         check_kind("repair", repair, bool, "True or False")
         if latency is not None and not hasattr(latency, "described"):
