@@ -26,6 +26,7 @@ IMAGES = (
 )
 """What Pillow reads by itself and is meant as an image: it has names for films and HDF5, too."""
 TEXT = ("text", "sentence", "snippet", "review", "content")
+TEXT_PAIR = ("text_pair",)
 IMAGE = ("image", "img", "path", "file", "file_name")
 LABEL = ("label", "labels", "class", "target")
 ALLOWED = "a csv, tsv, json, jsonl, parquet or text file, a folder of images by class, or a hub id"

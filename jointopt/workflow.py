@@ -228,6 +228,7 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     from jointopt.report.quantities import counted
 
     output = Path(config.output)
+    _check_readable(prepared, output, console)
     supernet = make_supernet(config, prepared, console)
     check_export(config, overwrite, supernet)
     _check_choice(config, supernet)
@@ -259,6 +260,23 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     finally:
         study.close()
     return verification
+
+
+def _check_readable(prepared: Prepared, output: Path, console: Console) -> None:
+    """Reads all training data once, before a run's first step: a damaged file among them would end the training when
+    it comes to it, for good, as a training that goes on has to be on the same data.
+
+    Raises:
+        JointoptError: a sample that cannot be read.
+    """
+    from rich.progress import track
+
+    samples = prepared.train
+    begun = any((output / name).exists() for name in (CHECKPOINT, TRAINED, STUDY))
+    if samples is None or not samples.read_late or begun:
+        return
+    for index in track(range(samples.count), "reading training data", console=console, transient=True):
+        samples.collate([index])
 
 
 def _searched(config: Config, prepared: Prepared, supernet: Supernet) -> Study:

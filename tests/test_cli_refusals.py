@@ -132,6 +132,18 @@ def test_a_wish_that_cannot_be_is_refused_before_training_and_costs_none(place, 
     assert (place / "runs/typo/supernet.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("training", [{"train": {"steps": 2}}, {"finish": {"steps": 2}}])
+def test_a_damaged_image_is_told_before_training_comes_to_it(training, place, capsys, monkeypatch):
+    images = write_images(place / f"damaged-{'-'.join(training)}", seed=5)
+    monkeypatch.setattr("jointopt.prepared.PROCESSED", 0)  # of many images most are not looked at for the digest
+    (images / "owl/3.png").write_bytes((images / "owl/3.png").read_bytes()[:-30])
+    data = {"train": images.name, "calibrate": "images", "evaluate": "images"}
+    write_config(place, output="runs/damaged", data=data, search={"evaluations": 2}, **training)
+    said = refused(capsys, place, monkeypatch, "run", "config.yaml")
+    assert "data.train.image: " in said and "owl/3.png' cannot be opened as an image: " in said
+    assert not {"training.safetensors", "study.db"} & {file.name for file in (place / "runs/damaged").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

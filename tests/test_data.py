@@ -134,6 +134,15 @@ def test_columns_are_found_by_their_usual_names(folders, tmp_path, name, task, c
     assert not torch.equal(*batch["input_ids" if name == "bert" else "pixel_values"])
 
 
+def test_a_second_text_is_read_where_its_column_has_the_usual_name(folders, tmp_path):
+    (tmp_path / "t.csv").write_text("text,text_pair,label\ngood film,bad,1\n")
+    loaded = load_model(str(folders["bert"]), "text-classification", "cpu")
+    (batch,) = TASKS["text-classification"].batches(
+        DataSource(str(tmp_path / "t.csv")), loaded.processor, loaded.model, 1
+    )
+    assert batch["input_ids"][0].tolist() == loaded.processor("good film", "bad")["input_ids"]
+
+
 @pytest.mark.parametrize("column", ["text", "sentence", "snippet", "review", "content"])
 def test_a_language_model_takes_a_column_of_a_usual_name(folders, tmp_path, column):
     (tmp_path / "t.csv").write_text(f"label,{column}\n1,good film\n0,bad film\n")

@@ -64,7 +64,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         label = None if labels is None else labels[index].tolist()
         return f"{label} ".encode() + _mark(images[index], base, f"{source.key}.image")
 
-    return Samples(len(images), collate, range(len(images)), place_of(model), mark)
+    return Samples(len(images), collate, range(len(images)), place_of(model), mark, read_late=True)
 
 
 def _inputs(processor: Any, image: Image.Image) -> Tensor:

@@ -31,6 +31,7 @@ class Samples:
         order: the order in which they are evaluated; texts of like length together, so that little is padded.
         device: where the batches go.
         mark: index -> what tells this sample from another in its place; cheap, as it is asked of all.
+        read_late: whether a sample is read when it is asked for, so that one that is damaged is found only then.
     """
 
     count: int
@@ -38,6 +39,7 @@ class Samples:
     order: Sequence[int]
     device: torch.device
     mark: Callable[[int], bytes]
+    read_late: bool = False
 
     def batches(self, size: int) -> list[Batch]:
         """All samples once, in their order, kept on the device."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jointopt.rows import TEXT, DataSource, check_named, column, read_columns, texts
+from jointopt.rows import TEXT, TEXT_PAIR, DataSource, check_named, column, read_columns, texts
 from jointopt.tasks.problems import CLASSIFICATION
 from jointopt.tasks.task import Samples, Task, picked_labels, place_of, read_labels, text_length
 from jointopt.tokenizer_settings import settings_kept
@@ -20,9 +20,9 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     check_named(source, ("text", "text_pair", "label"))
     columns = read_columns(source)
     given = [texts(column(columns, source.text, TEXT, f"{source.key}.text"), f"{source.key}.text")]
-    if source.text_pair is not None:
+    if source.text_pair is not None or any(name in columns for name in TEXT_PAIR):
         key = f"{source.key}.text_pair"
-        given.append(texts(column(columns, source.text_pair, (), key), key))
+        given.append(texts(column(columns, source.text_pair, TEXT_PAIR, key), key))
     labels = read_labels(columns, source, model)
     with settings_kept(processor):
         encoded = processor(*given, truncation=True, max_length=text_length(source, processor, model))
