@@ -125,6 +125,14 @@ class Choices:
         return _numbered([(re.sub(r"\d+", "#", gene.name), gene.choices) for gene in self.space.genes])
 
     @cached_property
+    def alike(self) -> np.ndarray:
+        """A number for each gene, the same where choices mean the same: a number format does wherever it stands, and a
+        number in genes of one kind (2 blocks are not 2 heads); [genes]."""
+        named = [all(isinstance(choice, str) for choice in gene.choices) for gene in self.space.genes]
+        genes = zip(self.space.genes, self.kinds.tolist(), named, strict=True)
+        return _numbered([gene.choices if words else kind for gene, kind, words in genes])
+
+    @cached_property
     def share(self) -> np.ndarray:
         """How much more of the costs hangs on a gene than on the average one, as a square root: what is large has
         larger effects, but not in proportion; [genes]."""
@@ -152,7 +160,6 @@ class Choices:
     def _grouped(self) -> dict[str, np.ndarray]:
         genes = self.space.genes
         kinds = self.kinds
-        alike = _numbered([gene.choices for gene in genes])
         blocks = _numbered([_block(gene.name) for gene in genes])
         share = self.share[self.gene]
         one = np.ones(len(self.gene))
@@ -160,7 +167,7 @@ class Choices:
             "choice": np.diag(np.sqrt(share)),
             "order": _scattered(self.gene, self.level * np.sqrt(share)),
             "kind": _scattered(self._choices_of(kinds), share),
-            "alike": _scattered(self._choices_of(alike), one),
+            "alike": _scattered(self._choices_of(self.alike), one),
             "block": _scattered(blocks[self.gene], self.level * share),
             "place": self._placed(kinds),
         }

@@ -117,6 +117,14 @@ def test_every_uniform_number_format_is_among_the_first_that_are_tried():
     assert {(0,), (1,), (2,), (3,), (4,)} <= {tuple(set(genome[7:].tolist())) for genome in whole}
 
 
+def test_genes_of_the_same_numbers_but_another_kind_are_tried_apart():
+    blocks = [f"block{at}" for at in range(4)]
+    space = SearchSpace([Gene("depth", (2, 3, 4)), *(Gene(f"{block}.heads", (2, 3, 4)) for block in blocks)])
+    strategy = strategies.create("guided", space, (Objective("loss", "min"),), seed=0)
+    first = {tuple(genome.tolist()) for genome in strategy.ask(10)}
+    assert {(1, 2, 2, 2, 2), (2, 1, 1, 1, 1)} <= first
+
+
 def test_one_objective_alone_is_minimized():
     strategy = searched("guided", 5, (Objective("loss", "min"),))
     assert strategy.values.min() == 0

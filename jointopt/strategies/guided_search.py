@@ -166,13 +166,13 @@ class GuidedSearch(Strategy):
         return tables
 
     def _grouped(self) -> list[np.ndarray]:
-        """The largest genome with all genes of the same choices at one of these. Of the group that most of the costs
-        hang on, number formats as a rule, UNIFORM of them: what is uniform is what anyone would try first. Of each
-        other group the middle one; then the smallest, then the others."""
-        groups: dict[tuple, list[int]] = {}
-        for at, gene in enumerate(self.space.genes):
+        """The largest genome with all genes whose choices mean the same at one of these. Of the group that most of the
+        costs hang on, number formats as a rule, UNIFORM of them: what is uniform is what anyone would try first. Of
+        each other group the middle one; then the smallest, then the others."""
+        groups: dict[int, list[int]] = {}
+        for at, (gene, group) in enumerate(zip(self.space.genes, self.choices.alike.tolist(), strict=True)):
             if len(gene.choices) > 1:
-                groups.setdefault(gene.choices, []).append(at)
+                groups.setdefault(group, []).append(at)
         ordered = sorted(groups.values(), key=lambda members: -self.choices.share[members].sum())
         found = []
         for rank, members in enumerate(ordered):
