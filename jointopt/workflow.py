@@ -54,8 +54,15 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     space = config.search_space(model)
     if space.count() == 1:
         raise JointoptError("space: holds one genome, so there is nothing to search; allowed: two or more")
-    transforms = config.transforms or ()
-    supernet = Supernet(model, space, repair=config.repair, transforms=transforms, latency=latency_of(config))
+    supernet = Supernet(
+        model,
+        space,
+        weight_calibration=config.weight_calibration,
+        repair=config.repair,
+        activation_calibration=config.activation_calibration,
+        transforms=config.transforms or (),
+        latency=latency_of(config),
+    )
     if config.train is None:
         supernet.calibrate(prepared.inputs)
         if config.hardware is not None and config.hardware.is_this_machine:

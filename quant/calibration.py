@@ -24,9 +24,9 @@ PERCENTILE = 0.999
 _SHRINK = torch.linspace(1.0, 0.5, 26, dtype=torch.float32).tolist()
 
 
-def check_weight_method(method: str) -> None:
+def check_weight_method(method: str, key: str = "calibration") -> None:
     """Raises JointoptError for a method that `choose_clip` does not know."""
-    check_choice("calibration", method, METHODS)
+    check_choice(key, method, METHODS)
 
 
 @torch.no_grad()
@@ -192,9 +192,9 @@ def static_constants(clip: Clip, format: Format) -> dict[str, Tensor]:
     return {"input_scale": scale} if zero_point is None else {"input_scale": scale, "input_zero_point": zero_point}
 
 
-def check_activation_method(method: str) -> None:
+def check_activation_method(method: str, key: str = "calibration") -> None:
     """Raises JointoptError for a method that `ActivationObserver` does not have."""
-    check_choice("calibration", method, ACTIVATION_METHODS)
+    check_choice(key, method, ACTIVATION_METHODS)
 
 
 def _held_centres(histogram: Histogram, low: Tensor, high: Tensor, format: Format) -> Tensor:

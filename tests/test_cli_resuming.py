@@ -21,8 +21,10 @@ from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Superne
 from jointopt.cli import main
 from jointopt.config.config import load_config
 from jointopt.files import locked
+from jointopt.prepared import prepare
 from jointopt.run_folder import CHECKPOINT, LOCK, STUDY, taken
 from jointopt.training import loop
+from jointopt.workflow import make_supernet
 from tests.commands import ROOT, at_once, heed_ctrl_c, refused, write_config
 from tests.saved import save_vit, write_images
 
@@ -120,6 +122,30 @@ def test_another_config_in_the_same_output_is_refused_and_harms_nothing(finished
     assert "was made with another config: space." in refused(capsys, place, monkeypatch, "run", "config.yaml")
     assert (finished / "study.db").read_bytes() == study
     assert (finished / "export/model.safetensors").read_bytes() == export
+
+
+def test_ranges_are_chosen_as_the_config_says_in_search_and_export_and_no_otherwise_later(
+    place, tmp_path, capsys, monkeypatch
+):
+    space = {"depth": [1, 2], "schemes": ["W4A16", "W8A8_STATIC"]}
+    chosen = {"weight_calibration": "mse", "activation_calibration": "percentile"}
+    settings = {"output": "runs/ranges", "space": space, "search": {"evaluations": 3}}
+    write_config(place, **settings, **chosen)
+    done = at_once("run", "config.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    with contextlib.chdir(place):
+        config = load_config("config.yaml")
+        supernet = make_supernet(config, prepare(config))
+    assert [supernet.weight_calibration, supernet.activation_calibration] == list(chosen.values())
+    assert Study.open(place / "runs/ranges" / STUDY).config["supernet"] == supernet.fingerprint()
+    other = at_once("export", "runs/ranges", "--pick", 1, "--to", tmp_path / "export", cwd=place)
+    assert other.returncode == 0, other.stderr
+    verified = at_once("verify", tmp_path / "export", "--config", "runs/ranges/config.yaml", cwd=place)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    for key, method in chosen.items():
+        write_config(place, **settings, **{**chosen, key: "minmax"})
+        said = refused(capsys, place, monkeypatch, "run", "config.yaml")
+        assert f'{key} was "{method}", is ' in said
 
 
 def test_a_second_run_in_an_output_folder_is_refused_and_harms_nothing(finished, capsys, monkeypatch):

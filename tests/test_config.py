@@ -1,6 +1,7 @@
 """The config: the issue's example is valid, and every mistake is one line that names the key."""
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -9,16 +10,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointopt import JointoptError, strategies
+from jointopt import JointoptError, Supernet, strategies
 from jointopt.checkpoint import card
 from jointopt.checkpoint.writers import WRITERS
-from jointopt.config.config import Config, load_config
+from jointopt.config.config import RANGES, Config, load_config
 from jointopt.config.sections import Finish, Search, Space, Train
 from jointopt.finishing.rounding import ROUNDINGS
 from jointopt.models import DTYPES
 from jointopt.targets import TARGETS
 from jointopt.tasks import TASKS
 from jointopt.training import sampling
+from quant.calibration import ACTIVATION_METHODS, METHODS
 from quant.formats import SCHEMES
 from search_spaces.precision import PRECISION_PER
 
@@ -237,6 +239,8 @@ def test_overrides_take_the_place_of_the_files_values(tmp_path):
         (Config, "target", TARGETS),
         (Config, "target", WRITERS),
         (Config, "dtype", ["auto", *DTYPES]),
+        (Config, "weight_calibration", METHODS),
+        (Config, "activation_calibration", ACTIVATION_METHODS),
         (Space, "precision_per", PRECISION_PER),
         (Train, "sampling", sampling.SAMPLERS),
         (Search, "strategy", strategies.STRATEGIES),
@@ -264,6 +268,22 @@ def test_the_record_leaves_out_what_may_change_between_runs(tmp_path):
     other = load_config(path, {"search.evaluations": 7, "output": "x", "choose": "knee", "device": "cpu"})
     assert one.record() == other.record()
     assert one.record() != load_config(path, {"search.seed": 1}).record()
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_how_ranges_are_chosen_is_recorded_where_it_is_not_the_default_of_python_too(tmp_path, key):
+    own = signature(Supernet).parameters[key].default
+    path = written(tmp_path, EXAMPLE)
+    assert load_config(path, {key: own}).record() == load_config(path).record()
+    assert load_config(path, {key: "percentile"}).record() == {**load_config(path).record(), key: "percentile"}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_training_depends_on_how_ranges_are_chosen_where_it_rounds(tmp_path, key):
+    path = written(tmp_path, EXAMPLE + "train: {steps: 10}\n")
+    without, rounding = {key: "percentile"}, {key: "percentile", "train.precision_from": 0.5}
+    assert key not in load_config(path, without).training_record()
+    assert load_config(path, rounding).training_record()[key] == "percentile"
 
 
 KEYS = st.sampled_from([*Config.model_fields, "path", "steps", "evaluations", "x"])

@@ -41,6 +41,9 @@ from quant.errors import JointoptError, did_you_mean
 from search_spaces.defaults import ARCHITECTURE, space_for_model
 from search_spaces.space import SearchSpace
 
+RANGES = ("weight_calibration", "activation_calibration")
+"""Keys that say how the ranges of number formats are chosen, by which training in these formats rounds too."""
+
 
 class Config(Section):
     """A whole run; the README shows one by example.
@@ -50,6 +53,8 @@ class Config(Section):
         task: how data becomes batches and quality; with `quality` it is read off the model where not given.
         repair: whether layers whose inputs are narrowed are fitted to what they computed before, by least squares.
         transforms: changes of the weights that keep the model's function and make it easier to quantize.
+        weight_calibration, activation_calibration: how the ranges of quantized weights, and of static activations, are
+            chosen.
         quality: "package.function", model -> float (or a dict of metrics), instead of the task's own metrics.
         constraints: limits on costs and measured objectives, "<= number" or ">= number" by name; size_mb is in 10^6.
         target: the library that the export is for; all but "transformers" narrow number formats to those they compute.
@@ -64,6 +69,8 @@ class Config(Section):
     space: Space = Space()
     repair: bool = False
     transforms: Annotated[list[str], Field(min_length=1)] | None = None
+    weight_calibration: Literal["minmax", "percentile", "mse"] = "minmax"
+    activation_calibration: Literal["minmax", "average", "percentile", "mse", "entropy"] = "mse"
     train: Train | None = None
     objectives: Annotated[list[NameOrEntry], Field(min_length=1)] | None = None
     search: Search = Search()
@@ -213,6 +220,9 @@ class Config(Section):
         for key in ("evaluations", "minutes", "patience", "workers", "ray", "threads"):
             content["search"].pop(key, None)
         content["data"].pop("test", None)
+        for key in RANGES:
+            if content[key] == type(self).model_fields[key].default:
+                content.pop(key)  # as in studies that were begun before it could be chosen
         if self.train is None and self.data.calibrate is not None:
             content["data"].pop("train", None)  # only finishing reads it
         return content
@@ -221,6 +231,8 @@ class Config(Section):
         """What of it determines the trained super-network and what was timed of it."""
         content = self.record()
         keys = ["model", "data", "space", "train", "dtype", "transforms"]
+        if self.train is not None and self.train.precision_from is not None:
+            keys += RANGES
         if self.train is not None and self.train.sampling == "attentive":
             keys.append("constraints")
         return {**{key: content[key] for key in keys if content.get(key)}, "seed": self.search.seed}

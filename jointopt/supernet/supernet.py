@@ -140,10 +140,10 @@ class Supernet:
         self.model, self.family = rotated(self.model, self.family, self.transforms, self._declared)
         self._scaled = False
         self.space, self.latency = space, latency
-        check_weight_method(weight_calibration)
+        check_weight_method(weight_calibration, "weight_calibration")
         self.weight_calibration = weight_calibration
         self.repair = repair
-        check_activation_method(activation_calibration)
+        check_activation_method(activation_calibration, "activation_calibration")
         self.activation_calibration = activation_calibration
         self.calibrated = False
         self.trained = False
