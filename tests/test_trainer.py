@@ -81,6 +81,11 @@ def test_a_timm_model_checkpoints_by_its_own_method_and_not_by_the_trainer_s(tmp
         ElasticTrainer(model=make("timm_vit"), args=asked, train_dataset=rows)
 
 
+def test_gradient_checkpointing_of_a_model_that_has_none_is_refused_at_start(tmp_path):
+    with pytest.raises(JointoptError, match="True, which a ResNetForImageClassification does not support; allowed: F"):
+        trainer(tmp_path, make("resnet"), gradient_checkpointing=True)
+
+
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     plain, checkpointed = (trainer(tmp_path / str(on), gradient_checkpointing=on) for on in (False, True))
     for each in (plain, checkpointed):

@@ -52,13 +52,18 @@ def check_args(args: TrainingArguments, options: Mapping[str, Any]) -> None:
 
 
 def check_checkpointing(args: TrainingArguments, model: nn.Module) -> None:
-    """Raises JointoptError for gradient checkpointing of a model without a method by which the Trainer asks for it."""
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    if args.gradient_checkpointing and not any(hasattr(model, name) for name in names):
+    """Raises JointoptError for gradient checkpointing of a model that says it has none, or without a method by which
+    the Trainer asks for it."""
+    if not args.gradient_checkpointing:
+        return
+    names, kind = ("activation_checkpointing_enable", "gradient_checkpointing_enable"), type(model).__name__
+    if not any(hasattr(model, name) for name in names):
         raise JointoptError(
-            f"args: gradient_checkpointing True, for which a {type(model).__name__} has no {names[0]}; allowed: False"
+            f"args: gradient_checkpointing True, for which a {kind} has no {names[0]}; allowed: False"
             + (", and its own set_grad_checkpointing()" if hasattr(model, "set_grad_checkpointing") else "")
         )
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        raise JointoptError(f"args: gradient_checkpointing True, which a {kind} does not support; allowed: False")
 
 
 def supernet_of(
