@@ -250,14 +250,20 @@ def test_impossible_adapters_are_refused_at_the_start():
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        (["qkv"], "found 'qkv', which is no Linear layer here; allowed: fc1, fc2, head, k, proj, q, v"),
-        (["fc1", "fc3"], "found 'fc3', which is no Linear layer here; did you mean 'fc2'"),
+        (["qkv"], "found 'qkv', which is no Linear layer here, .*; allowed: fc1, fc2, head, k, proj, q, v"),
+        (["fc1", "fc3"], "found 'fc3', which is no Linear layer here, .*; did you mean 'fc2'"),
         (".*qkv_proj", "not found in the base model.*allowed: fc1, fc2, head, k, proj, q, v"),
     ],
 )
 def test_targets_that_name_no_layer_are_refused_with_those_that_do(targets, said):
     with pytest.raises(JointoptError, match=f"lora: .*{said}"):
         attach(calibrated("timm_vit"), peft.LoraConfig(target_modules=targets))
+
+
+def test_adapters_of_convolutions_are_refused_with_the_linear_layers_that_there_are():
+    said = "found 'convolution', which is no Linear layer here, and others get no adapters; allowed: classifier.1$"
+    with pytest.raises(JointoptError, match=f"^lora: target_modules: {said}"):
+        attach(calibrated("resnet"), peft.LoraConfig(target_modules=["convolution"]))
 
 
 def test_a_config_is_told_its_own_key_of_a_target_that_names_no_layer(tmp_path):

@@ -137,7 +137,7 @@ class Lora(Section):
 
     Attributes:
         rank, alpha: of each adapter; it counts alpha / rank.
-        targets: names of layers that get one (q_proj, v_proj, fc1, ...).
+        targets: names of Linear layers that get one (q_proj, v_proj, fc1, ...).
     """
 
     rank: Positive = 8

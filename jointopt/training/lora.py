@@ -7,6 +7,7 @@ own layers (`jointopt.adapters`).
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -147,16 +148,21 @@ def _freeze(model: nn.Module, names: Collection[str]) -> None:
 
 
 def check_targets(model: nn.Module, targets: Iterable[str], key: str = "lora: target_modules") -> list[str]:
-    """The names that linear layers end in. Raises JointoptError for a target that is none."""
+    """The names that Linear layers end in. Raises JointoptError for a target that is none."""
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    names = sorted({path.rpartition(".")[2] for path in linear})
+    names = sorted(set(map(_ending, linear)))
     for wanted in targets:
         if not any(path == wanted or path.endswith(f".{wanted}") for path in linear):
             raise JointoptError(
-                f"{key}: found {wanted!r}, which is no Linear layer here{did_you_mean(wanted, names)}; allowed: "
-                f"{', '.join(names)}"
+                f"{key}: found {wanted!r}, which is no Linear layer here, and others get no adapters"
+                f"{did_you_mean(wanted, names)}; allowed: {', '.join(names)}"
             )
     return names
+
+
+def _ending(path: str) -> str:
+    """The last part of a path, with that before it where it is only a number: "fc1", "classifier.1"."""
+    return re.search(r"[^.]*(\.\d+)*$", path)[0]  # type: ignore[index]
 
 
 @torch.no_grad()
