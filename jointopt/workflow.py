@@ -149,7 +149,7 @@ def _trained_from(config: Config, prepared: Prepared, with_teacher: bool) -> dic
     with suppress(JointoptError):
         teacher = teacher_of(config, prepared.loaded.task, "cpu") if with_teacher else None
         if teacher is not None:
-            found[TEACHER] = digest_of([teacher.state_dict()])
+            found[TEACHER] = digest_of([teacher.model.state_dict()])
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,9 @@ SMALL = {
 }
 
 
-def save_tokenizer(folder: Path, **changes: object) -> None:
+def save_tokenizer(folder: Path, known: Sequence[str] = WORDS, **changes: object) -> None:
     """One token a word."""
-    vocabulary = {word: index for index, word in enumerate(("[PAD]", "[UNK]", "[END]", *WORDS))}
+    vocabulary = {word: index for index, word in enumerate(("[PAD]", "[UNK]", "[END]", *known))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     options = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[END]", "model_max_length": 32, **changes}

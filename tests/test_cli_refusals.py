@@ -6,11 +6,12 @@ import shutil
 import sys
 
 import pytest
+from transformers import ViTImageProcessor
 
 from jointopt import Gene, Objective, SearchSpace, Study
 from jointopt.cli import main
 from tests.commands import at_once, refused, write_config
-from tests.saved import write_images
+from tests.saved import save_vit, write_images
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,28 @@ def test_labels_that_the_model_lacks_are_named(place, capsys, monkeypatch):
     assert "data.evaluate.label: found 4 folders, and the model has 3 classes" in refused(
         capsys, place, monkeypatch, "run", "config.yaml"
     )
+
+
+@pytest.mark.parametrize(
+    ("labels", "mean", "said"),
+    [
+        (("dog", "cat", "owl"), 0.5, "label 0 is 'dog', the model's 'cat'"),
+        (("cat", "dog", "owl"), 0.4, "image_mean is [0.4], the model's [0.5]"),
+    ],
+)
+def test_a_teacher_of_other_labels_or_images_is_refused_before_training(
+    labels, mean, said, tmp_path, capsys, monkeypatch
+):
+    save_vit(tmp_path / "pupil", id2label=dict(enumerate(("cat", "dog", "owl"))))
+    save_vit(tmp_path / "teacher", id2label=dict(enumerate(labels)))
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[mean], image_std=[0.5])
+    processor.save_pretrained(tmp_path / "teacher")
+    write_images(tmp_path / "images")
+    train = {"steps": 2, "batch_size": 4, "distill": {"teacher": "teacher"}}
+    data = {"train": "images", "evaluate": "images"}
+    write_config(tmp_path, model="pupil", output="run", data=data, train=train)
+    assert f"train.distill.teacher: {said}" in refused(capsys, tmp_path, monkeypatch, "run", "config.yaml")
+    assert not (tmp_path / "run/training.safetensors").exists()
 
 
 def test_a_cluster_without_ray_is_told_before_anything_is_read(place, capsys, monkeypatch):

@@ -26,8 +26,8 @@ from tests.zoo import MODELS, batches, logits, make
 CLASSES = {"bert": 3}
 
 
-def calibrated(name: str, **options) -> Supernet:
-    model = make(name)
+def calibrated(name: str, model: nn.Module | None = None, **options) -> Supernet:
+    model = model or make(name)
     supernet = Supernet(model, SearchSpace.for_model(model, **{"schemes": ["none", "W8A8"], **options}))
     supernet.calibrate(batches(name))
     return supernet

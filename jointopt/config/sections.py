@@ -122,7 +122,8 @@ class Distill(Section):
     """What sampled sub-networks learn from the largest: `jointopt.Distillation`, which says what each number is.
 
     Attributes:
-        teacher: a local folder, a hub id or timm/NAME of a model to learn from in the largest's place.
+        teacher: a local folder, a hub id or timm/NAME of a model to learn from in the largest's place, with the same
+            labels, tokens and preparation of images.
     """
 
     temperature: Annotated[float, Field(gt=0)] = 1.0

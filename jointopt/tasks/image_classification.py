@@ -34,14 +34,14 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     folders = class_folders(base) if base.is_dir() else None
     labels = read_labels(columns, source, model, folders)
     dtype = next(model.parameters()).dtype
-    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    mode = mode_of(model)
     kept: dict[int, Tensor] = {}
 
     def processed(index: int) -> Tensor:
         if index in kept:
             return kept[index]
-        opened = _opened(images[index], base, f"{source.key}.image").convert(MODES.get(channels, "RGB"))
-        found = _inputs(processor, opened).to(dtype)
+        opened = _opened(images[index], base, f"{source.key}.image").convert(mode)
+        found = pixels_of(processor, opened).to(dtype)
         if (len(kept) + 1) * found.numel() * found.element_size() <= KEPT_BYTES:
             kept[index] = found
         return found
@@ -67,7 +67,13 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     return Samples(len(images), collate, range(len(images)), place_of(model), mark, read_late=True)
 
 
-def _inputs(processor: Any, image: Image.Image) -> Tensor:
+def mode_of(model: nn.Module) -> str:
+    """Pillow's name for images of as many channels as the model reads."""
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    return MODES.get(channels, "RGB")
+
+
+def pixels_of(processor: Any, image: Image.Image) -> Tensor:
     """[channels, height, width]. What a processor raises for settings that do not fit the image may be anything."""
     if not hasattr(processor, "model_input_names"):
         return processor(image)

@@ -204,6 +204,14 @@ def _nameless(labels: Sequence[str]) -> bool:
     return all(name in (f"LABEL_{index}", str(index)) for index, name in enumerate(labels))
 
 
+def first_other(labels: Sequence[str], others: Sequence[str]) -> int | None:
+    """The first class that two models, of as many, call by different names; None where one has no names for them."""
+    if _nameless(labels) or _nameless(others):
+        return None
+    pairs = enumerate(zip(labels, others, strict=True))
+    return next((at for at, (one, other) in pairs if _folded(one) != _folded(other)), None)
+
+
 def _few(labels: Sequence[str]) -> str:
     return f"{len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}"
 

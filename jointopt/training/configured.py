@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from jointopt.installed import lacking
-from jointopt.training.distillation import NUMBERS, Distillation
+from jointopt.training.distillation import NUMBERS, Distillation, check_teacher
 from jointopt.training.lora import check_targets
 from jointopt.training.recipe import Recipe
 from jointopt.training.sampling import SAMPLERS, Attentive, Sampling
 from jointopt.training.sampling.attentive import beyond_limits
+from jointopt.training.teachers import check_given_alike
 from quant.errors import JointoptError
 from search_spaces.family import has_module
 
@@ -27,14 +28,15 @@ def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe
     """The recipe; a teacher is loaded beside the model.
 
     Raises:
-        JointoptError: a teacher that cannot be loaded or has other labels, whatever does not fit the super-network.
+        JointoptError: a teacher that cannot be loaded, has other labels, or was given other tokens or images than the
+            model is; whatever does not fit the super-network.
     """
     wanted = config.train
     assert wanted is not None
     distillation = None
     if wanted.distill:
         numbers = {name: getattr(wanted.distill, name) for name in NUMBERS}
-        distillation = Distillation(**numbers, teacher=teacher_of(config, loaded.task, str(supernet.device)))
+        distillation = Distillation(**numbers, teacher=_checked_teacher(config, supernet, loaded))
     recipe = Recipe(
         _sampling(config, supernet), distillation, wanted.precision_from, wanted.learned_ranges, seed=config.search.seed
     )
@@ -42,7 +44,19 @@ def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe
     return recipe
 
 
-def teacher_of(config: Config, task: str, device: str) -> nn.Module | None:
+def _checked_teacher(config: Config, supernet: Supernet, loaded: LoadedModel) -> nn.Module | None:
+    from jointopt.models import said_of
+
+    teacher = teacher_of(config, loaded.task, str(supernet.device))
+    if teacher is None:
+        return None
+    check_teacher(supernet.model, teacher.model, TEACHER)
+    with said_of(TEACHER):
+        check_given_alike(loaded, teacher, supernet.samples[0])
+    return teacher.model
+
+
+def teacher_of(config: Config, task: str, device: str) -> LoadedModel | None:
     """The other model that a config trains to agree with; None where it names none.
 
     Raises:
@@ -53,7 +67,7 @@ def teacher_of(config: Config, task: str, device: str) -> nn.Module | None:
     if config.train is None or not config.train.distill or config.train.distill.teacher is None:
         return None
     with said_of(TEACHER):
-        return load_model(config.train.distill.teacher, task, device, config.dtype).model
+        return load_model(config.train.distill.teacher, task, device, config.dtype)
 
 
 HEADS = ("pre_classifier", "classifier", "cls_classifier", "distillation_classifier", "score", "fc", "head")

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from jointopt.batches import Batch
 from jointopt.outputs import MULTI_LABEL, REGRESSION, first_output, logits_of, problem_of, row_groups
 from jointopt.supernet.subnetwork import Plan, renaming
+from jointopt.tasks.labels import first_other
+from jointopt.tasks.task import label_names
 from quant.errors import JointoptError, check_above_0, check_number
 from quant.formats import dtype_name
 from search_spaces.family import Family, Width, within
@@ -40,7 +42,8 @@ class Distillation:
         attention: weight of the divergence of query, key and value relations in the last attention layer; 0 leaves
             it out.
         labels: weight of the task's own loss on the sub-networks.
-        teacher: a model to learn the logits from in place of the largest sub-network, which then learns them too.
+        teacher: a model of the same inputs and labels to learn the logits from in place of the largest sub-network,
+            which then learns them too.
     """
 
     temperature: float = 1.0
@@ -71,7 +74,7 @@ class Distillation:
         if self.attention and not any(w.attention for w in family.widths):
             raise JointoptError(f"distillation: attention, of which a {family.name} has none; allowed: 0")
         if self.teacher is not None:
-            _check_teacher(model, self.teacher)
+            check_teacher(model, self.teacher)
 
 
 def are_probabilities(labels: Tensor) -> bool:
@@ -93,14 +96,28 @@ def check_one_class(logits: Tensor, labels: Any) -> None:
         )
 
 
-def _check_teacher(model: Any, teacher: Any) -> None:
+def check_teacher(model: Any, teacher: Any, key: str = "teacher") -> None:
+    """Raises JointoptError for a teacher whose outputs are not those of the model, or that is elsewhere."""
     for name in ("vocab_size", "num_labels", "num_classes"):
         own, other = (getattr(getattr(m, "config", m), name, None) for m in (model, teacher))
         if own != other:
-            raise JointoptError(f"teacher: {name} is {other}, the model's {own}; allowed: the same")
+            raise JointoptError(f"{key}: {name} is {other}, the model's {own}; allowed: the same")
+    own, other = _classes(model), _classes(teacher)
+    if len(own) == len(other) and (at := first_other(own, other)) is not None:
+        raise JointoptError(
+            f"{key}: label {at} is {other[at]!r}, the model's {own[at]!r}; allowed: the same labels in the same order "
+            "(config.id2label)"
+        )
     own, other = (next((each.device for each in m.parameters()), None) for m in (model, teacher))
     if other not in (None, own):
-        raise JointoptError(f"teacher: is on {other}, the model on {own}; allowed: the same device")
+        raise JointoptError(f"{key}: is on {other}, the model on {own}; allowed: the same device")
+
+
+def _classes(model: Any) -> list[str]:
+    """The names of a model's classes; of one that is of no library none."""
+    config = getattr(model, "config", None)
+    known = hasattr(model, "num_classes") if config is None else hasattr(config, "id2label")
+    return label_names(model) if known else []
 
 
 @dataclass
