@@ -5,8 +5,8 @@ number for each choice and for each pair of choices in a block, with the residua
 its noise. Size and MACs are such regressions too, and exact as far as the searches go.
 
 A synthetic problem's quality is a sum over the layers that are there, plus pairwise interactions, seen through a
-transform (accuracy saturates, perplexity explodes) and measured with noise; sizes and MACs are exact. Everything is
-drawn from the problem's seed. Hypervolume is taken on noise-free values, between the stated corners.
+transform (accuracy saturates, perplexity explodes) and measured with noise; sizes and MACs are exact (architectures.py
+has those without number formats). Everything is drawn from the problem's seed. Hypervolume is taken on noise-free values, between the stated corners.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+from architectures import Law, once_for_all, typed_cells, widths
 from scipy.sparse import csr_array
 
 from jointopt.objectives import Objective, hypervolume, minimized
@@ -314,6 +315,12 @@ def recorded(name: str, *, objectives: tuple[str, ...] = ("loss", "size"), seed:
     return replace(framed, noise=add_noise)
 
 
+def of_law(name: str, make: Callable[..., Law], *, seed: int = 0, noise: float = 0.03) -> Problem:
+    """A problem of architectures.py."""
+    space, objectives, exact = make(seed=seed)
+    return _framed(name, space, objectives, exact, _diagonal(space, 2000, np.random.default_rng(seed)), noise)
+
+
 def _diagonal(space: SearchSpace, n: int, random: np.random.Generator) -> np.ndarray:
     level = random.random((n, 1))
     genomes = np.where(random.random((n, len(space))) < level, space.largest, space.smallest)
@@ -369,6 +376,12 @@ def families(seed: int = 0) -> dict[str, Callable[[], Problem]]:
         "measured60": (scrambled, {"count": 60, "objectives": 3}),
         "formats150": (transformer, {"blocks": 21, "layers": 4, "architecture": 10.0, "transform": "steep"}),
     }
-    return real | {
-        name: partial(make, name, seed=seed + at, **options) for at, (name, (make, options)) in enumerate(kinds.items())
-    }
+    laws = {"widths30": widths, "once_for_all": once_for_all, "cells96": typed_cells}
+    return (
+        real
+        | {
+            name: partial(make, name, seed=seed + at, **options)
+            for at, (name, (make, options)) in enumerate(kinds.items())
+        }
+        | {name: partial(of_law, name, make, seed=seed) for name, make in laws.items()}
+    )
