@@ -26,7 +26,9 @@ def _has_adapter(layer: nn.Module) -> bool:
 
 def effective(layer: Any) -> Tensor:
     """A layer's weight, with its adapter where it has one; through which gradients then reach the adapter alone."""
-    return layer.weight + layer.lora_scale * (layer.lora_B @ layer.lora_A) if _has_adapter(layer) else layer.weight
+    if not _has_adapter(layer):
+        return layer.weight
+    return (layer.weight + layer.lora_scale * (layer.lora_B @ layer.lora_A)).to(layer.weight.dtype)
 
 
 def with_adapters(model: nn.Module) -> nn.Module:

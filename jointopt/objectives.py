@@ -105,13 +105,28 @@ class Objective:
         return 1.0 if self.direction == "min" else -1.0
 
     def values(self, genomes: np.ndarray) -> np.ndarray:
-        """What `compute` gives, [n]. Raises JointoptError for another shape, and for what is not finite."""
+        """What `compute` gives, [n]. Raises JointoptError for another shape, and for what is no finite number."""
         assert self.compute is not None
-        found = np.asarray(self.compute(genomes), dtype=float)
+        given = np.asarray(self.compute(genomes.copy()))  # which it may write to
+        if given.dtype.kind not in "biuf":
+            raise JointoptError(f"objective {self.name!r}: compute gave {given.dtype}; allowed: numbers")
+        found = given.astype(float)
         if found.shape != (len(genomes),) or not np.isfinite(found).all():
             told = f"shape {found.shape}" if found.shape != (len(genomes),) else "a value that is not finite"
             raise JointoptError(f"objective {self.name!r}: compute gave {told}; allowed: ({len(genomes)},), finite")
         return found
+
+    def check_alone(self, genomes: np.ndarray) -> None:
+        """Raises JointoptError where what `compute` gives for a genome depends on those it is asked for with: they are
+        others for the strategy than for the study."""
+        together = self.values(genomes)
+        for genome, value in zip(genomes, together, strict=True):
+            alone = self.values(genome[None])[0]
+            if not np.isclose(alone, value, rtol=1e-6):
+                raise JointoptError(
+                    f"objective {self.name!r}: compute gave {alone:g} for a genome by itself, and {value:g} among "
+                    "others; allowed: the same"
+                )
 
 
 def named(objective: str | Objective | dict[str, str]) -> Objective:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,13 +49,19 @@ def first_output(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
+def named_output(output: Any, name: str) -> Any:
+    """What an output holds by a name, whether as an attribute or a key; None where it does not."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
-    """The logits, whether the model returns a tensor (timm) or an output with `.logits` (transformers)."""
+    """The logits, whether the model returns a tensor (timm) or an output or dict that has them (transformers)."""
     output = model(**inputs)
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    logits = output if isinstance(output, Tensor) else named_output(output, "logits")
     if not isinstance(logits, Tensor):
         raise JointoptError(
-            f"the model returned a {type(output).__name__} without logits; allowed: a tensor, or an output with .logits"
+            f"the model returned a {type(output).__name__} without logits; allowed: a tensor, or an output or dict "
+            "with logits"
         )
     return logits
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from quant.errors import JointoptError, check_choice, did_you_mean
+from quant.errors import JointoptError, check_choice, check_count, did_you_mean
 
 _FLOATS = {torch.float8_e4m3fn: (3, -6, 448.0), torch.float8_e5m2: (2, -14, 57344.0)}
 """Mantissa bits, exponent of the smallest normal number, and largest number."""
@@ -189,6 +189,7 @@ class Format:
             raise JointoptError(
                 f"format scale: found {self.scale!r} of the codebook {self.element}; allowed: bfloat16, absmax"
             )
+        check_count("format group_size", self.group_size)
         if self.group_size is not None and self.granularity != "group":
             raise JointoptError(f"format: a group size with granularity {self.granularity!r}; allowed: 'group'")
 

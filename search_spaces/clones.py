@@ -80,6 +80,7 @@ def _clone(
     clone = found[path] = clones[id(module)] = object.__new__(type(module))
     state = clone.__dict__
     state.update(module.__dict__)
+    state.pop("_compiled_call_impl", None)  # of `module.compile()`, which calls the original's forward
     for name, value in module.__dict__.items():
         kind = type(value)
         if kind in _PLAIN:

@@ -41,6 +41,9 @@ class Gene:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", self._plain(self.choices))
+        if not isinstance(self.requires, Mapping):
+            found = f"found {self.requires!r} in place of what it requires"
+            raise JointoptError(f"gene {self.name!r}: {found}; allowed: an earlier gene -> choices")
         object.__setattr__(self, "requires", {name: self._plain(each) for name, each in self.requires.items()})
         if not self.choices:
             raise JointoptError(f"gene {self.name!r}: has no choice; allowed: one or more")
@@ -49,6 +52,8 @@ class Gene:
 
     def _plain(self, choices: Iterable[Choice]) -> tuple[Choice, ...]:
         """The choices as JSON holds them and gives them back, numpy's numbers as Python's."""
+        if isinstance(choices, str) or not isinstance(choices, Iterable):
+            raise JointoptError(f"gene {self.name!r}: found {choices!r} in place of choices; allowed: a tuple of them")
         plain = []
         for choice in choices:
             if isinstance(choice, list | tuple):

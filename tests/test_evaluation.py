@@ -262,6 +262,16 @@ def test_gradients_that_the_function_computes_are_left_on_no_model():
     assert supernet.model.classifier.bias.grad is None
 
 
+def test_what_the_function_freezes_is_trainable_again():
+    model = make("bert")
+    model.classifier.bias.requires_grad_(False)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"], preset="fixed"))
+    supernet.calibrate(batches("bert"))
+    search(supernet, lambda view: float(view.requires_grad_(False)(**batches("bert")[0]).logits.sum()), evaluations=3)
+    frozen = {name for each in (model, supernet.model) for name, p in each.named_parameters() if not p.requires_grad}
+    assert frozen == {"classifier.bias"}
+
+
 def test_a_model_that_the_function_moved_to_another_dtype_is_as_it_was():
     model = make("bert")
     before = {name: each.clone() for name, each in model.state_dict().items()}

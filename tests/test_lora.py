@@ -146,6 +146,20 @@ def test_a_config_that_peft_has_used_is_still_one():
     assert supernet.model.classifier.weight.requires_grad
 
 
+def test_adapters_of_a_bfloat16_model_are_in_float32_as_in_peft():
+    supernet = calibrated("llama_tied", model=make("llama_tied").bfloat16())
+    attach(supernet, config("llama_tied"))
+    (layer, *_) = adapted(supernet.model).values()
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    stir(supernet)
+    expected = logits(supernet.training_view(supernet.space.largest).eval(), batches("llama_tied")[0])
+    before = layer.weight.detach().clone()
+    merge(supernet)
+    assert layer.weight.dtype == torch.bfloat16 and not torch.equal(layer.weight, before)
+    found = logits(supernet.training_view(supernet.space.largest).eval(), batches("llama_tied")[0])
+    assert torch.equal(found, expected)
+
+
 def test_training_adapters_lowers_the_loss_and_changes_no_other_weight():
     supernet = calibrated("llama_tied")
     before = {key: each.clone() for key, each in supernet.model.state_dict().items()}

@@ -34,7 +34,7 @@ import jointopt
 from jointopt import Family, JointoptError, Layer, Part, Roofline, SearchSpace, Supernet, Width, load_device
 from jointopt.rebuilding.runtime import resize
 from jointopt.rebuilding.structure import tensors_of
-from tests.zoo import batches, make
+from tests.zoo import batches, logits, make
 
 SMALL = {
     "vocab_size": 96,
@@ -62,6 +62,20 @@ def changed(change: Callable[[nn.Module], object]) -> nn.Module:
     model = make("bert")
     change(model)
     return model
+
+
+@pytest.mark.parametrize("path", ["", "bert.encoder.layer.0"])
+def test_a_super_network_that_was_compiled_in_place_still_has_sub_networks(path):
+    model = make("bert")
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+    supernet.calibrate(batches("bert"))
+    smallest = supernet.space.smallest
+    with supernet.active(smallest) as view:
+        expected = logits(view, batches("bert")[0])
+    supernet.model.get_submodule(path).compile(backend="eager")
+    with supernet.active(smallest) as view:
+        assert torch.equal(logits(view, batches("bert")[0]), expected)
+    assert torch.equal(logits(supernet.extract(smallest), batches("bert")[0]), expected)
 
 
 def compile_a_block(model: nn.Module) -> None:

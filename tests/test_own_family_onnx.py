@@ -73,6 +73,22 @@ def test_its_inputs_and_outputs_keep_their_names(tmp_path, kind):
     torch.testing.assert_close(torch.tensor(total), expected["total"])
 
 
+class AfterAnother(Recommender):
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict:
+        taste = super().forward(ids, weights)["taste"]
+        return {"doubled": 2 * taste, "logits": taste}
+
+
+def test_logits_need_not_be_the_first_of_what_a_model_returns(tmp_path):
+    pytest.importorskip("onnxruntime")
+    batch = {"weights": torch.rand(4, 5), "ids": torch.randint(0, 40, (4, 5))}
+    supernet = for_onnx(AfterAnother(), declare_recommender, batch, mlp=[32, 64])
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
+    assert not jointopt.verify(folder).differences
+    labels = torch.zeros(4, dtype=torch.long)
+    jointopt.train_supernet(supernet, [{**batch, "labels": labels}], steps=1)
+
+
 class Listed(Recommender):
     """The same, its layers in a list of its own."""
 
@@ -185,6 +201,11 @@ class Wordy(Recommender):
         return {**super().forward(ids, weights), "words": ["some"]}
 
 
+class Classy(Recommender):
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(**super().forward(ids, weights))
+
+
 def test_what_cannot_be_traced_is_refused_in_one_line_and_leaves_nothing(tmp_path):
     pytest.importorskip("onnxruntime")
     batch = {"ids": torch.randint(0, 40, (4, 5)), "weights": torch.rand(4, 5)}
@@ -195,6 +216,7 @@ def test_what_cannot_be_traced_is_refused_in_one_line_and_leaves_nothing(tmp_pat
         (Asserting(4), r"export: Asserting does not run on one calibration sample: of another number"),
         (Asserting(1), r"export: Asserting does not run on two samples: of another number"),
         (Wordy(), r"export: the model returns .*words.*list.*; allowed: a tensor, or a tuple or dict of tensors"),
+        (Classy(), r"export: the model returns .*SimpleNamespace; allowed: a tensor, or a tuple or "),
     ):
         supernet = for_onnx(model, declare_recommender, batch, mlp=[32, 64])
         with pytest.raises(JointoptError, match=match) as caught:

@@ -144,6 +144,8 @@ def test_formats_that_make_no_sense():
     unknown_scale = ("int8", "channel", None, True, "float32")
     assert "found 'int9'; did you mean 'int8'?" in refusal(Format, "int9", "channel")
     assert "found 'row'; allowed: tensor, channel, token, group" in refusal(Format, "int8", "row")
+    for size in (0, -16, 7.5, True, "32"):
+        assert f"group_size: found {size!r}; allowed: a whole number from 1" in refusal(Format, "int8", "group", size)
     assert "fp8_e4m3 with a zero point" in refusal(Format, "fp8_e4m3", "channel", None, False)
     assert "a group size with granularity 'channel'" in refusal(Format, "int8", "channel", 32)
     assert "format scale: found 'float32'; did you mean 'bfloat16'" in refusal(Format, *unknown_scale)
@@ -246,11 +248,13 @@ def test_a_format_of_one_s_own_is_offered_under_its_name(monkeypatch):
 def test_a_super_network_names_the_layer():
     model = make("bert")
     path = "bert.encoder.layer.1.output.dense"
-    with torch.no_grad():
-        model.get_submodule(path).weight[0, 0] = torch.nan
     space = SearchSpace.for_model(model, preset="fixed", schemes=["W8A8"])
     supernet = Supernet(model, space)
+    with torch.no_grad():
+        supernet.model.get_submodule(path).weight[0, 0] = torch.nan
     assert refusal(supernet.extract, space.largest) == f"{path}: weight: found NaN or infinity; allowed: finite numbers"
-    space = SearchSpace.for_model(model, preset="fixed", schemes=["W8A8_STATIC"])
-    message = refusal(Supernet(model, space).calibrate, batches("bert"))
+    supernet = Supernet(model, SearchSpace.for_model(model, preset="fixed", schemes=["W8A8_STATIC"]))
+    with torch.no_grad():
+        supernet.model.get_submodule(path).weight[0, 0] = torch.nan
+    message = refusal(supernet.calibrate, batches("bert"))
     assert message.startswith("bert.") and "calibration saw inputs that are not finite" in message

@@ -101,6 +101,60 @@ def test_a_cost_of_one_s_own_that_is_no_number_is_named(supernet):
         jointopt.search(supernet, agreement, wanted, evaluations=6)
 
 
+def test_a_cost_of_one_s_own_may_write_to_the_genomes_that_it_is_given(supernet):
+    def first_gene_aside(genomes: np.ndarray) -> np.ndarray:
+        genomes[:, 0] = 0
+        return genomes.sum(1)
+
+    found = jointopt.search(
+        supernet, agreement, ["size", Objective("mine", "min", compute=first_gene_aside), "quality"], evaluations=8
+    ).evaluations()
+    sizes = supernet.cost_columns(np.array(found["genome"].tolist()))["size"]
+    assert found["size"].tolist() == sizes.tolist()
+
+
+@pytest.mark.parametrize(
+    ("compute", "said"),
+    [
+        (
+            lambda genomes: (genomes.sum(1) + 1) / (genomes.sum(1).max() + 1),
+            "compute gave 1 for a genome by itself, and",
+        ),
+        (lambda genomes: genomes.sum(1).astype(str), "compute gave <U21; allowed: numbers"),
+        (lambda genomes: genomes.sum(1) + 1j, "compute gave complex128; allowed: numbers"),
+    ],
+)
+def test_a_cost_of_one_s_own_that_is_not_of_each_genome_alone_is_refused(compute, said, supernet):
+    with pytest.raises(JointoptError, match=f"objective 'mine': {said}"):
+        jointopt.search(supernet, agreement, ["quality", Objective("mine", "min", compute=compute)], evaluations=6)
+
+
+def test_a_study_does_not_go_on_with_another_cost_by_the_same_name(supernet, tmp_path):
+    def searched(compute, evaluations: int):
+        wanted = ["quality", Objective("watts", "min", compute=compute)]
+        return jointopt.search(supernet, agreement, wanted, evaluations=evaluations, storage=tmp_path / "study.db")
+
+    searched(lambda genomes: genomes.sum(1), 6).close()
+    with pytest.raises(
+        JointoptError, match=r"objective 'watts': compute gives .* for evaluation 1, for which the study"
+    ):
+        searched(lambda genomes: 1000 - genomes.sum(1), 12)
+    assert len(searched(lambda genomes: genomes.sum(1), 8)) == 8
+
+
+def test_a_cost_of_one_s_own_by_the_name_of_a_metric_is_refused(supernet):
+    wanted = ["size", Objective("quality", "max", compute=lambda genomes: genomes.sum(1))]
+    with pytest.raises(JointoptError, match="objective 'quality': found a function for what the quality function"):
+        jointopt.search(supernet, agreement, wanted, evaluations=6)
+
+
+def test_a_strategy_of_one_s_own_that_proposes_nothing_is_told_so(monkeypatch):
+    monkeypatch.setitem(strategies.STRATEGIES, "silent", type("Silent", (Strategy,), {"propose": lambda self, n: None}))
+    strategy = strategies.create("silent", SearchSpace([Gene("depth", (1, 2))]), [Objective("x", "min")])
+    with pytest.raises(JointoptError, match=r"Silent.propose: returned None; allowed: genomes"):
+        strategy.ask(2)
+
+
 def test_a_cost_of_one_s_own_by_the_name_of_a_known_cost_is_refused(supernet):
     for name in ("size", "latency"):
         wanted = ["quality", Objective(name, "min", compute=lambda genomes: genomes.sum(1) + 1.0)]

@@ -226,6 +226,9 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: SearchSpace([Gene("a", (1,), {"b": (1,)}), Gene("b", (1,))]),
         "gene 'a': requires 'b', which is no earlier gene",
     ),
+    "requires a gene without a choice": (lambda: Gene("a", (1,), {"b": 1}), "gene 'a': found 1 in place of choices"),
+    "requires letters": (lambda: Gene("a", (1,), {"b": "relu"}), "gene 'a': found 'relu' in place of choices"),
+    "requires a list": (lambda: Gene("a", (1,), ["b"]), "gene 'a': found ['b'] in place of what it requires"),
     "requires itself": (lambda: SearchSpace([Gene("a", (1,), {"a": (1,)})]), "which is no earlier gene"),
     "requires a misspelt gene": (
         lambda: SearchSpace([Gene("depth", (1,)), Gene("b", (1,), {"deptj": (1,)})]),

@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
+from jointopt.training.distillation import teacher_logits
 from jointopt.training.sampling import Sandwich
 from tests.elastic_trainers import arguments, assert_trained_alike, data, trainer, weights
 from tests.test_training import labelled
@@ -161,6 +162,15 @@ def test_packed_samples_do_not_see_each_other_before_nor_after_training(tmp_path
     for name in ("eval_loss", "eval_smallest_loss", "eval_middle_loss"):
         assert after[name] == pytest.approx(before[name], rel=1e-5)
     assert made.supernet.model.config.use_cache
+
+
+def test_a_given_teacher_sees_packed_samples_one_by_one_too():
+    teacher = make("llama_tied", seed=1)
+    rows = [{"input_ids": list(range(4, 4 + size))} for size in (5, 9)]
+    together = DataCollatorWithFlattening()([{**row, "labels": row["input_ids"]} for row in rows])
+    found = teacher_logits(teacher, {name: each for name, each in together.items() if name != "labels"})
+    alone = [teacher_logits(teacher, {"input_ids": torch.tensor([row["input_ids"]])})[0] for row in rows]
+    torch.testing.assert_close(found[0], torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "vit"])

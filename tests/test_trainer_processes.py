@@ -19,6 +19,7 @@ BEGIN = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
+import torch
 from safetensors.torch import save_file
 from jointopt import ElasticTrainer, Recipe, SearchSpace
 from jointopt.training.sampling import Sandwich
@@ -90,6 +91,39 @@ def test_two_processes_keep_the_same_statistics_of_normalizations(tmp_path):
     means = [name for name in first if name.endswith("running_mean")]
     assert means and all(not torch.equal(first[name], before[name]) for name in means)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_losses_of_smaller_sub_networks_count_each_sample_once(tmp_path):
+    trained(
+        tmp_path / "two",
+        "made = trainer(folder, max_steps=1, per_device_eval_batch_size=2, ddp_backend=backend)\n"
+        "rows = made.eval_dataset[:3]\n"  # of which accelerate hands out the first twice
+        "found = made.evaluate(rows)\n"
+        "space = made.supernet.space\n"
+        "images, labels = torch.stack([row['pixel_values'] for row in rows]), [row['labels'] for row in rows]\n"
+        "for name, genome in (('smallest', space.smallest), ('middle', space.middle)):\n"
+        "    logits = made.supernet.training_view(genome, False).eval()(images).logits\n"
+        "    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()\n"
+        "    assert abs(found[f'eval_{name}_loss'] - expected) < 1e-5, (name, found, expected)\n",
+        2,
+    )
+
+
+def test_processes_with_other_weights_are_refused(tmp_path):
+    trained(
+        tmp_path / "two",
+        "import pytest\n"
+        "from jointopt import JointoptError, elastic_loss\n"
+        "from tests.zoo import batches\n"
+        "made = trainer(folder, max_steps=1, ddp_backend=backend)\n"
+        "made.supernet.model.classifier.bias.data += made.args.process_index\n"
+        "images = batches('vit')[0]\n"
+        "batch = {**images, 'labels': torch.zeros(len(images['pixel_values']), dtype=torch.long)}\n"
+        "with pytest.raises(JointoptError, match='the processes hold super-networks of other weights'):\n"
+        "    elastic_loss(made.supernet, batch, 0)\n"
+        "made.supernet.model.classifier.bias.data -= made.args.process_index\n",
+        2,
+    )
 
 
 def test_a_training_of_one_process_is_refused_in_two(tmp_path):

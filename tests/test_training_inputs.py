@@ -266,6 +266,9 @@ def test_what_cannot_be_trained_is_refused_before_any_step():
             supernet, {**batch, "labels": torch.rand(6)}, 0
         ),
         r"found batches in a generator": lambda: jointopt.train_supernet(supernet, (each for each in [batch]), 1),
+        r"found batches in a function that takes no epoch": lambda: jointopt.train_supernet(
+            supernet, lambda: [batch], 1
+        ),
         r"found batches in a dict": lambda: jointopt.train_supernet(supernet, batch, 1),
         r"found a batch of type tuple; allowed: dicts": lambda: jointopt.elastic_loss(supernet, (batch,), 0),
         r"found no batch": lambda: jointopt.train_supernet(supernet, [], 1),

@@ -82,6 +82,12 @@ def test_a_model_with_weights_that_are_no_numbers(name):
         Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
 
 
+def test_a_model_made_in_inference_mode_is_taken():
+    with torch.inference_mode():
+        model = make("bert")
+    Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+
+
 @pytest.mark.parametrize("options", [{}, {"steps": 1}])
 def test_an_empty_batch(options, supernet):
     with pytest.raises(JointoptError, match="finish: found an empty batch"):

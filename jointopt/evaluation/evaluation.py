@@ -73,8 +73,8 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
     """
     tensors = chain(model.named_parameters(), model.named_buffers())
     before = [(name, tensor, _state(tensor), tensor.detach()) for name, tensor in tensors]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in gradients:
+    gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _, _ in gradients:
         parameter.grad = None
     try:
         with torch.no_grad():
@@ -84,8 +84,9 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
         for _, tensor, state, held in before:
             if _state(tensor)[:2] != state[:2]:  # moved, as by model.half(): whose model it is goes on with its own
                 tensor.data = held
-        for parameter, gradient in gradients:
+        for parameter, gradient, trained in gradients:
             parameter.grad = gradient
+            parameter.requires_grad_(trained)  # evaluation code likes to freeze what it is given
         if changed:
             raise ChangedWeights(
                 f"quality changed weights that sub-networks share: {', '.join(changed[:3])}"

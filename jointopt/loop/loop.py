@@ -125,19 +125,23 @@ def search(
             if fresh:  # another search would find nothing in it but settings to keep to
                 study.remove()
             raise
+        own = [each for each in wanted if each.compute is not None and each.name not in COSTS]
+        _check_recorded(study, own)
         _begin_anew_if_all_failed(study)
         if (state := study.fact("state")) is not None:
             with damaged(study.path, "the state of its strategy"):
                 asking.load_state_dict(state)
         _say_where_small(supernet.space, budget)
         study.note("stopped", None)
-        with closing(_evaluator(supernet, quality, workers, ray, threads)) as evaluator:
-            own = [each for each in wanted if each.compute is not None and each.name not in COSTS]
-            with heeding_ctrl_c() as check_interrupt, Watch(study, budget, progress) as watch:
-                run = _Run(study, asking, evaluator, budget, watch, batch, own, check_interrupt)
-                reason = run.stream() if asynchronous else run.batches()
-                _stop_if_all_failed(study, 1)
-                watch.ended(reason)
+        with (
+            closing(_evaluator(supernet, quality, workers, ray, threads)) as evaluator,
+            heeding_ctrl_c() as check_interrupt,
+            Watch(study, budget, progress) as watch,
+        ):
+            run = _Run(study, asking, evaluator, budget, watch, batch, own, check_interrupt)
+            reason = run.stream() if asynchronous else run.batches()
+            _stop_if_all_failed(study, 1)
+            watch.ended(reason)
         supernet.scores.update(study.scores())
     except BaseException:
         study.close()
@@ -210,6 +214,20 @@ def _check_goes_on(study: Study, wanted: Sequence[Objective], found: Mapping[str
                 f"search: {name} of the original is {found[name]:.6g}, and was {before:.6g} when the study began: "
                 f"{why}; what was recorded then stays beside what is recorded now",
                 stacklevel=4,
+            )
+
+
+def _check_recorded(study: Study, own: Sequence[Objective]) -> None:
+    """Raises JointoptError where a function of the user's is not the one by which the study recorded its objective."""
+    rows = study.succeeded()
+    for each in own if len(rows) else ():
+        found = each.values(np.array(rows["genome"].tolist(), dtype=np.int64))
+        other = ~np.isclose(found, rows[each.name].to_numpy(dtype=float), rtol=1e-6)
+        if other.any():
+            at = int(other.argmax())
+            raise JointoptError(
+                f"objective {each.name!r}: compute gives {found[at]:g} for evaluation {rows['number'].iloc[at]}, for "
+                f"which the study has {rows[each.name].iloc[at]:g}; allowed: the same function, or another study"
             )
 
 

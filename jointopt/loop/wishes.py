@@ -149,8 +149,14 @@ def metrics_of_original(supernet: Supernet, quality: Quality) -> dict[str, float
 
 
 def check_metrics(objectives: Sequence[Objective], metrics: Mapping[str, float]) -> None:
-    """Raises JointoptError for an objective that is not among the metrics of a quality function, nor computed."""
+    """Raises JointoptError for an objective that is neither among the metrics of a quality function nor computed, or
+    is both."""
     for objective in objectives:
+        if objective.compute is not None and objective.name in metrics and objective.name not in COSTS:
+            raise JointoptError(
+                f"objective {objective.name!r}: found a function for what the quality function returns; "
+                "allowed: another name"
+            )
         if objective.compute is None and objective.name not in metrics:
             returned = [name for name in metrics if name not in COSTS]
             such = f"; allowed: such as {{{returned[0]!r}: 'max'}}" if returned else ""

@@ -26,7 +26,7 @@ EVOLVED, GENERATIONS = 100, 100
 def _values(each: Constraint, compute: Callable[[np.ndarray], np.ndarray], genomes: np.ndarray) -> np.ndarray:
     """What a constraint's function computes of genomes, [n]. Raises JointoptError for anything else."""
     try:
-        values = np.asarray(compute(genomes), dtype=float)
+        values = np.asarray(compute(genomes.copy()), dtype=float)  # which it may write to
     except (TypeError, ValueError) as error:
         raise JointoptError(f"constraint {each.name!r}: its function gave no numbers: {error}") from None
     if values.shape != (len(genomes),):

@@ -35,6 +35,9 @@ class Strategy:
     ):
         self.space = space
         self.objectives = tuple(objectives)
+        for objective in self.objectives:
+            if objective.compute is not None:
+                objective.check_alone(np.stack([space.smallest, space.largest]))
         self.feasible = Feasible(space, self.objectives, constraints)
         self.random = np.random.default_rng(seed)
         self.told = np.empty((0, len(space)), dtype=np.int64)
@@ -99,6 +102,8 @@ class Strategy:
 
     def _unseen(self, proposed: Iterable[np.ndarray], n: int) -> list[np.ndarray]:
         found: dict[bytes, np.ndarray] = {}
+        if not isinstance(proposed, Iterable):
+            raise JointoptError(f"{type(self).__name__}.propose: returned {proposed!r}; allowed: genomes")
         for each in proposed:
             genome = self.space.canonical(each)
             key = genome.tobytes()

@@ -28,7 +28,7 @@ def own_copy(model: nn.Module) -> nn.Module:
     if not dtypes <= {torch.float32, torch.bfloat16}:
         raise JointoptError(f"dtype: the model holds {', '.join(map(str, dtypes))}; allowed: float32, bfloat16")
     for path, weights in model.named_parameters():
-        if not weights.is_meta and not weights.isfinite().all():
+        if not weights.is_meta and not weights.detach().isfinite().all():
             raise JointoptError(f"{path}: found NaN or infinity; allowed: finite numbers")
     for path, module in model.named_modules():
         for name, value in vars(module).items():

@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from jointopt.batches import check_batch, on_device, without_labels
-from jointopt.outputs import REGRESSION, logits_of, problem_of
+from jointopt.outputs import REGRESSION, logits_of, problem_of, without_cache
 from jointopt.supernet.subnetwork import Holder, Plan, detach, quantize_tied, renaming
 from jointopt.supernet.weight_bank import BankedWeight
 from jointopt.training.distillation import soft_labels
@@ -76,7 +76,7 @@ def train_alone(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     numbered = zip(range(steps), endless("finish", batches, seed, 0), strict=False)
-    with _whole(supernet) as teacher, torch.enable_grad():
+    with _whole(supernet) as teacher, torch.enable_grad(), without_cache(teacher), without_cache(trained):
         for step, batch in track(numbered, "finishing", total=steps, disable=not progress):
             check_batch("finish", batch)
             inputs = without_labels(on_device(batch, supernet.device))

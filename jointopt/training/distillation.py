@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batches import Batch
-from jointopt.outputs import MULTI_LABEL, REGRESSION, first_output, logits_of, problem_of, row_groups
+from jointopt.outputs import (
+    MULTI_LABEL,
+    REGRESSION,
+    first_output,
+    logits_of,
+    problem_of,
+    row_groups,
+    without_cache,
+)
 from jointopt.supernet.subnetwork import Plan, renaming
 from jointopt.tasks.labels import first_other
 from jointopt.tasks.task import label_names
@@ -325,7 +333,7 @@ def teacher_logits(teacher: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     before = [module for module in teacher.modules() if module.training]
     teacher.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_cache(teacher):
             return logits_of(teacher, inputs)
     except TypeError as error:
         raise JointoptError(

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batches import Batch, check_batch, on_device, without_labels
+from jointopt.digests import digest_of
 from jointopt.evaluation.evaluation import check_supernet
 from jointopt.learned_ranges import NAME
-from jointopt.outputs import IGNORED, problem_of
+from jointopt.outputs import IGNORED, problem_of, without_cache
 from jointopt.supernet.batch_norm import running_statistics
 from jointopt.supernet.subnetwork import Plan
 from jointopt.training.distillation import (
@@ -68,6 +69,7 @@ def elastic_loss(
     check_supernet("train", supernet)
     if _CHECKED.get(supernet) is not recipe or not supernet.trained:
         recipe.check(supernet)
+        _check_alike(supernet)
         _CHECKED[supernet] = recipe
     if recipe.learned_ranges and NAME not in supernet.model._parameters:
         raise JointoptError("learned_ranges: call supernet.learn_ranges() before the optimizer is made")
@@ -130,7 +132,7 @@ def gradients_of(
         return loss.detach()
 
     losses, teacher = [], None
-    with _without_hooks(parameters):
+    with _without_hooks(parameters), without_cache(supernet.model):
         for student in _students(supernet, step, progress, recipe):
             view = supernet.view_to_train(student.plan, student.precision)
             modules = list(view.modules())
@@ -336,6 +338,21 @@ def _average_statistics(model: nn.Module) -> None:
         torch.distributed.all_reduce(together)
         for each, mean in zip(held, (together / count).split([len(each) for each in held]), strict=True):
             each.copy_(mean)
+
+
+def _check_alike(supernet: Supernet) -> None:
+    """Raises JointoptError where processes hold other weights, or channels and blocks in another order, whose gradients
+    would be averaged all the same."""
+    if processes() == 1:
+        return
+    held: list[Any] = [None] * processes()
+    order = ", ".join(f"{name}: {blocks}" for name, blocks in sorted(supernet.leaving.items()))
+    torch.distributed.all_gather_object(held, f"{digest_of([supernet.model.state_dict()])} {order}")
+    if len(set(held)) > 1:
+        raise JointoptError(
+            "train: the processes hold super-networks of other weights; allowed: in each the same model, calibrated on "
+            "the same batches"
+        )
 
 
 def processes() -> int:

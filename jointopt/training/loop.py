@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -154,11 +155,23 @@ def _hooked(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
 def check_batches(name: str, batches: Any) -> None:
     """Raises JointoptError for what cannot be gone through again and again."""
     listed = hasattr(batches, "__len__") and hasattr(batches, "__getitem__") and not isinstance(batches, Mapping | str)
+    if callable(batches) and not _takes_one(batches):
+        raise JointoptError(f"{name}: found batches in a function that takes no epoch; allowed: epoch -> its batches")
     if not (callable(batches) or listed):
         raise JointoptError(
             f"{name}: found batches in a {type(batches).__name__}; allowed: a list, which every epoch goes through in "
             "an order of its own, or a function from an epoch's number to its batches"
         )
+
+
+def _takes_one(function: Callable) -> bool:
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError:
+        return False
+    except ValueError:  # of what is not written in Python nothing is known
+        return True
+    return True
 
 
 @contextmanager

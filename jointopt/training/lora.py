@@ -59,7 +59,7 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
         layer = supernet.model.get_submodule(path)
         weight = layer.get_parameter("weight")
         for name in NAMES:
-            value = getattr(adapter, name)["default"].weight.detach().to(weight)
+            value = getattr(adapter, name)["default"].weight.detach().to(weight.device)  # float32 beside bfloat16
             layer.register_parameter(name, nn.Parameter(value.clone()))
         layer.__dict__["lora_scale"] = float(adapter.scaling["default"])
     return list(found)

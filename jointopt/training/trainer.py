@@ -346,7 +346,9 @@ class ElasticTrainer(Trainer):
             reestimate(view, supernet.samples)
         total = torch.zeros(3, dtype=torch.float64)
         for inputs in dataloader:
-            batch = self._labelled(self._prepare_inputs(inputs))
+            batch = self._once(self._labelled(self._prepare_inputs(inputs)))
+            if not len(batch["labels"]):
+                continue
             with self.accelerator.autocast():
                 loss = self.recipe.loss(logits_of(view, self._inputs(batch)), batch)
             count = len(batch["labels"])
@@ -356,6 +358,14 @@ class ElasticTrainer(Trainer):
         if not total[2]:
             raise JointoptError(f"evaluate: no label counts, each is {IGNORED}; allowed: some that do")
         return float(total[0] / total[1])
+
+    def _once(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Without the samples by which accelerate fills up the last batches, so that all processes have as many."""
+        state, count = self.accelerator.gradient_state, len(batch["labels"])
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        left = min(max(state.remainder - self.accelerator.process_index * count, 0), count)
+        return {name: each[:left] if len(each) == count else each for name, each in batch.items()}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's. A checkpoint that cannot be written whole is removed: training resumes from the one before."""

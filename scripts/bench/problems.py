@@ -6,7 +6,8 @@ its noise. Size and MACs are such regressions too, and exact as far as the searc
 
 A synthetic problem's quality is a sum over the layers that are there, plus pairwise interactions, seen through a
 transform (accuracy saturates, perplexity explodes) and measured with noise; sizes and MACs are exact (architectures.py
-has those without number formats). Everything is drawn from the problem's seed. Hypervolume is taken on noise-free values, between the stated corners.
+has those without number formats). Everything is drawn from the problem's seed. Hypervolume is taken on noise-free
+values, between the stated corners.
 """
 
 from __future__ import annotations

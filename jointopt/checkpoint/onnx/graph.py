@@ -160,6 +160,9 @@ def _traced_of(model: nn.Module, graph: nn.Module, inputs: dict[str, Any], **opt
 def _output_names(output: Any) -> list[str]:
     if isinstance(output, Tensor):
         return ["output"]
+    if not isinstance(output, Mapping | tuple | list):
+        kind = type(output).__name__
+        raise JointoptError(f"export: the model returns a {kind}; allowed: a tensor, or a tuple or dict of tensors")
     named = dict(output) if isinstance(output, Mapping) else {f"output.{at}": each for at, each in enumerate(output)}
     if not named or not all(isinstance(each, Tensor) for each in named.values()):
         found = {name: type(each).__name__ for name, each in named.items()}
