@@ -79,7 +79,7 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     else:
         supernet.calibrate(prepared.inputs)
         _check_wishes(config, prepared, supernet)
-        _train(config, prepared, supernet, wanted["contents"])
+        _train(config, prepared, supernet, wanted["contents"], console)
         _keep(output, supernet, wanted)
     (output / CHECKPOINT).unlink(missing_ok=True)
     supernet.calibrate(prepared.inputs)
@@ -177,22 +177,27 @@ def _check_choice(config: Config, supernet: Supernet) -> None:
         check_size(supernet, config.choose.size_mb)
 
 
-def _train(config: Config, prepared: Prepared, supernet: Supernet, contents: Mapping[str, str]) -> None:
+def _train(
+    config: Config, prepared: Prepared, supernet: Supernet, contents: Mapping[str, str], console: Console
+) -> None:
     from jointopt.training.configured import lora_of, recipe_of
     from jointopt.training.loop import train_supernet
 
     assert config.train is not None and prepared.train is not None
     samples, size, seed = prepared.train, config.train.batch_size, config.search.seed
     steps = config.train.steps or math.ceil((config.train.epochs or 1) * max(1, samples.count // size))
+    recipe, lora = recipe_of(config, supernet, prepared.loaded), lora_of(config, supernet, prepared.loaded)
+    if not (Path(config.output) / CHECKPOINT).exists():
+        _check_readable(prepared, steps * size, seed, console)
     train_supernet(
         supernet,
         lambda epoch: samples.epoch(epoch, size, seed),
         steps,
-        recipe=recipe_of(config, supernet, prepared.loaded),
+        recipe=recipe,
         learning_rate=config.train.learning_rate,
         seed=seed,
         sort_every=config.train.sort_every,
-        lora=lora_of(config, supernet, prepared.loaded),
+        lora=lora,
         checkpoint=Path(config.output) / CHECKPOINT,
         config=contents,
         progress=True,
@@ -235,7 +240,6 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     from jointopt.report.quantities import counted
 
     output = Path(config.output)
-    _check_readable(prepared, output, console)
     supernet = make_supernet(config, prepared, console)
     check_export(config, overwrite, supernet)
     _check_choice(config, supernet)
@@ -244,6 +248,8 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
         f"{supernet.family.name}: {len(space)} genes, {counted(space.count())} genomes; searching in {output / STUDY}",
         highlight=False,
     )
+    if config.finish is not None and config.finish.steps is not None and not (output / STUDY).exists():
+        _check_readable(prepared, config.finish.steps * config.finish.batch_size, config.search.seed, console)
     study = _searched(config, prepared, supernet)
     try:
         try:
@@ -269,9 +275,9 @@ def _run(config: Config, prepared: Prepared, console: Console, overwrite: bool) 
     return verification
 
 
-def _check_readable(prepared: Prepared, output: Path, console: Console) -> None:
-    """Reads all training data once, before a run's first step: a damaged file among them would end the training when
-    it comes to it, for good, as a training that goes on has to be on the same data.
+def _check_readable(prepared: Prepared, drawn: int, seed: int, console: Console) -> None:
+    """Reads what training will draw once, before its first step: a damaged file would end it when it comes to it, for
+    good, as a training that goes on has to be on the same data.
 
     Raises:
         JointoptError: a sample that cannot be read.
@@ -279,11 +285,10 @@ def _check_readable(prepared: Prepared, output: Path, console: Console) -> None:
     from rich.progress import track
 
     samples = prepared.train
-    begun = any((output / name).exists() for name in (CHECKPOINT, TRAINED, STUDY))
-    if samples is None or not samples.read_late or begun:
-        return
-    for index in track(range(samples.count), "reading training data", console=console, transient=True):
-        samples.collate([index])
+    assert samples is not None
+    if samples.read_late:
+        for index in track(samples.shuffled(0, seed)[:drawn], "reading images", console=console, transient=True):
+            samples.collate([index])
 
 
 def _searched(config: Config, prepared: Prepared, supernet: Supernet) -> Study:

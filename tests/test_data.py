@@ -141,6 +141,11 @@ def test_a_second_text_is_read_where_its_column_has_the_usual_name(folders, tmp_
         DataSource(str(tmp_path / "t.csv")), loaded.processor, loaded.model, 1
     )
     assert batch["input_ids"][0].tolist() == loaded.processor("good film", "bad")["input_ids"]
+    (tmp_path / "t.jsonl").write_text('{"text": "good film", "text_pair": null, "label": 1}\n')
+    (batch,) = TASKS["text-classification"].batches(
+        DataSource(str(tmp_path / "t.jsonl")), loaded.processor, loaded.model, 1
+    )
+    assert batch["input_ids"][0].tolist() == loaded.processor("good film")["input_ids"]
 
 
 @pytest.mark.parametrize("column", ["text", "sentence", "snippet", "review", "content"])

@@ -129,6 +129,20 @@ def test_a_cost_of_one_s_own_that_is_not_of_each_genome_alone_is_refused(compute
         jointopt.search(supernet, agreement, ["quality", Objective("mine", "min", compute=compute)], evaluations=6)
 
 
+def test_costs_of_one_s_own_may_differ_in_last_bits_and_come_as_python_s_numbers(supernet, tmp_path):
+    bits, asked = np.array([16, 4, 8], dtype=object), iter(range(10**6))
+
+    def compute(genomes: np.ndarray) -> np.ndarray:
+        return bits[genomes % 3].sum(1) + np.array([next(asked) % 30 * 1e-7 for _ in genomes], dtype=object)
+
+    wanted = ["quality", Objective("bits", "min", compute=compute)]
+    for evaluations in (4, 8):
+        path = tmp_path / "study.db"
+        study = jointopt.search(supernet, agreement, wanted, evaluations=evaluations, storage=path)
+        assert len(study) == evaluations
+        study.close()
+
+
 def test_a_study_does_not_go_on_with_another_cost_by_the_same_name(supernet, tmp_path):
     def searched(compute, evaluations: int):
         wanted = ["quality", Objective("watts", "min", compute=compute)]

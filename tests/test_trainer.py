@@ -164,6 +164,23 @@ def test_packed_samples_do_not_see_each_other_before_nor_after_training(tmp_path
     assert made.supernet.model.config.use_cache
 
 
+class Nothing:
+    """Samples no sub-network, so that the largest alone is trained."""
+
+    def genomes(self, space, progress, seed):
+        return []
+
+
+def test_packed_samples_do_not_see_each_other_in_a_loop_of_one_s_own(tmp_path):
+    made, rows = packed(tmp_path)
+    supernet, recipe = made.supernet, Recipe(Nothing(), distillation=None)
+    found = jointopt.elastic_loss(supernet, DataCollatorWithFlattening()(rows), 0, recipe)
+    alone = [jointopt.elastic_loss(supernet, {k: torch.tensor([v]) for k, v in row.items()}, 0, recipe) for row in rows]
+    counts = [len(row["labels"]) - 1 for row in rows]
+    expected = sum(float(each.detach()) * n for each, n in zip(alone, counts, strict=True)) / sum(counts)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_given_teacher_sees_packed_samples_one_by_one_too():
     teacher = make("llama_tied", seed=1)
     rows = [{"input_ids": list(range(4, 4 + size))} for size in (5, 9)]

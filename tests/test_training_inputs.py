@@ -424,7 +424,7 @@ def named(name: str, *labels: str) -> nn.Module:
             ("dog", "cat"),
             "label 0 is 'dog', the model's 'cat'; allowed: the same labels in",
         ),
-        (("cat", "dog"), ("cat", "owl"), "label 1 is 'owl', the model's 'dog'"),
+        (("cat", "dog"), ("owl", "cat"), "label 0 is 'owl', the model's 'cat'"),
         (("cat", "dog"), ("Cat", "DOG"), None),
         (("cat", "dog"), (), None),
         (("LABEL_0", "LABEL_1"), ("cat", "dog"), None),
@@ -435,6 +435,12 @@ def test_a_teacher_whose_labels_are_named_otherwise_is_refused(own, teacher, sai
     recipe = Recipe(distillation=Distillation(teacher=named("vit", *teacher)))
     with nullcontext() if said is None else pytest.raises(JointoptError, match=f"^teacher: {said}"):
         recipe.check(supernet)
+
+
+def test_a_teacher_s_labels_by_other_words_are_told():
+    recipe = Recipe(distillation=Distillation(teacher=named("vit", "negative", "positive")))
+    with pytest.warns(UserWarning, match="teacher: label 0 is 'negative', the model's 'neg': taken for the same"):
+        recipe.check(calibrated("vit", model=named("vit", "neg", "pos")))
 
 
 def words(folder: Path, *known: str, **changes: object) -> LoadedModel:
@@ -455,6 +461,13 @@ def words(folder: Path, *known: str, **changes: object) -> LoadedModel:
 def test_a_teacher_has_all_tokens_of_the_model(tmp_path, teacher, said):
     with nullcontext() if said is None else pytest.raises(JointoptError, match=f"^{said}"):
         check_given_alike(words(tmp_path / "own", "good", "bad"), words(tmp_path / "teacher", *teacher), {})
+
+
+def test_tokens_that_were_added_may_be_others(tmp_path):
+    own, teacher = (words(tmp_path / name, "good", "bad") for name in ("own", "teacher"))
+    own.processor.add_tokens(["<tool_call>"])
+    teacher.processor.add_tokens(["<think>"])
+    check_given_alike(own, teacher, {})
 
 
 def test_a_teacher_may_lack_a_token_that_pads(tmp_path):

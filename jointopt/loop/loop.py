@@ -23,7 +23,7 @@ from jointopt.installed import lacking
 from jointopt.loop.stopping import Budget, Watch, heeding_ctrl_c
 from jointopt.loop.wishes import check_metrics, metrics_of_original, resolved
 from jointopt.names import BATCH, MOST
-from jointopt.objectives import COSTS, Constraint, Objective
+from jointopt.objectives import COSTS, Constraint, Objective, same_values
 from jointopt.sensitivity import quality_prior, telling
 from jointopt.study.study import Study
 from jointopt.study.study_file import damaged
@@ -222,12 +222,13 @@ def _check_recorded(study: Study, own: Sequence[Objective]) -> None:
     rows = study.succeeded()
     for each in own if len(rows) else ():
         found = each.values(np.array(rows["genome"].tolist(), dtype=np.int64))
-        other = ~np.isclose(found, rows[each.name].to_numpy(dtype=float), rtol=1e-6)
+        known = rows[each.name].to_numpy(dtype=float)
+        other = ~same_values(found, known, known)
         if other.any():
             at = int(other.argmax())
             raise JointoptError(
-                f"objective {each.name!r}: compute gives {found[at]:g} for evaluation {rows['number'].iloc[at]}, for "
-                f"which the study has {rows[each.name].iloc[at]:g}; allowed: the same function, or another study"
+                f"objective {each.name!r}: compute gives {found[at]:.9g} for evaluation {rows['number'].iloc[at]}, for "
+                f"which the study has {known[at]:.9g}; allowed: the same function, or another study"
             )
 
 

@@ -101,14 +101,15 @@ def on_device(
     if there["peak_memory"] <= model.capacity:
         known |= there
     source = time_source(model.described())
-    return OnDevice(name, source, wanted, measures, rows, front, chosen, _worded(wish, first), unmet, known)
+    told = _worded(wish, first, study.quality)
+    return OnDevice(name, source, wanted, measures, rows, front, chosen, told, unmet, known)
 
 
-def _worded(wish: Mapping[str, Any], first: str) -> str:
+def _worded(wish: Mapping[str, Any], first: str, quality: Objective) -> str:
     if "size_mb" in wish:
         return f"the best at or under {wish['size_mb']:g} MB"
     if "drop" in wish:
-        return f"the least {first} at most {wish['drop']:g} worse"
+        return f"the least {first} whose {quality.name} is at most {wish['drop']:g} worse than the original's"
     return "the knee"
 
 

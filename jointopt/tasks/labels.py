@@ -204,12 +204,18 @@ def _nameless(labels: Sequence[str]) -> bool:
     return all(name in (f"LABEL_{index}", str(index)) for index, name in enumerate(labels))
 
 
-def first_other(labels: Sequence[str], others: Sequence[str]) -> int | None:
-    """The first class that two models, of as many, call by different names; None where one has no names for them."""
+def named_otherwise(labels: Sequence[str], others: Sequence[str]) -> list[int]:
+    """The classes that two models, of as many, call by different names; none where one has no names for them."""
     if _nameless(labels) or _nameless(others):
-        return None
+        return []
     pairs = enumerate(zip(labels, others, strict=True))
-    return next((at for at, (one, other) in pairs if _folded(one) != _folded(other)), None)
+    return [at for at, (one, other) in pairs if _folded(one) != _folded(other)]
+
+
+def moved(labels: Sequence[str], others: Sequence[str]) -> int | None:
+    """The first of the model's classes that another one has in another place."""
+    known = set(map(_folded, others))
+    return next((at for at in named_otherwise(labels, others) if _folded(labels[at]) in known), None)
 
 
 def _few(labels: Sequence[str]) -> str:

@@ -48,9 +48,13 @@ class Samples:
     def epoch(self, number: int, size: int, seed: int) -> Iterable[Batch]:
         """All samples once, in an order of the epoch's own, made one batch at a time. A last batch that is not full
         is left out, unless it is the only one."""
-        order = np.random.default_rng([seed, number]).permutation(self.count).tolist()
+        order = self.shuffled(number, seed)
         for at in range(0, max(self.count - size + 1, 1), size):
             yield self._batch(order[at : at + size])
+
+    def shuffled(self, number: int, seed: int) -> list[int]:
+        """The order of an epoch."""
+        return np.random.default_rng([seed, number]).permutation(self.count).tolist()
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         return {name: tensor.to(self.device) for name, tensor in self.collate(indices).items()}

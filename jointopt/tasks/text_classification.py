@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jointopt.rows import TEXT, TEXT_PAIR, DataSource, check_named, column, read_columns, texts
+from jointopt.rows import TEXT, TEXT_PAIR, Columns, DataSource, check_named, column, read_columns, texts
 from jointopt.tasks.problems import CLASSIFICATION
 from jointopt.tasks.task import Samples, Task, picked_labels, place_of, read_labels, text_length
 from jointopt.tokenizer_settings import settings_kept
@@ -20,7 +20,7 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     check_named(source, ("text", "text_pair", "label"))
     columns = read_columns(source)
     given = [texts(column(columns, source.text, TEXT, f"{source.key}.text"), f"{source.key}.text")]
-    if source.text_pair is not None or any(name in columns for name in TEXT_PAIR):
+    if source.text_pair is not None or _has_pairs(columns):
         key = f"{source.key}.text_pair"
         given.append(texts(column(columns, source.text_pair, TEXT_PAIR, key), key))
     labels = read_labels(columns, source, model)
@@ -41,6 +41,12 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
 
     order = sorted(range(len(given[0])), key=lambda index: len(encoded["input_ids"][index]))
     return Samples(len(order), collate, order, place_of(model), mark)
+
+
+def _has_pairs(columns: Columns) -> bool:
+    """Whether there is a second text by the usual name, and in every row."""
+    found = next((columns[name] for name in TEXT_PAIR if name in columns), [])
+    return len(found) > 0 and all(isinstance(each, str) and each.strip() for each in found)
 
 
 def _check_padding(processor: Any, model: Any) -> None:

@@ -10,7 +10,8 @@ choice of two, and what a regression gives is learned as it is. Hidden states: T
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ from jointopt.outputs import (
     without_cache,
 )
 from jointopt.supernet.subnetwork import Plan, renaming
-from jointopt.tasks.labels import first_other
+from jointopt.tasks.labels import moved, named_otherwise
 from jointopt.tasks.task import label_names
 from quant.errors import JointoptError, check_above_0, check_number
 from quant.formats import dtype_name
@@ -111,14 +112,23 @@ def check_teacher(model: Any, teacher: Any, key: str = "teacher") -> None:
         if own != other:
             raise JointoptError(f"{key}: {name} is {other}, the model's {own}; allowed: the same")
     own, other = _classes(model), _classes(teacher)
-    if len(own) == len(other) and (at := first_other(own, other)) is not None:
+    if len(own) == len(other):
+        _check_names(own, other, key)
+    own, other = (next((each.device for each in m.parameters()), None) for m in (model, teacher))
+    if other not in (None, own):
+        raise JointoptError(f"{key}: is on {other}, the model on {own}; allowed: the same device")
+
+
+def _check_names(own: Sequence[str], other: Sequence[str], key: str) -> None:
+    """ "neg" may be another one's "NEGATIVE", but not the place of its "pos"."""
+    if (at := moved(own, other)) is not None:
         raise JointoptError(
             f"{key}: label {at} is {other[at]!r}, the model's {own[at]!r}; allowed: the same labels in the same order "
             "(config.id2label)"
         )
-    own, other = (next((each.device for each in m.parameters()), None) for m in (model, teacher))
-    if other not in (None, own):
-        raise JointoptError(f"{key}: is on {other}, the model on {own}; allowed: the same device")
+    if unlike := named_otherwise(own, other):
+        at = unlike[0]
+        warnings.warn(f"{key}: label {at} is {other[at]!r}, the model's {own[at]!r}: taken for the same", stacklevel=2)
 
 
 def _classes(model: Any) -> list[str]:

@@ -69,7 +69,8 @@ def elastic_loss(
     check_supernet("train", supernet)
     if _CHECKED.get(supernet) is not recipe or not supernet.trained:
         recipe.check(supernet)
-        _check_alike(supernet)
+        if supernet not in _CHECKED:
+            _check_alike(supernet)
         _CHECKED[supernet] = recipe
     if recipe.learned_ranges and NAME not in supernet.model._parameters:
         raise JointoptError("learned_ranges: call supernet.learn_ranges() before the optimizer is made")
@@ -350,8 +351,8 @@ def _check_alike(supernet: Supernet) -> None:
     torch.distributed.all_gather_object(held, f"{digest_of([supernet.model.state_dict()])} {order}")
     if len(set(held)) > 1:
         raise JointoptError(
-            "train: the processes hold super-networks of other weights; allowed: in each the same model, calibrated on "
-            "the same batches"
+            "train: the processes hold super-networks of other weights; allowed: in each the same model and adapters, "
+            "calibrated on the same batches"
         )
 
 

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from jointopt.models import LoadedModel
 
 _OF_SIZE = ("size", "crop_size", "input_size")
-_OF_VALUES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "mean", "std")
+_OF_VALUES = (
+    "do_flip_channel_order",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "mean",
+    "std",
+)
 """Settings of image processors of transformers, and of timm's transforms."""
 
 
@@ -36,11 +45,15 @@ def check_given_alike(own: LoadedModel, teacher: LoadedModel, batch: Batch) -> N
 
 
 def _check_tokens(own: Any, teacher: Any) -> None:
-    """A teacher may have more tokens, and lack special ones: what pads is masked, whatever it is called."""
-    theirs, special = teacher.get_vocab(), set(own.all_special_tokens)
+    """A teacher may have more tokens, and others of those that were added: they stand in chats and paddings, which may
+    never occur. It may lack those of the text's beginning and the like, where nothing is in their place."""
+    theirs, added = teacher.get_vocab(), set(own.get_added_vocab())
+    read = {own.bos_token, own.eos_token, own.cls_token, own.sep_token, own.mask_token, own.unk_token}
     called = {index: token for token, index in theirs.items()}
     for token, index in sorted(own.get_vocab().items(), key=itemgetter(1)):
-        lacking = token in special and token not in theirs and index not in called
+        if token in added - read:
+            continue
+        lacking = token in read and token not in theirs and index not in called
         if theirs.get(token) != index and not lacking:
             raise JointoptError(
                 f"token {index} is {called.get(index)!r}, the model's {token!r}; allowed: the same tokenizer"
@@ -48,9 +61,9 @@ def _check_tokens(own: Any, teacher: Any) -> None:
 
 
 def _check_images(own: LoadedModel, teacher: LoadedModel, pixels: Tensor) -> None:
-    """By what becomes of a black and of a white image that is as large as those the model is given: how one is resized
-    is nothing to a teacher."""
-    mine, theirs = (_black_and_white(each, *pixels.shape[-2:]) for each in (own, teacher))
+    """By what becomes of plain images that are as large as those the model is given: how one is resized is nothing to a
+    teacher."""
+    mine, theirs = (_plain_images(each, *pixels.shape[-2:]) for each in (own, teacher))
     if mine.shape == theirs.shape and torch.allclose(mine, theirs, atol=1e-3):
         return
     settings, others = _settings(own), _settings(teacher)
@@ -60,9 +73,11 @@ def _check_images(own: LoadedModel, teacher: LoadedModel, pixels: Tensor) -> Non
     raise JointoptError("its image processor makes other pixels than the model's; allowed: the same")
 
 
-def _black_and_white(loaded: LoadedModel, height: int, width: int) -> Tensor:
-    """What a processor makes of both images, [2, channels, height, width]."""
-    images = [Image.new("L", (width, height), shade).convert(mode_of(loaded.model)) for shade in (0, 255)]
+def _plain_images(loaded: LoadedModel, height: int, width: int) -> Tensor:
+    """What a processor makes of a black image, a white one, and one whose channels differ, [3, channels, height,
+    width]."""
+    colours = (0, 0, 0), (255, 255, 255), (200, 100, 50)
+    images = [Image.new("RGB", (width, height), colour).convert(mode_of(loaded.model)) for colour in colours]
     return torch.stack([pixels_of(loaded.processor, image) for image in images])
 
 

@@ -364,8 +364,9 @@ class ElasticTrainer(Trainer):
         state, count = self.accelerator.gradient_state, len(batch["labels"])
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return batch
-        left = min(max(state.remainder - self.accelerator.process_index * count, 0), count)
-        return {name: each[:left] if len(each) == count else each for name, each in batch.items()}
+        left = max(state.remainder - self.accelerator.process_index * count, 0)
+        of_samples = {n for n, each in batch.items() if isinstance(each, Tensor) and each.dim() and len(each) == count}
+        return {name: each[:left] if name in of_samples else each for name, each in batch.items()}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's. A checkpoint that cannot be written whole is removed: training resumes from the one before."""
