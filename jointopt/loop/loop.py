@@ -219,8 +219,9 @@ def _check_goes_on(study: Study, wanted: Sequence[Objective], found: Mapping[str
 
 def _check_recorded(study: Study, own: Sequence[Objective]) -> None:
     """Raises JointoptError where a function of the user's is not the one by which the study recorded its objective."""
-    rows = study.succeeded()
-    for each in own if len(rows) else ():
+    if not own or not len(rows := study.succeeded()):
+        return
+    for each in own:
         found = each.values(np.array(rows["genome"].tolist(), dtype=np.int64))
         known = rows[each.name].to_numpy(dtype=float)
         other = ~same_values(found, known, known)
