@@ -49,9 +49,15 @@ def first_output(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def named_output(output: Any, name: str) -> Any:
-    """What an output holds by a name, whether as an attribute or a key; None where it does not."""
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+def named_output(output: Any, *names: str) -> Any:
+    """What an output holds by the first of these names, whether as an attribute or a key; None where by none."""
+    found = (output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) for name in names)
+    return next((each for each in found if each is not None), None)
+
+
+def logits_or_states(output: Any) -> Any:
+    """The logits, or what a model without a head gives in their place; None where there is neither."""
+    return named_output(output, "logits", "last_hidden_state")
 
 
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:

@@ -30,7 +30,7 @@ from jointopt.files import check_path, locked, reading
 from jointopt.finishing.finishing import Finished
 from jointopt.names import NEAREST
 from jointopt.objectives import COSTS
-from jointopt.outputs import first_output, named_output
+from jointopt.outputs import first_output, logits_or_states
 from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
 from jointopt.rebuilding.timm_recipe import by_library
 from jointopt.study.study import Study
@@ -298,9 +298,8 @@ def probe_inputs(probe: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
 def probed(output: Any) -> Tensor:
     """Up to 64 of a model's outputs for the probe, float32, on the CPU."""
     tensor = first_output(output)
-    for name in ("logits", "last_hidden_state"):
-        held = named_output(tensor, name)
-        tensor = tensor if held is None else held
+    if (held := logits_or_states(tensor)) is not None:
+        tensor = held
     if isinstance(tensor, Mapping):
         tensor = next(iter(tensor.values()), None)
     if not isinstance(tensor, Tensor):

@@ -136,10 +136,11 @@ class Config(Section):
                     wanted.check_within(*QUANTITIES[name].range)
         except JointoptError as error:
             raise ValueError(str(error)) from None
-        wanting = next((name for name in [*names, *(self.constraints or ())] if name in ON_HARDWARE), None)
+        asked = [*names, *(self.constraints or ())]
+        wanting = next((name for name in asked if name in ON_HARDWARE), None)
         if wanting is not None and self.hardware is None:
             raise ValueError(f"{wanting} without hardware; allowed: with hardware: {{device: NAME}}")
-        untimed = next((name for name in [*names, *(self.constraints or ())] if name in ENERGIES), None)
+        untimed = next((name for name in asked if name in ENERGIES), None)
         if untimed is not None and self.hardware is not None and self.hardware.is_this_machine:
             allowed = ", ".join(name for name in ON_HARDWARE if name not in ENERGIES)
             raise ValueError(f"{untimed} with hardware.device this, which is timed; allowed: {allowed}")

@@ -17,6 +17,7 @@ from jointopt.batches import sample_count
 from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
 from jointopt.checkpoint.onnx.shared_weights import write_shared_weights
+from jointopt.outputs import logits_or_states
 from quant.errors import DOES_NOT_RUN, JointoptError, first_line
 from quant.layers import QuantizedLayer
 from search_spaces.clones import exchange, structural_clone, without_chunks
@@ -81,9 +82,8 @@ def logits_or_hidden_states(output: Any) -> Tensor:
     """The logits, or what a model without a head gives in their place. Raises JointoptError where there is neither."""
     if isinstance(output, Tensor):
         return output
-    for name in ("logits", "last_hidden_state"):
-        if hasattr(output, name):
-            return getattr(output, name)
+    if (held := logits_or_states(output)) is not None:
+        return held
     found = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
     raise JointoptError(f"target onnxruntime: the model returns {found}; allowed: logits, or last_hidden_state")
 
