@@ -27,6 +27,8 @@ IMAGES = (
 """What Pillow reads by itself and is meant as an image: it has names for films and HDF5, too."""
 TEXT = ("text", "sentence", "snippet", "review", "content")
 TEXT_PAIR = ("text_pair",)
+PAIRS = (("question", "sentence"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+"""What the GLUE benchmark and SNLI call a text and the text that belongs to it."""
 IMAGE = ("image", "img", "path", "file", "file_name")
 LABEL = ("label", "labels", "class", "target")
 ALLOWED = "a csv, tsv, json, jsonl, parquet or text file, a folder of images by class, or a hub id"

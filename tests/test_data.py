@@ -148,6 +148,28 @@ def test_a_second_text_is_read_where_its_column_has_the_usual_name(folders, tmp_
     assert batch["input_ids"][0].tolist() == loaded.processor("good film")["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("question", "sentence"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2")],
+)
+def test_pairs_are_found_by_the_names_of_well_known_data_sets(folders, tmp_path, first, second):
+    (tmp_path / "t.csv").write_text(f"idx,{second},{first},label\n0,bad,good film,1\n")
+    loaded = load_model(str(folders["bert"]), "text-classification", "cpu")
+    (batch,) = TASKS["text-classification"].batches(
+        DataSource(str(tmp_path / "t.csv")), loaded.processor, loaded.model, 1
+    )
+    assert batch["input_ids"][0].tolist() == loaded.processor("good film", "bad")["input_ids"]
+
+
+def test_a_named_column_of_texts_is_read_alone(folders, tmp_path):
+    (tmp_path / "t.csv").write_text("question,sentence,label\nbad,good film,1\n")
+    loaded = load_model(str(folders["bert"]), "text-classification", "cpu")
+    (batch,) = TASKS["text-classification"].batches(
+        DataSource(str(tmp_path / "t.csv"), text="sentence"), loaded.processor, loaded.model, 1
+    )
+    assert batch["input_ids"][0].tolist() == loaded.processor("good film")["input_ids"]
+
+
 @pytest.mark.parametrize("column", ["text", "sentence", "snippet", "review", "content"])
 def test_a_language_model_takes_a_column_of_a_usual_name(folders, tmp_path, column):
     (tmp_path / "t.csv").write_text(f"label,{column}\n1,good film\n0,bad film\n")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jointopt.rows import TEXT, TEXT_PAIR, Columns, DataSource, check_named, column, read_columns, texts
+from jointopt.rows import PAIRS, TEXT, TEXT_PAIR, Columns, DataSource, check_named, name_of, read_columns, texts
 from jointopt.tasks.problems import CLASSIFICATION
 from jointopt.tasks.task import Samples, Task, picked_labels, place_of, read_labels, text_length
 from jointopt.tokenizer_settings import settings_kept
@@ -19,10 +19,8 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     _check_padding(processor, model)
     check_named(source, ("text", "text_pair", "label"))
     columns = read_columns(source)
-    given = [texts(column(columns, source.text, TEXT, f"{source.key}.text"), f"{source.key}.text")]
-    if source.text_pair is not None or _has_pairs(columns):
-        key = f"{source.key}.text_pair"
-        given.append(texts(column(columns, source.text_pair, TEXT_PAIR, key), key))
+    keys = (f"{source.key}.text", f"{source.key}.text_pair")
+    given = [texts(columns[name], key) for name, key in zip(_names(source, columns), keys, strict=False)]
     labels = read_labels(columns, source, model)
     with settings_kept(processor):
         encoded = processor(*given, truncation=True, max_length=text_length(source, processor, model))
@@ -43,9 +41,20 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
     return Samples(len(order), collate, order, place_of(model), mark)
 
 
-def _has_pairs(columns: Columns) -> bool:
-    """Whether there is a second text by the usual name, and in every row."""
-    found = next((columns[name] for name in TEXT_PAIR if name in columns), [])
+def _names(source: DataSource, columns: Columns) -> list[str]:
+    """The column of texts, and the one of the texts that belong to them if there is one."""
+    if source.text is None and source.text_pair is None and "text" not in columns:
+        for first, second in PAIRS:
+            if first in columns and second in columns:
+                return [first, second]
+    names = [name_of(columns, source.text, TEXT, f"{source.key}.text")]
+    if source.text_pair is not None or any(_all_texts(columns, name) for name in TEXT_PAIR):
+        names.append(name_of(columns, source.text_pair, TEXT_PAIR, f"{source.key}.text_pair"))
+    return names
+
+
+def _all_texts(columns: Columns, name: str) -> bool:
+    found = columns.get(name, [])
     return len(found) > 0 and all(isinstance(each, str) and each.strip() for each in found)
 
 
