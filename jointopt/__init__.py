@@ -15,10 +15,10 @@ _HOME = {
     "Family": "search_spaces.family",
     "Block": "search_spaces.family",
     "Branch": "search_spaces.family",
-    "SkipAttention": "search_spaces.family",
-    "SkipBranch": "search_spaces.family",
-    "SkipPostNormAttention": "search_spaces.family",
-    "SkipPostNormOutput": "search_spaces.family",
+    "SkipAttention": "search_spaces.stand_ins",
+    "SkipBranch": "search_spaces.stand_ins",
+    "SkipPostNormAttention": "search_spaces.stand_ins",
+    "SkipPostNormOutput": "search_spaces.stand_ins",
     "Width": "search_spaces.family",
     "Part": "search_spaces.family",
     "Layer": "search_spaces.family",
@@ -97,14 +97,14 @@ if TYPE_CHECKING:  # for type checkers, which do not see what is imported by its
     from search_spaces.family import Layer as Layer
     from search_spaces.family import Link as Link
     from search_spaces.family import Part as Part
-    from search_spaces.family import SkipAttention as SkipAttention
-    from search_spaces.family import SkipBranch as SkipBranch
-    from search_spaces.family import SkipPostNormAttention as SkipPostNormAttention
-    from search_spaces.family import SkipPostNormOutput as SkipPostNormOutput
     from search_spaces.family import Stream as Stream
     from search_spaces.family import Width as Width
     from search_spaces.space import Gene as Gene
     from search_spaces.space import SearchSpace as SearchSpace
+    from search_spaces.stand_ins import SkipAttention as SkipAttention
+    from search_spaces.stand_ins import SkipBranch as SkipBranch
+    from search_spaces.stand_ins import SkipPostNormAttention as SkipPostNormAttention
+    from search_spaces.stand_ins import SkipPostNormOutput as SkipPostNormOutput
 else:
 
     def __getattr__(name: str) -> Any:

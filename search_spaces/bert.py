@@ -13,13 +13,12 @@ from search_spaces.family import (
     Layer,
     Link,
     Model,
-    SkipPostNormAttention,
-    SkipPostNormOutput,
     Width,
     configure_blocks,
     example_text,
     has_module,
 )
+from search_spaces.stand_ins import SkipPostNormAttention, SkipPostNormOutput
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 

@@ -14,12 +14,11 @@ from search_spaces.family import (
     Family,
     Link,
     Model,
-    SkipAttention,
-    SkipBranch,
     configure_blocks,
     example_text,
     has_module,
 )
+from search_spaces.stand_ins import SkipAttention, SkipBranch
 
 MODEL_TYPES = ("distilbert",)
 

@@ -249,34 +249,6 @@ class Family:
         return leaving[stage][: max(0, total - depth)]
 
 
-class SkipBranch(nn.Module):
-    """Stands in for a residual branch: adds nothing, whatever it is called with."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states.new_zeros(())
-
-
-class SkipAttention(nn.Module):
-    """Stands in for a pre-norm attention that returns its output and its weights."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return hidden_states.new_zeros(()), None
-
-
-class SkipPostNormAttention(nn.Module):
-    """Stands in for a post-norm attention, residual and normalization included: hands its input on."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return hidden_states, None
-
-
-class SkipPostNormOutput(nn.Module):
-    """Stands in for a post-norm MLP's output layer: hands the residual on."""
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return input_tensor
-
-
 def has_module(root: nn.Module, path: str) -> bool:
     """Whether there is a module at `path`; an attribute that is None counts as none."""
     module: Any = root

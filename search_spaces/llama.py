@@ -18,14 +18,13 @@ from search_spaces.family import (
     Link,
     Model,
     Part,
-    SkipAttention,
-    SkipBranch,
     Stream,
     Width,
     configure_blocks,
     example_text,
     has_module,
 )
+from search_spaces.stand_ins import SkipAttention, SkipBranch
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 CHANGING = ("dynamic", "longrope")

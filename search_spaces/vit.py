@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quant.errors import JointoptError
@@ -17,13 +16,12 @@ from search_spaces.family import (
     Layer,
     Link,
     Model,
-    SkipAttention,
-    SkipBranch,
     Stream,
     configure_blocks,
     example_timm,
     has_module,
 )
+from search_spaces.stand_ins import SkipAttention, SkipBranch, SplitQKV
 
 MODEL_TYPES = ("vit", "deit")
 
@@ -94,32 +92,14 @@ def _example_image(model: Model) -> dict[str, Tensor]:
     return {"pixel_values": next(model.parameters()).new_zeros(1, model.config.num_channels, height, width)}
 
 
-class SplitQKV(nn.Module):
-    """timm's one qkv layer as three: so that heads leave from each, and each can be told its number format apart.
-
-    The output is that of the fused layer: query, key and value rows, one after the other.
-    """
-
-    def __init__(self, q: nn.Linear, k: nn.Linear, v: nn.Linear):
-        super().__init__()
-        self.q, self.k, self.v = q, k, v
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
-
-
 def split_qkv(fused: nn.Linear) -> SplitQKV:
     """Three layers whose weights are views of `fused`'s."""
-    parts = []
-    for index in range(3):
-        rows = fused.out_features // 3
-        part = nn.Linear(fused.in_features, rows, bias=False, device="meta")
-        at = slice(index * rows, (index + 1) * rows)
-        part.weight = nn.Parameter(fused.weight.detach()[at], requires_grad=fused.weight.requires_grad)
-        if fused.bias is not None:
-            part.bias = nn.Parameter(fused.bias.detach()[at], requires_grad=fused.bias.requires_grad)
-        parts.append(part)
-    return SplitQKV(*parts)
+    split = SplitQKV(fused, "meta")  # where no random number is drawn
+    for name in ("weight", "bias") if fused.bias is not None else ("weight",):
+        whole = getattr(fused, name)
+        for part, rows in zip((split.q, split.k, split.v), whole.detach().chunk(3), strict=True):
+            setattr(part, name, nn.Parameter(rows, requires_grad=whole.requires_grad))
+    return split
 
 
 def declare_timm(model: Model) -> Family:

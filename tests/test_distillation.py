@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from jointopt.outputs import MULTI_LABEL, REGRESSION
 from jointopt.supernet.subnetwork import Plan
 from jointopt.training.distillation import Distillation, model_outputs, soft_labels
-from search_spaces.family import Block, Branch, Family, Part, SkipBranch, Width
+from search_spaces.family import Block, Branch, Family, Part, Width
+from search_spaces.stand_ins import SkipBranch
 
 
 def formula(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from jointopt.rebuilding.structure import (
 )
 from jointopt.rebuilding.timm_recipe import from_recipe, preprocessing, recipe_of
 from quant.formats import dtype_name
+from search_spaces import stand_ins
 
 MODELING = "modeling_jointopt.py"
 
@@ -86,11 +87,12 @@ def _write_transformers(place: Path, model: Any) -> str:
 def in_one_file(first: ModuleType, *others: ModuleType) -> str:
     """The source of modules that import each other alone, or libraries, as that of one module."""
     source = getsource(first)
+    own = ("from jointopt.", "from search_spaces.")
     for module in others:
         text = getsource(module)
         imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
         there = {ast.unparse(node) for node in ast.parse(source).body}
-        needed = [line for line in map(ast.unparse, imports) if line not in there and "from jointopt." not in line]
+        needed = [line for line in map(ast.unparse, imports) if line not in there and not line.startswith(own)]
         rest = "".join(text.splitlines(keepends=True)[imports[-1].end_lineno :]).strip("\n")
         source += "\n\n" + "".join(f"{line}  # noqa: E402\n" for line in needed) + "\n\n" * bool(needed) + rest + "\n"
     return source
@@ -98,7 +100,7 @@ def in_one_file(first: ModuleType, *others: ModuleType) -> str:
 
 def _modeling_file(stock: Any, name: str, packed: Collection[str], caches: bool) -> str:
     """The source of `name`. `packed`: paths of layers that take their codes from another."""
-    source = in_one_file(runtime, held_cache) if caches else in_one_file(runtime)
+    source = in_one_file(stand_ins, runtime, *[held_cache] * caches)
     held = '        hold_caches(self, config.jointopt["caches"])\n' if caches else ""
     # A packed layer has no `weight` that the library could tie; what else is tied stays so.
     still = {k: v for k, v in (stock._tied_weights_keys or {}).items() if k.removesuffix(".weight") not in packed}
@@ -125,5 +127,5 @@ def _write_timm(place: Path, model: nn.Module) -> str:
     config = {"architecture": recipe["class"], "timm": recipe, "dtype": dtype, "jointopt": spec}
     config["pretrained_cfg"] = preprocessing(model)
     (place / "config.json").write_text(json.dumps(config, indent=1))
-    (place / MODELING).write_text(in_one_file(runtime, timm_loading))
+    (place / MODELING).write_text(in_one_file(stand_ins, runtime, timm_loading))
     return card.timm_snippet(place.name)

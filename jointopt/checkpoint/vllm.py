@@ -31,6 +31,7 @@ from jointopt.rebuilding.structure import (
 from jointopt.targets import TARGETS
 from quant.errors import JointoptError
 from quant.layers import QuantizedLayer
+from search_spaces import stand_ins
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -201,5 +202,5 @@ def _write_uneven(place: Path, model: Any) -> str:
     save_generation_config(model, place)
     from jointopt.rebuilding import decilm
 
-    (place / MODELING).write_text(in_one_file(runtime, decilm))
+    (place / MODELING).write_text(in_one_file(stand_ins, runtime, decilm))
     return transformers_snippet("AutoModelForCausalLM", place.name, True)

@@ -1,14 +1,11 @@
-"""Rebuilds a searched sub-network and its quantized layers. Needs torch alone.
-
-A model is first built by its library as usual; `rebuild` then gives modules the sizes that config.json lists, puts
-quantized layers where they belong, and leaves out what the search left out. Quantized weights stay packed in the file
-and are unpacked when a layer first runs.
-"""
+"""Rebuilds a searched sub-network and its quantized layers. Needs torch alone."""
 
 import math
 
 import torch
 from torch import nn
+
+from search_spaces.stand_ins import STAND_INS
 
 FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 RANGES = {
@@ -24,7 +21,12 @@ COLUMN_COUNTS = ("in_features", "in_channels")
 
 
 def rebuild(model, spec):
-    """Applies `spec`, the "jointopt" entry of config.json, to a freshly built model, in place."""
+    """Applies `spec`, the "jointopt" entry of config.json, to a freshly built model, in place.
+
+    A model is first built by its library as usual; this then gives modules the sizes that `spec` lists, puts quantized
+    layers where they belong, and leaves out what the search left out. Quantized weights stay packed in the file and are
+    unpacked when a layer first runs.
+    """
     for path, kind in spec.get("replaced", {}).items():
         replace(model, path, None if kind == "None" else STAND_INS[kind](model.get_submodule(path)))
     for path, shapes in spec.get("shapes", {}).items():
@@ -66,50 +68,6 @@ def resize(module, shapes):
             setattr(module, name, columns)
     if hasattr(module, "normalized_shape"):
         module.normalized_shape = (rows,)
-
-
-class SkipBranch(nn.Module):
-    """Where a residual branch was left out."""
-
-    def __init__(self, replaced=None):
-        super().__init__()
-
-    def forward(self, hidden_states, *args, **kwargs):
-        return hidden_states.new_zeros(())
-
-
-class SkipAttention(SkipBranch):
-    def forward(self, hidden_states, *args, **kwargs):
-        return hidden_states.new_zeros(()), None
-
-
-class SkipPostNormAttention(SkipBranch):
-    def forward(self, hidden_states, *args, **kwargs):
-        return hidden_states, None
-
-
-class SkipPostNormOutput(SkipBranch):
-    def forward(self, hidden_states, input_tensor):
-        return input_tensor
-
-
-class SplitQKV(nn.Module):
-    """A fused qkv layer as three, which can be of different formats."""
-
-    def __init__(self, fused):
-        super().__init__()
-        rows = fused.out_features // 3
-        device, dtype, bias = fused.weight.device, fused.weight.dtype, fused.bias is not None
-        self.q, self.k, self.v = (nn.Linear(fused.in_features, rows, bias, device, dtype) for _ in range(3))
-
-    def forward(self, x):
-        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
-
-
-STAND_INS = {
-    "Identity": nn.Identity, "SkipBranch": SkipBranch, "SkipAttention": SkipAttention, "SplitQKV": SplitQKV,
-    "SkipPostNormAttention": SkipPostNormAttention, "SkipPostNormOutput": SkipPostNormOutput,
-}  # fmt: skip
 
 
 class Quantized(nn.Module):

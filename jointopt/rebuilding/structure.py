@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jointopt.rebuilding.runtime import COLUMN_COUNTS, ROW_COUNTS, STAND_INS, SplitQKV
+from jointopt.rebuilding.runtime import COLUMN_COUNTS, ROW_COUNTS
 from jointopt.targets import TARGETS, check_schemes
 from quant.errors import JointoptError
 from quant.formats import Element, Format, dtype_name
@@ -18,6 +18,7 @@ from quant.layers import QuantizedLayer
 from quant.packing import layout, packed_tensors
 from quant.reference import LLM_INT8_OUTLIER
 from search_spaces.family import within
+from search_spaces.stand_ins import STAND_INS, SplitQKV
 
 _SET_BY_SIZE = (*ROW_COUNTS, *COLUMN_COUNTS, "normalized_shape")
 _WITHOUT_EFFECT = ("training", "gradient_checkpointing", "grad_checkpointing", "p", "drop_prob")
@@ -233,7 +234,7 @@ def _kinds(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 def _made(module: nn.Module, replaced: nn.Module | None) -> nn.Module:
     """The stand-in as `runtime.rebuild` makes it, before it is resized."""
-    if type(module).__name__ != "SplitQKV" or replaced is None:
+    if type(module).__name__ != "SplitQKV" or not isinstance(replaced, nn.Linear):
         return nn.Module()
     return SplitQKV(replaced)
 
