@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: str) -> Tensor:
     """The expected value of an additive cost where each gene is drawn by itself.
 
-    Exact for spaces of widths and formats: each module's cost depends on five genes at most, so that its expectation
-    is a sum over their choices. Where blocks can leave, each module counts with the probability that its block stays.
+    Exact for spaces of widths and formats: each module's cost depends on few genes, so that its expectation is a sum
+    over their choices. Where blocks can leave, each module counts with the probability that its block stays.
 
     Args:
         probabilities: for each gene of the space a tensor [choices] that sums to 1.
@@ -61,14 +61,8 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
     total = torch.zeros((), dtype=torch.float64)
     for table in tables.tables:
         value = torch.as_tensor(table.values[measure], dtype=torch.float64)
-        for index in (*reversed(table.readers), table.precision):
-            value = value @ by_index[index] if index is not None else value.sum(-1)
-        rows, columns = table.rows.gene, table.columns.gene
-        if rows is not None and rows == columns:
-            value = value.diagonal() @ by_index[rows]
-        else:
-            value = value @ by_index[columns] if columns is not None else value.sum(-1)
-            value = value @ by_index[rows] if rows is not None else value.sum(-1)
+        for index in reversed(table.genes):
+            value = value @ by_index[index]
         total = total + value * _stays(table.path, kept, known)
     return total
 

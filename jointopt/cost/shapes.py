@@ -10,7 +10,7 @@ caches hold no others.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -22,7 +22,7 @@ from jointopt.adapters import NAMES as ADAPTERS
 from jointopt.batches import learned_positions
 from jointopt.cost.operators import Answer, LatencyModel, Operator
 from jointopt.cost.positions import Positions, kind_of
-from jointopt.cost.tables import Axis, Table, Tables
+from jointopt.cost.tables import Table, Tables
 from jointopt.learned_ranges import NAME as RANGES
 from jointopt.objectives import ENERGIES
 from quant.cache import cache_format
@@ -46,6 +46,8 @@ DECODED = ("decode_latency", "decode_energy", "cached")
 sequence's caches then."""
 PARTS = ("activation", "cached")
 """What `peak_memory` is made of beside the size, and nothing by itself."""
+Chosen = Mapping[int | None, int]
+"""Gene -> index of its choice; None -> 0: what no gene chooses is the first of one."""
 
 
 class ShapeCosts:
@@ -135,37 +137,45 @@ class ShapeCosts:
             raise JointoptError(f"context: found {latency.context}; the model takes {most} tokens at most")
         return tokens, latency.context / tokens
 
-    def _axis(self, found: tuple[Width, int] | None, full: int) -> Axis:
+    def _sizes(self, found: tuple[Width, int] | None, full: int) -> tuple[int | None, tuple[int, ...]]:
+        """The gene of a width, and the channels at each of its choices; None and the only number where none chooses."""
         if found is None or found[0].gene not in self._index:
-            return Axis(None, (full,))
+            return None, (full,)
         width, channels = found
-        index = self._index[width.gene]
-        choices = self.space.genes[index].choices
-        return Axis(index, tuple(int(choice) // width.unit * channels for choice in choices))
+        gene = self._index[width.gene]
+        return gene, tuple(int(choice) // width.unit * channels for choice in self.space.genes[gene].choices)
 
     def _table(self, path: str, module: nn.Module) -> Table:
         owned = self._owned(module)
         layer = self._layers.get(path) or self._tied.get(path)
         full_rows, full_columns = (extent(module, side) or 0 for side in ("rows", "columns"))
-        rows = self._axis(self._producer.get(path), full_rows)
-        columns = self._heads_of(path, module) or self._axis(self._consumer.get(path), full_columns)
-        gene, schemes = self._schemes(layer)
+        row, rows = self._sizes(self._producer.get(path), full_rows)
+        column, columns = self._heads_of(path, module) or self._sizes(self._consumer.get(path), full_columns)
+        precision, schemes = self._schemes(layer)
         readers = [self._schemes(each) for each in self._readers(layer)]
-        apart = [each for each in dict.fromkeys(of for of, _ in readers) if each not in (None, gene)]
-        one, other = [*apart, None, None][:2]  # genes of readers that are not the layer's own
-        choices = [1 if each is None else len(self.space.genes[each].choices) for each in (one, other)]
-        values = self._zeros((len(rows.sizes), len(columns.sizes), len(schemes), *choices))
-        for at in np.ndindex(values["macs"].shape):
-            r, c, s, of_one, of_other = at
-            chosen: dict[int | None, int] = {one: of_one, other: of_other, gene: s, None: 0}
-            read_in = {found[chosen[of]] for of, found in readers}
-            reader = read_in.pop() if len(read_in) == 1 else None
-            cost = self._module_cost(path, module, owned, rows.sizes[r], columns.sizes[c], schemes[s], reader)
-            for measure, value in cost.items():
-                values[measure][at] = value
-        return Table(path, kind_of(module) or "other", rows, columns, gene, (one, other), values)
 
-    def _heads_of(self, path: str, module: nn.Module) -> Axis | None:
+        def cost(chosen: Chosen) -> dict[str, float]:
+            read_in = {found[chosen[gene]] for gene, found in readers}
+            reader = read_in.pop() if len(read_in) == 1 else None
+            sizes = rows[chosen[row]], columns[chosen[column]]
+            return self._module_cost(path, module, owned, *sizes, schemes[chosen[precision]], reader)
+
+        return self._filled(path, kind_of(module) or "other", (row, column, precision, *(g for g, _ in readers)), cost)
+
+    def _filled(
+        self, path: str, kind: str, genes: Iterable[int | None], cost: Callable[[Chosen], Mapping[str, float]]
+    ) -> Table:
+        """The table of what `cost` says of every choice of the genes."""
+        of = tuple(dict.fromkeys(gene for gene in genes if gene is not None))
+        shape = [len(self.space.genes[gene].choices) for gene in of]
+        whole = ("parameters", "size", "macs", "cache", "decode_macs", "cached")
+        values = {m: np.zeros(shape, dtype=np.int64 if m in whole else np.float64) for m in self.measures}
+        for at in np.ndindex(*shape):
+            for measure, value in cost({None: 0, **dict(zip(of, at, strict=True))}).items():
+                values[measure][at] = value
+        return Table(path, kind, of, values)
+
+    def _heads_of(self, path: str, module: nn.Module) -> tuple[int | None, tuple[int, ...]] | None:
         """The heads that a normalization within them meets at each token; None for all other modules. Only times depend
         on it."""
         width = self._attends.get(path.rpartition(".")[0])
@@ -174,7 +184,7 @@ class ShapeCosts:
         heads = self.positions[path] / self._tokens
         if heads == 1 or heads not in (width.size, width.units):  # of queries, or of keys
             return None
-        return self._axis((width, int(heads) // width.units), int(heads))
+        return self._sizes((width, int(heads) // width.units), int(heads))
 
     def _schemes(self, layer: Layer | None) -> tuple[int | None, list[Scheme | None]]:
         """A layer's precision gene, and the schemes of its choices; of one without: None, and a single scheme."""
@@ -189,10 +199,6 @@ class ShapeCosts:
         """What alone reads a convolution. Only times depend on it."""
         paths = layer.readers if layer is not None and self.latency is not None else ()
         return [self._layers[path] for path in paths]
-
-    def _zeros(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        whole = ("parameters", "size", "macs", "cache", "decode_macs", "cached")
-        return {m: np.zeros(shape, dtype=np.int64 if m in whole else np.float64) for m in self.measures}
 
     def _owned(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors that a checkpoint stores for this module; what another module stored already is left out."""
@@ -299,66 +305,64 @@ class ShapeCosts:
         """The two products of attention: queries with keys, and what they weigh of the values, each T x T x width; for
         one more token as many times the width as it meets keys, its own among them."""
         part = width.consumers[0]
-        rows = self._axis((width, part.channels), width.units * part.channels)
+        gene, rows = self._sizes((width, part.channels), width.units * part.channels)
         tokens = self.positions.get(part.module, 0.0)
         weight = self._model.get_submodule(part.module).get_parameter("weight")
         bits = weight.element_size() * 8
-        products = np.array(rows.sizes, dtype=np.float64).reshape(-1, 1, 1, 1, 1) * 2  # of a query with one key
-        macs = products * tokens * tokens
-        values = self._zeros(macs.shape) | {"macs": np.round(macs).astype(np.int64), "bops": macs * bits * bits}
-        if self.family.caches:
-            met = self._met(width, tokens) if tokens else 0.0
-            values["decode_macs"] = np.round(products * met).astype(np.int64)
-        if self.latency is not None:
-            self._time_attention(width, rows, tokens * self._scale, bits, values)
-        return Table(part.module, "attention", rows, Axis(None, (0,)), None, (None, None), values)
+
+        def cost(chosen: Chosen) -> dict[str, float]:
+            products = 2 * rows[chosen[gene]]  # of a query with one key
+            macs = products * tokens * tokens
+            found = {"macs": round(macs), "bops": macs * bits * bits}
+            if self.family.caches:
+                found["decode_macs"] = round(products * self._met(width, tokens)) if tokens else 0
+            if self.latency is not None:
+                found |= self._time_attention(width, rows[chosen[gene]], tokens * self._scale, bits)
+            return found
+
+        return self._filled(part.module, "attention", (gene,), cost)
 
     def _met(self, width: Width, tokens: float) -> float:
         """Keys that a token's attention meets after so many others."""
         cache = self._caches.get(width.consumers[0].module.rpartition(".")[0])
         return (tokens if cache is None else cache.held(tokens)) + 1
 
-    def _time_attention(
-        self, width: Width, rows: Axis, tokens: float, bits: int, values: Mapping[str, np.ndarray]
-    ) -> None:
+    def _time_attention(self, width: Width, row: int, tokens: float, bits: int) -> dict[str, float]:
         """Keys and values are as wide as the narrowest producer of the width says: there may be fewer heads of them."""
-        query = max(part.channels for part in width.producers)
-        share = min(part.channels for part in width.producers) / query
-        for at, row in enumerate(rows.sizes):
-            keys = round(row * share)
-            read = 2 * keys * tokens * bits / 8
-            heads = row // min(part.channels for part in width.producers)
-            operator = Operator("attention", row, keys, tokens, tokens, heads=heads, bits=bits, cache_bytes=read)
-            for measure, value in self._timed(operator, self._met(width, tokens)).items():
-                values[measure][at] = value
+        channels = [part.channels for part in width.producers]
+        keys = round(row * (min(channels) / max(channels)))
+        read = 2 * keys * tokens * bits / 8
+        heads = row // min(channels)
+        operator = Operator("attention", row, keys, tokens, tokens, heads=heads, bits=bits, cache_bytes=read)
+        return self._timed(operator, self._met(width, tokens))
 
     def _cache(self, cache: Cache) -> Table:
         """What the cache of one attention layer takes, what reading it does for one more token, and what computing keys
         and values from cached inputs does."""
         keys = f"{cache.attention}.k_proj"
         weight = self._model.get_submodule(keys).get_parameter("weight")
-        rows, hidden = self._axis(self._producer.get(keys), weight.shape[0]), weight.shape[1]
+        (gene, rows), hidden = self._sizes(self._producer.get(keys), weight.shape[0]), weight.shape[1]
         head_dim = self._producer[keys][1]
-        gene = self._index.get(cache.name)
-        choices = self.space.genes[gene].choices if gene is not None else ("none",)
-        values = self._zeros((len(rows.sizes), 1, len(choices), 1, 1))
-        for r, row in enumerate(rows.sizes):
-            for c, choice in enumerate(choices):
-                form = cache_format(str(choice))
-                values["size"][r, 0, c] = form.constant_bytes(row // head_dim, head_dim)
-                token = form.token_bytes(row // head_dim, head_dim, hidden, weight.element_size())
-                values["cache"][r, 0, c] = token
-                if self.latency is not None:
-                    held = cache.held(self._tokens * self._scale)
-                    values["cached"][r, 0, c] = token * round(held)
-                    answer = self.latency.answer(Operator("cache", 0, 0, 0.0, cache_bytes=token * held))
-                    again = self._computed_again(row, hidden, held, 8 * weight.element_size()) if form.inputs else None
-                    for measure, part in (("decode_latency", "seconds"), ("decode_energy", "joules")):
-                        computed = 2 * getattr(again, part) if again else 0.0  # keys and values
-                        values[measure][r, 0, c] = getattr(answer, part) + computed
-                if form.inputs:
-                    values["decode_macs"][r, 0, c] = round(cache.held(self.positions.get(keys, 0.0))) * 2 * row * hidden
-        return Table(keys, "cache", rows, Axis(None, (0,)), gene, (None, None), values)
+        precision = self._index.get(cache.name)
+        choices = self.space.genes[precision].choices if precision is not None else ("none",)
+
+        def cost(chosen: Chosen) -> dict[str, float]:
+            row, form = rows[chosen[gene]], cache_format(str(choices[chosen[precision]]))
+            token = form.token_bytes(row // head_dim, head_dim, hidden, weight.element_size())
+            found: dict[str, float] = {"size": form.constant_bytes(row // head_dim, head_dim), "cache": token}
+            if self.latency is not None:
+                held = cache.held(self._tokens * self._scale)
+                found["cached"] = token * round(held)
+                answer = self.latency.answer(Operator("cache", 0, 0, 0.0, cache_bytes=token * held))
+                again = self._computed_again(row, hidden, held, 8 * weight.element_size()) if form.inputs else None
+                for measure, part in (("decode_latency", "seconds"), ("decode_energy", "joules")):
+                    computed = 2 * getattr(again, part) if again else 0.0  # keys and values
+                    found[measure] = getattr(answer, part) + computed
+            if form.inputs:
+                found["decode_macs"] = round(cache.held(self.positions.get(keys, 0.0))) * 2 * row * hidden
+            return found
+
+        return self._filled(keys, "cache", (gene, precision), cost)
 
     def _computed_again(self, rows: int, hidden: int, tokens: float, bits: int) -> Answer:
         """What the keys of so many tokens take, or the values, from inputs that are cached; the weights that they are

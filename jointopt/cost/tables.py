@@ -1,7 +1,7 @@
 """Tables of costs that depend on a few genes each, and the costs of many genomes as sums of look-ups in them.
 
-Every stored tensor and every product belongs to a module whose cost depends on five genes at most: the one of its
-rows, the one of its columns, the one of its precision, and for a convolution's time those of one or two that read it.
+Every stored tensor and every product belongs to a module whose cost depends on few genes: the one of its rows, the one
+of its columns, the one of its precision, and for a convolution's time those of what reads it.
 """
 
 from __future__ import annotations
@@ -18,23 +18,12 @@ from search_spaces.space import SearchSpace
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A gene that a module's cost depends on, and the number of channels at each of its choices; gene None: fixed."""
-
-    gene: int | None
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Table:
-    """Cost of one module: measure -> array [row choices, column choices, precision choices, its two readers']."""
+    """Cost of one module: measure -> array with an axis for each of the genes that it depends on, their choices."""
 
     path: str
     kind: str
-    rows: Axis
-    columns: Axis
-    precision: int | None
-    readers: tuple[int | None, int | None]
+    genes: tuple[int, ...]
     values: Mapping[str, np.ndarray]
 
 
@@ -51,17 +40,15 @@ class Tables:
     ):
         self.tables = tables
         self._index = {name: i for i, name in enumerate(space.names)}
-        # An entry is at `_first` + indices of its table's five genes x `_strides`; a gene that a table does not depend
-        # on is the one past the last.
-        genes, strides, first, entries = [], [], [], 0
-        for table in tables:
-            five = (table.rows.gene, table.columns.gene, table.precision, *table.readers)
-            shape = table.values["macs"].shape
-            genes.append([len(space) if gene is None else gene for gene in five])
-            strides.append([math.prod(shape[axis + 1 :]) for axis in range(len(five))])
-            first.append(entries)
-            entries += math.prod(shape)
-        self._genes, self._strides, self._first = np.array(genes), np.array(strides), np.array(first)
+        # An entry is at `_first` + indices of its table's genes x `_strides`; tables of fewer genes have strides of 0.
+        shape = len(tables), max(len(table.genes) for table in tables)
+        self._genes, self._strides = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        for at, table in enumerate(tables):
+            sizes = table.values["macs"].shape
+            self._genes[at, : len(sizes)] = table.genes
+            self._strides[at, : len(sizes)] = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+        entries = [table.values["macs"].size for table in tables]
+        self._first = np.cumsum([0, *entries[:-1]])
         self._values = {m: np.concatenate([table.values[m].ravel() for table in tables]) for m in tables[0].values}
         self._keeping = keeping(family, space, leaving)
         self._inside = {p: np.array([within(table.path, p) for table in tables]) for p in self._keeping}
@@ -86,8 +73,7 @@ class Tables:
 
     def _entries(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where each table's value of each genome is, and whether its module is in that genome: [n, tables] both."""
-        padded = np.pad(genomes, ((0, 0), (0, 1)))
-        entries = self._first + (padded[:, self._genes] * self._strides).sum(-1)
+        entries = self._first + (genomes[:, self._genes] * self._strides).sum(-1)
         present = np.ones(entries.shape, dtype=bool)
         for path, genes in self._keeping.items():
             for gene, stays in genes.items():
