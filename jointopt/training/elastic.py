@@ -10,7 +10,7 @@ itself gone back from: accumulation, loss scaling and clipping work as with any 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from jointopt.training.distillation import (
     teacher_logits,
     teacher_outputs,
 )
+from jointopt.training.gradient_sums import GradientSums
 from jointopt.training.recipe import Recipe, checked
 from jointopt.training.sampling import step_seed
 from quant.errors import JointoptError, check_count, check_whole
@@ -75,12 +76,12 @@ def elastic_loss(
     if recipe.learned_ranges and NAME not in supernet.model._parameters:
         raise JointoptError("learned_ranges: call supernet.learn_ranges() before the optimizer is made")
     progress = _progress(step, steps, recipe)
-    losses, gradients, parameters = gradients_of(supernet, batch, step, progress, recipe)
+    losses, sums = gradients_of(supernet, batch, step, progress, recipe)
     _average_statistics(supernet.model)
     total = torch.stack(losses).sum()
     if not torch.is_grad_enabled():
         return total
-    return _Gathered.apply(total, gradients, *parameters)
+    return _Gathered.apply(total, sums.gradients, *sums.parameters)
 
 
 USUAL = Recipe()
@@ -102,49 +103,32 @@ def _progress(step: int, steps: int | None, recipe: Recipe) -> float:
 
 def gradients_of(
     supernet: Supernet, batch: Batch, step: int, progress: float, recipe: Recipe
-) -> tuple[list[Tensor], list[Tensor | None], list[nn.Parameter]]:
-    """The losses of the largest and of each sampled sub-network, and the sum of their gradients by parameter."""
+) -> tuple[list[Tensor], GradientSums]:
+    """The losses of the largest and of each sampled sub-network, and the sums of their gradients."""
     recipe = recipe.suited(supernet.model)
     kind = supernet.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
         raise JointoptError("train: found float16 autocast, in which gradients vanish; allowed: bfloat16, or none")
     batch = _labelled(batch, supernet.device)
     parameters = [each for each in supernet.model.parameters() if each.requires_grad]
-    places = {id(each): at for at, each in enumerate(parameters)}
     if not parameters:
         raise JointoptError("train: no parameter of the model needs a gradient; allowed: one or more")
     supernet.weights_changed()
-    gradients: list[Tensor | None] = [None] * len(parameters)
-
-    def learn(loss: Tensor, slices: list[tuple[Tensor, int]]) -> Tensor:
-        if not torch.isfinite(loss):
-            raise JointoptError(f"train: the loss is {loss.item()}; a smaller learning_rate may help")
-        if loss.requires_grad:  # not where what is trained is not in this sub-network
-            wanted = [*parameters, *(part for part, _ in slices)]
-            found = _in_memory_of_their_own(torch.autograd.grad(loss, wanted, allow_unused=True))
-            for at, new in enumerate(found[: len(parameters)]):
-                gradients[at] = _sum(gradients[at], new, parameters[at])
-            for (part, at), new in zip(slices, found[len(parameters) :], strict=True):
-                held = gradients[at]
-                if held is None:
-                    held = gradients[at] = torch.zeros_like(parameters[at])
-                if new is not None:
-                    held[tuple(map(slice, part.shape))].add_(new)
-        return loss.detach()
-
-    losses, teacher = [], None
+    sums, losses, teacher = GradientSums(parameters), [], None
     with _without_hooks(parameters), without_cache(supernet.model):
         for student in _students(supernet, step, progress, recipe):
             view = supernet.view_to_train(student.plan, student.precision)
-            modules = list(view.modules())
-            slices = _as_leaves(modules, places) + _words_as_leaves(modules, places, batch)
+            leaves = sums.leaves_of(view, batch)
             loss, shown = _loss(supernet, student, view, batch, teacher, recipe)
-            losses.append(learn(loss, slices))
+            if not torch.isfinite(loss):
+                raise JointoptError(f"train: the loss is {loss.item()}; a smaller learning_rate may help")
+            sums.add(loss, leaves)
+            losses.append(loss.detach())
             if recipe.distillation is not None and teacher is None:
                 teacher = teacher_outputs(shown, recipe.distillation.temperature, problem_of(supernet.model))
-            del loss, shown, view, modules, slices
+            del loss, shown, view, leaves  # the next one's activations take their memory
     supernet.weights_changed()  # as soon as the optimizer steps: what was quantized here is of the weights before
-    return losses, gradients, parameters
+    return losses, sums
 
 
 @contextmanager
@@ -173,29 +157,6 @@ def _labelled(batch: Batch, device: torch.device) -> dict[str, Any]:
     return on_device({**batch, "labels": labels}, device)
 
 
-def _sum(held: Tensor | None, new: Tensor | None, whole: Tensor) -> Tensor | None:
-    """Of gradients of `whole`, dense whatever they are, in the memory of the first."""
-    if new is None or (held is None and not new.is_sparse):
-        return held if new is None else new
-    return (torch.zeros_like(whole) if held is None else held).add_(new)
-
-
-def _in_memory_of_their_own(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """What may be added to in place: autograd gives views of one tensor where parameters were added to each other."""
-    taken: set[int] = set()
-    found = []
-    for each in gradients:
-        if each is not None and each.is_sparse:
-            each = each.coalesce()  # the same bits in whichever order a device would add up repeated rows
-        elif each is not None:
-            storage = each.untyped_storage()
-            if storage.data_ptr() in taken or storage.nbytes() != each.numel() * each.element_size():
-                each = each.clone()
-            taken.add(storage.data_ptr())
-        found.append(each)
-    return found
-
-
 @dataclass(frozen=True)
 class _Student:
     plan: Plan
@@ -210,43 +171,6 @@ def _students(supernet: Supernet, step: int, progress: float, recipe: Recipe) ->
     precision = recipe.precision_from is not None and progress >= recipe.precision_from
     largest = _Student(supernet.plan(supernet.space.largest), False)
     return [largest, *(_Student(supernet.plan(genome), precision) for genome in genomes)]
-
-
-def _as_leaves(view: Sequence[nn.Module], places: Mapping[int, int]) -> list[tuple[Tensor, int]]:
-    """Detaches a training view's slices of parameters, so that each gets its own gradient, to be added to the leading
-    block of its parameter's: autograd would fill it up with zeros to the whole parameter's size.
-
-    Args:
-        view: all of its modules.
-        places: id of a parameter -> its place.
-
-    Returns:
-        The slices, each with its parameter's place.
-    """
-    found = []
-    for module in view:
-        for name, part in module.__dict__.items():
-            if type(part) is Tensor and part._is_view() and id(part._base) in places:
-                module.__dict__[name] = leaf = part.detach().requires_grad_()
-                found.append((leaf, places[id(part._base)]))
-    return found
-
-
-def _words_as_leaves(view: Sequence[nn.Module], places: Mapping[int, int], batch: Batch) -> list[tuple[Tensor, int]]:
-    """Likewise the weights of embeddings of which a batch has few words, whose gradients hold these words alone: dense
-    ones would be filled with zeros for each sub-network, and a tied head's would be copied to add them."""
-    words = max((x.numel() for x in batch.values() if isinstance(x, Tensor) and not x.is_floating_point()), default=0)
-    found = []
-    for module in view:
-        if type(module) is nn.Embedding and module.num_embeddings > words and not module.scale_grad_by_freq:
-            weight = module.weight
-            known = weight.is_leaf and id(weight) in places
-            if known and weight.device.type in ("cpu", "cuda"):
-                del module._parameters["weight"]
-                leaf = weight.detach().requires_grad_()
-                module.__dict__.update(sparse=True, weight=leaf)
-                found.append((leaf, places[id(weight)]))
-    return found
 
 
 def _loss(

@@ -104,8 +104,8 @@ def train_supernet(
         ):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * schedule(step, steps)
-            losses, gradients, _ = gradients_of(supernet, batch, step, step / steps, recipe)
-            _step(optimizer, parameters, gradients)
+            losses, sums = gradients_of(supernet, batch, step, step / steps, recipe)
+            _step(optimizer, parameters, sums.gradients)
             history.append(losses[0].item())
             counted = counted or recipe.counts(batch["labels"])
             if sort_every is not None and (step + 1) % sort_every == 0:
