@@ -100,33 +100,40 @@ class Feasible:
         return self.space.canonical(np.where(genes, self.anchor, genomes))
 
     def _anchored(self) -> np.ndarray:
-        starts = np.vstack([self.space.largest, self.space.smallest, self.space.sample(STARTS, 0)])
-        starts = starts[np.argsort(self.excess(starts), kind="stable")]
-        found = []
-        for start in starts:
-            found.append(self._descended(start))
-            if not self.excess(found[-1][None])[0]:
-                return found[-1]
-        if len(self._exact) > 1:
-            # Made for what it raises: where no genome meets one of them even by itself, that one alone is told.
-            for each, compute, _ in self._exact:
-                Feasible(self.space, (), (Constraint(each.name, each.limit, each.relation, compute),))
         every = math.prod(map(int, self.space.sizes)) <= ENUMERATED
         # What a sub-network costs grows with each gene, so that its least and its most are where descent ends.
         sure = every or (len(self._exact) == 1 and cost_and_unit(self._exact[0][0].name)[0] in COSTS)
-        further = [] if sure else self._evolved(np.vstack([found, starts]))
-        for genomes in self._all() if every else further:
-            found.append(genomes[self.excess(genomes).argmin()])
-            if not self.excess(found[-1][None])[0]:
-                return found[-1]
-        closest = found[int(np.argmin(self.excess(np.array(found))))][None]
+        found = []
+        for candidate in self._candidates(every, sure):
+            if not self.excess(candidate[None])[0]:
+                return candidate
+            found.append(candidate)
+        raise self._unmet(found[int(np.argmin(self.excess(np.array(found))))], sure)
+
+    def _candidates(self, every: bool, sure: bool) -> Iterator[np.ndarray]:
+        """Genomes of which one may keep to all constraints, by ways that take ever longer. Raises JointoptError where
+        no genome meets one of several constraints even by itself."""
+        starts = np.vstack([self.space.largest, self.space.smallest, self.space.sample(STARTS, 0)])
+        starts = starts[np.argsort(self.excess(starts), kind="stable")]
+        ends = []
+        for start in starts:
+            ends.append(self._descended(start))
+            yield ends[-1]
+        for each, compute, _ in self._exact if len(self._exact) > 1 else ():
+            Feasible(self.space, (), (Constraint(each.name, each.limit, each.relation, compute),))
+        if every or not sure:
+            for genomes in self._all() if every else self._evolved(np.vstack([ends, starts])):
+                yield genomes[self.excess(genomes).argmin()]
+
+    def _unmet(self, closest: np.ndarray, sure: bool) -> JointoptError:
+        """What there is to say where none was found."""
         told, ending = ("no genome meets", "") if sure else ("found no genome that meets", ", and there may be one")
-        if len(self._exact) == 1:
-            (each, compute, _), *_ = self._exact
-            raise JointoptError(f"constraint {each}: {told} it; the best has {compute(closest)[0]:g}{ending}")
-        reached = ", ".join(f"{each.name} {compute(closest)[0]:g}" for each, compute, _ in self._exact)
         limits = ", ".join(str(each) for each, *_ in self._exact)
-        raise JointoptError(f"constraints {limits}: {told} them together; the closest has {reached}{ending}")
+        reached = [(each.name, f"{compute(closest[None])[0]:g}") for each, compute, _ in self._exact]
+        if len(reached) == 1:
+            return JointoptError(f"constraint {limits}: {told} it; the best has {reached[0][1]}{ending}")
+        values = ", ".join(map(" ".join, reached))
+        return JointoptError(f"constraints {limits}: {told} them together; the closest has {values}{ending}")
 
     def _all(self) -> Iterator[np.ndarray]:
         """Every genome, some thousands at a time."""
