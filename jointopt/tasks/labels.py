@@ -242,45 +242,47 @@ def class_indices(
     Raises:
         JointoptError: a label that the model does not have; folders that cannot number the classes without names.
     """
+    classes_of, indices = _reading(values, labels, key, folders), []
     for row, value in zip(rows or count(1), values, strict=False):
-        if _missing(value):  # which as text would be the name of a class called "none"
-            raise _unknown(value, row, labels, key)
-    called = _called({str(value) for value in values}, labels)
-    # Of folders 1 to 10 none may be called 10 among a few samples, and 1 to 9 are not the classes 1 to 9.
-    numbers = [name for name in folders or () if name.isdecimal()] if _nameless(labels) else []
-    if all(called.values()) and all(_called(numbers, labels).values()):
-        for row, value in zip(rows or count(1), values, strict=False):
-            if len(called[str(value)]) > 1:
-                raise JointoptError(
-                    f"{key}: found label {value!r:.200} in row {row}, which several classes of the model are called; "
-                    f"allowed: their indices, 0 to {len(labels) - 1}"
-                )
-        return [called[str(value)][0] for value in values]
-    if folders is not None and _nameless(labels):
-        if len(folders) != len(labels):
+        found = () if _missing(value) else classes_of(value)
+        if len(found) > 1:
             raise JointoptError(
-                f"{key}: found {len(folders)} folders, and the model has {len(labels)} classes without names, which "
-                "folders number; allowed: one for each class, be it empty"
+                f"{key}: found label {value!r:.200} in row {row}, which several classes of the model are called; "
+                f"allowed: their indices, 0 to {len(labels) - 1}"
             )
-        place = {name: index for index, name in enumerate(_by_class(folders, key))}
-        return [place[str(value)] for value in values]
-    named, indices = any(called.values()), []
-    for row, value in zip(rows or count(1), values, strict=False):
-        index = next(iter(called[str(value)]), None) if named else _whole(value)
-        if index is None or not 0 <= index < len(labels):
-            raise _unknown(value, row, labels, key)
-        indices.append(index)
+        if not found:
+            raise JointoptError(
+                f"{key}: found label {value!r:.200} in row {row}; the model has {_few(labels)}, or 0 to "
+                f"{len(labels) - 1}"
+            )
+        indices.append(found[0])
     return indices
 
 
-def _unknown(value: Any, row: int, labels: Sequence[str], key: str) -> JointoptError:
-    return JointoptError(
-        f"{key}: found label {value!r:.200} in row {row}; the model has {_few(labels)}, or 0 to {len(labels) - 1}"
-    )
+def _reading(
+    values: Sequence[Any], labels: Sequence[str], key: str, folders: Sequence[str] | None
+) -> Callable[[Any], Sequence[int]]:
+    """The one way in which all of the values are to be read: value -> the classes that it may be."""
+    called = _called({str(value) for value in values if not _missing(value)}, labels)
+    if folders is not None and _nameless(labels):
+        # Of folders 1 to 10 none may be called 10 among a few samples, and 1 to 9 are not the classes 1 to 9.
+        numbers = _called([name for name in folders if name.isdecimal()], labels)
+        if not all(called.values()) or not all(numbers.values()):
+            if len(folders) != len(labels):
+                raise JointoptError(
+                    f"{key}: found {len(folders)} folders, and the model has {len(labels)} classes without names, "
+                    "which folders number; allowed: one for each class, be it empty"
+                )
+            place = {name: [index] for index, name in enumerate(_by_class(folders, key))}
+            return lambda value: place[str(value)]
+    if any(called.values()):
+        return lambda value: called[str(value)]
+    counted: dict[int | None, list[int]] = {index: [index] for index in range(len(labels))}
+    return lambda value: counted.get(_whole(value), [])
 
 
 def _missing(value: Any) -> bool:
-    """Whether it is what json, NumPy or pandas has in place of a value."""
+    """Whether it is what json, NumPy or pandas has in place of a value: as text it would name a class called "none"."""
     return not isinstance(value, str) and str(value) in ("None", "nan", "NaN", "<NA>", "NaT")
 
 
