@@ -19,7 +19,7 @@ from jointopt import Distillation, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.outputs import logits_of
 from jointopt.training import checkpoint, loop
 from jointopt.training.distillation import soft_labels
-from jointopt.training.recipe import task_loss
+from jointopt.training.recipe import TaskLoss
 from jointopt.training.sampling import Sandwich
 from tests.zoo import MODELS, batches, logits, make
 
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_losses_one_by_one(name, samples):
 
     genomes = Sandwich(1).genomes(supernet.space, 0.0, step_seed(4, 3))
     largest = logits_of(supernet.training_view(supernet.space.largest), inputs)
-    total = task_loss(largest, batch)
+    total = TaskLoss()(largest, batch)
     counted = slice(-1) if largest.dim() == 3 else slice(None)  # of the last token's successor nothing is known
     for genome in genomes:
         student = logits_of(supernet.training_view(genome), inputs)
@@ -158,7 +158,7 @@ def test_gradients_go_straight_through_the_rounding(scheme):
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     output = []
     layer.register_forward_hook(lambda module, args, result: (result.retain_grad(), output.append(result))[0])
-    task_loss(logits_of(view, inputs), batch).backward()
+    TaskLoss()(logits_of(view, inputs), batch).backward()
     weight = supernet.model.bert.encoder.layer[-1].output.dense.weight
     held = layer._held(seen[0].detach())
     expected = output[0].grad.flatten(0, 1).mT @ held.flatten(0, 1)
@@ -407,7 +407,7 @@ def test_sorting_again_changes_neither_the_function_nor_the_optimizer_s_next_ste
                 if sort:
                     supernet.sort_again(batches(name), optimizer)
                 view = supernet.training_view(supernet.space.largest)
-                task_loss(logits_of(view, batches(name)[0]), labelled(name)[0]).backward()
+                TaskLoss()(logits_of(view, batches(name)[0]), labelled(name)[0]).backward()
             optimizer.step()
         found.append(logits(supernet.training_view(supernet.space.largest).eval(), batches(name)[0]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)

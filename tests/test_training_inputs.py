@@ -13,7 +13,7 @@ from transformers import BertForTokenClassification
 import jointopt
 from jointopt import Distillation, ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
 from jointopt.training.distillation import soft_labels
-from jointopt.training.recipe import task_loss
+from jointopt.training.recipe import TaskLoss
 from jointopt.training.sampling import Attentive, Progressive, Sandwich, Uniform, step_seed
 from tests.elastic_trainers import arguments
 from tests.test_training import calibrated, gradients, labelled, still
@@ -40,7 +40,7 @@ def test_labels_may_be_probabilities_of_the_classes():
     logits = torch.randn(6, 5)
     labels = torch.tensor([0, 1, 2, 3, 4, 0])
     one_hot = torch.nn.functional.one_hot(labels, 5).float()
-    torch.testing.assert_close(task_loss(logits, {"labels": one_hot}), task_loss(logits, {"labels": labels}))
+    torch.testing.assert_close(TaskLoss()(logits, {"labels": one_hot}), TaskLoss()(logits, {"labels": labels}))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,18 +24,36 @@ Loss = Callable[[Tensor, Batch], Tensor]
 NONE_COUNTED = f"train: in all steps no label counted, each was {IGNORED}: nothing was learned from labels"
 
 
-def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0, problem: str | None = None) -> Tensor:
+@dataclass(frozen=True)
+class TaskLoss:
     """Cross-entropy of `logits` and batch["labels"]: one label a sample, or a probability of each class, or for [batch,
     tokens] of labels the next token's, where -100 counts for nothing.
 
-    Args:
+    Attributes:
         smoothing: share of each label that is spread over all classes.
         problem: "multi_label_classification": labels [samples, classes] from 0 to 1, of each class by itself, and the
             mean of their cross-entropies; "regression": measured values, and the mean squared difference.
     """
-    if problem is not None:
-        return _loss_of_each(logits, batch["labels"], problem)
-    given = labels = batch["labels"]
+
+    smoothing: float = 0.0
+    problem: str | None = None
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        if self.problem is not None:
+            return _loss_of_each(logits, batch["labels"], self.problem)
+        return _cross_entropy(logits, batch["labels"], self.smoothing)
+
+    def counts(self, labels: Any) -> bool:
+        """Whether any of these counts."""
+        if self.problem:
+            return True  # of measured values and of several classes -100 is one like any other
+        labels = torch.as_tensor(labels)
+        of_tokens = labels.dim() == 2 and not labels.is_floating_point()
+        return bool(((labels[:, 1:] if of_tokens else labels) != IGNORED).any())
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    given = labels
     if labels.dim() == 2 and logits.dim() == 3:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     real = labels.is_floating_point() or labels.is_complex()
@@ -103,7 +120,7 @@ class Recipe:
     distillation: Distillation | None = field(default_factory=Distillation)
     precision_from: float | None = None
     learned_ranges: bool = False
-    loss: Loss = task_loss
+    loss: Loss = TaskLoss()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -155,21 +172,19 @@ class Recipe:
 
     @property
     def is_usual(self) -> bool:
-        """Whether the loss is `task_loss`, as it is or with settings of its own."""
-        return getattr(self.loss, "func", self.loss) is task_loss
+        """Whether the loss is the usual one, and not one of the user's own."""
+        return isinstance(self.loss, TaskLoss)
 
     def counts(self, labels: Any) -> bool:
         """Whether the loss counts any of these; of a loss of one's own nobody can say, and so it does."""
-        if not self.is_usual or getattr(self.loss, "keywords", {}).get("problem"):
-            return True  # of measured values and of several classes -100 is one like any other
-        labels = torch.as_tensor(labels)
-        of_tokens = labels.dim() == 2 and not labels.is_floating_point()
-        return bool(((labels[:, 1:] if of_tokens else labels) != IGNORED).any())
+        return not isinstance(self.loss, TaskLoss) or self.loss.counts(labels)
 
     def suited(self, model: nn.Module) -> Recipe:
         """With the loss that the model's `config.problem_type` asks for, in place of the usual one."""
         problem = problem_of(model)
-        return replace(self, loss=partial(task_loss, problem=problem)) if problem and self.loss is task_loss else self
+        if problem is None or not isinstance(self.loss, TaskLoss):
+            return self
+        return replace(self, loss=replace(self.loss, problem=problem))
 
 
 def checked(recipe: Recipe | None) -> Recipe | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,7 +11,7 @@ from transformers import TrainingArguments
 
 from jointopt.supernet.importance import trains_others
 from jointopt.supernet.supernet import Supernet
-from jointopt.training.recipe import Recipe, task_loss
+from jointopt.training.recipe import Recipe, TaskLoss
 from quant.errors import JointoptError
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
@@ -22,12 +21,12 @@ def smoothed(recipe: Recipe, smoothing: float) -> Recipe:
     """The recipe with the labels of its loss smoothed."""
     if not smoothing:
         return recipe
-    if recipe.loss is not task_loss:
+    if recipe.loss != TaskLoss():
         raise JointoptError(
             f"args: label_smoothing_factor {smoothing} beside a loss that is not of one class; allowed: 0 (a recipe's "
             "own loss may smooth)"
         )
-    return replace(recipe, loss=partial(task_loss, smoothing=smoothing))
+    return replace(recipe, loss=TaskLoss(smoothing))
 
 
 def check_args(args: TrainingArguments, options: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from jointopt import SearchSpace, Supernet
 from jointopt.batches import Batch
 from jointopt.evaluation.evaluation import Quality
 from jointopt.rows import DataSource
-from jointopt.training.recipe import task_loss
+from jointopt.training.recipe import TaskLoss
 
 SCHEMES = ("none", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4")
 
@@ -134,7 +134,7 @@ def resnet_for_digits(images: DataSource, folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for epoch in range(12):
         for batch in samples.epoch(epoch, 64, 0):
-            loss = task_loss(model(pixel_values=batch["pixel_values"]).logits, batch)
+            loss = TaskLoss()(model(pixel_values=batch["pixel_values"]).logits, batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -18,7 +18,7 @@ from jointopt.batches import Batch, without_labels
 from jointopt.evaluation.evaluation import Quality
 from jointopt.outputs import logits_of
 from jointopt.rows import DataSource
-from jointopt.training.recipe import task_loss
+from jointopt.training.recipe import TaskLoss
 
 CLASSES = {number: str(number) for number in range(10)}
 NAMES = {"num_labels": 10, "id2label": CLASSES, "label2id": {name: number for number, name in CLASSES.items()}}
@@ -158,7 +158,7 @@ def fine_tune(model: nn.Module, epochs: Callable, steps: int, learning_rate: flo
     while step < steps:
         for batch in epochs(epoch):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = task_loss(logits_of(model, without_labels(batch)), batch)
+                loss = TaskLoss()(logits_of(model, without_labels(batch)), batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -45,7 +45,7 @@ from jointopt.outputs import logits_of
 from jointopt.timing.timers import in_turns
 from jointopt.training.elastic import gradients_of
 from jointopt.training.loop import endless, schedule
-from jointopt.training.recipe import task_loss
+from jointopt.training.recipe import TaskLoss
 from jointopt.training.sampling import Sandwich, Uniform, step_seed
 from search_spaces.precision import is_precision
 
@@ -140,7 +140,7 @@ def alone(made: Case, genome: np.ndarray) -> float:
     for step, batch in zip(range(made.steps), endless(made.train, 0, 0), strict=False):
         inputs = without_labels(batch)
         optimizer.zero_grad(set_to_none=True)
-        task_loss(logits_of(supernet.training_view(genome), inputs), batch).backward()
+        TaskLoss()(logits_of(supernet.training_view(genome), inputs), batch).backward()
         torch.nn.utils.clip_grad_norm_(supernet.model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = made.network.learning_rate * schedule(step, made.steps)
@@ -168,7 +168,7 @@ def overhead(made: Case, rounds: int = 15) -> float:
     def passes() -> None:
         for model in models:
             model.zero_grad(set_to_none=True)
-            task_loss(logits_of(model, inputs), batch).backward()
+            TaskLoss()(logits_of(model, inputs), batch).backward()
 
     alone, step = in_turns([passes, lambda: gradients_of(supernet, batch, 0, 0.0, Recipe())], rounds)
     return step / alone
