@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
 from jointopt.checkpoint.reload import load_model
+from jointopt.supernet.state import for_workers
 from jointopt.supernet.subnetwork import Plan, renaming, staying_layers
 from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, logits, make, supernet_of, unquantized
 
@@ -345,7 +346,7 @@ def test_a_super_network_of_a_model_with_hooks_that_it_can_take_back_is_copied_a
     genome, batch = supernet.space.smallest, batches("bert", seed=1)[0]
     with supernet.active(genome) as view:
         expected = logits(view, batch)
-    for other in (copy.deepcopy(supernet), cloudpickle.loads(cloudpickle.dumps(supernet.for_workers(1)))):
+    for other in (copy.deepcopy(supernet), cloudpickle.loads(cloudpickle.dumps(for_workers(supernet, 1)))):
         with other.active(genome) as view:
             assert torch.equal(logits(view, batch), expected)
     extracted = supernet.extract(genome)

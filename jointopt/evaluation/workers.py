@@ -34,6 +34,7 @@ import torch
 from jointopt.evaluation.evaluation import Evaluation, Quality
 from jointopt.evaluation.sharing import MEMORY, SharedEvaluator
 from jointopt.names import NOISY
+from jointopt.supernet.state import for_workers
 from quant.errors import JointoptError, named_line
 
 if TYPE_CHECKING:
@@ -345,7 +346,7 @@ def write_payload(supernet: Supernet, quality: Quality, count: int, threads: int
     os.close(descriptor)
     try:
         with threads_of_torch(threads):
-            content = SharedEvaluator(supernet.for_workers(count), quality, MEMORY // count)
+            content = SharedEvaluator(for_workers(supernet, count), quality, MEMORY // count)
         torch.save(content, path, pickle_module=cloudpickle, pickle_protocol=5)
     except BaseException as error:
         os.unlink(path)

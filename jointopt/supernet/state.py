@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def fingerprint(supernet: Supernet) -> str:
-    """A digest of weights, order, space and calibration: equal for super-networks with equal sub-networks."""
+    """See `Supernet.fingerprint`."""
     choices = [
         supernet.space.to_dict(),
         supernet.leaving,
@@ -54,7 +54,7 @@ def _own_schemes(supernet: Supernet) -> list[dict[str, Any]]:
 
 
 def save(supernet: Supernet, path: str | Path) -> None:
-    """Writes weights and order, to be loaded into a super-network of the same model and space."""
+    """See `Supernet.save`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in distinct_tensors(supernet.model).items()}
     if supernet.learned is not None:
         tensors |= {name: tensor.detach().cpu() for name, tensor in supernet.learned.tensors().items()}
@@ -68,7 +68,7 @@ def save(supernet: Supernet, path: str | Path) -> None:
 
 
 def load(supernet: Supernet, path: str | Path) -> None:
-    """Restores what `save` wrote; calibrate afterwards, which then keeps the order. What is refused changes nothing."""
+    """See `Supernet.load`."""
     with reading(f"{path}:", "what `save` wrote"):
         record, tensors = read_tensors(path, "supernet")
         if record is None:

@@ -53,7 +53,7 @@ from jointopt.supernet.costs import by_block, original_tables, tables
 from jointopt.supernet.genes import check_space, fitted_schemes, plan_of, precision_genes
 from jointopt.supernet.model_copy import own_copy, warn_of_what_is_lost
 from jointopt.supernet.repair import Repaired
-from jointopt.supernet.state import fingerprint, follow, for_workers, load, notice, save, stamp
+from jointopt.supernet.state import fingerprint, follow, load, notice, save, stamp
 from jointopt.supernet.subnetwork import (
     ActivationStatistics,
     Plan,
@@ -476,10 +476,6 @@ class Supernet:
         """
         sort_again(self, batches, optimizer)
 
-    def for_workers(self, count: int) -> Supernet:
-        """The same, to be sent to `count` other processes for evaluations alone: without the model that was given."""
-        return for_workers(self, count)
-
     def fingerprint(self) -> str:
         """A digest of weights, order, space and calibration: equal for super-networks with equal sub-networks."""
         return fingerprint(self)
@@ -489,5 +485,6 @@ class Supernet:
         save(self, path)
 
     def load(self, path: str | Path) -> None:
-        """Restores what `save` wrote; calibrate afterwards, which then keeps the order."""
+        """Restores what `save` wrote; calibrate afterwards, which then keeps the order. What is refused changes
+        nothing."""
         load(self, path)
