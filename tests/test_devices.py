@@ -43,7 +43,7 @@ def test_a_device_of_one_s_own_is_read_and_a_missing_figure_is_named(tmp_path):
     assert load_device(str(path)) == load_device("l4")
     del content["cache"]["bandwidth"]
     path.write_text(yaml.safe_dump(content))
-    with pytest.raises(JointoptError, match=r"mine\.yaml.*cache\.bandwidth: field required"):
+    with pytest.raises(JointoptError, match=r"mine\.yaml.*line 2: cache\.bandwidth: found nothing; allowed: a number"):
         load_device(str(path))
     path.write_text("name: [")
     with pytest.raises(JointoptError, match="mine.yaml', line 1: not YAML"):
@@ -58,15 +58,21 @@ def test_a_device_of_one_s_own_is_read_and_a_missing_figure_is_named(tmp_path):
     ("key", "value", "said"),
     [
         ("peak", {"int8": 1e12}, "peak: found no float32, in which all else is computed"),
-        ("overhead", float("inf"), "overhead: input should be a finite number"),
-        ("bandwidth", True, "bandwidth: found True; allowed: a number"),
-        ("overhead", True, "overhead: found True; allowed: a number"),
+        ("overhead", float("inf"), "overhead: found inf; allowed: a number"),
+        ("bandwidth", True, "bandwidth: found true; allowed: a number"),
+        ("overhead", True, "overhead: found true; allowed: a number"),
         ("power", {"idle": 90, "peak": 70}, "power: found idle 90 above peak 70; allowed: peak or less"),
         ("kernels", {"linaer none": 1e12}, "kernels: found kernel 'linaer none'; allowed: linear, "),
         ("kernels", {"conv 3x1 none": 1e12}, "kernels: found kernel 'conv 3x1 none'; allowed: linear, "),
         ("kernels", {"linear W8A9": 1e12}, "kernels: found kernel 'linear W8A9'; did you mean 'W8A8'"),
         ("kernels", {"linear W4A16_G64": 1e12}, "kernels: found kernel 'linear W4A16_G64'"),
-        ("efficiency", {"compute": True, "memory": 1.0}, "efficiency.compute: found True; allowed: a number"),
+        ("peak", {"float32": 1e12, "int9": 1e12}, r"line \d+: peak\.int9: unknown key; did you mean 'int8'.*float32, "),
+        ("peak", 1e12, "peak: found 1000000000000.0; allowed: keys of float32, bfloat16"),
+        ("peak", {"float32": 0}, r"peak\.float32: found 0; allowed: more than 0"),
+        ("kernels", {"linear none": "fast"}, "kernels.linear none: found 'fast'; allowed: a number"),
+        ("kernels", {5: 1e12}, r"kernels\.5: found 5; allowed: text \(in quotes"),
+        ("caches", {}, "caches: unknown key; did you mean 'cache'"),
+        ("efficiency", {"compute": True, "memory": 1.0}, "efficiency.compute: found true; allowed: a number"),
     ],
 )
 def test_a_figure_that_is_none_is_named(tmp_path, key, value, said):

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from jointopt.config.complaints import described, one_line
+from jointopt.complaints import described, one_line
 from jointopt.config.sections import (
     Choose,
     Data,

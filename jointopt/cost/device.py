@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from jointopt.complaints import one_line
 from jointopt.cost.operators import check_kernel
 from jointopt.yaml_lines import read_yaml
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
 
-
-def _no_truth_value(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"found {value}; allowed: a number")
-    return value
-
-
-Rate = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0)]
-Share = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0, le=1)]
-FromZero = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+FromZero = Annotated[float, Field(ge=0)]
 Compute = Literal["float32", "bfloat16", "int8", "int4", "fp8", "fp4"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class LastLevelCache(_Part):
@@ -61,7 +55,7 @@ class Power(_Part):
     @model_validator(mode="after")
     def _ordered(self) -> Power:
         if self.idle > self.peak:
-            raise ValueError(f"found idle {self.idle:g} above peak {self.peak:g}; allowed: peak or less")
+            raise ValueError(f"idle {self.idle:g} above peak {self.peak:g}; allowed: peak or less")
         return self
 
 
@@ -93,7 +87,7 @@ class Device(_Part):
     @classmethod
     def _with_float32(cls, value: dict[Compute, float]) -> dict[Compute, float]:
         if "float32" not in value:
-            raise ValueError("found no float32, in which all else is computed; allowed: with it")
+            raise ValueError("no float32, in which all else is computed; allowed: with it")
         return value
 
     @field_validator("kernels")
@@ -177,13 +171,10 @@ def load_device(name: str | Path) -> Device:
     else:
         near, allowed = did_you_mean(name, device_names()), ", ".join(device_names())
         raise JointoptError(f"device: found {name!r}{near}; allowed: {allowed}, or a YAML file of one's own")
+    content, lines = read_yaml(text, f"device: {name!r}")
+    if not isinstance(content, dict):
+        raise JointoptError(f"device: {name!r} holds no figures; allowed: {', '.join(Device.model_fields)}")
     try:
-        content, _ = read_yaml(text, f"device: {name!r}")
-        if not isinstance(content, dict):
-            raise JointoptError(f"device: {name!r} holds no figures; allowed: {', '.join(Device.model_fields)}")
         return Device.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        said = first["msg"].removeprefix("Value error, ")
-        raise JointoptError(f"device: {name!r}: {where}: {said[0].lower()}{said[1:]}") from None
+        raise JointoptError(one_line(error, Device, content, lines, f"device: {name!r}")) from None

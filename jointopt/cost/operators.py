@@ -106,12 +106,12 @@ _KERNEL = re.compile(r"(?:linear|embedding|norm|attention|cache|conv (\d+)x\1(?:
 
 
 def check_kernel(name: str) -> None:
-    """Raises JointoptError for what is no `Operator.kernel`."""
+    """Raises JointoptError, which says what was found, for what is no `Operator.kernel`."""
     found = _KERNEL.fullmatch(name)
     if found is None or found[2] not in SCHEMES:
         hint = did_you_mean(found[2], SCHEMES) if found else ""
         raise JointoptError(
-            f"found kernel {name!r}{hint}; allowed: linear, embedding, norm, attention, cache, conv 3x3 or conv 3x3 "
+            f"kernel {name!r}{hint}; allowed: linear, embedding, norm, attention, cache, conv 3x3 or conv 3x3 "
             "grouped, then the name of a scheme without its group, then fused or nothing"
         )
 

@@ -1,4 +1,4 @@
-"""Turns what pydantic finds wrong with a config into one line: the line, the key, what was found, what is allowed."""
+"""Turns what pydantic finds wrong with a file of ours into one line: line, key, what was found, what is allowed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def _resolving(loc: tuple, content: Any) -> tuple:
 
 def _complaint(error: Any, schema: type[BaseModel], at: tuple) -> str:
     kind, found = error["type"], described(error["input"])
-    if kind == "extra_forbidden":
+    of_key = error["loc"][-1:] == ("[key]",)  # pydantic's place of what is wrong with a dict's key
+    if kind == "extra_forbidden" or (of_key and kind == "literal_error"):
         valid = _keys_at(schema, at[:-1])
         return f"unknown key{did_you_mean(at[-1], valid)}; allowed: {', '.join(valid)}"
     if kind == "missing":
@@ -52,7 +53,7 @@ def _complaint(error: Any, schema: type[BaseModel], at: tuple) -> str:
     if kind == "too_short":
         return "found an empty list; allowed: one or more"
     quotes = " (in quotes, where it looks like a number or a truth value)" if _unquoted(error) else ""
-    return f"found {found}; allowed: " + (_bound(error) or _expected(schema, at)) + quotes
+    return f"found {found}; allowed: " + (_bound(error) or ("text" if of_key else _expected(schema, at))) + quotes
 
 
 def _unquoted(error: Any) -> bool:
@@ -95,6 +96,9 @@ def _expected(schema: type[BaseModel], at: tuple) -> str:
         return _WORDS[at[0]]
     kind: Any = schema
     for key in at:
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            continue
         sections = [each for each in _members(kind) if isinstance(each, type) and issubclass(each, BaseModel)]
         if isinstance(key, int) or not sections or key not in sections[0].model_fields:
             continue
@@ -106,6 +110,8 @@ def _expected(schema: type[BaseModel], at: tuple) -> str:
         elif isinstance(member, type) and issubclass(member, BaseModel):
             paths = ["a path or a hub id, or"] if "path" in member.model_fields else []
             words.append(" ".join([*paths, "keys of", ", ".join(member.model_fields)]))
+        elif get_origin(member) is dict:
+            words.append("keys of " + ", ".join(map(str, get_args(get_args(member)[0]))))
         elif get_origin(member) is list and not isinstance(at[-1], int):
             words.append("a list of " + " or ".join(_KINDS[each][1] for each in _members(get_args(member)[0])))
         elif get_origin(member) is list:
@@ -129,7 +135,7 @@ def _keys_at(schema: type[BaseModel], at: tuple) -> list[str]:
     for key in at:
         if isinstance(key, str) and key in section.model_fields:
             section = _members(section.model_fields[key].annotation)[0]
-    return list(section.model_fields)
+    return list(get_args(get_args(section)[0]) if get_origin(section) is dict else section.model_fields)
 
 
 LONGEST = 200
