@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, BertForMaskedLM, Ro
 
 import jointopt
 from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
+from jointopt.checkpoint import verification
 from jointopt.checkpoint.reload import load_model
 from jointopt.checkpoint.writer import stored_bytes
 from jointopt.outputs import logits_of
@@ -184,6 +185,26 @@ def test_verify_notices_a_changed_weight_and_a_changed_size(tmp_path):
     (folder / "model.safetensors").write_bytes((1).to_bytes(8, "little") + b"{}")
     with pytest.raises((JointoptError, ValueError)):
         jointopt.verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("print('said'), os.system('echo said')", ()),
+        ("os._exit(1)", ("reload: the fresh process ended",)),
+        ("torch.nn.Module.__call__ = lambda *_, **__: os._exit(1)", ("reload: the fresh process ended",)),
+        ("torch.nn.Module.__call__ = lambda *_, **__: 1 / 0", ("reload: ZeroDivisionError: division by zero",)),
+        ("time.sleep(600)", ("reload: no answer from the fresh process for 1 s",)),
+    ],
+)
+def test_a_process_that_prints_ends_fails_or_hangs(code, said, tmp_path, monkeypatch):
+    supernet = supernet_of("timm_resnet", schemes=["none", "W8A8"])
+    folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
+    with (folder / "modeling_jointopt.py").open("a") as file:
+        file.write(f"\nimport os, time, torch\n{code}\n")
+    if "sleep" in code:
+        monkeypatch.setattr(verification, "_SECONDS", 1.0)
+    assert jointopt.verify(folder).differences == said
 
 
 @pytest.mark.parametrize(("target", "name"), [("transformers", "model.safetensors"), ("onnxruntime", "model.onnx")])

@@ -1,41 +1,28 @@
 """Loads an exported folder with transformers or timm alone and answers forward calls over a pipe.
 
-Run as a script, in Python's isolated mode, by `jointopt.verify`; nothing of jointopt is imported here. A message is
-the length of a JSON head, the head, the length of a safetensors body, the body.
+Run as a script, in Python's isolated mode, by `jointopt.verify`; nothing of jointopt is imported here. A message is a
+JSON head, then a safetensors body.
 """
 
 import importlib.util
 import json
 import os
-import struct
 import sys
+from multiprocessing.connection import Connection
 
 
-def read(stream, count):
-    data = b""
-    while len(data) < count:
-        part = stream.read(count - len(data))
-        if not part:
-            sys.exit(0)
-        data += part
-    return data
-
-
-def receive(stream):
+def receive(pipe):
     from safetensors.torch import load
 
-    head = json.loads(read(stream, struct.unpack("<Q", read(stream, 8))[0]))
-    return head, load(read(stream, struct.unpack("<Q", read(stream, 8))[0]))
+    return json.loads(pipe.recv_bytes()), load(pipe.recv_bytes())
 
 
-def send(stream, head, tensors):
+def send(pipe, head, tensors):
     from safetensors.torch import save
 
-    body, text = save(tensors), json.dumps(head).encode()
-    for part in (text, body):
-        stream.write(struct.pack("<Q", len(part)))
-        stream.write(part)
-    stream.flush()
+    body = save(tensors)  # before anything is sent, as it may raise
+    pipe.send_bytes(json.dumps(head).encode())
+    pipe.send_bytes(body)
 
 
 def imported(name, path):
@@ -89,29 +76,31 @@ def flattened(output):
 
 def main():
     folder, threads, device = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    answers, requests = os.fdopen(os.dup(1), "wb"), sys.stdin.buffer
-    os.dup2(2, 1)
+    pipe = Connection(int(sys.argv[4]))
     import torch
 
     torch.set_num_threads(threads)
     try:
         model = load_model(folder, device).to(device)
         loaded = sorted(name for name in ("jointopt", "search_spaces", "quant") if name in sys.modules)
-        send(answers, {"dtype": str(next(model.parameters()).dtype)[6:], "imported": loaded}, {})
+        send(pipe, {"dtype": str(next(model.parameters()).dtype)[6:], "imported": loaded}, {})
     except Exception as error:
-        send(answers, {"error": f"{type(error).__name__}: {error}"}, {})
+        send(pipe, {"error": f"{type(error).__name__}: {error}"}, {})
         return
     while True:
-        head, tensors = receive(requests)
+        try:
+            head, tensors = receive(pipe)
+        except EOFError:
+            return
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         inputs = {name: tensors[name] for name in head["names"]}
         arguments = [tensors[f"argument{at}"] for at in range(head["arguments"])]
         try:
             with torch.no_grad():
                 keys, outputs = flattened(model(*arguments, **inputs, **head["values"]))
-            send(answers, {"keys": keys}, {name: tensor.clone() for name, tensor in outputs.items()})
+            send(pipe, {"keys": keys}, {name: tensor.clone() for name, tensor in outputs.items()})
         except Exception as error:
-            send(answers, {"error": f"{type(error).__name__}: {error}"}, {})
+            send(pipe, {"error": f"{type(error).__name__}: {error}"}, {})
 
 
 if __name__ == "__main__":

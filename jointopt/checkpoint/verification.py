@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import selectors
-import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 from torch import Tensor, nn
 
-from jointopt.checkpoint.reload import send
+from jointopt.checkpoint.reload import receive, send
 from jointopt.checkpoint.writer import RECORD, UNCHANGED, probe_inputs, probed, stored_bytes
 from jointopt.evaluation.evaluation import Quality, measured
 from jointopt.files import DAMAGED, check_path, reading
@@ -237,9 +235,9 @@ class ReloadError(Exception):
 class RemoteModel(nn.Module):
     """Stands for a model in another process: forward passes run there, its other methods are not to be had."""
 
-    def __init__(self, folder: Path, process: subprocess.Popen):
+    def __init__(self, folder: Path, pipe: Connection):
         super().__init__()
-        self._process = process
+        self._pipe = pipe
         head, _ = self._receive()
         if head["imported"]:
             raise ReloadError(f"the fresh process imported {', '.join(head['imported'])}")
@@ -269,8 +267,8 @@ class RemoteModel(nn.Module):
         positional = {f"argument{at}": tensor for at, tensor in enumerate(arguments)}
         sent = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in {**tensors, **positional}.items()}
         try:
-            send(self._process.stdin, head, sent)
-        except BrokenPipeError:
+            send(self._pipe, head, sent)
+        except ConnectionError:
             raise ReloadError("the fresh process ended") from None
         answer, outputs = self._receive()
         found = [outputs[str(at)] for at in range(len(answer["keys"]))]
@@ -279,27 +277,15 @@ class RemoteModel(nn.Module):
         return RemoteOutput(zip(answer["keys"], found, strict=True))
 
     def _receive(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        head = json.loads(self._read(struct.unpack("<Q", self._read(8))[0]))
-        body = self._read(struct.unpack("<Q", self._read(8))[0])
+        if not self._pipe.poll(_SECONDS):
+            raise ReloadError(f"no answer from the fresh process for {_SECONDS:.0f} s")
+        try:
+            head, tensors = receive(self._pipe)
+        except (EOFError, OSError):
+            raise ReloadError("the fresh process ended") from None
         if "error" in head:
             raise ReloadError(" ".join(str(head["error"]).split())[:400])
-        return head, load(body)
-
-    def _read(self, count: int) -> bytes:
-        assert self._process.stdout is not None
-        deadline = time.monotonic() + _SECONDS
-        parts, missing = [], count
-        with selectors.DefaultSelector() as ready:
-            ready.register(self._process.stdout, selectors.EVENT_READ)
-            while missing:
-                if not ready.select(max(0.0, deadline - time.monotonic())):
-                    raise ReloadError(f"no answer from the fresh process for {_SECONDS:.0f} s")
-                part = self._process.stdout.read1(missing)  # type: ignore[attr-defined]
-                if not part:
-                    raise ReloadError("the fresh process ended")
-                parts.append(part)
-                missing -= len(part)
-        return b"".join(parts)
+        return head, tensors
 
 
 class RemoteOutput(dict):
@@ -318,13 +304,19 @@ class RemoteOutput(dict):
 def reloaded(folder: str | Path, device: str = "cpu") -> Iterator[RemoteModel]:
     """The exported model in a fresh process, which ends with the block; its outputs come back on the CPU."""
     script = Path(__file__).with_name("reload.py")
-    command = [sys.executable, "-I", str(script), str(Path(folder).resolve()), str(torch.get_num_threads()), device]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    threads, (pipe, other) = str(torch.get_num_threads()), Pipe()
+    command = [sys.executable, "-I", str(script), str(Path(folder).resolve()), threads, device, str(other.fileno())]
+    with other:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[other.fileno()],
+        )
     try:
-        yield RemoteModel(Path(folder), process).eval()
+        yield RemoteModel(Path(folder), pipe).eval()
     finally:
         process.kill()
         process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                stream.close()
+        pipe.close()
