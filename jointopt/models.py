@@ -30,22 +30,6 @@ from quant.errors import JointoptError, did_you_mean, first_line, in_one_line
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _WORDS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
-_SIZES = {
-    "hidden_size",
-    "hidden_sizes",
-    "embedding_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "depths",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "image_size",
-    "patch_size",
-    "num_channels",
-}
 _TASK_OF = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
@@ -198,23 +182,8 @@ def model_config(source: ModelSource) -> Any:
     """The transformers config of a source that is not timm's."""
     from transformers import AutoConfig
 
-    if source.kind == "folder":
-        _check_config(Path(source.location))
     with _explained(source):
         return AutoConfig.from_pretrained(source.location, **source.options())
-
-
-def _check_config(folder: Path) -> None:
-    """Sizes that transformers builds models of, which then fail wherever they are first used."""
-    config, file = _read_config(folder), f"model: {folder / 'config.json'}"
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise JointoptError(f"{file}: architectures: found {architectures!r:.60}; allowed: a list of names")
-    for key in (key for key in config if key in _SIZES):
-        found = config[key]
-        sizes = found if isinstance(found, list) else [1 if found is None else found]
-        if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise JointoptError(f"{file}: {key}: found {found!r:.60}; allowed: whole numbers from 1")
 
 
 def empty_model(source: ModelSource, task: str, dtype: str = "auto") -> nn.Module:
