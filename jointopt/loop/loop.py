@@ -26,7 +26,6 @@ from jointopt.names import BATCH, MOST
 from jointopt.objectives import COSTS, Constraint, Objective, same_values
 from jointopt.sensitivity import quality_prior, telling
 from jointopt.study.study import Study
-from jointopt.study.study_file import damaged
 from jointopt.supernet.state import notice
 from quant.errors import JointoptError, check_count
 from search_spaces.space import SearchSpace
@@ -129,8 +128,7 @@ def search(
         _check_recorded(study, own)
         _begin_anew_if_all_failed(study)
         if (state := study.fact("state")) is not None:
-            with damaged(study.path, "the state of its strategy"):
-                asking.load_state_dict(state)
+            asking.load_state_dict(state)
         _say_where_small(supernet.space, budget)
         study.note("stopped", None)
         with (
@@ -277,8 +275,7 @@ def _take_prior(asking: strategies.Strategy, study: Study, supernet: Supernet, w
     if prior is None:
         prior = {name: [each.tolist() for each in found] for name, found in quality_prior(supernet, wanted).items()}
         study.note("prior", prior)
-    with damaged(study.path, "what its warm start was told"):
-        asking.take_prior(prior)
+    asking.take_prior(prior)
 
 
 def _say_where_small(space: SearchSpace, budget: Budget) -> None:

@@ -17,7 +17,6 @@ from jointopt.evaluation.evaluation import Quality, measured
 from jointopt.evaluation.sharing import SharedEvaluator
 from jointopt.objectives import COSTS
 from jointopt.study.study import Study
-from jointopt.study.study_file import damaged
 from quant.errors import JointoptError
 
 if TYPE_CHECKING:
@@ -83,11 +82,10 @@ def rescored_finished(study: Study) -> dict[tuple[Genome, str], dict[str, Any]]:
 
 
 def _records(study: Study) -> dict[tuple[Genome | None, str | None], dict[str, Any]]:
-    with damaged(study.path, "a score on unseen data"):
-        return {
-            (None if (g := each["genome"]) is None else tuple(g), each.get("rounding")): each
-            for each in study.fact("unseen", [])
-        }
+    return {
+        (None if (g := each["genome"]) is None else tuple(g), each.get("rounding")): each
+        for each in study.fact("unseen", [])
+    }
 
 
 def _note(study: Study, record: Mapping[str, Any]) -> None:

@@ -18,13 +18,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import pandas as pd
 
-from jointopt.files import check_path, locked
+from jointopt.files import check_path, locked, reading
 from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized
 from jointopt.study.choice import best_of, costs_of, front_of, keeping_to, with_finished
 from jointopt.study.differences import as_json
-from jointopt.study.facts import check_config, check_facts, software
+from jointopt.study.facts import check_config, software
 from jointopt.study.reference_point import reference_point
-from jointopt.study.study_file import closed_if_refused, connect, damaged, explained
+from jointopt.study.study_file import closed_if_refused, connect, explained
 from quant.errors import JointoptError, check_kind
 from search_spaces.space import SearchSpace
 
@@ -35,11 +35,11 @@ T = TypeVar("T")
 
 
 def _reading(method: Callable[Concatenate[Study, P], T]) -> Callable[Concatenate[Study, P], T]:
-    """Decorator: turns errors while reading the study's file into one line."""
+    """Decorator: what a damaged file raises as one line."""
 
     @wraps(method)
     def read(self: Study, *args: P.args, **kwargs: P.kwargs) -> T:
-        with explained(self.path):
+        with reading(f"study {str(self.path)!r}", "", sqlite3.Error):
             return method(self, *args, **kwargs)
 
     return read
@@ -63,11 +63,9 @@ class Study:
         space, objectives = self.fact("space"), self.fact("objectives")
         if space is None or not objectives:
             raise JointoptError(f"study {str(path)!r}: is damaged, it lacks its space or its objectives")
-        with damaged(path, "its space"):
+        with reading(f"study {str(path)!r}"):
             self.space = SearchSpace.from_dict(space)
-        with damaged(path, "its objectives"):
             self.objectives = tuple(Objective(name, direction) for name, direction in objectives)
-        check_facts(path, self.fact)
 
     @classmethod
     def create(
@@ -241,17 +239,16 @@ class Study:
         row = self._connection.execute(
             "SELECT number, genomes FROM generations ORDER BY number DESC LIMIT 1"
         ).fetchone()
-        return None if row is None else (row[0], self._genomes(row[0], row[1]))
+        return None if row is None else (row[0], self._genomes(row[1]))
 
     @_reading
     def generations(self) -> list[tuple[int, np.ndarray]]:
         """Number and genomes of every batch asked."""
         rows = self._connection.execute("SELECT number, genomes FROM generations ORDER BY number").fetchall()
-        return [(number, self._genomes(number, each)) for number, each in rows]
+        return [(number, self._genomes(each)) for number, each in rows]
 
-    def _genomes(self, generation: int, text: str) -> np.ndarray:
-        with damaged(self.path, f"generation {generation}"):
-            return self.space.validate(np.array(json.loads(text), dtype=np.int64).reshape(-1, len(self.space)))
+    def _genomes(self, text: str) -> np.ndarray:
+        return self.space.validate(np.array(json.loads(text), dtype=np.int64).reshape(-1, len(self.space)))
 
     @_reading
     def results(self, genomes: np.ndarray) -> list[dict[str, float] | None]:
@@ -259,14 +256,10 @@ class Study:
         found = []
         for genome in genomes:
             row = self._connection.execute(
-                "SELECT number, metrics FROM evaluations WHERE genome = ?", (json.dumps(genome.tolist()),)
+                "SELECT metrics FROM evaluations WHERE genome = ?", (json.dumps(genome.tolist()),)
             ).fetchone()
-            found.append(None if row is None else self._metrics(*row) if row[1] else {})
+            found.append(None if row is None else json.loads(row[0]) if row[0] else {})
         return found
-
-    def _metrics(self, number: int, text: str) -> dict[str, float]:
-        with damaged(self.path, f"evaluation {number}"):
-            return {name: float(value) for name, value in json.loads(text).items()}
 
     @_reading
     def scores(self) -> dict[bytes, dict[str, float]]:
@@ -300,12 +293,8 @@ class Study:
         predicted = self._predictions()
         records = []
         for number, generation, genome, metrics, failed, seconds in rows:
-            with damaged(self.path, f"evaluation {number}"):
-                indices = tuple(json.loads(genome))
-                if len(indices) != len(self.space):
-                    raise ValueError(f"its genome has {len(indices)} genes, the space {len(self.space)}")
-            record = {"number": number, "generation": generation, "genome": indices}
-            record.update(self._metrics(number, metrics) if metrics else {})
+            record = {"number": number, "generation": generation, "genome": tuple(json.loads(genome))}
+            record.update(json.loads(metrics) if metrics else {})
             foreseen = predicted.get(genome, [np.nan] * len(self.objectives))
             record.update({f"predicted_{o.name}": v for o, v in zip(self.objectives, foreseen, strict=True)})
             records.append({**record, "failed": failed, "seconds": seconds})
@@ -325,11 +314,9 @@ class Study:
     @_reading
     def _predictions(self) -> dict[str, list[float]]:
         found = {}
-        rows = self._connection.execute("SELECT number, genomes, predicted FROM generations")
-        for number, genomes, predicted in rows:
-            with damaged(self.path, f"generation {number}"):
-                for genome, values in zip(json.loads(genomes), json.loads(predicted), strict=True):
-                    found[json.dumps(genome)] = values
+        for genomes, predicted in self._connection.execute("SELECT genomes, predicted FROM generations"):
+            for genome, values in zip(json.loads(genomes), json.loads(predicted), strict=True):
+                found[json.dumps(genome)] = values
         return found
 
     def costs(self) -> np.ndarray:

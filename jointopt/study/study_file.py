@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quant.errors import JointoptError, named_line
+from quant.errors import JointoptError
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -28,15 +28,6 @@ def explained(path: Path | None) -> Iterator[None]:
         yield
     except (sqlite3.Error, json.JSONDecodeError) as error:
         raise JointoptError(f"study {str(path)!r}: {error}") from None
-
-
-@contextmanager
-def damaged(path: Path | None, what: str) -> Iterator[None]:
-    """What goes wrong with a value that is no such thing, as one line; where it was edited by hand, say."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise JointoptError(f"study {str(path)!r}: is damaged: {what} cannot be read: {named_line(error)}") from None
 
 
 def connect(path: Path | None, new: bool) -> sqlite3.Connection:
