@@ -399,19 +399,12 @@ def test_a_generation_config_that_transformers_does_not_write_is_named(tmp_path)
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ({"layers": [3]}, r"layers\[0\]: found 3"),
-        ({"layers": [{"scheme": None}]}, r"layers\[0\].scheme: found None"),
-        ({"metrics": {"accuracy": "good"}}, "metrics.accuracy: found 'good'"),
-        ({"costs": {"size": []}}, r"costs.size: found \[\]"),
-        ({"stored": "all"}, "stored: found 'all'"),
-        ({"target": ["vllm"]}, r"target: found \['vllm'\]"),
-        ({"target": "tvm"}, "target: found 'tvm'"),
-        ({"choices": {"q.precision": "W9A9"}}, "choices.q.precision: scheme 'W9A9': unknown"),
-        ({"layers": [{"scheme": "W9A9"}]}, r"layers\[0\].scheme: scheme 'W9A9': unknown"),
+        ({"target": "tvm"}, "verify: '.*jointopt.json': target: found 'tvm'; allowed: "),
+        ({"layers": [{"scheme": "MINE"}]}, "scheme 'MINE': unknown"),
     ],
 )
-def test_a_record_of_an_export_that_was_edited_to_something_else_is_one_line_that_names_the_key(damage, said, tmp_path):
+def test_a_record_with_a_name_that_is_not_known_here_is_one_line(damage, said, tmp_path):
     record = {"choices": {}, "probe": None, "costs": {"size": 1}, "layers": [], "metrics": {}, **damage}
     (tmp_path / "jointopt.json").write_text(json.dumps(record))
-    with pytest.raises(JointoptError, match=f"^verify: '.*jointopt.json': {said}; allowed: "):
+    with pytest.raises(JointoptError, match=f"^{said}"):
         jointopt.verify(tmp_path)

@@ -16,7 +16,7 @@ from jointopt.batches import on_device
 from jointopt.digests import digest_of
 from jointopt.files import reading, write_tensors
 from jointopt.learned_ranges import INPUTS, NAME, LearnedRanges, settle
-from quant.errors import JointoptError, check_kind
+from quant.errors import JointoptError
 from quant.formats import own_definition
 
 if TYPE_CHECKING:
@@ -75,8 +75,6 @@ def load(supernet: Supernet, path: str | Path) -> None:
             raise JointoptError(f"{path}: not a saved super-network of this model")
         made, leaving = tuple(record.get("transforms", ())), record["leaving"]
         trained, scaled = record["trained"], record.get("scaled", False)
-        for each in (trained, scaled):
-            check_kind(f"{path}: what it says of its training", each, bool, "true or false")
         members = {stage: sorted(names) for stage, names in leaving.items()}
         told = [", ".join(each) or "none" for each in (made, supernet.transforms)]
     if made != supernet.transforms:
