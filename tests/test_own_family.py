@@ -97,7 +97,7 @@ def test_it_is_searched_like_any_other(own):
     study = jointopt.search(own.supernet, closeness, evaluations=20, strategy="evolutionary")
     front = study.front()
     assert len(study) == 20 and len(front) > 1 and not study.evaluations()["failed"].notna().any()
-    assert study.baselines["original"]["quality"] == 0.0
+    assert study.original["quality"] == 0.0
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.mixer.state_dict().items())
 
 

@@ -135,7 +135,7 @@ def test_the_script_is_javascript(tmp_path):
     subprocess.run(["node", "--check", tmp_path / "script.js"], check=True)
 
 
-def test_the_front_figure_has_units_baselines_and_numbers():
+def test_the_front_figure_has_units_the_original_and_numbers():
     study = make_study()
     figure = front_figure(study, OBJECTIVES[1], OBJECTIVES[0], study.best(knee=True))
     named = {trace.name: trace for trace in figure.data}

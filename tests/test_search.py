@@ -191,7 +191,7 @@ def test_the_library_example_finds_a_genome_within_its_budget(supernet):
         expected = study.results(genome[None])[0]["quality"]
         assert agreement(small) == pytest.approx(expected)
     assert len(study) == 40 and len(study.front()) > 3
-    assert study.baselines["original"]["quality"] == pytest.approx(0, abs=1e-6)
+    assert study.original["quality"] == pytest.approx(0, abs=1e-6)
     assert (np.diff(study.hypervolume_history()) >= 0).all()
 
 
@@ -371,7 +371,7 @@ def test_a_study_that_has_asked_for_nothing_is_begun_anew_by_another_search(supe
     with contextlib.closing(Study.create(path, supernet.space, [Objective("loss", "min")], {"seed": 7})) as begun:
         begun.note("baselines", {"original": {"loss": 1.0}})
     with contextlib.closing(jointopt.search(supernet, agreement, evaluations=3, storage=path)) as study:
-        assert len(study) == 3 and "loss" not in study.baselines["original"]
+        assert len(study) == 3 and "loss" not in study.original
 
 
 def test_a_study_of_another_super_network_is_refused_in_one_line(supernet, tmp_path):

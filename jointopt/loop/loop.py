@@ -191,7 +191,7 @@ def _score_original(
     Args:
         original: its costs.
     """
-    if not study.baselines:
+    if not study.original:
         study.note("baselines", {"original": {**original, **metrics_of_original(supernet, quality)}})
     elif len(study) and budget.spent(study, 0.0) is None:
         metrics = metrics_of_original(supernet, quality)

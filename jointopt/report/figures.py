@@ -33,7 +33,7 @@ Layers = Sequence[Mapping[str, Any]]
 
 
 def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequence[int] | None) -> go.Figure:
-    """All evaluations in two of the objectives: the front, the baselines, and the chosen point. Each point carries
+    """All evaluations in two of the objectives: the front, the original, and the chosen point. Each point carries
     its evaluation's number as customdata."""
     frame, front = study.succeeded(), study.front()
     behind = frame[~frame["number"].isin(front["number"])]
@@ -44,19 +44,18 @@ def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequenc
         line = "lines+markers" if len(study.objectives) == 2 else "markers"
         marker = {"color": BLUE, "size": 9, "line": {"color": "white", "width": 1}}
         _add_points(figure, study.space, ordered, across, up, f"front ({len(front)})", marker, line)
-    symbols = iter(("star", "diamond", "square", "triangle-up", "pentagon", "hexagon"))
-    for name, values in study.baselines.items():
-        if across.name in values and up.name in values:
-            row = pd.DataFrame([{"number": -1, **values}])
-            marker = {"color": GREEN, "size": 14, "symbol": next(symbols, "cross")}
-            _add_points(figure, study.space, row, across, up, f"the {name}", marker)
+    original = study.original
+    if across.name in original and up.name in original:
+        row = pd.DataFrame([{"number": -1, **original}])
+        marker = {"color": GREEN, "size": 14, "symbol": "star"}
+        _add_points(figure, study.space, row, across, up, "the original", marker)
     if chosen is not None and len(frame):
         picked = frame[frame["genome"] == tuple(chosen)].assign(**finished_metrics(study, chosen))
         marker = {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}
         _add_points(figure, study.space, picked, across, up, "chosen", marker)
     style(figure, _title(across), _title(up), height=470)
     for axis, objective in (("xaxis", across), ("yaxis", up)):
-        if _spans(frame, study.baselines, objective):
+        if _spans(frame, original, objective):
             figure.layout[axis].update(type="log", tickmode="array", tickvals=LOG_TICKS, ticktext=LOG_LABELS)
     return figure
 
@@ -125,12 +124,12 @@ def _title(objective: Objective) -> str:
     return f"{label(objective.name)} ({'less' if objective.direction == 'min' else 'more'} is better)"
 
 
-def _spans(frame: pd.DataFrame, baselines: Mapping[str, Mapping[str, float]], objective: Objective) -> bool:
+def _spans(frame: pd.DataFrame, original: Mapping[str, float], objective: Objective) -> bool:
     """Whether a few bad points would press all others flat, and a logarithm has a place for each: the original's KL
     divergence from itself has none."""
     name = objective.name
     values = frame[name].dropna().to_numpy(dtype=float) if name in frame else np.empty(0)
-    least = min([*values, *(metrics[name] for metrics in baselines.values() if name in metrics)], default=0.0)
+    least = min([*values, *([original[name]] if name in original else ())], default=0.0)
     return objective.direction == "min" and len(values) > 1 and least > 0 and values.max() > LOG_FROM * values.min()
 
 

@@ -48,10 +48,10 @@ def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) 
         mark = " *" if row["genome"] == picked else ""
         values = [_shown(row, name) for name in names] + [on_unseen(unseen.get(row["genome"]), n) for n in again]
         table.add_row(f"{row['number']}{mark}", *values, style="bold" if mark else None)
-    for name, found in study.baselines.items():
+    if original := study.original:
         table.add_section()
-        values = [_shown(found, each) for each in names] + [on_unseen(unseen.get(None), n) for n in again]
-        table.add_row(Text(f"the {name}"), *values)
+        values = [_shown(original, name) for name in names] + [on_unseen(unseen.get(None), n) for n in again]
+        table.add_row("the original", *values)
     told = ["* chosen"] if any(row["genome"] == picked for row in rows) else []
     if reasons := Counter(study.failed()["failed"]):
         reason, count = reasons.most_common(1)[0]

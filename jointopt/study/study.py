@@ -181,14 +181,9 @@ class Study:
         return self.fact("config")
 
     @property
-    def baselines(self) -> dict[str, dict[str, float]]:
-        """Name ("original") -> metrics and costs."""
-        return self.fact("baselines", {})
-
-    @property
     def original(self) -> dict[str, float]:
         """Metrics and costs of the original model; {} before it was scored."""
-        return self.baselines.get("original", {})
+        return self.fact("baselines", {}).get("original", {})
 
     def add_generation(self, genomes: np.ndarray, predicted: np.ndarray, state: Mapping[str, Any]) -> int:
         """Records a batch before it is evaluated, with the strategy's state after it was asked."""
