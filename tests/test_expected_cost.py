@@ -58,13 +58,16 @@ def test_expected_cost_has_the_gradient_of_finite_differences():
     assert torch.autograd.gradcheck(microseconds, free)
 
 
-def test_expected_cost_of_other_things_than_tensors_is_refused():
+def test_expected_cost_of_other_shapes_is_refused():
     supernet = supernet_of("vit")
-    right = one_hot(supernet.space, supernet.space.smallest)
-    for wrong in ({"a": 1}, None, 3, [], [each.tolist() for each in right], [each.numpy() for each in right]):
-        with pytest.raises(JointoptError, match="expected_cost: found no tensors"):
-            expected_cost(supernet, wrong, "latency")
-    with pytest.raises(
-        JointoptError, match=rf"expected_cost: {supernet.space.names[0]}: found a tensor \[1\]; allowed"
+    names, right = supernet.space.names, one_hot(supernet.space, supernet.space.smallest)
+    for wrong, said in (
+        ([right[0][:1], *right[1:]], rf"{names[0]}: found \(1,\); allowed: \({len(right[0])},\)"),
+        (right[:-1], f"{names[-1]}: found nothing"),
+        ([*right, right[0]], "nothing: found"),
+        (dict(zip(names, right, strict=True)), rf"{names[0]}: found \(\)"),
     ):
-        expected_cost(supernet, [right[0][:1], *right[1:]], "latency")
+        with pytest.raises(JointoptError, match=f"expected_cost: {said}"):
+            expected_cost(supernet, wrong, "latency")
+    arrays = (each.numpy() for each in right)
+    assert expected_cost(supernet, arrays, "latency") == expected_cost(supernet, right, "latency")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,26 +37,17 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
     """
     tables = supernet.costs_by(supernet.latency)
     if measure not in tables.measures or measure in PARTS:
-        allowed = ", ".join(name for name in tables.measures if name not in PARTS)
-        raise JointoptError(f"expected_cost: found {measure!r}; allowed: {allowed}")
-    genes = supernet.space.genes
+        sums = ", ".join(name for name in tables.measures if name not in PARTS)
+        raise JointoptError(f"expected_cost: found {measure!r}; allowed: {sums}")
     if any(np.isnan(table.values[measure]).any() for table in tables.tables):
         assert supernet.latency is not None  # all others have figures
         raise JointoptError(f"expected_cost: {supernet.latency.source} has no figure for {measure}")
-    ordered = isinstance(probabilities, Iterable) and not isinstance(probabilities, Mapping)
-    found = list(probabilities) if ordered else []
-    if not found or not all(isinstance(each, Tensor) for each in found):
-        raise JointoptError("expected_cost: found no tensors; allowed: one [choices] for each gene, in their order")
-    if len(found) != len(genes):
-        raise JointoptError(
-            f"expected_cost: found {len(found)} tensors; allowed: one [choices] for each of {len(genes)} genes"
-        )
-    for each, gene in zip(found, genes, strict=True):
-        if tuple(each.shape) != (len(gene.choices),):
-            raise JointoptError(
-                f"expected_cost: {gene.name}: found a tensor {list(each.shape)}; allowed: [{len(gene.choices)}]"
-            )
-    known = dict(zip(supernet.space.names, (each.double() for each in found), strict=True))
+    names, given = supernet.space.names, list(probabilities)
+    found, allowed = [tuple(np.shape(each)) for each in given], [(len(gene.choices),) for gene in supernet.space.genes]
+    for name, shape, wanted in zip_longest(names, found, allowed, fillvalue="nothing"):
+        if shape != wanted:
+            raise JointoptError(f"expected_cost: {name}: found {shape}; allowed: {wanted}, one tensor a gene")
+    known = {name: torch.as_tensor(each).double() for name, each in zip(names, given, strict=True)}
     by_index = list(known.values())
     kept = keeping(tables.family, tables.space, tables.leaving)
     total = torch.zeros((), dtype=torch.float64)
