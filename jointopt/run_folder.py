@@ -8,10 +8,10 @@ latency.json, what was timed of this machine, where the config asks for that.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jointopt.config.config import Config, load_config
 from jointopt.files import check_path, locked, reading, write_whole
@@ -19,6 +19,10 @@ from jointopt.study.differences import differing
 from jointopt.timing.hardware import LATENCY
 from quant.errors import JointoptError
 
+if TYPE_CHECKING:
+    from jointopt.study.study import Study
+
+T = TypeVar("T")
 STUDY, CONFIG, REPORT, EXPORT = "study.db", "config.yaml", "report.html", "export"
 WEIGHTS, TRAINED, CHECKPOINT = "supernet.safetensors", "supernet.json", "training.safetensors"
 LOCK = ".run.lock"
@@ -36,7 +40,9 @@ def check_output(config: Config) -> None:
         raise JointoptError(
             f"output: {config.output!r} exists and is no run; allowed: a new folder, or a run to go on with"
         )
-    searched = has_asked(output / STUDY)
+    searched = (output / STUDY).is_file() and study_says(
+        config.output, lambda study: study.last_generation() is not None, True
+    )
     if searched or any((output / name).is_file() for name in (TRAINED, CHECKPOINT, LATENCY)):
         told = differing(*(_kept_to(each, searched) for each in (load_config(output / CONFIG), config)))
         if told:
@@ -46,17 +52,15 @@ def check_output(config: Config) -> None:
             )
 
 
-def has_asked(path: Path) -> bool:
-    """Whether a study has asked for a genome; of one that cannot be opened, whose error is the search's to say, so."""
+def study_says(output: str, read: Callable[[Study], T], refused: T) -> T:
+    """What is read of the run's study; `refused` where that cannot be opened, whose error is the search's to say."""
     from jointopt.study.study import Study
 
-    if not path.is_file():
-        return False
     try:
-        with closing(Study.open(path)) as study:
-            return study.last_generation() is not None
+        with closing(Study.open(Path(output) / STUDY)) as study:
+            return read(study)
     except JointoptError:
-        return True
+        return refused
 
 
 def _kept_to(config: Config, searched: bool) -> dict[str, Any]:

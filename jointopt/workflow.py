@@ -25,8 +25,8 @@ from jointopt.run_folder import (
     TRAINED,
     WEIGHTS,
     check_output,
-    has_asked,
     read_json,
+    study_says,
     taken,
 )
 from jointopt.timing.hardware import check_timed, latency_of, look_up, measured_beside
@@ -63,13 +63,18 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         transforms=config.transforms or (),
         latency=latency_of(config),
     )
-    if config.train is None:
-        supernet.calibrate(prepared.inputs)
-        if config.hardware is not None and config.hardware.is_this_machine:
-            _check_wishes(config, prepared, supernet)
-        _take_shapes(config, supernet)
-        look_up(config, prepared.inputs, supernet)
-        return supernet
+    if config.train is not None:
+        _take_weights(config, prepared, supernet, console)
+    supernet.calibrate(prepared.inputs)
+    if config.train is None and config.hardware is not None and config.hardware.is_this_machine:
+        _check_wishes(config, prepared, supernet)
+    _take_shapes(config, supernet)
+    look_up(config, prepared.inputs, supernet)
+    return supernet
+
+
+def _take_weights(config: Config, prepared: Prepared, supernet: Supernet, console: Console | None) -> None:
+    """Trained ones: those of an earlier run in the same output, or trained now; calibrate afterwards."""
     output = Path(config.output)
     wanted = {**config.training_record(), "contents": _trained_from(config, prepared, console is not None)}
     if _trained_before(config, wanted):
@@ -82,10 +87,6 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
         _train(config, prepared, supernet, wanted["contents"], console)
         _keep(output, supernet, wanted)
     (output / CHECKPOINT).unlink(missing_ok=True)
-    supernet.calibrate(prepared.inputs)
-    _take_shapes(config, supernet)
-    look_up(config, prepared.inputs, supernet)
-    return supernet
 
 
 def _trained_before(config: Config, wanted: Mapping[str, Any]) -> bool:
@@ -110,23 +111,9 @@ def _trained_before(config: Config, wanted: Mapping[str, Any]) -> bool:
     )
 
 
-def _recorded(config: Config, name: str) -> Any:
-    """A fact of the run's study; None where there is none yet."""
-    from jointopt.study.study import Study
-
-    try:
-        study = Study.open(Path(config.output) / STUDY)
-    except JointoptError:  # not begun; what else may be wrong with it is the search's to say
-        return None
-    try:
-        return study.fact(name)
-    finally:
-        study.close()
-
-
 def _take_shapes(config: Config, supernet: Supernet) -> None:
     """Counts positions as the study that goes on did, so that its costs stay of one kind."""
-    shapes = _recorded(config, "shapes") if has_asked(Path(config.output) / STUDY) else None
+    shapes = study_says(config.output, lambda study: study.last_generation() and study.fact("shapes"), None)
     own = supernet.shapes() if shapes else {}
     if shapes and shapes.get("leaving") == own["leaving"] and shapes["positions"].keys() == own["positions"].keys():
         supernet.take_shapes(shapes)
@@ -160,12 +147,13 @@ def _check_wishes(config: Config, prepared: Prepared, supernet: Supernet) -> Non
 
     _check_choice(config, supernet)
     check_timed(config, supernet)
+    scored = study_says(config.output, lambda study: bool(study.original), False)
     timed_later = ON_HARDWARE if supernet.latency is None else ()
     check_wishes(
         supernet,
         [{name: direction} for name, direction in prepared.objectives.items() if name not in timed_later] or ["size"],
         {name: limit for name, limit in (config.constraints or {}).items() if name not in timed_later},
-        prepared.quality if config.quality and not _recorded(config, "baselines") else None,
+        prepared.quality if config.quality and not scored else None,
         config.search.warm_start,
     )
 
