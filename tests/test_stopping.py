@@ -126,12 +126,6 @@ def test_what_no_genome_can_meet_is_refused_before_any_evaluation(supernet):
             jointopt.search(supernet, never, evaluations=5, constraints=constraints)
 
 
-def test_one_objective_is_enough(supernet):
-    study = jointopt.search(supernet, agreement, ["quality"], evaluations=30, constraints={"size_mb": "<= 1"})
-    assert len(study) == 30 and len(study.front()) == 1
-    assert study.results(study.best()[None])[0]["quality"] == study.evaluations()["quality"].max()
-
-
 SPACE = SearchSpace([Gene("a", (1, 2, 3)), Gene("b", (1, 2))])
 
 
