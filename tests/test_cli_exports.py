@@ -81,10 +81,6 @@ def test_verify_tells_all_differences_of_weights_that_are_no_numbers_and_of_file
     weights.write_bytes(weights.read_bytes()[:50])
     done = at_once("verify", tmp_path / "nan", cwd=place)
     assert done.returncode == 2 and "is cut short" in done.stderr and "Traceback" not in done.stderr
-    record = json.loads((tmp_path / "nan/jointopt.json").read_text())
-    (tmp_path / "nan/jointopt.json").write_text(json.dumps({**record, "probe": 3}))
-    done = at_once("verify", tmp_path / "nan", cwd=place)
-    assert done.returncode == 2 and "probe: found 3; allowed: what export wrote" in done.stderr
     (tmp_path / "nan/jointopt.json").write_text("[]")
     done = at_once("verify", tmp_path / "nan", cwd=place)
     assert (
