@@ -116,7 +116,10 @@ class {name}({stock.__name__}):
 {untied}    def __init__(self, config):
         super().__init__(config)
         rebuild(self, config.jointopt)
-{held}'''
+{held}
+    def _get_name(self):  # by which the Trainer tells whose labels it has to shift
+        return "{stock.__name__}"
+'''
     return source + built
 
 

@@ -6,7 +6,7 @@ in their format. A growing cache of transformers stores codes and scales; any ot
 
 import torch
 
-from jointopt.rebuilding.runtime import FLOATS, FP4, RANGES, nearest
+from jointopt.rebuilding.runtime import FLOATS, FP4, RANGES, nearest, straight_through
 
 
 def hold_caches(model, records):
@@ -32,8 +32,9 @@ def hold_cache(attention, record):
 
 def held_input(projection, args):
     record = projection.cache_record
-    groups = args[0].unflatten(-1, (-1, record["group"]))
-    return (unpacked(record["element"], *packed(groups, record["element"])).flatten(-2).to(args[0].dtype),)
+    groups = args[0].detach().unflatten(-1, (-1, record["group"]))
+    held = unpacked(record["element"], *packed(groups, record["element"])).flatten(-2).to(args[0].dtype)
+    return (straight_through(args[0], held),)
 
 
 def held_keys_and_values(attention, args, kwargs):
@@ -60,8 +61,8 @@ class HeldCache:
         element, constants = self.attention.cache_record["element"], key_constants(self.attention)
         if self.inner is not None and store_codes(self.inner, layer_idx, element, constants):
             return self.inner.update(keys, values, layer_idx, *args, **kwargs)
-        held_keys = unpacked(element, *packed(keys, element, *constants)).to(keys.dtype)
-        held_values = unpacked(element, *packed(values, element)).to(values.dtype)
+        held_keys = held_last(keys, unpacked(element, *packed(keys.detach(), element, *constants)))
+        held_values = held_last(values, unpacked(element, *packed(values.detach(), element)))
         if self.inner is None:
             return held_keys, held_values
         return self.inner.update(held_keys, held_values, layer_idx, *args, **kwargs)
@@ -110,15 +111,24 @@ class CodesLayer:
 
     def update(self, key_states, value_states, *args, **kwargs):
         scale, zero_point = self.constants
-        keys, _, _ = packed(key_states, self.element, scale, zero_point)
-        values = joined(*packed(value_states, self.element))
+        keys, _, _ = packed(key_states.detach(), self.element, scale, zero_point)
+        values = joined(*packed(value_states.detach(), self.element))
         if self.is_initialized:
             keys, values = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.keys, self.values = keys, values
         held_keys = unpacked(self.element, keys, scale, zero_point)
         held_values = unpacked(self.element, *split(values, self.element))
-        return held_keys.to(self.dtype), held_values.to(self.dtype)
+        return held_last(key_states, held_keys), held_last(value_states, held_values)
+
+
+def held_last(states, held):
+    """`held` in the type of `states`, which are its last tokens and get their gradients."""
+    held = held.to(states.dtype)
+    if held.shape == states.shape or not states.requires_grad:
+        return straight_through(states, held)
+    past = held.shape[-2] - states.shape[-2]
+    return torch.cat([held[..., :past, :], straight_through(states, held[..., past:, :])], dim=-2)
 
 
 def packed(x, element, scale=None, zero_point=0.0):

@@ -129,12 +129,29 @@ class Quantized(nn.Module):
         if self.activations is not None:
             constants = (getattr(self, f"input_{name}", None) for name in ("scale", "zero_point", "global_scale"))
             tokens = x.flatten(0, 2) if x.dim() == 4 and self.kind == "Linear" else x
-            x = hold(tokens, self.activations, *constants).reshape(x.shape)
+            x = straight_through(x, hold(tokens.detach(), self.activations, *constants).reshape(x.shape))
         if self.around is not None:
             pads, mode = self.around
             x = nn.functional.pad(x, pads, mode=mode)
         run = nn.functional.conv2d if self.kind == "Conv2d" else nn.functional.linear
         return run(x, self.weight, self.bias, **self.options)
+
+
+class StraightThrough(torch.autograd.Function):
+    """The identity's gradient for a step function (Bengio, Leonard and Courville, arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx, x, held):
+        return held.view_as(held)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def straight_through(x, held):
+    """`held`, with the gradient of the identity where x takes part in one: so the model can be trained further."""
+    return StraightThrough.apply(x, held) if x.requires_grad and torch.is_grad_enabled() else held
 
 
 def unpack(layer):
