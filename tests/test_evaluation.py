@@ -14,6 +14,8 @@ from torch import nn
 from jointopt import JointoptError, SearchSpace, Supernet, search
 from jointopt.evaluation.evaluation import evaluate
 from jointopt.supernet.batch_norm import SAMPLES
+from jointopt.supernet.state import for_workers
+from jointopt.supernet.weight_bank import BankedWeight, WeightBank
 from quant.calibration import METHODS, choose_clip
 from quant.formats import ELEMENTS, SCHEMES, Element, Format, Scheme, own_definition
 from quant.reference import quantize
@@ -95,6 +97,36 @@ def test_a_view_in_use_keeps_its_weights_when_the_bank_lets_them_go():
             with supernet.active(genome) as other:
                 logits(other, batch)
         assert torch.equal(logits(view, batch), before)
+
+
+def test_a_bank_a_little_too_small_for_a_sub_network_still_finds_most_of_it():
+    supernet = supernet_of("bert", schemes=["none", "W8A8"])
+    with supernet.active(supernet.space.smallest):
+        pass
+    banked = next(iter(supernet._bank._held.values()))
+    scheme, made, small = SCHEMES["W8A8"], [], WeightBank(19 * banked.nbytes)
+
+    def make() -> BankedWeight:
+        made.append(1)
+        return banked
+
+    for _ in range(10):
+        for layer in range(20):
+            small.get(f"layer{layer}", scheme, None, make)
+    assert small.nbytes == 19 * banked.nbytes and len(made) < 100
+
+
+def test_workers_hold_what_they_share_and_no_more_than_their_part_beside_it():
+    supernet = supernet_of("bert", supernet={"bank_bytes": 1_000_000})
+    sent = for_workers(supernet, 3)
+    shared = dict(sent._bank._shared)
+    assert shared and sent._bank.limit == (1_000_000 - supernet._bank.nbytes) // 3
+    for genome in supernet.space.sample(8, seed=0):
+        with sent.active(genome):
+            pass
+    assert sent._bank._shared == shared
+    assert sent._bank.nbytes <= sent._bank.limit or len(sent._bank._held) == 1
+    assert not shared.keys() & sent._bank._held.keys()
 
 
 def test_the_bank_counts_values_codes_and_scales():

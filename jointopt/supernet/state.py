@@ -153,7 +153,7 @@ def for_workers(supernet: Supernet, count: int) -> Supernet:
                 supernet._banked(path, wanted, None)
     sent = copy.copy(supernet)
     sent._given, sent.scores = supernet.model, {}
-    sent._bank = bank.copy(bank.nbytes + (bank.limit - bank.nbytes) // count)
+    sent._bank = bank.for_workers(count)
     return sent
 
 

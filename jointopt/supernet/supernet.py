@@ -92,7 +92,7 @@ class Supernet:
             the calibration's inputs. Their second moments are held while calibrating, the fitted weights afterwards.
         activation_calibration: how the range of static activations is chosen: "minmax", "average", "percentile",
             "mse" or "entropy" (`quant.calibration.ActivationObserver`).
-        bank_bytes: memory for fake-quantized weights, codes and scales included; what was longest unused makes room.
+        bank_bytes: memory for fake-quantized weights, codes and scales included; what does not fit is made again.
         transforms: changes of the weights that keep the model's function and make it easier to quantize: any of
             "rotate" (the residual stream; a tied head gets a weight of its own, which counts in every size),
             "rotate_heads", and "smooth" or "awq" (chosen by `calibrate`, which then reads the batches twice).

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,7 +29,10 @@ class BankedWeight:
 
 
 class WeightBank:
-    """Least recently used first out, once more than `limit` bytes are held; the last one asked for stays.
+    """Entries go by lot, all but the last made, once more than `limit` bytes are held. Views ask for their layers in
+    turn: what was longest unused is what the next one needs first, and with that gone nothing would be found any more.
+
+    What is `shared` with other processes never goes, as nothing would be free by that, and is not counted.
 
     A sub-network takes leading slices of what is held. Where scales belong to groups, a slice of the quantized weight
     is the quantized slice. Where they belong to rows they depend on the columns, so that each width has an entry of
@@ -37,33 +40,33 @@ class WeightBank:
     is exported so. Views hold what they use: what leaves the bank stays theirs.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, shared: Mapping[Key, BankedWeight] | None = None):
         self.limit = limit
         self.nbytes = 0
-        self._held: OrderedDict[Key, BankedWeight] = OrderedDict()
+        self._shared = dict(shared or {})
+        self._held: dict[Key, BankedWeight] = {}
+        self._random = random.Random(0)
 
     def get(self, path: str, scheme: Scheme, columns: int | None, make: Callable[[], BankedWeight]) -> BankedWeight:
         """The entry of a layer, a scheme and a width (`columns` of its input, None for the whole), made where there is
         none."""
         key = (path, scheme.name, columns)
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
+        found = self._shared.get(key) or self._held.get(key)
+        if found is not None:
+            return found
         made = make()
+        while self._held and self.nbytes + made.nbytes > self.limit:
+            self.nbytes -= self._held.pop(self._random.choice(list(self._held))).nbytes
         self._held[key] = made
         self.nbytes += made.nbytes
-        while self.nbytes > self.limit and len(self._held) > 1:
-            _, oldest = self._held.popitem(last=False)
-            self.nbytes -= oldest.nbytes
         return made
 
-    def copy(self, limit: int) -> WeightBank:
-        """A bank with another limit that holds the same tensors."""
-        made = WeightBank(limit)
-        made._held, made.nbytes = self._held.copy(), self.nbytes
-        return made
+    def for_workers(self, count: int) -> WeightBank:
+        """A bank for each of `count` processes: it shares what is held here, and has an equal part of what is left."""
+        return WeightBank((self.limit - self.nbytes) // count, {**self._shared, **self._held})
 
     def clear(self) -> None:
         """Forgets everything: the weights have changed."""
         self._held.clear()
+        self._shared.clear()
         self.nbytes = 0
