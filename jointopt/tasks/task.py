@@ -3,7 +3,7 @@ off a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,10 @@ class Samples:
         """All samples once, in their order, kept on the device."""
         return [self._batch(self.order[at : at + size]) for at in range(0, self.count, size)]
 
-    def epoch(self, number: int, size: int, seed: int) -> Iterable[Batch]:
-        """All samples once, in an order of the epoch's own, made one batch at a time. A last batch that is not full
-        is left out, unless it is the only one."""
-        order = self.shuffled(number, seed)
-        for at in range(0, max(self.count - size + 1, 1), size):
-            yield self._batch(order[at : at + size])
+    def epoch(self, number: int, size: int, seed: int) -> Sequence[Batch]:
+        """All samples once, in an order of the epoch's own, each batch made when it is asked for. A last batch that is
+        not full is left out, unless it is the only one."""
+        return _Epoch(self._batch, self.shuffled(number, seed), size)
 
     def shuffled(self, number: int, seed: int) -> list[int]:
         """The order of an epoch."""
@@ -58,6 +56,20 @@ class Samples:
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         return {name: tensor.to(self.device) for name, tensor in self.collate(indices).items()}
+
+
+@dataclass(frozen=True)
+class _Epoch(Sequence[Batch]):
+    make: Callable[[Sequence[int]], Batch]
+    order: list[int]
+    size: int
+
+    def __len__(self) -> int:
+        return max(len(self.order) // self.size, 1)
+
+    def __getitem__(self, at: Any) -> Any:
+        start = range(len(self))[at] * self.size
+        return self.make(self.order[start : start + self.size])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ def train_supernet(
 
     Args:
         batches: a list of dicts of model inputs and "labels", gone through in a new random order each epoch; or a
-            function from the epoch's number to an iterable of them, the same each time it is asked.
+            function from the epoch's number to an iterable of them, the same each time it is asked (of a sequence,
+            training that goes on does not make again what it has passed).
         steps: number of optimizer steps (AdamW; 10% linear warm-up, then a cosine to zero).
         recipe: what each step trains (default: the sandwich rule, distilled from the largest).
         learning_rate, weight_decay: AdamW's.
@@ -217,12 +218,17 @@ def endless(what: str, batches: Batches, seed: int, done: int) -> Iterator[Batch
     """Epoch after epoch, without the first `done` batches. `what` is trained, as an error begins."""
     epoch = passed = 0
     while True:
-        if callable(batches):
-            chosen: Iterable[Batch] = batches(epoch)
-        else:
-            order = np.random.default_rng([seed, epoch]).permutation(len(batches))
-            chosen = (batches[index] for index in order)
         before = passed
+        if callable(batches):
+            chosen = batches(epoch)
+            order = list(range(len(chosen))) if isinstance(chosen, Sequence) else None
+        else:
+            chosen = batches
+            order = np.random.default_rng([seed, epoch]).permutation(len(batches)).tolist()
+        if order is not None:  # then those that are passed need not be made
+            listed = cast("Sequence[Batch]", chosen)
+            passed += min(len(order), max(done - passed, 0))
+            chosen = (listed[index] for index in order[passed - before :])
         for batch in chosen:
             passed += 1
             if passed > done:
