@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jointopt import Gene, JointoptError, Objective, SearchSpace, strategies
 from jointopt.objectives import hypervolume, minimized, non_dominated
+from jointopt.strategies import guided_search
 from jointopt.strategies.genetic import order, select
 from tests.conditional_problem import SPACE, STRATEGIES, TWO, loss, macs, measure, searched, size
 
@@ -54,6 +55,23 @@ def test_one_to_four_objectives(name, objectives):
     assert strategy.values.shape == (40, len(objectives)) and np.isfinite(strategy.values).all()
     if name != "random" and objectives[0].name == "loss":
         assert strategy.values.min() == 0
+
+
+def test_guided_learns_from_the_front_and_the_latest_of_many_evaluations(monkeypatch):
+    strategy = searched("guided", 6)
+    front = strategy.told[non_dominated(strategy.costs())]
+    monkeypatch.setattr(guided_search, "MOST", len(front) + 10)
+    seen: list[guided_search.Beliefs] = []
+
+    def believed(*given) -> guided_search.Beliefs:
+        seen.append(guided_search.Beliefs(*given))
+        return seen[-1]
+
+    strategy.beliefs = believed
+    strategy.ask(5)
+    learned = {genome.tobytes() for genome in seen[0].told}
+    assert len(learned) == len(front) + 10 < len(strategy.told)
+    assert {genome.tobytes() for genome in [*front, *strategy.told[-10:]]} <= learned
 
 
 def test_guided_finds_more_in_40_evaluations_than_evolutionary_in_200():

@@ -23,6 +23,8 @@ from search_spaces.space import SearchSpace
 
 FEWEST = 5
 """Evaluations without which nothing is learned."""
+MOST = 1000
+"""Evaluations that are learned from at a time: what that takes grows with the square of their number, and more."""
 GOLDEN = 0.6180339887
 UNIFORM = 4
 """Choices of the leading group of genes that the first design tries before all others."""
@@ -115,7 +117,8 @@ class GuidedSearch(Strategy):
         if len(self._seen) < self.initial or known.sum() < FEWEST:
             yield from self._design(n)
             return
-        beliefs = self.beliefs(self, self.told[known], self.costs()[known])
+        kept = np.flatnonzero(known)[self._most_telling(self.costs()[known])]
+        beliefs = self.beliefs(self, self.told[kept], self.costs()[kept])
         found = self._askable(self._candidates(beliefs))
         if self.parts and n > 1 and len(found):
             best = found[beliefs.picked(found, CROSSED[0])]
@@ -125,6 +128,12 @@ class GuidedSearch(Strategy):
         self.predicted[: len(picked)] = beliefs.foreseen(found[picked]) * self.signs
         yield from found[picked]
 
+    def _most_telling(self, costs: np.ndarray) -> np.ndarray:
+        """Places of up to MOST of them: first what nothing dominates, then the latest."""
+        excess = self.feasible.measured_excess(costs * self.signs)
+        dominated = ~non_dominated(handicapped(costs, excess))
+        return np.sort(np.lexsort((-np.arange(len(costs)), dominated))[:MOST])
+
     def _askable(self, genomes: np.ndarray) -> np.ndarray:
         """Those that were not asked, keep to the exact constraints and are likely to succeed."""
         unseen = np.array([genome.tobytes() not in self._seen for genome in genomes], dtype=bool)
@@ -133,10 +142,10 @@ class GuidedSearch(Strategy):
 
     def _safe(self, genomes: np.ndarray) -> np.ndarray:
         """Whether they are more likely than not to succeed, by what failed before."""
-        failed = ~np.isfinite(self.values).all(axis=1)
+        failed = ~np.isfinite(self.values[-MOST:]).all(axis=1)
         if not failed.any() or not len(genomes):
             return np.ones(len(genomes), dtype=bool)
-        return Predictor(self.choices, self.told, failed.astype(float), transforms=False)(genomes) < 0.5
+        return Predictor(self.choices, self.told[-MOST:], failed.astype(float), transforms=False)(genomes) < 0.5
 
     def _design(self, n: int) -> Iterable[np.ndarray]:
         """The two ends; the largest with one group of genes changed together, which shows what a uniform choice costs
