@@ -53,7 +53,7 @@ def export_genome(
         folder,
         study=study,
         processor=prepared.loaded.saved_processor,
-        base_model=source.name if not source.local else Path(source.location).name,
+        base_model=source.location if source.local else source.name,
         overwrite=overwrite,
         target=target,
     )

@@ -312,6 +312,43 @@ def test_the_card_names_no_folder_of_the_user_s_as_a_model_on_the_hub(tmp_path, 
     assert "base_model:" not in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("schemes", "smallest", "tags"),
+    [
+        (["none", "W8A8"], True, "[jointopt, quantized, pruned]"),
+        (["W8A8"], False, "[jointopt, quantized]"),
+        (["none"], True, "[jointopt, pruned]"),
+    ],
+)
+def test_the_card_is_tagged_by_what_was_done(tmp_path, schemes, smallest, tags):
+    supernet = supernet_of("vit", schemes=schemes)
+    folder = jointopt.export(
+        supernet, supernet.space.smallest if smallest else supernet.space.largest, tmp_path / "small"
+    )
+    card = (folder / "README.md").read_text()
+    assert f"tags: {tags}" in card
+    assert ("Weights were rounded" in card) == ("quantized" in tags)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("models--owner--my--bert/snapshots/0123456789abcdef", "owner/my--bert"), ("my-bert", "my-bert")],
+)
+def test_the_card_names_a_folder_by_its_name_or_hub_id(tmp_path, place, name):
+    make("bert").save_pretrained(tmp_path / place)
+    supernet = supernet_of("bert", model=AutoModelForSequenceClassification.from_pretrained(tmp_path / place))
+    card = (jointopt.export(supernet, supernet.space.smallest, tmp_path / "small") / "README.md").read_text()
+    assert f"# A searched sub-network of {name}\n" in card
+    assert str(tmp_path) not in card.partition("## Loading")[0]
+
+
+def test_a_narrowed_stem_is_told_to_what_is_built_upon_a_timm_model(tmp_path):
+    supernet = supernet_of("timm_resnet", schemes=["none"])
+    model = load_model(str(jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")))
+    widths = [each["num_chs"] for each in model.feature_info]
+    assert widths == [each.shape[1] for each in model.forward_intermediates(batches("timm_resnet")[0]["x"])[1]]
+
+
 def test_the_card_gives_times_their_unit_and_where_they_come_from(tmp_path):
     model = make("llama_tied")
     latency = Roofline(load_device("h100"), batch=2, context=64)

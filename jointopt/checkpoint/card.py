@@ -24,13 +24,15 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
     """README.md of the folder."""
     costs, original = record["costs"], record["original"]
     base = record["base_model"]
-    front = ["---", "tags: [jointopt, quantized, pruned]"]
+    schemes = Counter(layer["scheme"] for layer in record["layers"])
+    quantized = any(name != "none" for name in schemes)
+    pruned = costs["parameters"] < original.get("parameters", 0)
+    front = ["---", f"tags: [{', '.join(['jointopt', *['quantized'] * quantized, *['pruned'] * pruned])}]"]
     if base and "/" in base and looks_like_hub_id(base) and not Path(base).exists():
         front.append(f"base_model: {base}")
     front.append("---")
     values = {"size": costs["size"], **costs, **record["metrics"]}
     table = [f"| {label(k)} | {_number(k, value)} | {_number(k, original.get(k))} |" for k, value in values.items()]
-    schemes = Counter(layer["scheme"] for layer in record["layers"])
     choices = [f"| {name} | {choice} |" for name, choice in record["choices"].items()]
     return "\n".join(
         [
@@ -48,7 +50,7 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
             *([f"Times are by the {time_source(record['latency'])}."] if record.get("latency") else []),
             "",
             "Layers by number format: " + ", ".join(f"{count} {name}" for name, count in schemes.most_common()) + ".",
-            _weights_made(record["rounding"]),
+            *([_weights_made(record["rounding"])] if quantized or record["rounding"] != NEAREST else []),
             "",
             "## Loading",
             "",
@@ -62,6 +64,17 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
             "",
         ]
     )
+
+
+def model_name(found: str) -> str | None:
+    """What a model is called where it is published: of a folder its name, and of one that the hub's library keeps its
+    hub id. None where nothing is known."""
+    if not found:
+        return None
+    path = Path(found)
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return path.resolve().name if path.is_absolute() or path.exists() else found
 
 
 def _number(name: str, value: Any) -> str:

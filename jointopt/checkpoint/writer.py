@@ -74,7 +74,7 @@ def export(
         study: where the genome was scored (default: what this super-network's searches found); recorded for `verify`.
         processor: tokenizer, image processor, or None; saved along by its save_pretrained, a tokenizer with the
             truncation and padding of the tokenizer.json that it was loaded from, which calls of it change.
-        base_model: name of the original, for the model card.
+        base_model: name or folder of the original, for the model card.
         overwrite: whether an export that is there is replaced, whole. Nothing else is.
         target: "transformers" (and timm); or "onnxruntime": model.onnx, with the same codes and scales, in operators
             that stock ONNX Runtime has kernels for; or "gguf": model.gguf for llama.cpp, of LLaMAs whose blocks are
@@ -202,7 +202,7 @@ def _record(
     base_model: str | None,
 ) -> dict[str, Any]:
     return {
-        "base_model": base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None,
+        "base_model": card.model_name(base_model or getattr(getattr(model, "config", None), "name_or_path", "") or ""),
         "family": supernet.family.name,
         "dtype": dtype_name(next(model.parameters()).dtype),
         **told_apart_by(supernet, genome, finished, study),

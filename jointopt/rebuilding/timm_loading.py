@@ -21,6 +21,8 @@ def load(folder):
         arguments["block"] = getattr(library, arguments["block"])
     model = getattr(library, config["timm"]["class"])(**arguments).to(getattr(torch, config["dtype"]))
     rebuild(model, config["jointopt"])
+    if config["timm"]["class"] == "ResNet":  # what is built upon its features reads their widths here
+        model.feature_info[0]["num_chs"] = model.bn1.num_features
     model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     # How its images are prepared, where timm looks for it, in the tuples that it has there.
     prepared = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items()}
