@@ -149,7 +149,8 @@ def test_layers_of_unequal_size_are_listed_under_the_standard_key(tmp_path):
     layered = {int(at): each for at, each in config["per_layer_config"].items()}
     assert layered[1]["intermediate_size"] == 128
     assert (layered[2]["num_attention_heads"], layered[2]["num_key_value_heads"]) == (2, 1)
-    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_jointopt.JointoptLlamaForCausalLM"}
+    classes = {"AutoModelForCausalLM": "JointoptLlamaForCausalLM", "AutoModel": "JointoptLlamaModel"}
+    assert config["auto_map"] == {auto: f"modeling_jointopt.{name}" for auto, name in classes.items()}
     assert not jointopt.verify(folder).differences
 
 

@@ -24,6 +24,7 @@ from jointopt import JointoptError, SearchSpace, Supernet, load_config
 from jointopt.checkpoint.vllm import _width, check
 from jointopt.prepared import prepare
 from jointopt.targets import TARGETS
+from quant.layers import QuantizedLayer
 from tests import zoo
 from tests.saved import save_tokenizer
 from tests.zoo import batches, logits, make, mean_square
@@ -41,6 +42,9 @@ def test_the_stock_class_reloads_the_sub_network_that_was_scored(name, tmp_path)
     genome = supernet.space.sample(1, seed=4)[0]
     folder = jointopt.export(supernet, genome, tmp_path / "out", target="vllm")
     config = json.loads((folder / "config.json").read_text())
+    paths = [path for path, module in supernet.extract(genome).named_modules() if isinstance(module, QuantizedLayer)]
+    groups = config["quantization_config"]["config_groups"].values()
+    assert sorted(path for group in groups for path in group["targets"]) == sorted(paths)  # names, no patterns
     assert "auto_map" not in config and not (folder / "modeling_jointopt.py").exists()
     assert "vllm serve out" in (folder / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()

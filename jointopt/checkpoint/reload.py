@@ -49,8 +49,9 @@ def load_model(folder, device="cpu"):
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    named = config.get("auto_map") or config["architectures"]
-    kind = getattr(transformers, next(iter(named)))
+    kind = config["architectures"][0]
+    autos = {place.rpartition(".")[2]: auto for auto, place in config.get("auto_map", {}).items()}
+    kind = getattr(transformers, autos.get(kind, kind))
     if os.path.isfile(os.path.join(folder, "model.gguf")):
         import torch
 

@@ -18,7 +18,7 @@ from jointopt.checkpoint import card
 from jointopt.files import write_tensors
 from jointopt.rebuilding import held_cache, runtime, timm_loading
 from jointopt.rebuilding.block_sizes import save_generation_config, settle_sizes
-from jointopt.rebuilding.loadable import auto_class, check_loadable
+from jointopt.rebuilding.loadable import auto_class, check_loadable, made_by
 from jointopt.rebuilding.structure import (
     bitsandbytes_config,
     by_bitsandbytes,
@@ -53,12 +53,12 @@ def write_weights(place: Path, model: nn.Module) -> None:
     write_tensors(place / "model.safetensors", tensors_of(model), {"format": "pt"})
 
 
-def write_config(place: Path, model: Any) -> str:
-    """What is beside the weights. Returns how to load the folder."""
-    return _write_transformers(place, model) if hasattr(model, "config") else _write_timm(place, model)
+def write_config(place: Path, model: Any, names: bool = False) -> str:
+    """What is beside the weights; `names` as `compressed_config` has it. Returns how to load the folder."""
+    return _write_transformers(place, model, names) if hasattr(model, "config") else _write_timm(place, model)
 
 
-def _write_transformers(place: Path, model: Any) -> str:
+def _write_transformers(place: Path, model: Any, names: bool) -> str:
     """config.json and, where it takes one, the modelling file. Returns how to load the folder."""
     config = copy.deepcopy(model.config)
     stock = type(model)
@@ -71,13 +71,17 @@ def _write_transformers(place: Path, model: Any) -> str:
     if whole:
         config.quantization_config = bitsandbytes_config(model, whole)
     elif compressed and quantized_layers(model):
-        config.quantization_config = compressed_config(model)
+        config.quantization_config = compressed_config(model, names)
     if spec:
         name = f"Jointopt{stock.__name__}"
         config.jointopt = spec
         config.architectures = [name]
         config.auto_map = {auto: f"{MODELING.removesuffix('.py')}.{name}"}
         text = _modeling_file(stock, name, spec.get("tied", {}), "caches" in spec)
+        base = type(model.base_model)
+        if base is not stock and made_by("AutoModel", base, config):
+            config.auto_map["AutoModel"] = f"{MODELING.removesuffix('.py')}.Jointopt{base.__name__}"
+            text += _base_class(base, model.base_model_prefix, "caches" in spec)
         (place / MODELING).write_text(text)
     config.save_pretrained(place)
     save_generation_config(model, place)
@@ -121,6 +125,24 @@ class {name}({stock.__name__}):
         return "{stock.__name__}"
 '''
     return source + built
+
+
+def _base_class(base: type, prefix: str, caches: bool) -> str:
+    """The source of the class that AutoModel makes of the folder: the model without its head."""
+    held = '        hold_caches(self, spec["caches"])\n' if caches else ""
+    return f'''
+
+from transformers import {base.__name__}  # noqa: E402
+
+
+class Jointopt{base.__name__}({base.__name__}):
+    """The `{prefix}` of the class above, alone."""
+
+    def __init__(self, config, **options):
+        super().__init__(config, **options)
+        spec = spec_within(config.jointopt, "{prefix}")
+        rebuild(self, spec)
+{held}'''
 
 
 def _write_timm(place: Path, model: nn.Module) -> str:

@@ -58,7 +58,7 @@ def write(place: Path, model: Any, processor: Any, example: Mapping[str, Any]) -
     check(model)
     uneven = not is_uniform(model)
     write_weights(place, model)
-    loading = _write_uneven(place, model) if uneven else write_config(place, model)
+    loading = _write_uneven(place, model) if uneven else write_config(place, model, names=True)
     return {"target": "vllm"}, f"{snippet(place.name, uneven)}\n\nFor transformers:\n\n{loading}"
 
 
@@ -189,7 +189,7 @@ def _write_uneven(place: Path, model: Any) -> str:
     spec = rebuild_spec(model, on_meta(type(model), config), pack=False)
     config.dtype = next(model.parameters()).dtype
     if quantized_layers(model):
-        config.quantization_config = compressed_config(model)
+        config.quantization_config = compressed_config(model, names=True)
     name = MODELING.removesuffix(".py")
     content = json.loads(config.to_json_string(use_diff=False)) | {
         "model_type": "nemotron-nas",

@@ -41,12 +41,17 @@ def check_loadable(model: Any) -> None:
 
 def auto_class(stock: type[nn.Module], config: Any) -> str:
     """The auto class of transformers that makes a model of class `stock` from its config."""
-    import transformers
-
     for name in AUTO_CLASSES:
-        known = getattr(transformers, name)._model_mapping.get(type(config), None)
-        if stock in (known if isinstance(known, tuple) else (known,)):
+        if made_by(name, stock, config):
             return name
     raise JointoptError(
         f"export: no auto class of transformers makes a {stock.__name__}; known: {', '.join(AUTO_CLASSES)}"
     )
+
+
+def made_by(auto: str, stock: type[nn.Module], config: Any) -> bool:
+    """Whether this auto class of transformers makes a model of class `stock` from its config."""
+    import transformers
+
+    known = getattr(transformers, auto)._model_mapping.get(type(config), None)
+    return stock in (known if isinstance(known, tuple) else (known,))

@@ -41,6 +41,18 @@ def rebuild(model, spec):
     return model
 
 
+def spec_within(spec, path):
+    """The part of `spec` for a module of the model that is built alone, with the paths in that module."""
+    start = f"{path}."
+    found = {
+        entry: {name[len(start) :]: value for name, value in listed.items() if f"{name}.".startswith(start)}
+        for entry, listed in spec.items()
+    }
+    if "tied" in found:
+        found["tied"] = {name: source[len(start) :] for name, source in found["tied"].items()}
+    return found
+
+
 def replace(model, path, module):
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

@@ -139,7 +139,8 @@ def bitsandbytes_config(model: nn.Module, kind: str) -> dict[str, Any]:
         dtype = next(model.parameters()).dtype
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": dtype}
     # transformers skips whatever ends with a name in this list, but for patterns of the whole path.
-    skipped = [f"^{re.escape(path)}$" if any(each.endswith(path) for each in layers) else path for path in plain]
+    skipped, rest = _with_or_without_prefix(model, plain)
+    skipped += [f"^{re.escape(path)}$" if any(each.endswith(path) for each in layers) else path for path in rest]
     return BitsAndBytesConfig(**options, llm_int8_skip_modules=skipped).to_dict()
 
 
@@ -327,8 +328,29 @@ def _grid(kind: Element) -> str | list[float]:
     return {None: "int8", 3: "fp8_e4m3", 2: "fp8_e5m2", 1: "fp4_e2m1"}[kind.mantissa]
 
 
-def compressed_config(model: nn.Module) -> dict[str, Any]:
-    """The `quantization_config` by which transformers, and others who know compressed-tensors, load the layers."""
+def _with_or_without_prefix(model: Any, paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(patterns, paths): one pattern, if any, of the layers that the model's base has too; the others as they are.
+
+    AutoModel builds the base alone, where paths lack a prefix (`encoder.layer.0`, not `bert.encoder.layer.0`); a class
+    with a head that is given a base's folder puts it before them.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix:
+        return [], list(paths)
+    start, alone = f"{prefix}.", model.base_model is model
+    shared = [path for path in paths if alone or path.startswith(start)]
+    names = "|".join(re.escape(path.removeprefix(start)) for path in shared)
+    patterns = [f"^({re.escape(start)})?({names})$"] if shared else []
+    return patterns, [path for path in paths if path not in shared]
+
+
+def compressed_config(model: nn.Module, names: bool = False) -> dict[str, Any]:
+    """The `quantization_config` by which transformers, and others who know compressed-tensors, load the layers.
+
+    Args:
+        names: whether each quantized layer is listed by its name, which any reader takes; AutoModel, which calls them
+            otherwise, then does not find them.
+    """
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
     groups: dict[str, list[str]] = {}
@@ -338,10 +360,11 @@ def compressed_config(model: nn.Module) -> dict[str, Any]:
         groups.setdefault(layer.scheme.name, []).append(path)
         schemes[layer.scheme.name] = layer.scheme
     config_groups = {}
-    for at, (name, targets) in enumerate(groups.items()):
+    for at, (name, paths) in enumerate(groups.items()):
         scheme = schemes[name]
+        patterns, rest = ([], paths) if names else _with_or_without_prefix(model, paths)
         config_groups[f"group_{at}"] = QuantizationScheme(
-            targets=targets,
+            targets=[*(f"re:{pattern}" for pattern in patterns), *rest],
             weights=_arguments(scheme.weights, False),
             input_activations=_arguments(scheme.activations, True),
             format=scheme.compressed,

@@ -232,7 +232,7 @@ def formats_of(model: nn.Module) -> dict[str, Any]:
     layers = quantized_layers(model)
     kinds = {module.scheme.bitsandbytes for module in layers.values()}
     if kinds == {None}:
-        return {"config_groups": compressed_config(model)["config_groups"]}
+        return {"config_groups": compressed_config(model, names=True)["config_groups"]}
     group = {"targets": list(layers), "weights": {}, "input_activations": None}
     return {"config_groups": {"group_0": group}, "bitsandbytes": kinds.pop()}
 
