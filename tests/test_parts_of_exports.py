@@ -1,4 +1,4 @@
-"""An export loaded as another class than it was scored as: its base model alone."""
+"""An export loaded as another class than it was scored as: its base model alone, or with a head for other labels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertModel
@@ -96,3 +98,23 @@ def test_a_base_model_that_was_exported_loads_under_a_head(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     logits(model, batch)
     torch.testing.assert_close(states(model, batch), states(supernet.extract(supernet.space.largest), batch))
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+def test_other_labels_get_a_new_head_in_place_of_a_quantized_one(name, tmp_path):
+    supernet = supernet_of(name, ["none", "W8A16"])
+    genome = supernet.space.encode({**supernet.space.decode(supernet.space.smallest), "head.precision": "W8A16"})
+    folder = jointopt.export(supernet, genome, tmp_path / "out")
+    spec = json.loads((folder / "config.json").read_text())["jointopt"]
+    head = next(path for path in spec["quantized"] if path.startswith("classifier"))
+    assert (head in spec["shapes"]) == (name == "resnet")  # whose last stage is narrower than its config says
+    auto, batch = getattr(transformers, auto_of(name)), batches(name, seed=2)[0]
+    options = {"num_labels": 9, "trust_remote_code": True}
+    model, told = auto.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    assert f"{head}.weight" in told["missing_keys"]
+    assert f"{head}.bias" in {key for key, *_ in told["mismatched_keys"]}
+    found = logits(model.eval(), batch)
+    assert found.shape == (6, 9) and found.isfinite().all()
+    torch.testing.assert_close(states(model, batch), states(supernet.extract(genome), batch))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        auto.from_pretrained(folder, **options)

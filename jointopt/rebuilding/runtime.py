@@ -25,7 +25,8 @@ def rebuild(model, spec):
 
     A model is first built by its library as usual; this then gives modules the sizes that `spec` lists, puts quantized
     layers where they belong, and leaves out what the search left out. Quantized weights stay packed in the file and are
-    unpacked when a layer first runs.
+    unpacked when a layer first runs. A layer with other rows than the file has, since other labels were asked for,
+    stays the library's, which is to tell that its weights are new.
     """
     for path, kind in spec.get("replaced", {}).items():
         replace(model, path, None if kind == "None" else STAND_INS[kind](model.get_submodule(path)))
@@ -35,9 +36,13 @@ def rebuild(model, spec):
         for name, value in values.items():
             setattr(model.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
     for path, record in spec.get("quantized", {}).items():
-        replace(model, path, Quantized(model.get_submodule(path), record))
+        layer = model.get_submodule(path)
+        if len(layer.weight) == record["shape"][0]:
+            replace(model, path, Quantized(layer, record))
     for path, source in spec.get("tied", {}).items():
-        model.get_submodule(path).tie(model.get_submodule(source))
+        layer = model.get_submodule(path)
+        if isinstance(layer, Quantized):
+            layer.tie(model.get_submodule(source))
     return model
 
 
@@ -59,16 +64,17 @@ def replace(model, path, module):
 
 
 def resize(module, shapes):
-    """New, empty tensors of the listed shapes; the counts that the module keeps follow."""
-    for name, shape in shapes.items():
+    """New, empty tensors of the listed shapes, None where a side stays; the counts that the module keeps follow."""
+    for name, sides in shapes.items():
         old = getattr(module, name)
-        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        sizes = [size if side is None else side for side, size in zip(sides, old.shape, strict=True)]
+        new = torch.empty(sizes, dtype=old.dtype, device=old.device)
         if isinstance(old, nn.Parameter):
             setattr(module, name, nn.Parameter(new))
         else:
             module._buffers[name] = new
     weight = getattr(module, "weight", None)
-    shape = shapes[next(iter(shapes))] if weight is None else weight.shape
+    shape = new.shape if weight is None else weight.shape
     rows, columns = shape[0], shape[1] if len(shape) > 1 else None
     if isinstance(module, nn.Embedding):
         rows, columns = columns, None

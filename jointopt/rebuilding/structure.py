@@ -249,7 +249,8 @@ def _compare(path: str, module: nn.Module, built: nn.Module, spec: dict[str, dic
         if tensor is None and other is not None:
             attributes[name] = None
         elif tensor is not None and other is not None and tensor.shape != other.shape:
-            shapes[name] = list(tensor.shape)
+            sides = zip(tensor.shape, other.shape, strict=True)
+            shapes[name] = [None if size == usual else size for size, usual in sides]
         elif tensor is not None and other is None and name in _stored(module):
             raise JointoptError(
                 f"export: {path or 'the model'} has a {name}; the {type(module).__name__} that the library builds from "
