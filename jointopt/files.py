@@ -114,17 +114,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             beside.unlink()
 
 
-def locked(path: Path, what: str) -> sqlite3.Connection:
+def locked(path: Path, what: str, wait: float = 0.0) -> sqlite3.Connection:
     """A lock on a file of its own, which dies with the process: an exclusive transaction. Closing it lets others in.
 
     Args:
         what: is locked, as an error names it.
+        wait: seconds for another process to be done.
 
     Raises:
         JointoptError: another process holds it, the file cannot be opened or is something else.
     """
     try:
-        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+        lock = sqlite3.connect(path, timeout=wait, isolation_level=None)
     except sqlite3.Error as error:
         raise JointoptError(f"{what}: {error}") from None
     try:

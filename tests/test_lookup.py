@@ -375,6 +375,35 @@ def test_operators_that_do_not_fit_in_memory_together_are_timed_in_groups_of_one
     np.testing.assert_allclose(found, [1.1e-9 * each.macs for each in asked])
 
 
+def test_an_interrupt_costs_the_group_that_is_being_timed(monkeypatch, tmp_path):
+    def interrupted(operators, batch, backend):
+        if machine.groups:
+            raise KeyboardInterrupt
+        return machine(operators, batch, backend)
+
+    machine, path = Machine(), tmp_path / "operators.json"
+    monkeypatch.setattr("jointopt.timing.timers.time_operators", interrupted)
+    monkeypatch.setattr("jointopt.timing.lookup.TOGETHER", 10**8)
+    asked = [Operator("linear", rows, 512, 64) for rows in range(8, 1024, 8)]
+    with pytest.raises(KeyboardInterrupt):
+        times_of(asked, 1, Backend(), path)
+    (kept,) = json.loads(path.read_text())["machines"].values()
+    assert 0 < len(kept) == machine.groups[0] < len(asked)
+
+
+def test_what_two_processes_time_at_once_is_kept_of_both_and_alike_for_both(monkeypatch, tmp_path):
+    def meanwhile(operators, batch, backend):
+        monkeypatch.setattr("jointopt.timing.timers.time_operators", lambda operators, *_: [1.0] * len(operators))
+        others.extend(times_of(asked[4:], 1, Backend(), path))
+        return [2.0] * len(operators)
+
+    asked, others, path = [Operator("linear", rows, 16, 4) for rows in range(8, 72, 8)], [], tmp_path / "operators.json"
+    monkeypatch.setattr("jointopt.timing.timers.time_operators", meanwhile)
+    assert times_of(asked[:6], 1, Backend(), path) == [2.0] * 4 + [1.0] * 2 and others == [1.0] * 4
+    (kept,) = json.loads(path.read_text())["machines"].values()
+    assert kept == {key_of(each, 1): 2.0 if at < 4 else 1.0 for at, each in enumerate(asked)}
+
+
 def test_formats_that_cannot_be_timed_in_torch_are_refused_before_any_training(tmp_path):
     (tmp_path / "config.yaml").write_text(
         "model: m\ntask: image-classification\ndata: {calibrate: a, evaluate: b}\noutput: o\nhardware: {device: this}\n"

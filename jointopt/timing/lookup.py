@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from jointopt.cost.operators import Answer, Operator, times_to_fit
-from jointopt.files import reading, write_whole
+from jointopt.files import locked, reading, write_whole
 from jointopt.timing.backend import ONNXRUNTIME, TORCH, Backend, host
 from quant.errors import JointoptError, check_count
 from quant.kernels.cpu import cache_folder
@@ -35,6 +36,8 @@ them: within a minute it may be half as fast again, and what fewer operators lea
 ANCHORS, LONG = 8, 2e-5
 """Operators timed already that are timed again with others, for how fast the machine is by then; and seconds that they
 take at least, since those of shorter ones are half noise."""
+WAIT = 30.0
+"""Seconds that another process may be writing to the file."""
 _WIDTHS = (("rows",), ("columns",), ("rows", "columns"), ("rows", "columns", "heads"), ("rows", "heads"))
 """What grows with a width: an output's, an input's, a norm's, attention's, a depthwise convolution's."""
 Key = str
@@ -191,7 +194,8 @@ def operators_of(supernet: Supernet, batch: int = 1, context: int | None = None)
 def times_of(
     operators: Sequence[Operator], batch: int, backend: Backend, path: str | Path | None = None
 ) -> list[float]:
-    """Seconds of each operator on this machine, for a batch: from the file of timings, or timed now and kept there.
+    """Seconds of each operator on this machine, for a batch: from the file of timings, or timed now and kept there,
+    group by group: what is done stays where one is interrupted.
 
     Raises:
         JointoptError: a file of another machine, or one that cannot be read or written.
@@ -201,10 +205,11 @@ def times_of(
     path = default_path() if path is None else Path(path)
     known = _read(path, machine, shared)
     asked = {key_of(each, batch): each for each in operators}
-    if not asked.keys() <= known.keys():
-        _write(path, machine, known)  # found out before the timing, not after it
-        known |= _timed(asked, known, batch, backend)
-        _write(path, machine, known)
+    lacking = [key for key in asked if key not in known]
+    if lacking:
+        known = _kept(path, machine, {})  # found out before the timing, not after it
+    for group in _groups(lacking, asked):
+        known = _kept(path, machine, _timed(group, asked, known, batch, backend))
     return [known[key_of(each, batch)] for each in operators]
 
 
@@ -258,19 +263,18 @@ def key_of(operator: Operator, batch: int) -> Key:
     return json.dumps(_record(operator, batch), sort_keys=True)
 
 
-def _timed(asked: Mapping[Key, Operator], known: Mapping[Key, float], batch: int, backend: Backend) -> dict[Key, float]:
-    """Times of what is asked and not known, as the machine was when those known were timed."""
+def _timed(
+    group: Sequence[Key], asked: Mapping[Key, Operator], known: Mapping[Key, float], batch: int, backend: Backend
+) -> dict[Key, float]:
+    """Times of a group of what is asked, as the machine was when those known were timed."""
     from jointopt.timing.timers import time_operators
 
-    found: dict[Key, float] = {}
-    for group in _groups([key for key in asked if key not in known], asked):
-        timed = {key: seconds for key, seconds in {**known, **found}.items() if key in asked and seconds > LONG}
-        anchors = sorted(timed, key=timed.__getitem__)[:: max(1, -(-len(timed) // ANCHORS))]
-        now = time_operators([asked[key] for key in (*group, *anchors)], batch, backend)
-        slower = [each / timed[key] for key, each in zip(anchors, now[len(group) :], strict=True) if each > LONG]
-        pace = float(np.median(slower)) if slower else 1.0
-        found |= {key: each / pace for key, each in zip(group, now, strict=False)}
-    return found
+    timed = {key: seconds for key, seconds in known.items() if key in asked and seconds > LONG}
+    anchors = sorted(timed, key=timed.__getitem__)[:: max(1, -(-len(timed) // ANCHORS))]
+    now = time_operators([asked[key] for key in (*group, *anchors)], batch, backend)
+    slower = [each / timed[key] for key, each in zip(anchors, now[len(group) :], strict=True) if each > LONG]
+    pace = float(np.median(slower)) if slower else 1.0
+    return {key: each / pace for key, each in zip(group, now, strict=False)}
 
 
 def _groups(keys: Sequence[Key], asked: Mapping[Key, Operator]) -> list[list[Key]]:
@@ -289,20 +293,31 @@ def _stored(operator: Operator) -> int:
 
 def _read(path: Path, machine: str, shared: bool) -> dict[Key, float]:
     """What was timed on this machine. A file of other machines alone is refused, unless it is `shared` by them."""
-    if not path.exists():
-        return {}
-    with reading(f"lookup: {str(path)!r}", "remove it"):
-        machines = {machine: dict(times) for machine, times in json.loads(path.read_text())["machines"].items()}
+    machines = _machines(path)
     if not shared and machines and not any(each.startswith(f"{host()}, ") for each in machines):
         told = "; ".join(machines)
         raise JointoptError(f"lookup: {str(path)!r} was timed on another machine ({told}); allowed: another path")
     return machines.get(machine, {})
 
 
-def _write(path: Path, machine: str, known: Mapping[Key, float]) -> None:
+def _machines(path: Path) -> dict[str, dict[Key, float]]:
+    """All that the file holds, by machine."""
+    if not path.exists():
+        return {}
+    with reading(f"lookup: {str(path)!r}", "remove it"):
+        return {machine: dict(times) for machine, times in json.loads(path.read_text())["machines"].items()}
+
+
+def _kept(path: Path, machine: str, found: Mapping[Key, float]) -> dict[Key, float]:
+    """Adds times to the file, but for what another process has timed meanwhile. Returns all of this machine's."""
+    what, lock = f"lookup: {str(path)!r}", Path(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text())["machines"] if path.is_file() else {}
+        lock.touch()
     except OSError as error:
-        raise JointoptError(f"lookup: {str(path)!r} cannot be written: {error.strerror}") from None
-    write_whole(path, json.dumps({"machines": {**before, machine: dict(known)}}, indent=1), "lookup")
+        raise JointoptError(f"{what} cannot be written: {error.strerror}") from None
+    with closing(locked(lock, what, WAIT)):
+        machines = _machines(path)
+        known = {**found, **machines.get(machine, {})}
+        write_whole(path, json.dumps({"machines": {**machines, machine: known}}, indent=1), "lookup")
+    return known
