@@ -16,6 +16,7 @@ import torch
 
 import jointopt
 from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet
+from jointopt.loop.stopping import Budget, expected_gain
 from tests.test_search import agreement
 from tests.zoo import supernet_of
 
@@ -77,6 +78,22 @@ def test_another_program_s_database_and_an_empty_one_are_left_as_they_are(supern
     with pytest.raises(JointoptError, match="found tables none"):
         Study.open(tmp_path / "empty.db")
     assert len(jointopt.search(supernet, agreement, evaluations=3, storage=tmp_path / "empty.db")) == 3
+
+
+def test_what_is_done_with_every_batch_reads_no_genome_twice(tmp_path):
+    space = SearchSpace([Gene(name, (1, 2, 3)) for name in "abc"])
+    objectives = [Objective("error", "min"), Objective("size", "min")]
+    study, counted, read = Study.create(tmp_path / "s.db", space, objectives, {}), [], []
+    for at, genomes in enumerate(np.split(space.sample(20, seed=0), 10)):
+        study.add_generation(genomes, np.full((2, 2), 0.5), {})
+        for genome in genomes:
+            study.add_evaluation(at, genome, {"error": 20.0 - at, "size": 1.0 * genome.sum()}, None, 0.0)
+    study._connection.create_function("json_array_length", 1, lambda text: counted.append(text) or 2)
+    assert [study.first_number(at) for at in range(10)] == list(range(1, 21, 2)) and len(counted) == 9
+    assert study.first_number(3) == 7
+    study._connection.set_trace_callback(read.append)
+    assert Budget(patience=30).spent(study, 0.0) is None and expected_gain(study, np.full((5, 2), 0.5)) > 0
+    assert any("metrics" in each for each in read) and not any("genome" in each for each in read)
 
 
 def test_a_second_writer_is_refused_while_readers_are_not(supernet, tmp_path):

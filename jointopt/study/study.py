@@ -60,6 +60,7 @@ class Study:
     def __init__(self, connection: sqlite3.Connection, path: Path | None, lock: sqlite3.Connection | None = None):
         self.path = path
         self._connection, self._lock = connection, lock
+        self._counted = (0, 1)
         space, objectives = self.fact("space"), self.fact("objectives")
         if space is None or not objectives:
             raise JointoptError(f"study {str(path)!r}: is damaged, it lacks its space or its objectives")
@@ -222,11 +223,15 @@ class Study:
 
     @_reading
     def first_number(self, generation: int) -> int:
-        """The number of a generation's first evaluation: 1, and one more for each genome asked before."""
+        """The number of a generation's first evaluation: 1, and one more for each genome asked before. They are counted
+        on from the generation that was asked about last, so that each is read once where these are in order."""
+        counted, first = self._counted if self._counted[0] <= generation else (0, 1)
         row = self._connection.execute(
-            "SELECT sum(json_array_length(genomes)) FROM generations WHERE number < ?", (generation,)
+            "SELECT sum(json_array_length(genomes)) FROM generations WHERE ? <= number AND number < ?",
+            (counted, generation),
         ).fetchone()
-        return 1 + (row[0] or 0)
+        self._counted = (generation, first + (row[0] or 0))
+        return self._counted[1]
 
     @_reading
     def last_generation(self) -> tuple[int, np.ndarray] | None:
@@ -269,6 +274,7 @@ class Study:
 
     def begin_anew(self) -> None:
         """Forgets every batch, its evaluations and their time, so that the same ones are asked again."""
+        self._counted = (0, 1)
         with explained(self.path), self._connection:
             self._connection.execute("DELETE FROM evaluations")
             self._connection.execute("DELETE FROM generations")
@@ -307,6 +313,14 @@ class Study:
         return frame[frame["failed"].notna()]
 
     @_reading
+    def _measurements(self) -> pd.DataFrame:
+        """Number and metrics of the evaluations, in order. Genomes take most of the time that reading all takes, and a
+        search asks for these with every batch."""
+        rows = self._connection.execute("SELECT number, metrics FROM evaluations ORDER BY number").fetchall()
+        records = [{**(json.loads(metrics) if metrics else {}), "number": number} for number, metrics in rows]
+        return pd.DataFrame(records, columns=["number", *(o.name for o in self.objectives)])
+
+    @_reading
     def _predictions(self) -> dict[str, list[float]]:
         found = {}
         for genomes, predicted in self._connection.execute("SELECT genomes, predicted FROM generations"):
@@ -316,7 +330,7 @@ class Study:
 
     def costs(self) -> np.ndarray:
         """The objectives of all evaluations, [evaluations, objectives], signs turned so that less is better."""
-        return costs_of(self.evaluations(), self.objectives)
+        return costs_of(self._measurements(), self.objectives)
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
@@ -330,14 +344,13 @@ class Study:
 
     def reference_point(self) -> list[float] | None:
         """The point that hypervolume is measured from, in the objectives' units: see `reference_point`."""
-        return reference_point(self.evaluations(), self.objectives, self.measured, self.original)
+        return reference_point(self._measurements(), self.objectives, self.measured, self.original)
 
     def hypervolume_history(self) -> np.ndarray:
         """Hypervolume after each evaluation, [evaluations], from `reference_point`."""
-        reference, frame = self.reference_point(), self.evaluations()
+        reference, costs = self.reference_point(), self.costs()
         if reference is None:
-            return np.zeros(len(frame))
-        costs = costs_of(frame, self.objectives)
+            return np.zeros(len(costs))
         turned = minimized(np.array([reference]), self.objectives)[0]
         return np.array([hypervolume(costs[: n + 1], turned) for n in range(len(costs))])
 
