@@ -17,6 +17,7 @@ from rich.console import Console
 from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, write_report
 from jointopt.report.figures import front_figure, hypervolume_figure, layers_figure, predictions_figure
 from jointopt.report.quantities import axes, counted, written
+from jointopt.report.shown import Shown
 from jointopt.report.template import SCRIPT
 from jointopt.report.terminal import ROWS, extremes_table, finished_table, front_table, space_table
 
@@ -137,7 +138,7 @@ def test_the_script_is_javascript(tmp_path):
 
 def test_the_front_figure_has_units_the_original_and_numbers():
     study = make_study()
-    figure = front_figure(study, OBJECTIVES[1], OBJECTIVES[0], study.best(knee=True))
+    figure = front_figure(Shown(study), OBJECTIVES[1], OBJECTIVES[0], study.best(knee=True))
     named = {trace.name: trace for trace in figure.data}
     assert {"the original", "chosen"} < set(named)
     assert list(named["the original"].x) == [90.0]
@@ -154,11 +155,11 @@ def test_an_outlier_makes_an_axis_logarithmic():
     study.add_generation(genomes, np.full((3, 2), np.nan), {})
     for genome, value in zip(genomes, (17.0, 20.0, 1e6), strict=True):
         study.add_evaluation(0, genome, {"perplexity": value, "size": 1e6}, None, 0.1)
-    figure = front_figure(study, objectives[1], objectives[0], None)
+    figure = front_figure(Shown(study), objectives[1], objectives[0], None)
     assert (figure.layout.yaxis.type, figure.layout.xaxis.type) == ("log", None)
     study.note("baselines", {"original": {"perplexity": 0.0, "size": 1e6}})  # where a logarithm has no place
-    assert front_figure(study, objectives[1], objectives[0], None).layout.yaxis.type is None
-    assert predictions_figure(study) is None
+    assert front_figure(Shown(study), objectives[1], objectives[0], None).layout.yaxis.type is None
+    assert predictions_figure(Shown(study)) is None
 
 
 @pytest.mark.parametrize("up", ["min", "max"])
@@ -171,7 +172,9 @@ def test_no_corner_of_the_front_s_line_is_better_than_what_was_measured(across, 
     for genome, cost in zip(genomes, (0.1, 0.5, 0.2, 0.9, 0.7), strict=True):
         values = {"up": objectives[0].sign * (1 - cost) ** 2, "across": objectives[1].sign * cost}
         study.add_evaluation(0, genome, values, None, 0.1)
-    front = next(t for t in front_figure(study, objectives[1], objectives[0], None).data if t.name.startswith("front"))
+    front = next(
+        t for t in front_figure(Shown(study), objectives[1], objectives[0], None).data if t.name.startswith("front")
+    )
     assert len(front.x) == 5
     x, y = np.array(front.x) * objectives[1].sign, np.array(front.y) * objectives[0].sign
     corners = {"hv": (x[1:], y[:-1]), "vh": (x[:-1], y[1:])}[front.line.shape]
@@ -187,9 +190,9 @@ def test_a_name_of_one_s_own_is_shown_by_plotly_as_it_is():
     study.add_generation(genomes, genomes.sum(1)[:, None] * [0.1, 1e6], {})
     for genome in genomes:
         study.add_evaluation(0, genome, {name: float(genome.sum()) ** 0.9, "size": 1e6}, None, 0.1)
-    up, across = (front_figure(study, *pair, None).layout for pair in (objectives[::-1], objectives))
+    up, across = (front_figure(Shown(study), *pair, None).layout for pair in (objectives[::-1], objectives))
     assert up.yaxis.title.text == across.xaxis.title.text == f"{shown} (more is better)"
-    predictions = predictions_figure(study).layout
+    predictions = predictions_figure(Shown(study)).layout
     axes = (predictions.xaxis.title.text, predictions.yaxis.title.text)
     assert axes == (f"{shown}, predicted", f"{shown}, measured")
     assert predictions.annotations[0].text.startswith(f"{shown}: rank correlation")
@@ -204,7 +207,7 @@ def test_the_layers_figure_shows_the_share_kept_and_leaves_places_empty():
 
 
 def test_predictions_are_compared_by_rank():
-    figure = predictions_figure(make_study())
+    figure = predictions_figure(Shown(make_study()))
     assert "rank correlation 1.00 (Spearman, 19 evaluations)" in figure.layout.annotations[0].text
     assert "accuracy" in figure.layout.annotations[0].text
     assert len(figure.layout.annotations) == 1, "an exact cost is not predicted"
@@ -265,9 +268,18 @@ def test_the_finishing_that_was_exported_is_the_marked_one_and_the_chosen_point(
     marked = [line for line in printed(finished_table(study, genome, "descent")).splitlines() if "*" in line]
     assert len(marked) == 1 and "descent" in marked[0]
     assert "*" not in printed(finished_table(study, genome, "nearest"))
-    figure = front_figure(study, OBJECTIVES[1], OBJECTIVES[0], genome)
+    figure = front_figure(Shown(study), OBJECTIVES[1], OBJECTIVES[0], genome)
     (chosen,) = (trace for trace in figure.data if trace.name == "chosen")
     assert list(chosen.y) == [0.4375]
+
+
+def test_a_page_reads_the_evaluations_once(tmp_path):
+    read, study = [], make_study()
+    study.add_finished(study.best(knee=True), "gptq", {"accuracy": 0.3125, "size": 1e6}, 1.0)
+    study._connection.set_trace_callback(read.append)
+    page(study, tmp_path, chosen=study.finished()[0]["genome"], layers=layout(32))
+    assert sum("genome, metrics" in each for each in read) == 1
+    assert sum("genomes" in each for each in read) == 1
 
 
 def test_a_page_that_cannot_be_written_is_named(tmp_path):

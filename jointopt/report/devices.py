@@ -12,8 +12,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from jointopt.objectives import ON_HARDWARE, Objective
-from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, escaped, step, style
+from jointopt.report.figures import BLUE, GRAY, GREEN, ORANGE, step, style
 from jointopt.report.quantities import label, scale, time_source, written
+from jointopt.report.shown import escaped
 from jointopt.study.choice import best_of, front_of, keeping_to
 from jointopt.study.study import Study
 from quant.errors import JointoptError

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,8 @@ from scipy.stats import spearmanr
 
 from jointopt.objectives import Objective, is_column
 from jointopt.report.quantities import label, scale, written
+from jointopt.report.shown import Shown, escaped
 from jointopt.study.study import Study
-from search_spaces.family import is_depth
-from search_spaces.precision import is_precision
-from search_spaces.space import SearchSpace
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, GRAY, INK = "#0072b2", "#d55e00", "#009e73", "#b4bac2", "#24292f"
@@ -32,27 +28,27 @@ LOG_LABELS = [f"{tick:,.15g}" if 1e-4 <= tick < 1e7 else f"{tick:.0e}" for tick 
 Layers = Sequence[Mapping[str, Any]]
 
 
-def front_figure(study: Study, across: Objective, up: Objective, chosen: Sequence[int] | None) -> go.Figure:
+def front_figure(shown: Shown, across: Objective, up: Objective, chosen: Sequence[int] | None) -> go.Figure:
     """All evaluations in two of the objectives: the front, the original, and the chosen point. Each point carries
     its evaluation's number as customdata."""
-    frame, front = study.succeeded(), study.front()
+    study, frame, front = shown.study, shown.succeeded, shown.front
     behind = frame[~frame["number"].isin(front["number"])]
     figure = go.Figure()
-    _add_points(figure, study.space, behind, across, up, f"evaluated ({len(frame)})", {"color": GRAY, "size": 7})
+    _add_points(figure, shown, behind, across, up, f"evaluated ({len(frame)})", {"color": GRAY, "size": 7})
     if len(front):
         ordered = front.sort_values(across.name)
         line = "lines+markers" if len(study.objectives) == 2 else "markers"
         marker = {"color": BLUE, "size": 9, "line": {"color": "white", "width": 1}}
-        _add_points(figure, study.space, ordered, across, up, f"front ({len(front)})", marker, line)
+        _add_points(figure, shown, ordered, across, up, f"front ({len(front)})", marker, line)
     original = study.original
     if across.name in original and up.name in original:
         row = pd.DataFrame([{"number": -1, **original}])
         marker = {"color": GREEN, "size": 14, "symbol": "star"}
-        _add_points(figure, study.space, row, across, up, "the original", marker)
+        _add_points(figure, shown, row, across, up, "the original", marker)
     if chosen is not None and len(frame):
         picked = frame[frame["genome"] == tuple(chosen)].assign(**finished_metrics(study, chosen))
         marker = {"color": "rgba(0,0,0,0)", "size": 18, "line": {"color": ORANGE, "width": 3}}
-        _add_points(figure, study.space, picked, across, up, "chosen", marker)
+        _add_points(figure, shown, picked, across, up, "chosen", marker)
     style(figure, _title(across), _title(up), height=470)
     for axis, objective in (("xaxis", across), ("yaxis", up)):
         if _spans(frame, original, objective):
@@ -69,7 +65,7 @@ def finished_metrics(study: Study, chosen: Sequence[int] | np.ndarray | None) ->
 
 def _add_points(
     figure: go.Figure,
-    space: SearchSpace,
+    shown: Shown,
     rows: pd.DataFrame,
     across: Objective,
     up: Objective,
@@ -85,7 +81,7 @@ def _add_points(
             x=rows[across.name] / scale(across.name),
             y=rows[up.name] / scale(up.name),
             customdata=rows["number"],
-            text=[_hover(space, row, name) for row in rows.to_dict("records")],
+            text=[_hover(shown, row, name) for row in rows.to_dict("records")],
             hovertemplate="%{text}<extra></extra>",
             name=escaped(name),
             mode=mode,
@@ -101,23 +97,12 @@ def step(across: Objective) -> str:
     return "hv" if across.direction == "min" else "vh"
 
 
-def _hover(space: SearchSpace, row: Mapping[str, Any], name: str) -> str:
+def _hover(shown: Shown, row: Mapping[str, Any], name: str) -> str:
     lines = [f"<b>evaluation {row['number']}</b>" if row["number"] >= 0 else f"<b>{escaped(name)}</b>"]
     for key, value in row.items():
         if not is_column(str(key)) and isinstance(value, int | float):
             lines.append(f"{escaped(str(key))}: {written(str(key), value)}")
-    return "<br>".join([*lines, *(_summary(space, row["genome"]) if "genome" in row else ())])
-
-
-def _summary(space: SearchSpace, genome: Sequence[int]) -> list[str]:
-    """A genome in a few words: its depth, and how many genes chose each number format."""
-    matters = space.active(np.array(genome))
-    chosen = [(name, choice) for (name, choice), on in zip(space.decode(genome).items(), matters, strict=True) if on]
-    depths = [f"{name} {choice}" for name, choice in chosen if is_depth(name)]
-    formats = Counter(str(choice) for name, choice in chosen if is_precision(name))
-    return [
-        escaped(text) for text in (", ".join(depths), ", ".join(f"{n} {name}" for name, n in formats.items())) if text
-    ]
+    return "<br>".join([*lines, *shown.summaries.get(row["number"], ())])
 
 
 def _title(objective: Objective) -> str:
@@ -184,27 +169,26 @@ def _name_blocks(figure: go.Figure, places: Layers, names: list[str]) -> None:
     figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[escaped(name) for name in members])
 
 
-def predictions_figure(study: Study) -> go.Figure | None:
+def predictions_figure(shown: Shown) -> go.Figure | None:
     """For each measured objective, what was predicted before the evaluation against what it gave; None where nothing
     was predicted."""
-    frame = study.evaluations()
-    shown = []
-    for objective in study.measured:
+    frame, compared = shown.frame, []
+    for objective in shown.study.measured:
         column = f"predicted_{objective.name}"
         if column not in frame or objective.name not in frame:
             continue
         both = frame[[column, objective.name, "number"]].dropna()
         if len(both) > 2 and not np.allclose(both[column], both[objective.name], rtol=1e-12, atol=0):
-            shown.append((objective, both))
-    if not shown:
+            compared.append((objective, both))
+    if not compared:
         return None
     titles = [
         f"{escaped(objective.name)}: rank correlation {_rank_correlation(both.iloc[:, 0], both.iloc[:, 1])} "
         f"(Spearman, {len(both)} evaluations)"
-        for objective, both in shown
+        for objective, both in compared
     ]
-    figure = make_subplots(rows=1, cols=len(shown), subplot_titles=titles)
-    for index, (objective, both) in enumerate(shown, 1):
+    figure = make_subplots(rows=1, cols=len(compared), subplot_titles=titles)
+    for index, (objective, both) in enumerate(compared, 1):
         ends = [float(both.iloc[:, :2].min().min()), float(both.iloc[:, :2].max().max())]
         figure.add_scatter(
             x=ends, y=ends, mode="lines", line={"color": GRAY, "dash": "dot"}, hoverinfo="skip", row=1, col=index
@@ -240,11 +224,6 @@ def hypervolume_figure(study: Study) -> go.Figure | None:
     figure.update_traces(hovertemplate="after %{x} evaluations<br>%{y:.5g}<extra></extra>")
     style(figure, "evaluations", "hypervolume", height=320)
     return figure
-
-
-def escaped(text: str) -> str:
-    """Text that plotly shows as it is: it would read tags, and knows `&amp;`, `&lt;` and `&gt;` but no `&quot;`."""
-    return escape(text, quote=False)
 
 
 def style(figure: go.Figure, across: str | None, up: str | None, height: int) -> None:

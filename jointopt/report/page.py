@@ -23,6 +23,7 @@ from jointopt.report.figures import (
     predictions_figure,
 )
 from jointopt.report.quantities import axes, counted, label, on_unseen, scale, time_source, written
+from jointopt.report.shown import Shown
 from jointopt.report.spent import spent_figure
 from jointopt.report.template import PAGE, SCRIPT, STYLE
 from jointopt.study.differences import flat
@@ -94,12 +95,12 @@ def _page(
     picked = None if chosen is None else tuple(map(int, chosen))
     config = study.config
     heading = str(config.get("model", "Search"))
-    frame = study.evaluations()
+    shown = Shown(study)
     sections = [
         f"<h1>{escape(heading)}</h1>",
         "<p>Architecture and number formats, searched together. MB are 10<sup>6</sup> bytes.</p>",
-        _cards(study, frame, picked),
-        _front_section(study, picked),
+        _cards(shown, picked),
+        _front_section(shown, picked),
     ]
     if layers:
         sections.append(
@@ -113,7 +114,7 @@ def _page(
             + _plot(spent_figure(spent[0], spent[1]), "spent")
         )
     sections += [_device_section(study, each, at) for at, each in enumerate(devices)]
-    predictions = predictions_figure(study)
+    predictions = predictions_figure(shown)
     if predictions is not None:
         sections.append(
             "<h2>Predicted against measured</h2><p>What the predictor said before each evaluation; darker is later.</p>"
@@ -121,12 +122,12 @@ def _page(
         )
     sections += [
         _hypervolume_section(study),
-        _front_table(study, picked),
-        _finished(study, frame),
-        _failures(study),
+        _front_table(shown, picked),
+        _finished(shown),
+        _failures(shown),
         _settings(study),
     ]
-    record = _record(study, frame, picked)
+    record = _record(shown, picked)
     return PAGE.format(
         title=escape(heading),
         style=STYLE,
@@ -143,10 +144,10 @@ def _plot(figure: Any, name: str) -> str:
     return plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, div_id=name, config=options)
 
 
-def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
-    failed = len(study.failed())
+def _cards(shown: Shown, picked: tuple[int, ...] | None) -> str:
+    study, frame, failed = shown.study, shown.frame, len(shown.failed)
     cards = [(str(len(frame)), "evaluations" + (f", {failed} of them failed" if failed else ""))]
-    cards += [(str(len(study.front())), "on the front"), (counted(study.space.count()), "genomes in the space")]
+    cards += [(str(len(shown.front)), "on the front"), (counted(study.space.count()), "genomes in the space")]
     original = study.original
     rows = frame[frame["genome"] == picked] if picked is not None and len(frame) else frame.iloc[:0]
     measured = finished_metrics(study, picked)
@@ -171,16 +172,16 @@ def _cards(study: Study, frame: Any, picked: tuple[int, ...] | None) -> str:
     )
 
 
-def _front_section(study: Study, picked: tuple[int, ...] | None) -> str:
-    if not len(study):
+def _front_section(shown: Shown, picked: tuple[int, ...] | None) -> str:
+    if not len(shown.frame):
         return "<h2>The front</h2><p>No evaluation yet.</p>"
-    pairs = axes(study.objectives, study.measured)
+    pairs = axes(shown.study.objectives, shown.study.measured)
     if not pairs:
         return (
             "<h2>The front</h2><p>Of one objective it is the best sub-network, and there is nothing to draw. Choices "
             'other than the largest model\'s are coloured.</p><div class="scroll" id="genome"></div>'
         )
-    plots = "".join(_plot(front_figure(study, x, y, picked), f"front{i}") for i, (x, y) in enumerate(pairs))
+    plots = "".join(_plot(front_figure(shown, x, y, picked), f"front{i}") for i, (x, y) in enumerate(pairs))
     return (
         "<h2>The front</h2><p>Each point is a sub-network that was really measured. Hover over one to see its genome, "
         "click to keep it; choices other than the largest model's are coloured.</p>"
@@ -229,8 +230,8 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]], marked: int | N
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
-def _front_table(study: Study, picked: tuple[int, ...] | None) -> str:
-    front = study.front()
+def _front_table(shown: Shown, picked: tuple[int, ...] | None) -> str:
+    study, front = shown.study, shown.front
     if not len(front):
         return ""
     names = [objective.name for objective in study.objectives]
@@ -251,15 +252,16 @@ def _front_table(study: Study, picked: tuple[int, ...] | None) -> str:
     return f"<h2>Front, in numbers</h2>{told}{_table(titles, rows, marked)}"
 
 
-def _finished(study: Study, frame: Any) -> str:
+def _finished(shown: Shown) -> str:
     """What was rounded anew after the search, before and after."""
+    study = shown.study
     if not study.finished():
         return ""
     names = [objective.name for objective in study.measured]
     unseen = rescored_finished(study)
     again = [f"{label(name)}, unseen data" for name in names] if unseen else []
     titles = ("evaluation", "rounding", *(label(name) for name in names), *again)
-    evaluated = {row["genome"]: row for row in frame.to_dict("records")}
+    evaluated = {row["genome"]: row for row in shown.frame.to_dict("records")}
     rows = []
     for record in study.finished():
         before, after = evaluated[tuple(record["genome"])], record["metrics"]
@@ -273,11 +275,10 @@ def _finished(study: Study, frame: Any) -> str:
     )
 
 
-def _failures(study: Study) -> str:
-    failed = study.failed()
-    if not len(failed):
+def _failures(shown: Shown) -> str:
+    if not len(shown.failed):
         return ""
-    rows = [(row.number, escape(str(row.failed))) for row in failed.itertuples()]
+    rows = [(row.number, escape(str(row.failed))) for row in shown.failed.itertuples()]
     return "<h2>Failed evaluations</h2>" + _table(("evaluation", "reason"), rows)
 
 
@@ -291,23 +292,19 @@ def _told(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _record(study: Study, frame: Any, picked: tuple[int, ...] | None) -> dict[str, Any]:
+def _record(shown: Shown, picked: tuple[int, ...] | None) -> dict[str, Any]:
     """What the page's script needs to show any genome."""
-    space = study.space
+    space, objectives = shown.study.space, shown.study.objectives
     genes = [{"name": gene.name, "choices": [str(choice) for choice in gene.choices]} for gene in space.genes]
-    evaluations = {}
-    for row in frame.to_dict("records"):
-        genome = np.array(row["genome"], dtype=np.int64)
+    drawn = np.where(shown.active, shown.genomes, -1).tolist()
+    evaluations, first = {}, int(shown.front.iloc[0]["number"]) if len(shown.front) else -1
+    for row, genome in zip(shown.frame.to_dict("records"), drawn, strict=True):
         facts = [["generation", str(row["generation"])], ["seconds", f"{row['seconds']:.3g}"]]
         if row["failed"] is not None and row["failed"] == row["failed"]:
             facts.append(["failed", str(row["failed"])])
-        known = [o.name for o in study.objectives if row.get(o.name, np.nan) == row.get(o.name)]
+        known = [o.name for o in objectives if row.get(o.name, np.nan) == row.get(o.name)]
         facts += [[label(name), f"{row[name] / scale(name):,.6g}"] for name in known]
-        evaluations[int(row["number"])] = {
-            "genome": np.where(space.active(genome), genome, -1).tolist(),
-            "facts": facts,
-        }
-    shown = [int(row["number"]) for row in frame.to_dict("records") if row["genome"] == picked]
-    front = study.front()
-    first = shown[0] if shown else int(front.iloc[0]["number"]) if len(front) else -1
+        evaluations[int(row["number"])] = {"genome": genome, "facts": facts}
+        if row["genome"] == picked:
+            first = int(row["number"])
     return {"genes": genes, "largest": space.largest.tolist(), "evaluations": evaluations, "shown": first}
