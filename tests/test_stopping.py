@@ -14,6 +14,7 @@ import jointopt
 from jointopt import Gene, JointoptError, Objective, SearchSpace, Study, Supernet
 from jointopt.loop.loop import _Run
 from jointopt.loop.stopping import Budget, Watch, expected_gain, heeding_ctrl_c
+from jointopt.objectives import hypervolume
 from tests.zoo import batches, logits, make, supernet_of
 
 DATA = batches("vit", seed=5)[0]
@@ -153,6 +154,14 @@ def test_what_explodes_among_the_first_is_not_what_hypervolume_is_measured_from(
     exploded = study_of([*usual, (1e18, 10), (1e6, 20)])
     assert exploded.reference_point() == study_of(usual).reference_point()
     assert exploded.hypervolume_history()[-1] == exploded.hypervolume_history()[3] > 0
+
+
+def test_the_hypervolume_after_each_evaluation_is_that_of_all_up_to_it():
+    drawn = np.random.default_rng(0).integers(0, 12, (60, 2)) + 0.5  # some equal in one objective, or in both
+    study = study_of([(float("nan"), 1.0), *map(tuple, drawn.tolist())])
+    whole = [hypervolume(study.costs()[: at + 1], study.reference_point()) for at in range(61)]
+    np.testing.assert_allclose(study.hypervolume_history(), whole)
+    assert 3 < len(set(whole)) < 40
 
 
 def test_any_evaluation_that_enters_the_front_within_the_reference_is_a_gain():

@@ -352,7 +352,11 @@ class Study:
         if reference is None:
             return np.zeros(len(costs))
         turned = minimized(np.array([reference]), self.objectives)[0]
-        return np.array([hypervolume(costs[: n + 1], turned) for n in range(len(costs))])
+        history = np.zeros(len(costs) + 1)
+        for at, each in enumerate(costs):
+            gains = (each < turned).all() and not (costs[:at] <= each).all(axis=1).any()
+            history[at + 1] = hypervolume(costs[: at + 1], turned) if gains else history[at]
+        return history[1:]
 
     @property
     def measured(self) -> tuple[Objective, ...]:
