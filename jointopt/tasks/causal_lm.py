@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jointopt.rows import TEXT, DataSource, check_named, column, read_columns, read_text, texts
 from jointopt.tasks.problems import NEXT_TOKEN
+from jointopt.tasks.running_text import token_parts
 from jointopt.tasks.task import Samples, Task, place_of, text_length
 from jointopt.tokenizer_settings import settings_kept
 from quant.errors import JointoptError
@@ -27,13 +30,14 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         columns = read_columns(replace(source, samples=None))
         given = texts(column(columns, source.text, TEXT, f"{source.key}.text"), f"{source.key}.text")
     end = [] if processor.eos_token_id is None else [processor.eos_token_id]
-    tokens: list[int] = []
-    with settings_kept(processor):
-        rows = processor(given, add_special_tokens=False, verbose=False)["input_ids"]
-    for encoded in rows:
-        tokens += [*end, *encoded] if tokens else encoded
     length = text_length(source, processor, model)
-    pieces = torch.tensor(tokens[: len(tokens) // length * length], dtype=torch.long).reshape(-1, length)
+    tokens = array("i")
+    with settings_kept(processor):
+        for part in token_parts(processor, given, end):
+            tokens.extend(part)
+            if source.samples is not None and len(tokens) >= source.samples * length:
+                break
+    pieces = torch.from_numpy(np.array(tokens[: len(tokens) // length * length])).reshape(-1, length)
     pieces = pieces[: source.samples]
     if not len(pieces):
         raise JointoptError(
@@ -42,11 +46,11 @@ def samples(source: DataSource, processor: Any, model: nn.Module) -> Samples:
         )
 
     def collate(indices: Sequence[int]) -> Mapping[str, Tensor]:
-        part = pieces[list(indices)]
+        part = pieces[list(indices)].long()
         return {"input_ids": part, "labels": part}
 
     def mark(index: int) -> bytes:
-        return pieces[index].numpy().tobytes()
+        return pieces[index].long().numpy().tobytes()
 
     return Samples(len(pieces), collate, range(len(pieces)), place_of(model), mark)
 
