@@ -8,8 +8,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ LABEL = ("label", "labels", "class", "target")
 ALLOWED = "a csv, tsv, json, jsonl, parquet or text file, a folder of images by class, or a hub id"
 
 
+PARQUET_ROWS = 256
+"""Rows of a parquet file that are read at once, which may be images."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -67,17 +70,39 @@ class DataSource:
         check_path(self.path, self.key)
 
 
-class Columns(dict[str, list[Any]]):
+class Columns(Mapping[str, list[Any]]):
     """Column name -> values.
 
     Attributes:
         classes: names of the classes that a column counts, or its lists do, in their order, where the data set itself
             says them.
+
+    Args:
+        values: of each column, or what reads them when they are asked for first.
     """
 
-    def __init__(self, values: Mapping[str, list[Any]], classes: Mapping[str, list[str]] | None = None) -> None:
-        super().__init__(values)
+    def __init__(
+        self,
+        values: Mapping[str, list[Any] | Callable[[], list[Any]]],
+        classes: Mapping[str, list[str]] | None = None,
+    ) -> None:
+        self._values = dict(values)
         self.classes = dict(classes or {})
+
+    def __getitem__(self, name: str) -> list[Any]:
+        found = self._values[name]
+        if callable(found):
+            found = self._values[name] = found()
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -103,6 +128,8 @@ def read_columns(source: DataSource) -> Columns:
         raise JointoptError(f"{key}.split: found {source.split!r}, but {source.path!r} is here; allowed: of a hub id")
     if path.is_dir():
         columns = _image_folder(path, key, source.labelled)
+    elif path.suffix.lower() == ".parquet" and path.is_file():
+        return _parquet_columns(path, source)
     elif path.is_file() and path.suffix.lower() in TABLES:
         columns = _table(path, key)
     elif path.is_file():
@@ -113,11 +140,8 @@ def read_columns(source: DataSource) -> Columns:
         return _hub_columns(source)
     else:
         raise JointoptError(f"{key}: no file or folder {source.path!r}, and it is no hub id; allowed: {ALLOWED}")
-    count = len(next(iter(columns.values()), []))
-    if not count:
-        raise JointoptError(f"{key}: {source.path!r} holds no row; allowed: one or more")
-    kept = some(count, source.samples)
-    return Columns({name: [values[index] for index in kept] for name, values in columns.items()}, columns.classes)
+    kept = _kept(len(next(iter(columns.values()), [])), source)
+    return Columns({name: [values[index] for index in kept] for name, values in columns.items()})
 
 
 def read_text(source: DataSource) -> str | None:
@@ -131,6 +155,12 @@ def read_text(source: DataSource) -> str | None:
         raise JointoptError(f"{source.key}: {source.path!r} is not UTF-8 text: {error}") from None
 
 
+def _kept(count: int, source: DataSource) -> list[int]:
+    if not count:
+        raise JointoptError(f"{source.key}: {source.path!r} holds no row; allowed: one or more")
+    return some(count, source.samples)
+
+
 def some(count: int, samples: int | None) -> list[int]:
     """Indices of `samples` of `count` rows, the first after a fixed shuffle; all of them, in order, for None."""
     if samples is None:
@@ -141,11 +171,6 @@ def some(count: int, samples: int | None) -> list[int]:
 def _table(path: Path, key: str) -> Columns:
     kind = path.suffix.lower()
     with reading(f"{key}: {str(path)!r}", "", csv.Error):
-        if kind == ".parquet":
-            import pandas as pd
-
-            frame = pd.read_parquet(path)
-            return Columns({str(name): frame[name].tolist() for name in frame.columns}, _parquet_classes(path))
         text = path.read_text(encoding="utf-8-sig")
         if kind in (".csv", ".tsv"):
             return _rows(_separated(text, "\t" if kind == ".tsv" else ","))
@@ -153,11 +178,48 @@ def _table(path: Path, key: str) -> Columns:
         return _rows(json.loads(text) if whole else _objects(text))
 
 
-def _parquet_classes(path: Path) -> dict[str, list[str]]:
-    """What `Dataset.to_parquet` of datasets writes beside the columns."""
+def _parquet_columns(path: Path, source: DataSource) -> Columns:
+    """Each column is read by itself, and of its rows little more than those that are kept."""
     import pyarrow.parquet as pq
 
-    said = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+    with reading(told := f"{source.key}: {str(path)!r}"):
+        with pq.ParquetFile(path) as file:
+            schema, count = file.schema_arrow, file.metadata.num_rows
+        names = schema.empty_table().to_pandas().columns  # without a frame's index
+        classes = _parquet_classes(schema.metadata or {})
+    kept = _kept(count, source)
+
+    def read(name: str) -> list[Any]:
+        with reading(told):
+            return _parquet_rows(path, name, kept)
+
+    return Columns({str(name): partial(read, str(name)) for name in names}, classes)
+
+
+def _parquet_rows(path: Path, name: str, kept: Sequence[int]) -> list[Any]:
+    """A column's values in some of its rows, as pandas has them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    order = np.argsort(kept)
+    places = np.asarray(kept)[order]
+    parts, begin = [], 0
+    with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        for batch in file.iter_batches(PARQUET_ROWS, columns=[name]):
+            first, last = np.searchsorted(places, (begin, begin + len(batch)))
+            if last > first:
+                parts.append(batch.take(pa.array(places[first:last] - begin)))
+            begin += len(batch)
+        values = pa.Table.from_batches(parts).to_pandas().iloc[:, 0].tolist()
+    found = [None] * len(kept)
+    for index, value in zip(order, values, strict=True):
+        found[index] = value
+    return found
+
+
+def _parquet_classes(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """What `Dataset.to_parquet` of datasets writes beside the columns."""
+    said = json.loads(metadata.get(b"huggingface", b"{}"))
     features = (said.get("info") or {}).get("features") or {}
     counted = {name: each.get("feature", each) for name, each in features.items() if isinstance(each, dict)}
     return {name: each["names"] for name, each in counted.items() if each.get("_type") == "ClassLabel"}
@@ -287,7 +349,7 @@ def _hub_columns(source: DataSource) -> Columns:
         counted = getattr(feature, "feature", feature)  # of a list, what its items are
         if isinstance(counted, datasets.ClassLabel):
             classes[name] = counted.names
-    return Columns({name: list(found[name]) for name in found.column_names}, classes)
+    return Columns({name: partial(list, found[name]) for name in found.column_names}, classes)
 
 
 def check_named(source: DataSource, read: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForSequenceClassification
 
-from jointopt import JointoptError
+from jointopt import JointoptError, rows
 from jointopt.config.config import Config
 from jointopt.config.sections import Data, Source
 from jointopt.models import load_model
@@ -301,6 +301,53 @@ def test_classes_of_a_parquet_that_cannot_be_made_out_are_told(said, told, tmp_p
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
     with pytest.raises(JointoptError, match=f"t.parquet' cannot be read: {told}"):
         read_columns(DataSource(str(tmp_path / "t.parquet")))
+
+
+@pytest.mark.parametrize("samples", [None, 7, 40])
+@pytest.mark.parametrize("group", [1, 16, 100])
+def test_rows_of_a_parquet_are_those_that_pandas_has_of_all(samples, group, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "PARQUET_ROWS", 9)
+    numbers = range(40)
+    frame = pd.DataFrame(
+        {
+            "image": [{"bytes": bytes([at]), "path": None} for at in numbers],
+            "tags": [list(range(at % 4)) for at in numbers],
+            "text": pd.Series([None if at % 3 == 0 else f"film {at}" for at in numbers]),
+            "label": pd.Categorical([f"class {at % 11}" for at in numbers]),
+            "count": pd.array([None if at % 5 == 0 else at for at in numbers], dtype="Int64"),
+            "day": pd.date_range("2026-01-01", periods=40, tz="UTC"),
+            "a.b": [at / 3 for at in numbers],
+            7: [at % 2 == 0 for at in numbers],
+        },
+        index=pd.Index([at * 2 for at in numbers], name="number"),
+    )
+    with pytest.warns(UserWarning, match="mixed"):
+        frame.to_parquet(tmp_path / "a.parquet", row_group_size=group)
+    whole, kept = pd.read_parquet(tmp_path / "a.parquet"), some(40, samples)
+    found = read_columns(DataSource(str(tmp_path / "a.parquet"), samples=samples))
+    assert list(found) == list(map(str, whole.columns)) and "number" not in found
+    for name in whole.columns:
+        assert list(map(repr, found[str(name)])) == [repr(whole[name].tolist()[index]) for index in kept], name
+
+
+def test_columns_that_nobody_asks_for_are_not_read(tmp_path, monkeypatch):
+    read = []
+    plain = rows._parquet_rows
+    monkeypatch.setattr(rows, "_parquet_rows", lambda path, name, kept: read.append(name) or plain(path, name, kept))
+    pd.DataFrame({"image": [b"x"] * 3, "text": ["a", "b", "c"]}).to_parquet(tmp_path / "a.parquet")
+    columns = read_columns(DataSource(str(tmp_path / "a.parquet"), samples=2))
+    assert "image" in columns and not read
+    assert columns["text"] == columns["text"] == [["a", "b", "c"][index] for index in some(3, 2)]
+    assert read == ["text"]
+
+
+def test_a_parquet_that_is_damaged_where_its_rows_are_is_told(tmp_path):
+    path = tmp_path / "a.parquet"
+    pd.DataFrame({"text": [f"film {at}" for at in range(500)]}).to_parquet(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(600) + content[604:])
+    with pytest.raises(JointoptError, match=r"data: .*a.parquet' cannot be read: "):
+        read_columns(DataSource(str(path)))["text"]
 
 
 def test_json_that_is_nested_too_deeply_is_told(tmp_path):
