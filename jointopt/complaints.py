@@ -111,7 +111,9 @@ def _expected(schema: type[BaseModel], at: tuple) -> str:
             paths = ["a path or a hub id, or"] if "path" in member.model_fields else []
             words.append(" ".join([*paths, "keys of", ", ".join(member.model_fields)]))
         elif get_origin(member) is dict:
-            words.append("keys of " + ", ".join(map(str, get_args(get_args(member)[0]))))
+            keys, values = get_args(member)
+            named = " or ".join(_KINDS[each][1] for each in _members(values))
+            words.append(f"keys of {', '.join(get_args(keys))}" if get_args(keys) else f"names with {named}")
         elif get_origin(member) is list and not isinstance(at[-1], int):
             words.append("a list of " + " or ".join(_KINDS[each][1] for each in _members(get_args(member)[0])))
         elif get_origin(member) is list:

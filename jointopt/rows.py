@@ -208,13 +208,27 @@ def _parquet_rows(path: Path, name: str, kept: Sequence[int]) -> list[Any]:
         for batch in file.iter_batches(PARQUET_ROWS, columns=[name]):
             first, last = np.searchsorted(places, (begin, begin + len(batch)))
             if last > first:
-                parts.append(batch.take(pa.array(places[first:last] - begin)))
+                column = batch.column(batch.schema.get_field_index(name))  # a field of a struct is selected as well
+                parts.append(_taken(column, places[first:last] - begin))
             begin += len(batch)
-        values = pa.Table.from_batches(parts).to_pandas().iloc[:, 0].tolist()
+        schema = file.schema_arrow
+    chunks = pa.chunked_array([chunk for part in parts for chunk in part])
+    table = pa.Table.from_arrays([chunks], schema=pa.schema([schema.field(name)], schema.metadata))
+    values = table.to_pandas().iloc[:, 0].tolist()
     found = [None] * len(kept)
     for index, value in zip(order, values, strict=True):
         found[index] = value
     return found
+
+
+def _taken(column: Any, rows: np.ndarray) -> list[Any]:
+    """Arrays that together are these rows of an arrow array."""
+    import pyarrow as pa
+
+    try:
+        return [column.take(pa.array(rows))]
+    except pa.ArrowNotImplementedError:  # of views, which can be cut
+        return [column.slice(int(row), 1) for row in rows]
 
 
 def _parquet_classes(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:

@@ -341,6 +341,18 @@ def test_columns_that_nobody_asks_for_are_not_read(tmp_path, monkeypatch):
     assert read == ["text"]
 
 
+def test_columns_of_a_parquet_are_told_apart_and_read_in_every_type(tmp_path):
+    count = 600
+    views = pyarrow.array([f"film {at}" for at in range(count)], pyarrow.string_view())
+    fields = [{"b": at} for at in range(count)]
+    table = pyarrow.table({"a": fields, "a.b": [f"c{at}" for at in range(count)], "text": views})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for samples in (None, 5):
+        columns = read_columns(DataSource(str(tmp_path / "a.parquet"), samples=samples))
+        for at, row in enumerate(some(count, samples)):
+            assert (columns["text"][at], columns["a.b"][at]) == (f"film {row}", f"c{row}")
+
+
 def test_a_parquet_that_is_damaged_where_its_rows_are_is_told(tmp_path):
     path = tmp_path / "a.parquet"
     pd.DataFrame({"text": [f"film {at}" for at in range(500)]}).to_parquet(path)
