@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -307,26 +306,6 @@ def interrupted(data: list[dict[str, Tensor]], steps: int, **options: Any) -> No
 
     with pytest.raises(RuntimeError):
         jointopt.train_supernet(calibrated("vit"), failing, steps, **options)
-
-
-def test_batches_that_a_training_has_passed_are_not_made_again(tmp_path):
-    made: list[int] = []
-
-    class Lazy(Sequence):
-        def __len__(self) -> int:
-            return 4
-
-        def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
-            made.append(at)
-            return labelled("vit")[range(4)[at] % 2]
-
-    numbered = loop.endless("train", lambda epoch: Lazy(), 0, 10)
-    next(numbered)
-    next(numbered)
-    assert made == [2, 3]
-    made.clear()
-    next(loop.endless("train", Lazy(), 0, 10))
-    assert len(made) == 1
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import BertForTokenClassification
 
 import jointopt
 from jointopt import Distillation, ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
+from jointopt.training import loop
 from jointopt.training.distillation import soft_labels
 from jointopt.training.recipe import TaskLoss
 from jointopt.training.sampling import Attentive, Progressive, Sandwich, Uniform, step_seed
@@ -401,3 +403,23 @@ def test_a_training_in_which_no_label_counts_says_so(tmp_path):
         made.train()
     with pytest.raises(JointoptError, match="evaluate: no label counts, each is -100; allowed: some that do"):
         made.evaluate()
+
+
+def test_batches_that_a_training_has_passed_are_not_made_again():
+    made: list[int] = []
+
+    class Lazy(Sequence):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
+            made.append(at)
+            return labelled("vit")[range(4)[at] % 2]
+
+    numbered = loop.endless("train", lambda epoch: Lazy(), 0, 10)
+    next(numbered)
+    next(numbered)
+    assert made == [2, 3]
+    made.clear()
+    next(loop.endless("train", Lazy(), 0, 10))
+    assert len(made) == 1
