@@ -27,6 +27,7 @@ import jointopt
 from jointopt import SearchSpace, load_config
 from jointopt.cli import _parser
 from jointopt.models import empty_model, find_source
+from jointopt.targets import TARGETS
 from quant.formats import SCHEMES
 from search_spaces import family
 from search_spaces.families import _TIMM, _TRANSFORMERS
@@ -143,7 +144,10 @@ def test_the_table_of_schemes_is_that_of_the_code():
         assert bool(activations) == (scheme.activations is not None)
         assert bits == f"{scheme.bits:.4g}"
         by_library = "compressed-tensors" if scheme.compressed is not None and scheme.weights.symmetric else "own file"
-        assert stored.startswith("bitsandbytes" if scheme.bitsandbytes else by_library)
+        store, _, targets = stored.partition("; ")
+        assert store.startswith("bitsandbytes" if scheme.bitsandbytes else by_library)
+        names = {scheme.name, f"{scheme.name}_G32"}  # gguf's are of groups of 32 alone
+        assert {*targets.split(", ")} - {""} == {t.name for t in TARGETS.values() if names & set(t.schemes or ())}
 
 
 def test_the_table_of_known_models_is_that_of_the_code():
