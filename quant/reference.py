@@ -172,14 +172,21 @@ def stored_scale(
     if format.scale == "e8m0":
         return e8m0_exponent(largest, kind), None
     if global_scale is not None:
-        scale = (global_scale * (largest / ((kind.max - kind.min) / 2))).clamp(max=448).to(torch.float8_e4m3fn)
+        scale = (global_scale * divided(largest, (kind.max - kind.min) / 2)).clamp(max=448).to(torch.float8_e4m3fn)
         return torch.where(scale.float() == 0, 0.125, scale.float()).to(torch.float8_e4m3fn), None
     if format.symmetric:
-        scale = (largest / ((kind.max - kind.min) / 2)).to(torch.bfloat16)
+        scale = divided(largest, (kind.max - kind.min) / 2).to(torch.bfloat16)
         return _never_zero(scale), None
-    scale = ((high - low) / (kind.max - kind.min)).to(torch.bfloat16)
+    scale = divided(high - low, kind.max - kind.min).to(torch.bfloat16)
     zero_point = (kind.min - low / scale.float()).clamp(kind.min, kind.max).nan_to_num(0.0).round()
     return _never_zero(scale), zero_point.to(torch.int8)
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """x / number in float32 at least, in x's dtype. By a tensor: CUDA multiplies by the reciprocal of a plain number,
+    which may move a scale by its last bit."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / torch.full((), number, dtype=wide.dtype, device=x.device)).to(x.dtype)
 
 
 def _never_zero(scale: Tensor) -> Tensor:
@@ -319,12 +326,12 @@ def _dynamic_scale(x: Tensor, format: Format, global_scale: Tensor | None) -> tu
         if format.scale == "e8m0":
             scale = torch.exp2(e8m0_exponent(largest, kind).float() - 127).to(x.dtype)
             return torch.where(scale == 0, 1, scale), None  # float16 has no 2^-127, the scale of zeros
-        scale = largest / ((kind.max - kind.min) / 2)
+        scale = divided(largest, (kind.max - kind.min) / 2)
         if global_scale is not None:
             scale = (global_scale * scale).clamp(max=448).to(torch.float8_e4m3fn).to(torch.float32)
             return torch.where(scale == 0, 0.125, scale), None
         return _never_zero(scale), None
     low, high = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
-    scale = (high - low) / (kind.max - kind.min)
+    scale = divided(high - low, kind.max - kind.min)
     zero_point = (kind.min - low / scale).clamp(kind.min, kind.max)
     return _never_zero(scale), zero_point.nan_to_num(0.0).round()

@@ -239,7 +239,8 @@ class RemoteModel(nn.Module):
         except ConnectionError:
             raise ReloadError("the fresh process ended") from None
         answer, outputs = self._receive()
-        found = [outputs[str(at)] for at in range(len(answer["keys"]))]
+        device = next((each.device for each in [*arguments, *tensors.values()]), self.device)
+        found = [outputs[str(at)].to(device) for at in range(len(answer["keys"]))]
         if answer["keys"] == [None]:
             return found[0]
         return RemoteOutput(zip(answer["keys"], found, strict=True))

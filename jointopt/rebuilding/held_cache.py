@@ -6,7 +6,7 @@ in their format. A growing cache of transformers stores codes and scales; any ot
 
 import torch
 
-from jointopt.rebuilding.runtime import FLOATS, FP4, RANGES, nearest, straight_through
+from jointopt.rebuilding.runtime import FLOATS, FP4, RANGES, divided, nearest, straight_through
 
 
 def hold_caches(model, records):
@@ -156,10 +156,10 @@ def vector_scale(x, element, low, high):
     """bfloat16 values; integers have zero points."""
     tiny = torch.finfo(torch.bfloat16).eps
     if element in FLOATS or element == "fp4_e2m1":
-        scale = (x.abs().amax(-1, keepdim=True) / ((high - low) / 2)).bfloat16()
+        scale = divided(x.abs().amax(-1, keepdim=True), (high - low) / 2).bfloat16()
         return torch.where(scale == 0, tiny, scale).float(), 0.0
     least, most = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((most - least) / (high - low)).bfloat16()
+    scale = divided(most - least, high - low).bfloat16()
     scale = torch.where(scale == 0, tiny, scale).float()
     return scale, (low - least / scale).clamp(low, high).round()
 

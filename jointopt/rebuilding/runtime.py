@@ -235,7 +235,7 @@ def dynamic_scale(x, form, global_scale, low, high):
     dims = list(range(x.dim())) if form["granularity"] == "tensor" else dims
     if not form["symmetric"]:
         least, most = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
-        scale = (most - least) / (high - low)
+        scale = divided(most - least, high - low)
         zero_point = (low - least / scale).clamp(low, high).nan_to_num(0.0).round()
         return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(scale.dtype), zero_point
     largest = x.abs().amax(dims, keepdim=True)
@@ -244,11 +244,18 @@ def dynamic_scale(x, form, global_scale, low, high):
         exponent_max = math.frexp(high)[1] - 1
         scale = torch.exp2(((power >> 23) - exponent_max).clamp(0, 254).float() - 127).to(x.dtype)
         return torch.where(scale == 0, 1, scale), None
-    scale = largest / ((high - low) / 2)
+    scale = divided(largest, (high - low) / 2)
     if global_scale is not None:
         scale = (global_scale * scale).clamp(max=448).to(torch.float8_e4m3fn).to(torch.float32)
         return torch.where(scale == 0, 0.125, scale), None
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(scale.dtype), None
+
+
+def divided(x, number):
+    """By a number that is a tensor, in float32 at least: CUDA multiplies by the reciprocal of any other, which may move
+    a scale by its last bit."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / torch.full((), number, dtype=wide.dtype, device=x.device)).to(x.dtype)
 
 
 def nearest(x, grid):

@@ -305,8 +305,8 @@ def _add_quantized(model: nn.Module, spec: dict[str, dict[str, Any]]) -> None:
         own = {name[len(path) + 1 :]: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] == path}
         spec["quantized"][path] = {
             "shape": list(layer.quantized.shape),
-            "weights": {**(_described(layer.scheme.weights) or {}), "layout": layout(layer.scheme)},
-            "activations": None if isinstance(layer, nn.Embedding) else _described(layer.scheme.activations),
+            "weights": {**(format_record(layer.scheme.weights) or {}), "layout": layout(layer.scheme)},
+            "activations": None if isinstance(layer, nn.Embedding) else format_record(layer.scheme.activations),
             "scheme": layer.scheme.name,
             "tensors": _kinds({name: tensor for name, tensor in own.items() if name != "bias"}),
         }
@@ -314,7 +314,8 @@ def _add_quantized(model: nn.Module, spec: dict[str, dict[str, Any]]) -> None:
             spec["tied"][path] = tied[path]
 
 
-def _described(format: Format | None) -> dict[str, Any] | None:
+def format_record(format: Format | None) -> dict[str, Any] | None:
+    """What `runtime` reads of a format, as JSON can hold it."""
     if format is None:
         return None
     names = ("element", "granularity", "group_size", "symmetric", "scale", "dynamic", "bits")

@@ -223,6 +223,8 @@ class Supernet:
         # Which mends what `model.to(bfloat16)` rounds though no checkpoint stores it.
         clone = self._declared(self._given)[0] if half else structural_clone(self._given)
         own_settings(clone)
+        if next(clone.parameters()).device != self.device:  # a Trainer moved the super-network, not what was given
+            clone = copy.deepcopy(clone).to(self.device)
         yield clone.eval()
 
     def extract(self, genome: Any) -> nn.Module:

@@ -256,5 +256,5 @@ def run_of_export(folder: str | Path, inputs: Mapping[str, Any], backend: Backen
     from jointopt.checkpoint.onnx.session import OnnxModel
     from jointopt.checkpoint.onnx.writer import MODEL
 
-    session = OnnxModel(Path(folder) / MODEL, backend.threads)
-    return partial(session.session.run, None, session.completed({name: each.numpy() for name, each in inputs.items()}))
+    session, given = OnnxModel(Path(folder) / MODEL, backend.threads), on_device(inputs, torch.device("cpu"))
+    return partial(session.session.run, None, session.completed({name: each.numpy() for name, each in given.items()}))

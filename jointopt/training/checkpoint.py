@@ -59,8 +59,8 @@ class Checkpoint:
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
         tensors["random"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        if (device := next(model.parameters()).device).type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(device)
         record = {"described": self._described, "history": list(history)}
         whole = {name: each.cpu().contiguous() for name, each in tensors.items()}
         try:
@@ -86,8 +86,8 @@ class Checkpoint:
             _check_shapes(tensors, model, optimizer)
         with damaged(RuntimeError):  # of these alone: elsewhere it is a lack of memory
             torch.set_rng_state(tensors["random"])  # which `_seeded` takes back where it is refused
-            if "random.cuda" in tensors and torch.cuda.is_available():
-                torch.cuda.set_rng_state(tensors["random.cuda"])
+            if "random.cuda" in tensors and (device := next(model.parameters()).device).type == "cuda":
+                torch.cuda.set_rng_state(tensors["random.cuda"], device)
         with torch.no_grad():
             for name, own in distinct_tensors(model).items():
                 own.copy_(tensors[f"model.{name}"])

@@ -1,7 +1,6 @@
-"""CUDA's kernels, in Triton: the arithmetic of `cpu.cpp`, and so of `quant.reference` on a CPU, bit for bit.
+"""CUDA's kernels, in Triton: the arithmetic of `cpu.cpp`, and so of `quant.reference`, bit for bit.
 
-On CUDA, plain torch divides by a number by multiplying with its reciprocal, which may move a scale by its last bit;
-here every device has the CPU's bits. With TRITON_INTERPRET=1 the kernels run without a GPU, on tensors of the CPU.
+With TRITON_INTERPRET=1 the kernels run without a GPU, on tensors of the CPU.
 """
 
 # Triton reads the annotations of kernels, so they are not to be strings (no `from __future__ import annotations`).
@@ -93,7 +92,6 @@ def _step(
 ):  # fmt: skip
     """(the scale as it is stored, as it divides, the zero point) of ranges."""
     largest = tl.where(high > -low, high, -low)
-    largest = tl.where(largest != largest, float("nan"), largest)  # of whatever bits it came with
     if KIND == _ASYMMETRIC:
         scale = _in_type(_divided(_in_type(high - low, STEPS_TYPE), HIGH - LOW), QUOTIENT_TYPE)
         point = _clamped(_in_type(LOW - _in_type(_divided(low, scale), STEPS_TYPE), STEPS_TYPE), LOW, HIGH)
@@ -103,7 +101,9 @@ def _step(
         scale = tl.where(scale == 0, NEVER_ZERO, scale)
         return scale, scale, point
     if SCALE == _E8M0:
-        power = (((_bits(largest) + (1 << 21)) & _INFINITE) >> 23) - EXPONENT_MAX
+        bits = _bits(largest) & _MAGNITUDE
+        bits = tl.where(bits > _INFINITE, 0x7FC00000, bits)  # NaN comes with any bits, to which none can be added
+        power = (((bits + (1 << 21)) & _INFINITE) >> 23) - EXPONENT_MAX
         power = tl.minimum(tl.maximum(power, 0), 254)
         scale = _in_type(_number(tl.where(power == 0, 0x00400000, power << 23)), STEPS_TYPE)
         return power.to(tl.float32), tl.where(scale == 0, 1.0, scale), low * 0
@@ -128,8 +128,11 @@ def _convert(
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS groups, WIDTH of their elements: all of them, or ranges are given. Places that are None are not filled."""
-    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    parts = tl.cdiv(size, WIDTH)
+    program = tl.program_id(0).to(tl.int64)  # the one dimension of a grid that may have more than 65535
+    part = program % parts
+    group = program // parts * ROWS + tl.arange(0, ROWS)
+    column = part * WIDTH + tl.arange(0, WIDTH)
     here = group < groups
     at = group[:, None] * size + column[None, :]
     inside = here[:, None] & (column < size)[None, :] & (at < total)
@@ -161,7 +164,7 @@ def _convert(
             low, high, factor, KIND, SCALE, STEPS_TYPE, QUOTIENT_TYPE, LOW, HIGH, EXPONENT_MAX, NEVER_ZERO, WEIGHT
         )
         if WEIGHT:
-            first = here & (tl.program_id(1) == 0)
+            first = here & (part == 0)
             tl.store(scales + group, stored, mask=first)
             tl.store(points + group, point, mask=first)
     used = tl.zeros([ROWS, WIDTH], tl.float32) + used[:, None]
@@ -210,7 +213,7 @@ def convert(job: Job, x: Tensor, groups: int, places: Mapping[str, Tensor | None
             rows = x.view(groups, size)
             low, high = (end.float() for end in (rows.amin(1), rows.amax(1)))
     rows_here = max(1, min(4096 // width, triton.next_power_of_2(groups)))
-    grid = (triton.cdiv(groups, rows_here), triton.cdiv(size, width))
+    grid = (triton.cdiv(groups, rows_here) * triton.cdiv(size, width),)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _convert[grid](
             _patterns(x), _patterns(places.get("values")), places.get("codes"),
