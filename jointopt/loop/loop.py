@@ -77,7 +77,8 @@ def search(
         patience: evaluations in a row without any hypervolume gained, after which the search ends.
         workers: processes on this machine that evaluate, the super-network's weights shared between them. The study
             is the same for any number. `quality` and all it refers to is sent to them, by value where it comes from
-            the script itself, else by import; state that it keeps stays in each worker.
+            the script itself, else by import; state that it keeps stays in each worker. GPUs are dealt out in turn, all
+            that CUDA_VISIBLE_DEVICES names: each worker sees one of them, as cuda:0.
         ray: "auto" or the address of a Ray cluster, on which the workers run (default: as many as there is room for).
         threads: of torch in each evaluation (default: with `workers` or `ray` 1, else torch's setting). They decide
             the last bits of a sum, so that a study keeps to those that it was begun with.
