@@ -77,7 +77,9 @@ def check_export(config: Config, overwrite: bool, supernet: Supernet | None = No
         held = _held(folder)
         unfinished = config.finish is None and held.get("rounding") != NEAREST
         other = supernet is not None and "supernet" in held and held["supernet"] != supernet.fingerprint()
-        if held.get("genome") is None or unfinished or other or held["target"] != config.target:
+        if other:
+            raise _in_the_way(folder, "a sub-network of another super-network")
+        if held.get("genome") is None or unfinished or held["target"] != config.target:
             raise _in_the_way(folder, "another model")
 
 

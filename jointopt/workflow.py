@@ -106,8 +106,8 @@ def _trained_before(config: Config, wanted: Mapping[str, Any]) -> bool:
     if key is None:  # a teacher that is gone, or was not recorded
         return True
     raise JointoptError(
-        f"{key}: has other contents than the super-network in {config.output!r} was trained with; allowed: those, or "
-        "another output"
+        f"{key}: has other contents than the super-network in {config.output!r} was trained with, or another version "
+        "of jointopt has trained it; allowed: those, or another output"
     )
 
 

@@ -348,6 +348,18 @@ def test_super_networks_with_other_sub_networks_have_another_fingerprint():
     assert supernet_of("bert").fingerprint() != clipped.fingerprint()
 
 
+def test_last_bits_of_calibrated_ranges_are_not_of_the_fingerprint():
+    """A study goes on on another kind of CPU, which sums up otherwise."""
+    one = supernet_of("vit", schemes=["none", "W8A8_STATIC", "NVFP4"])
+    before, constants = one.fingerprint(), next(iter(one._statistics.values()))
+    for each in constants.values():
+        each.mul_(1 + 2**-22)
+    assert one.fingerprint() == before
+    other = supernet_of("vit", False, schemes=["none", "W8A8_STATIC", "NVFP4"])
+    other.calibrate([{"pixel_values": 1.5 * each["pixel_values"]} for each in batches("vit")])
+    assert other.fingerprint() != before
+
+
 def test_an_own_scheme_of_another_definition_is_another_fingerprint(monkeypatch):
     found = set()
     for low, granularity in ((-32, "channel"), (-16, "channel"), (-16, "tensor")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,28 @@ def test_a_genome_that_three_workers_die_on_has_failed(supernet, agreement):
     failed = frame[frame["failed"].notna()]
     assert failed["genome"].tolist() == [tuple(target)]
     assert failed["failed"].item() == "3 workers died on it, the last with exit code 7"
+
+
+def test_a_full_disk_is_told_by_the_file_and_how_to_name_another_folder(tmp_path):
+    script = """
+import resource, signal, sys
+import torch
+from jointopt import JointoptError
+from jointopt.evaluation.workers import write_payload
+from tests.zoo import supernet_of
+supernet = supernet_of("vit")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    write_payload(supernet, lambda model: 0.0, 2, 1)
+except JointoptError as error:
+    print(error)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    said = rf"workers: '{tmp_path}/jointopt-\w+\.pt' cannot be written: File too large; allowed: a folder with room, by"
+    assert re.match(said, told.stdout), told.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_sent_or_loaded_is_one_line(supernet, agreement, tmp_path, monkeypatch):

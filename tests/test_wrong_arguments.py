@@ -85,7 +85,10 @@ def test_a_model_with_weights_that_are_no_numbers(name):
 def test_a_model_made_in_inference_mode_is_taken():
     with torch.inference_mode():
         model = make("bert")
-    Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none", "W8A8"]))
+    supernet.calibrate(batches("bert"))
+    study = jointopt.search(supernet, lambda model: float(model(**batches("bert")[0]).logits.mean()), evaluations=2)
+    assert len(study) == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"steps": 1}])

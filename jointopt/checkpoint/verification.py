@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -271,21 +273,24 @@ class RemoteOutput(dict):
 
 @contextmanager
 def reloaded(folder: str | Path, device: str = "cpu") -> Iterator[RemoteModel]:
-    """The exported model in a fresh process, which ends with the block; its outputs come back on the CPU."""
+    """The exported model in a fresh process, which ends with the block; outputs are on the device of its inputs. What
+    transformers copies of the folder's code goes where the block ends as well, not into the user's cache."""
     script = Path(__file__).with_name("reload.py")
     threads, (pipe, other) = str(torch.get_num_threads()), Pipe()
     command = [sys.executable, "-I", str(script), str(Path(folder).resolve()), threads, device, str(other.fileno())]
-    with other:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[other.fileno()],
-        )
-    try:
-        yield RemoteModel(Path(folder), pipe).eval()
-    finally:
-        process.kill()
-        process.wait()
+    with tempfile.TemporaryDirectory(prefix="jointopt-") as modules:
+        with other:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[other.fileno()],
+                env={**os.environ, "HF_MODULES_CACHE": modules},
+            )
+        try:
+            yield RemoteModel(Path(folder), pipe).eval()
+        finally:
+            process.kill()
+            process.wait()
         pipe.close()

@@ -86,7 +86,8 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
                 tensor.data = held
         for parameter, gradient, trained in gradients:
             parameter.grad = gradient
-            parameter.requires_grad_(trained)  # evaluation code likes to freeze what it is given
+            if parameter.requires_grad != trained:  # evaluation code likes to freeze what it is given
+                parameter.requires_grad_(trained)
         if changed:
             raise ChangedWeights(
                 f"quality changed weights that sub-networks share: {', '.join(changed[:3])}"

@@ -347,11 +347,17 @@ def write_payload(supernet: Supernet, quality: Quality, count: int, threads: int
     try:
         with threads_of_torch(threads):
             content = SharedEvaluator(for_workers(supernet, count), quality, MEMORY // count)
-        torch.save(content, path, pickle_module=cloudpickle, pickle_protocol=5)
+        with open(path, "wb") as file:
+            torch.save(content, file, pickle_module=cloudpickle, pickle_protocol=5)
     except BaseException as error:
         os.unlink(path)
         if not isinstance(error, Exception):
             raise
+        disk = error if isinstance(error, OSError) else error.__context__  # which torch's own error hides
+        if isinstance(disk, OSError):
+            raise JointoptError(
+                f"workers: {path!r} cannot be written: {disk.strerror}; allowed: a folder with room, by TMPDIR"
+            ) from error
         raise JointoptError(
             f"workers: the quality function or the super-network cannot be sent to another process: {named_line(error)}"
         ) from error

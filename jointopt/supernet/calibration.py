@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from jointopt.autocast import autocast_off
 from jointopt.batches import check_batch, first_samples, lengths, none_alone, of_average_length, on_device, sample_count
 from jointopt.cost.positions import Positions, measure_positions
+from jointopt.digests import digest_of
 from jointopt.learned_ranges import settle
 from jointopt.supernet.batch_norm import SAMPLES
 from jointopt.supernet.importance import CalibrationPass, check_sortable, sort_width, sort_widths, trains_others
@@ -56,7 +58,8 @@ def _measure(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     calibration = CalibrationPass(supernet.model, supernet.family, listeners, ranges.keys)
     kept: list[Mapping[str, Any]] = []
     tokens: list[int] = []
-    count = calibration.run(_measured(_checked(supernet, batches, kept), tokens))
+    digest = xxhash.xxh3_128()
+    count = calibration.run(_measured(_checked(supernet, batches, kept), tokens, digest))
     if not count:
         raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
     if supernet._has_batch_norm and sum(map(sample_count, kept)) == 1:
@@ -70,6 +73,7 @@ def _measure(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
             _check_whole(supernet, kept[0], before)
     supernet._positions, supernet._statistics, supernet._repaired = positions, statistics, repaired
     supernet.samples = none_alone(kept) if supernet._has_batch_norm else kept
+    supernet.samples_digest = digest.hexdigest()
     supernet._forget()
 
 
@@ -211,10 +215,11 @@ def _checked(supernet: Supernet, batches: Iterable[Any], kept: list[Mapping[str,
         yield moved
 
 
-def _measured(batches: Iterable[Mapping[str, Any]], found: list[int]) -> Iterator[Mapping[str, Any]]:
-    """The batches; the lengths of their samples are put down."""
+def _measured(batches: Iterable[Mapping[str, Any]], found: list[int], digest: Any) -> Iterator[Mapping[str, Any]]:
+    """The batches; the lengths of their samples are put down, and their tensors fed to a digest of xxhash."""
     for batch in batches:
         found += lengths(batch)
+        digest.update(digest_of([{name: each for name, each in batch.items() if isinstance(each, Tensor)}]).encode())
         yield batch
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def fingerprint(supernet: Supernet) -> str:
     """See `Supernet.fingerprint`."""
-    choices = [
+    choices: list[Any] = [
         supernet.space.to_dict(),
         supernet.leaving,
         supernet.weight_calibration,
@@ -33,15 +33,12 @@ def fingerprint(supernet: Supernet) -> str:
     ]
     choices += supernet.transforms
     choices += _own_schemes(supernet)
+    if supernet._statistics or supernet._repaired or supernet._has_batch_norm:
+        # Not the constants themselves: another kind of CPU, or another number of threads, finds other last bits.
+        choices += [supernet.repair, supernet.samples_digest]
     tensors = dict(supernet.model.state_dict())
-    for (path, name), constants in supernet._statistics.items():
-        tensors.update({f"{path}:{name}:{key}": value for key, value in constants.items()})
-    for (path, channels), fitted in supernet._repaired.items():
-        tensors.update({f"{path}:{channels}:{at}": each for at, each in enumerate(fitted) if each is not None})
     if supernet.learned is not None:
         tensors |= supernet.learned.tensors()
-    for number, batch in enumerate(supernet.samples if supernet._has_batch_norm else ()):
-        tensors.update({f"{number}:{key}": value for key, value in batch.items() if isinstance(value, Tensor)})
     digest = xxhash.xxh3_128(json.dumps(choices, sort_keys=True, default=str).encode())
     digest.update(digest_of([tensors]).encode())
     return digest.hexdigest()

@@ -156,6 +156,7 @@ class Supernet:
         self._statistics: ActivationStatistics = {}
         self._has_batch_norm = has_batch_norm(self.model)
         self.samples: list[Mapping[str, Any]] = []
+        self.samples_digest = ""  # of all that it was calibrated on
         self._repaired: Mapping[tuple[str, int], Repaired] = {}
         self._positions: Positions | None = None
         self.learned: LearnedRanges | None = None
@@ -479,7 +480,8 @@ class Supernet:
         sort_again(self, batches, optimizer)
 
     def fingerprint(self) -> str:
-        """A digest of weights, order, space and calibration: equal for super-networks with equal sub-networks."""
+        """A digest of weights, order, space, and how and on what they were calibrated: equal for super-networks with
+        equal sub-networks, wherever their ranges were summed up."""
         return fingerprint(self)
 
     def save(self, path: str | Path) -> None:
