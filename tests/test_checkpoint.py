@@ -331,6 +331,13 @@ def test_the_card_is_tagged_by_what_was_done(tmp_path, schemes, smallest, tags):
     assert ("Weights were rounded" in card) == ("quantized" in tags)
 
 
+@pytest.mark.parametrize(("scheme", "unpacks"), [("W8A8", True), ("FP8_E5M2", False)])
+def test_the_card_warns_threads_of_compressed_tensors_first_call(tmp_path, scheme, unpacks):
+    supernet = supernet_of("vit", schemes=[scheme], preset="fixed", unquantized=["embedding"])
+    card = (jointopt.export(supernet, supernet.space.largest, tmp_path / "small") / "README.md").read_text()
+    assert ("compressed-tensors unpacks" in card) == unpacks
+
+
 @pytest.mark.parametrize(
     ("place", "name"),
     [("models--owner--my--bert/snapshots/0123456789abcdef", "owner/my--bert"), ("my-bert", "my-bert")],

@@ -85,6 +85,12 @@ def _number(name: str, value: Any) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.6g}"
 
 
+UNPACKED = (
+    "compressed-tensors unpacks the weights in the first call of the whole model, and not safely in several threads:\n"
+    "where these share the model, call it once before."
+)
+
+
 def transformers_snippet(auto: str, folder: str, modeling_file: bool) -> str:
     option = ", trust_remote_code=True" if modeling_file else ""
     why = (

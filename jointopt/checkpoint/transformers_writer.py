@@ -68,10 +68,12 @@ def _write_transformers(place: Path, model: Any, names: bool) -> str:
     compressed, whole = by_compressed_tensors(model), by_bitsandbytes(model)
     settle_sizes(model, config)
     spec = rebuild_spec(model, on_meta(stock, config), pack=not (compressed or whole))
+    loading = card.transformers_snippet(auto, place.name, bool(spec))
     if whole:
         config.quantization_config = bitsandbytes_config(model, whole)
     elif compressed and quantized_layers(model):
         config.quantization_config = compressed_config(model, names)
+        loading += f"\n\n{card.UNPACKED}"
     if spec:
         name = f"Jointopt{stock.__name__}"
         config.jointopt = spec
@@ -85,7 +87,7 @@ def _write_transformers(place: Path, model: Any, names: bool) -> str:
         (place / MODELING).write_text(text)
     config.save_pretrained(place)
     save_generation_config(model, place)
-    return card.transformers_snippet(auto, place.name, bool(spec))
+    return loading
 
 
 def in_one_file(first: ModuleType, *others: ModuleType) -> str:
