@@ -15,7 +15,6 @@ from plotly.offline import get_plotlyjs
 from jointopt.files import write_whole
 from jointopt.report.devices import OnDevice, device_figure
 from jointopt.report.figures import (
-    Layers,
     finished_metrics,
     front_figure,
     hypervolume_figure,
@@ -32,30 +31,19 @@ from jointopt.study.study import Study
 from quant.errors import JointoptError
 
 
-def write_report(
-    study: Study | str | Path,
-    path: str | Path,
-    *,
-    chosen: Sequence[int] | np.ndarray | None = None,
-    layers: Layers | None = None,
-    full_layers: Layers | None = None,
-    devices: Sequence[OnDevice] = (),
-) -> Path:
-    """Writes the report of a finished or a running study.
+def write_report(study: Study | str | Path, path: str | Path, *, devices: Sequence[OnDevice] = ()) -> Path:
+    """Writes the report of a finished or a running study; what it has recorded as its "choice" is marked and drawn.
 
     Args:
         study: the study, or its file.
         path: the HTML file; one that is there is replaced.
-        chosen: genome to be marked and drawn (default: the one that the study has recorded as its "choice", if any).
-        layers, full_layers: `Supernet.layout` of the chosen genome, `original_layout` (default: as recorded).
         devices: the study's sub-networks on devices (`report.devices.on_device`), each with its front and its choice.
 
     Returns:
         The path.
 
     Raises:
-        JointoptError: no such study, a chosen genome that it did not evaluate, a device by its name alone, or the file
-                cannot be written.
+        JointoptError: no such study, a device by its name alone, or the file cannot be written.
     """
     if not isinstance(path, str | Path) or not Path(path).name:
         shown = str(path) if isinstance(path, Path) else path
@@ -65,18 +53,7 @@ def write_report(
             raise JointoptError(f"report: found device {each!r}; allowed: what jointopt.report.devices.on_device gives")
     opened = study if isinstance(study, Study) else Study.open(study)
     try:
-        choice = opened.fact("choice", {})
-        if chosen is None:
-            chosen = choice.get("genome")
-        else:
-            genome = opened.space.canonical(chosen)
-            chosen = genome.tolist()
-            if not opened.results(genome[None])[0]:
-                raise JointoptError(f"report: found chosen {chosen}, which has no evaluation; allowed: one that has")
-        same = chosen is not None and chosen == choice.get("genome")
-        layers = layers or (choice.get("layers") if same else None)
-        spent = (choice.get("spent"), choice.get("full_spent")) if same else (None, None)
-        html = _page(opened, chosen, layers, full_layers or choice.get("full_layers"), spent, devices)
+        html = _page(opened, devices)
     finally:
         if opened is not study:
             opened.close()
@@ -84,15 +61,9 @@ def write_report(
     return Path(path)
 
 
-def _page(
-    study: Study,
-    chosen: Sequence[int] | np.ndarray | None,
-    layers: Layers | None,
-    full: Layers | None,
-    spent: tuple[Layers | None, Layers | None],
-    devices: Sequence[OnDevice],
-) -> str:
-    picked = None if chosen is None else tuple(map(int, chosen))
+def _page(study: Study, devices: Sequence[OnDevice]) -> str:
+    choice = study.fact("choice", {})
+    picked = tuple(choice["genome"]) if choice else None
     config = study.config
     heading = str(config.get("model", "Search"))
     shown = Shown(study)
@@ -102,16 +73,17 @@ def _page(
         _cards(shown, picked),
         _front_section(shown, picked),
     ]
-    if layers:
+    if layers := choice.get("layers"):
         sections.append(
             "<h2>The chosen sub-network, layer by layer</h2><p>How much of each layer stays, and in which format; an "
-            "empty place is a layer that has left.</p>" + _plot(layers_figure(layers, full), "layers")
+            "empty place is a layer that has left.</p>"
+            + _plot(layers_figure(layers, choice.get("full_layers")), "layers")
         )
-    if spent[0] and spent[1]:
+    if spent := choice.get("spent"):
         sections.append(
             "<h2>Where it spends time and bytes</h2><p>Each block of the chosen sub-network by kind of operator; "
             f"behind it, in grey, the original's.{_time_source(study)}</p>"
-            + _plot(spent_figure(spent[0], spent[1]), "spent")
+            + _plot(spent_figure(spent, choice["full_spent"]), "spent")
         )
     sections += [_device_section(study, each, at) for at, each in enumerate(devices)]
     predictions = predictions_figure(shown)
