@@ -168,7 +168,7 @@ def test_both_scores_are_shown(searched, tmp_path):
     console.print(front_table(study))
     value = rescored(study)[None]["metrics"]["loss"]
     for text in (console.file.getvalue(), write_report(study, tmp_path / "report.html").read_text()):
-        assert "loss (nats), unseen data" in text and f"{value:,.5g} ±" in text
+        assert "loss (nats), unseen data" in text and f"{value:,.6g} ±" in text
 
 
 def test_what_was_finished_is_scored_on_unseen_data_too_and_once(searched, tmp_path):
@@ -188,7 +188,7 @@ def test_what_was_finished_is_scored_on_unseen_data_too_and_once(searched, tmp_p
     console = Console(file=io.StringIO(), width=200)
     console.print(finished_table(study, genome))
     for text in (console.file.getvalue(), write_report(study, tmp_path / "report.html").read_text()):
-        assert f"{record['metrics']['loss']:,.5g} ±" in text
+        assert f"{record['metrics']['loss']:,.6g} ±" in text
 
 
 def test_unseen_data_is_other_data_and_does_not_change_a_study(tmp_path):

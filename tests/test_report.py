@@ -83,7 +83,7 @@ def test_a_page_shows_the_front_the_chosen_point_and_its_layers(tmp_path):
     assert "90 MB" in text and "size of the original" in text and "size of the chosen one" in text
     assert "layer by layer" in text and "Predicted against measured" in text and "Hypervolume" in text
     assert "from the reference point accuracy" in text
-    assert "<td>original</td>" in html
+    assert "<td>the original</td>" in html
     assert "software.torch" in text
 
 
@@ -262,7 +262,7 @@ def test_a_cost_of_ones_own_is_neither_finished_nor_scored_on_unseen_data(tmp_pa
         assert "accuracy, unseen data" in text and "mine, unseen data" not in text and "0.625" in text
 
 
-def test_the_finishing_that_was_exported_is_the_marked_one_and_the_chosen_point():
+def test_the_finishing_that_was_exported_is_the_marked_one_and_the_chosen_point(tmp_path):
     study = make_study()
     genome = study.best(knee=True)
     for rounding, accuracy in (("gptq", 0.3125), ("descent", 0.4375)):
@@ -271,6 +271,8 @@ def test_the_finishing_that_was_exported_is_the_marked_one_and_the_chosen_point(
     marked = [line for line in printed(finished_table(study, genome, "descent")).splitlines() if "*" in line]
     assert len(marked) == 1 and "descent" in marked[0]
     assert "*" not in printed(finished_table(study, genome, "nearest"))
+    marked = re.findall('<tr class="chosen">(.*?)</tr>', page(study, tmp_path))
+    assert "<td>descent</td><td>1</td>" in marked[-1]  # its size stands after it
     figure = front_figure(Shown(study), OBJECTIVES[1], OBJECTIVES[0], genome)
     (chosen,) = (trace for trace in figure.data if trace.name == "chosen")
     assert list(chosen.y) == [0.4375]
@@ -339,6 +341,19 @@ def test_the_terminal_shows_the_front_and_the_original():
     text = printed(front_table(study, study.best(knee=True)))
     assert "size (MB)" in text and "the original" in text and "* chosen" in text
     assert f"front: {len(study.front())} of 20 evaluations" in text
+
+
+def test_the_terminal_and_the_page_list_the_same_numbers_from_small_to_large(tmp_path):
+    study = make_study()
+    study.note("baselines", {"original": {"accuracy": 0.123456789}})
+    study.note("unseen", [{"genome": None, "metrics": {"accuracy": 0.3456789}, "errors": {"accuracy": 0.01}}])
+    table = page(study, tmp_path).partition("Front, in numbers")[2].partition("</table>")[0]
+    rows = [re.findall("<td>(.*?)</td>", row) for row in table.split("</tr>")[1:-1]]
+    sizes = [float(row[2]) for row in rows[:-1]]
+    assert len(sizes) > 1 and sizes == sorted(sizes)
+    assert rows[-1] == ["the original", "0.123457", "-", "0.345679 ± 0.01"]
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed(front_table(study)).splitlines()]
+    assert [line for line in lines if line] == rows
 
 
 def test_the_terminal_tells_how_many_evaluations_failed_and_why_most_of_them():

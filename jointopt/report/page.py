@@ -21,12 +21,13 @@ from jointopt.report.figures import (
     layers_figure,
     predictions_figure,
 )
-from jointopt.report.quantities import axes, counted, label, on_unseen, scale, time_source, written
+from jointopt.report.quantities import axes, counted, label, time_source, written
 from jointopt.report.shown import Shown
 from jointopt.report.spent import spent_figure
+from jointopt.report.tables import cell, finished_rows, front_rows
 from jointopt.report.template import PAGE, SCRIPT, STYLE
 from jointopt.study.differences import flat
-from jointopt.study.rescoring import rescored, rescored_finished
+from jointopt.study.rescoring import rescored
 from jointopt.study.study import Study
 from quant.errors import JointoptError
 
@@ -95,7 +96,7 @@ def _page(study: Study, devices: Sequence[OnDevice]) -> str:
     sections += [
         _hypervolume_section(study),
         _front_table(shown, picked),
-        _finished(shown),
+        _finished(shown, picked, choice.get("rounding")),
         _failures(shown),
         _settings(study),
     ]
@@ -192,71 +193,46 @@ def _hypervolume_section(study: Study) -> str:
     )
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]], marked: int | None = None) -> str:
-    """Titles are text, cells HTML; the row at `marked` stands out."""
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], marked: int | None = None) -> str:
+    """Titles and cells are text; the row at `marked` stands out."""
     head = "".join(f"<th>{escape(text)}</th>" for text in titles)
     lines = [f"<tr>{head}</tr>"] if titles else []
     for at, cells in enumerate(rows):
         kind = ' class="chosen"' if at == marked else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(text)}</td>" for text in cells) + "</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def _front_table(shown: Shown, picked: tuple[int, ...] | None) -> str:
-    study, front = shown.study, shown.front
-    if not len(front):
+    if not len(shown.front):
         return ""
-    names = [objective.name for objective in study.objectives]
-    unseen = rescored(study)
-    again = [objective.name for objective in study.measured] if unseen else []
-    titles = ("evaluation", *map(label, names), *(f"{label(name)}, unseen data" for name in again))
-    rows = []
-    for row in front.to_dict("records"):
-        cells = [str(row["number"]), *(f"{row[name] / scale(name):,.6g}" for name in names)]
-        cells += [on_unseen(unseen.get(row["genome"]), name) for name in again]
-        rows.append(cells)
-    if original := study.original:
-        cells = ["original", *(f"{original[name] / scale(name):,.6g}" if name in original else "-" for name in names)]
-        cells += [on_unseen(unseen.get(None), name) for name in again]
-        rows.append(cells)
-    told = "<p>Unseen data: scored again after the search, which never saw it; ± one standard error.</p>" * bool(unseen)
-    marked = next(iter(front.index[front["genome"] == picked]), None)
-    return f"<h2>Front, in numbers</h2>{told}{_table(titles, rows, marked)}"
+    told = "<p>Unseen data: scored again after the search, which never saw it; ± one standard error.</p>"
+    told *= bool(rescored(shown.study))
+    return f"<h2>Front, in numbers</h2>{told}{_table(*front_rows(shown.study, shown.front, picked))}"
 
 
-def _finished(shown: Shown) -> str:
+def _finished(shown: Shown, picked: tuple[int, ...] | None, rounding: str | None) -> str:
     """What was rounded anew after the search, before and after."""
-    study = shown.study
-    if not study.finished():
+    titles, rows, marked = finished_rows(shown.study, shown.frame, picked, rounding)
+    if not rows:
         return ""
-    names = [objective.name for objective in study.measured]
-    unseen = rescored_finished(study)
-    again = [f"{label(name)}, unseen data" for name in names] if unseen else []
-    titles = ("evaluation", "rounding", *(label(name) for name in names), *again)
-    evaluated = {row["genome"]: row for row in shown.frame.to_dict("records")}
-    rows = []
-    for record in study.finished():
-        before, after = evaluated[tuple(record["genome"])], record["metrics"]
-        told = [f"{before[n] / scale(n):,.6g} &rarr; {after[n] / scale(n):,.6g}" for n in names]
-        if unseen:
-            told += [on_unseen(unseen.get((before["genome"], record["rounding"])), n) for n in names]
-        rows.append((before["number"], escape(record["rounding"]), *told))
     return (
         "<h2>Finished sub-networks</h2><p>Their weights were rounded anew after the search, or trained alone, which is "
-        "too slow for it; sizes are what they were. Measured by the search, and finished.</p>" + _table(titles, rows)
+        "too slow for it; sizes are what they were. Measured by the search, and finished.</p>"
+        + _table(titles, rows, marked)
     )
 
 
 def _failures(shown: Shown) -> str:
     if not len(shown.failed):
         return ""
-    rows = [(row.number, escape(str(row.failed))) for row in shown.failed.itertuples()]
+    rows = [(str(row.number), str(row.failed)) for row in shown.failed.itertuples()]
     return "<h2>Failed evaluations</h2>" + _table(("evaluation", "reason"), rows)
 
 
 def _settings(study: Study) -> str:
     settings = [*flat(study.config).items(), *flat(study.fact("software", {}), "software").items()]
-    rows = [(escape(key), escape(_told(value))) for key, value in settings]
+    rows = [(key, _told(value)) for key, value in settings]
     return "<h2>Config and versions</h2>" + _table((), rows)
 
 
@@ -275,7 +251,7 @@ def _record(shown: Shown, picked: tuple[int, ...] | None) -> dict[str, Any]:
         if row["failed"] is not None and row["failed"] == row["failed"]:
             facts.append(["failed", str(row["failed"])])
         known = [o.name for o in objectives if row.get(o.name, np.nan) == row.get(o.name)]
-        facts += [[label(name), f"{row[name] / scale(name):,.6g}"] for name in known]
+        facts += [[label(name), cell(row, name)] for name in known]
         evaluations[int(row["number"])] = {"genome": genome, "facts": facts}
         if row["genome"] == picked:
             first = int(row["number"])

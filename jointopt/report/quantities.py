@@ -33,14 +33,6 @@ def time_source(given: Mapping[str, Any]) -> str:
     return f"{given['source']}, batch {given['batch']}{context}"
 
 
-def on_unseen(record: Mapping[str, Any] | None, name: str) -> str:
-    """A metric on data that the search did not see, with its standard error where it has one: "0.912 ± 0.008"."""
-    if record is None or name not in record["metrics"]:
-        return ""
-    value = f"{record['metrics'][name] / scale(name):,.5g}"
-    return f"{value} ± {record['errors'][name] / scale(name):.2g}" if name in record["errors"] else value
-
-
 def counted(genomes: int) -> str:
     """How many genomes: all digits below ten million, else two of them ("1.9e+16"); a float cannot hold every count."""
     return f"{genomes:,}" if genomes < 10**7 else f"{Decimal(genomes):.1e}"

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from jointopt.objectives import COSTS
 from jointopt.report.devices import OnDevice
-from jointopt.report.quantities import label, on_unseen, scale
-from jointopt.study.rescoring import rescored, rescored_finished
+from jointopt.report.quantities import label
+from jointopt.report.tables import cell, finished_rows, front_rows
 from jointopt.study.study import Study
 from search_spaces.space import SearchSpace
 
@@ -21,38 +21,18 @@ ROWS = 30
 
 
 def front_table(study: Study, chosen: Sequence[int] | np.ndarray | None = None) -> Table:
-    """The front, from small to large, with the original and the chosen point; metrics on unseen data where there are
-    any; how many evaluations failed, and the most frequent reason."""
-    names = [objective.name for objective in study.objectives]
+    """`front_rows`, thinned out; how many evaluations failed, and the most frequent reason."""
     front = study.front()
-    costs = [name for name in names if name in COSTS]
-    if len(front):
-        front = front.sort_values(costs[0] if costs else names[-1])
-    picked = None if chosen is None else tuple(map(int, chosen))
-    rows = front.to_dict("records")
-    thinned = len(rows) > ROWS
-    if thinned:
-        at = set(np.linspace(0, len(rows) - 1, ROWS).round().astype(int).tolist())
-        rows = [row for index, row in enumerate(rows) if index in at or row["genome"] == picked]
-    table = Table(
-        title=f"front: {len(front)} of {len(study)} evaluations" + (f", {len(rows)} shown" if thinned else "")
-    )
-    table.add_column("evaluation", justify="right")
-    for name in names:
-        table.add_column(Text(label(name)), justify="right")
-    unseen = rescored(study)
-    again = [objective.name for objective in study.measured] if unseen else []
-    for name in again:
-        table.add_column(Text(f"{label(name)}, unseen data"), justify="right")
-    for row in rows:
-        mark = " *" if row["genome"] == picked else ""
-        values = [_shown(row, name) for name in names] + [on_unseen(unseen.get(row["genome"]), n) for n in again]
-        table.add_row(f"{row['number']}{mark}", *values, style="bold" if mark else None)
-    if original := study.original:
-        table.add_section()
-        values = [_shown(original, name) for name in names] + [on_unseen(unseen.get(None), n) for n in again]
-        table.add_row("the original", *values)
-    told = ["* chosen"] if any(row["genome"] == picked for row in rows) else []
+    titles, rows, marked = front_rows(study, front, _genome(chosen))
+    listed = list(range(len(front)))
+    if thinned := len(front) > ROWS:
+        kept = {*np.linspace(0, len(front) - 1, ROWS).round().astype(int).tolist(), marked}
+        listed = [at for at in listed if at in kept]
+    title = f"front: {len(front)} of {len(study)} evaluations" + (f", {len(listed)} shown" if thinned else "")
+    mark = None if marked is None else listed.index(marked)
+    table = _table(title, titles, [rows[at] for at in listed], mark)
+    _add_original(table, rows[len(front) :])
+    told = [] if marked is None else ["* chosen"]
     if reasons := Counter(study.failed()["failed"]):
         reason, count = reasons.most_common(1)[0]
         told.append(f"failed evaluations: {reasons.total()}, {count} of them with {reason}")
@@ -64,16 +44,12 @@ def device_table(on: OnDevice) -> Table:
     """The front of a study on a device, from fast to slow."""
     objectives = [objective.name for objective in on.objectives]
     names = list(dict.fromkeys([*objectives, *on.measures, "size"]))
-    table = Table(title=Text(f"{on.source}: front of {', '.join(objectives[:-1])} and {objectives[-1]}"))
-    table.add_column("evaluation", justify="right")
-    for name in names:
-        table.add_column(Text(label(name)), justify="right")
-    for row in on.front.to_dict("records"):
-        mark = " *" if row["genome"] == on.chosen else ""
-        values = (_shown(row, name) for name in names)
-        table.add_row(f"{row['number']}{mark}", *values, style="bold" if mark else None)
-    table.add_section()
-    table.add_row("the original", *(_shown(on.original, name) for name in names))
+    records = on.front.to_dict("records")
+    rows = [[str(record["number"]), *(cell(record, name) for name in names)] for record in records]
+    marked = next((at for at, record in enumerate(records) if record["genome"] == on.chosen), None)
+    title = f"{on.source}: front of {', '.join(objectives[:-1])} and {objectives[-1]}"
+    table = _table(title, ["evaluation", *map(label, names)], rows, marked)
+    _add_original(table, [["the original", *(cell(on.original, name) for name in names)]])
     table.caption = Text(on.unmet or f"* {on.wish}")
     return table
 
@@ -81,29 +57,28 @@ def device_table(on: OnDevice) -> Table:
 def finished_table(
     study: Study, chosen: Sequence[int] | np.ndarray | None = None, rounding: str | None = None
 ) -> Table:
-    """Sub-networks that were finished: what they measured before and after; metrics on unseen data of those that were
-    exported. Sizes stay what they were. The `chosen` one, finished by `rounding`, is marked."""
-    names = [objective.name for objective in study.measured]
-    picked = None if chosen is None else tuple(map(int, chosen))
-    numbers = {row["genome"]: row for row in study.evaluations().to_dict("records")}
-    unseen = rescored_finished(study)
-    again = [f"{label(name)}, unseen data" for name in names] if unseen else []
-    table = Table(title="finished")
-    for text in ("evaluation", "rounding", label("size"), *(label(name) for name in names), *again):
+    """`finished_rows`; the `chosen` one, finished by `rounding`, is marked."""
+    return _table("finished", *finished_rows(study, study.evaluations(), _genome(chosen), rounding))
+
+
+def _genome(chosen: Sequence[int] | np.ndarray | None) -> tuple[int, ...] | None:
+    return None if chosen is None else tuple(map(int, chosen))
+
+
+def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None) -> Table:
+    table = Table(title=Text(title, "table.title"))
+    for text in titles:
         table.add_column(Text(text), justify="right")
-    for record in study.finished():
-        before = numbers[tuple(record["genome"])]
-        mark = " *" if (before["genome"], record["rounding"]) == (picked, rounding) else ""
-        values = [f"{_shown(before, name)} -> {_shown(record['metrics'], name)}" for name in names]
-        if unseen:
-            values += [on_unseen(unseen.get((before["genome"], record["rounding"])), name) for name in names]
-        size = _shown(record["metrics"], "size")
-        table.add_row(f"{before['number']}{mark}", record["rounding"], size, *values, style="bold" if mark else None)
+    for at, (first, *cells) in enumerate(rows):
+        told, style = (f"{first} *", "bold") if at == marked else (first, None)
+        table.add_row(*map(Text, (told, *cells)), style=style)
     return table
 
 
-def _shown(values: Mapping[str, float], name: str) -> str:
-    return f"{values[name] / scale(name):,.5g}" if name in values else ""
+def _add_original(table: Table, rows: Sequence[Sequence[str]]) -> None:
+    for cells in rows:
+        table.add_section()
+        table.add_row(*map(Text, cells))
 
 
 def space_table(space: SearchSpace) -> Table:
@@ -129,5 +104,5 @@ def extremes_table(costs: Mapping[str, Mapping[str, float]]) -> Table:
     for name in there:
         table.add_column(Text(label(name)), justify="right")
     for name, values in costs.items():
-        table.add_row(name, *(_shown(values, each) for each in there))
+        table.add_row(name, *(cell(values, each) for each in there))
     return table
