@@ -7,8 +7,6 @@ space.decode(genomes[0])               # {"depth": 3, "block4.kernel": 3}
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -130,9 +128,6 @@ class SearchSpace:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SearchSpace) and self.to_dict() == other.to_dict()
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint())
 
     def __repr__(self) -> str:
         return f"SearchSpace({len(self)} genes, {self.count():,} genomes)"
@@ -332,7 +327,3 @@ class SearchSpace:
         """The space that `to_dict` described."""
         genes = [Gene(gene["name"], tuple(gene["choices"]), gene["requires"]) for gene in content["genes"]]
         return cls(genes, smallest=content["smallest"], largest=content["largest"])
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the space: equal for equal spaces."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
