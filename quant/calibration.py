@@ -19,14 +19,9 @@ from quant.reference import (
     weight_groups,
 )
 
-METHODS = ("minmax", "percentile", "mse")
+WEIGHT_METHODS = ("minmax", "percentile", "mse")
 PERCENTILE = 0.999
 _SHRINK = torch.linspace(1.0, 0.5, 26, dtype=torch.float32).tolist()
-
-
-def check_weight_method(method: str, key: str = "calibration") -> None:
-    """Raises JointoptError for a method that `choose_clip` does not know."""
-    check_choice(key, method, METHODS)
 
 
 @torch.no_grad()
@@ -45,7 +40,7 @@ def choose_clip(weight: Tensor, format: Format, method: str = "minmax", importan
     Raises:
         JointoptError: an unknown method, or a weight that `quantize` refuses.
     """
-    check_weight_method(method)
+    check_choice("calibration", method, WEIGHT_METHODS)
     groups = weight_groups(weight, format)
     low, high = groups.amin(-1), groups.amax(-1)
     if method == "minmax":
@@ -137,7 +132,7 @@ class ActivationObserver:
     """
 
     def __init__(self, format: Format, method: str = "minmax"):
-        check_activation_method(method)
+        check_choice("calibration", method, ACTIVATION_METHODS)
         self.format, self.method = format, method
         self.low = torch.tensor(torch.inf, dtype=torch.float32)
         self.high = torch.tensor(-torch.inf, dtype=torch.float32)
@@ -190,11 +185,6 @@ def static_constants(clip: Clip, format: Format) -> dict[str, Tensor]:
     low, high = clip
     scale, zero_point = stored_scale(low.reshape(1), high.reshape(1), format, None)
     return {"input_scale": scale} if zero_point is None else {"input_scale": scale, "input_zero_point": zero_point}
-
-
-def check_activation_method(method: str, key: str = "calibration") -> None:
-    """Raises JointoptError for a method that `ActivationObserver` does not have."""
-    check_choice(key, method, ACTIVATION_METHODS)
 
 
 def _held_centres(histogram: Histogram, low: Tensor, high: Tensor, format: Format) -> Tensor:

@@ -20,7 +20,7 @@ from jointopt.models import DTYPES
 from jointopt.targets import TARGETS
 from jointopt.tasks import TASKS
 from jointopt.training import sampling
-from quant.calibration import ACTIVATION_METHODS, METHODS
+from quant.calibration import ACTIVATION_METHODS, WEIGHT_METHODS
 from quant.formats import SCHEMES
 from search_spaces.precision import PRECISION_PER
 
@@ -239,7 +239,7 @@ def test_overrides_take_the_place_of_the_files_values(tmp_path):
         (Config, "target", TARGETS),
         (Config, "target", WRITERS),
         (Config, "dtype", ["auto", *DTYPES]),
-        (Config, "weight_calibration", METHODS),
+        (Config, "weight_calibration", WEIGHT_METHODS),
         (Config, "activation_calibration", ACTIVATION_METHODS),
         (Space, "precision_per", PRECISION_PER),
         (Train, "sampling", sampling.SAMPLERS),

@@ -16,7 +16,7 @@ from jointopt.evaluation.evaluation import evaluate
 from jointopt.supernet.batch_norm import SAMPLES
 from jointopt.supernet.state import for_workers
 from jointopt.supernet.weight_bank import BankedWeight, WeightBank
-from quant.calibration import METHODS, choose_clip
+from quant.calibration import WEIGHT_METHODS, choose_clip
 from quant.formats import ELEMENTS, SCHEMES, Element, Format, Scheme, own_definition
 from quant.reference import quantize
 from tests.zoo import batches, logits, make
@@ -48,7 +48,7 @@ def test_the_values_that_are_scored_are_those_of_the_codes_that_are_exported(nam
                 assert torch.equal(layer.weight, extracted.get_submodule(path).weight)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
 def test_a_slice_of_a_banked_weight_is_the_quantized_slice(method):
     options = {"schemes": ["W8A16_CHANNEL", "W4A16", "W4A16_ASYM", "MXFP4A16"], "heads": [2, 4], "mlp": [128, 256]}
     supernet = supernet_of("llama_untied", supernet={"weight_calibration": method}, **options)

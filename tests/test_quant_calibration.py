@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.calibration import ACTIVATION_METHODS, METHODS, ActivationObserver, Histogram, choose_clip
+from quant.calibration import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationObserver, Histogram, choose_clip
 from quant.errors import JointoptError
 from quant.formats import SCHEMES, Format, scheme
 from quant.kernels import fake_quantize, fake_quantize_activation
@@ -126,7 +126,7 @@ def test_mse_is_better_on_four_bits_and_outliers(name):
     assert mse < minmax
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_method_takes_convolutions_and_zeros_and_single_rows(name, method):
     for weight in (torch.randn(4, 8, 4, 4), torch.zeros(2, 32), torch.ones(1, 32)):
@@ -137,7 +137,7 @@ def test_every_method_takes_convolutions_and_zeros_and_single_rows(name, method)
         assert held.any() == weight.any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
 def test_a_groups_clip_does_not_depend_on_the_columns_beside_it(method):
     """So that a slice of a calibrated weight is the calibrated slice."""
     weight = heavy_tailed(4, 128, seed=4)

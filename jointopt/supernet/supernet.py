@@ -66,8 +66,8 @@ from jointopt.supernet.subnetwork import (
 )
 from jointopt.supernet.transforms import checked, rotated
 from jointopt.supernet.weight_bank import BankedWeight, WeightBank
-from quant.calibration import check_activation_method, check_weight_method, choose_clip
-from quant.errors import JointoptError, check_kind
+from quant.calibration import ACTIVATION_METHODS, WEIGHT_METHODS, choose_clip
+from quant.errors import JointoptError, check_choice, check_kind
 from quant.formats import Scheme
 from quant.kernels import quantize_and_hold
 from quant.layers import QuantizedLayer
@@ -140,10 +140,10 @@ class Supernet:
         self.model, self.family = rotated(self.model, self.family, self.transforms, self._declared)
         self._scaled = False
         self.space, self.latency = space, latency
-        check_weight_method(weight_calibration, "weight_calibration")
+        check_choice("weight_calibration", weight_calibration, WEIGHT_METHODS)
         self.weight_calibration = weight_calibration
         self.repair = repair
-        check_activation_method(activation_calibration, "activation_calibration")
+        check_choice("activation_calibration", activation_calibration, ACTIVATION_METHODS)
         self.activation_calibration = activation_calibration
         self.calibrated = False
         self.trained = False
