@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,7 +34,6 @@ class Attentive:
         mutation: share of a front genome's genes that are drawn anew.
     """
 
-    counts_steps: ClassVar[bool] = False
     count: int = 2
     front: np.ndarray | None = None
     region: Callable[[np.ndarray], np.ndarray] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -13,12 +13,8 @@ from search_spaces.space import SearchSpace
 class Sampling(Protocol):
     """Says what to train beside the largest sub-network, which every step trains on the task itself.
 
-    Attributes:
-        counts_steps: whether `progress` changes what is sampled, so that the number of steps must be known; False where
-            a strategy of one's own does not say.
+    One whose `progress` changes what is sampled has `counts_steps = True`: the number of steps must then be known.
     """
-
-    counts_steps: ClassVar[bool] = False
 
     def genomes(self, space: SearchSpace, progress: float, seed: int) -> Sequence[np.ndarray]:
         """The sub-networks of one step, each distilled from the largest.

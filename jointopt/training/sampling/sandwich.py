@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from search_spaces.space import SearchSpace
 class Sandwich:
     """The smallest and `count` random sub-networks."""
 
-    counts_steps: ClassVar[bool] = False
     count: int = 2
 
     def __post_init__(self) -> None:
