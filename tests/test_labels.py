@@ -11,7 +11,7 @@ import pytest
 
 from jointopt import JointoptError
 from jointopt.rows import Columns, DataSource, read_columns
-from jointopt.tasks.labels import class_indices, label_indices, multi_labels
+from jointopt.tasks.labels import class_indices, class_labels, multi_labels
 
 
 def test_labels_are_names_or_indices_in_numbers_or_text():
@@ -91,7 +91,7 @@ def test_a_name_that_two_classes_have_is_refused():
 
 
 def labels_of(source: DataSource, names: Sequence[str]) -> list[int]:
-    return label_indices(read_columns(source), source, names)
+    return class_labels(read_columns(source), source, names).tolist()
 
 
 def classified(*names: str) -> datasets.Dataset:

@@ -23,8 +23,16 @@ LabelReader = Callable[[Columns, DataSource, Sequence[str], Sequence[str] | None
 def class_labels(
     columns: Columns, source: DataSource, names: Sequence[str], folders: Sequence[str] | None = None
 ) -> Tensor:
-    """The class of each row, int64 [rows]; see `label_indices`."""
-    return torch.tensor(label_indices(columns, source, names, folders))
+    """The class of each row as the model counts them, int64 [rows]: by name, where the data set has names for its
+    numbers and the model for its own; else as `class_indices` does, whose arguments and errors these are."""
+    key = f"{source.key}.label"
+    if not isinstance(source.label, str | None):
+        raise JointoptError(
+            f"{key}: found {_few(source.label)}, and the model says one class of several; allowed: one column, or a "
+            f"model whose config.json has problem_type: {MULTI_LABEL}"
+        )
+    name = name_of(columns, source.label, LABEL, key)
+    return torch.tensor(_indices(columns[name], columns.classes.get(name), names, key, folders))
 
 
 def multi_labels(
@@ -129,21 +137,6 @@ def _listed(rows: Sequence[list[Any]], own: Sequence[str] | None, names: Sequenc
                 f"rows 0 or 1 for each of {_few(names)}"
             )
     return labels
-
-
-def label_indices(
-    columns: Columns, source: DataSource, labels: Sequence[str], folders: Sequence[str] | None = None
-) -> list[int]:
-    """The column of labels as the model counts them: by name, where the data set has names for its numbers and the
-    model for its own; else as `class_indices` does, whose arguments and errors these are."""
-    key = f"{source.key}.label"
-    if not isinstance(source.label, str | None):
-        raise JointoptError(
-            f"{key}: found {_few(source.label)}, and the model says one class of several; allowed: one column, or a "
-            f"model whose config.json has problem_type: {MULTI_LABEL}"
-        )
-    name = name_of(columns, source.label, LABEL, key)
-    return _indices(columns[name], columns.classes.get(name), labels, key, folders)
 
 
 def _indices(
