@@ -1,4 +1,5 @@
-"""Turns what pydantic finds wrong with a file of ours into one line: line, key, what was found, what is allowed."""
+"""Parts of a file of ours, and what pydantic finds wrong with one in one line: line, key, what was found, what is
+allowed."""
 
 from __future__ import annotations
 
@@ -6,11 +7,17 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jointopt.names import DEVICES, MODELS
 from jointopt.yaml_lines import dotted
 from quant.errors import did_you_mean
+
+
+class Section(BaseModel):
+    """A part of a file: known keys alone, of the right types, unchangeable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def one_line(

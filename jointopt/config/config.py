@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from jointopt.complaints import described, one_line
+from jointopt.complaints import Section, described, one_line
 from jointopt.config.sections import (
     Choose,
     Data,
@@ -24,7 +24,6 @@ from jointopt.config.sections import (
     Hardware,
     NameOrEntry,
     Search,
-    Section,
     Space,
     Train,
     UserPath,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from jointopt.complaints import Section
 from jointopt.files import from_home
 from jointopt.installed import lacking
 from jointopt.names import BATCH, FINISHING_RATE, MOST, TRAINING_RATE
@@ -18,12 +19,6 @@ Positive = Annotated[int, Field(gt=0)]
 Threads = Annotated[int, Field(gt=0, le=MOST["threads"])]
 UserPath = Annotated[str, Field(min_length=1), AfterValidator(from_home)]
 Choices = list[int | float]
-
-
-class Section(BaseModel):
-    """A part of a config: known keys alone, of the right types, unchangeable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def _path_alone(value: Any) -> Any:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from jointopt.complaints import one_line
+from jointopt.complaints import Section, one_line
 from jointopt.cost.operators import check_kernel
 from jointopt.yaml_lines import read_yaml
 from quant.errors import JointoptError, did_you_mean
@@ -21,32 +21,28 @@ FromZero = Annotated[float, Field(ge=0)]
 Compute = Literal["float32", "bfloat16", "int8", "int4", "fp8", "fp4"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class LastLevelCache(_Part):
+class LastLevelCache(Section):
     """The last level of cache: bytes, and bytes a second."""
 
     capacity: Rate
     bandwidth: Rate
 
 
-class Network(_Part):
+class Network(Section):
     """Between devices: bytes a second in one direction, seconds of a message."""
 
     bandwidth: Rate
     latency: FromZero
 
 
-class Efficiency(_Part):
+class Efficiency(Section):
     """The share of the peak rates that good kernels reach."""
 
     compute: Share
     memory: Share
 
 
-class Power(_Part):
+class Power(Section):
     """Watts."""
 
     idle: FromZero
@@ -59,7 +55,7 @@ class Power(_Part):
         return self
 
 
-class Device(_Part):
+class Device(Section):
     """One device.
 
     Attributes:
