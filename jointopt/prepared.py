@@ -126,8 +126,8 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
     size = config.data.batch_size or task.batch_size
 
     def prepare_inputs(processor: Any) -> list[Batch]:
-        made = task.batches(config.source("calibrate", task.calibration), processor, loaded.model, size)
-        return [without_labels(batch) for batch in made]
+        samples = task.samples(config.source("calibrate", task.calibration), processor, loaded.model)
+        return [without_labels(batch) for batch in samples.batches(size)]
 
     problem = task.problem(loaded.model)
     if function is None:

@@ -25,7 +25,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from jointopt.models import load_model
+from jointopt.batches import Batch
+from jointopt.models import LoadedModel, load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
 
@@ -124,9 +125,14 @@ def write_images(folder: Path, each: int = 4, classes: tuple[str, ...] = ("cat",
     return folder
 
 
+def batches_of(loaded: LoadedModel, task: str, source: DataSource, size: int = 8) -> list[Batch]:
+    """A source's samples as a saved model takes them."""
+    return TASKS[task].samples(source, loaded.processor, loaded.model).batches(size)
+
+
 def quality_of(folder: Path, task: str, source: DataSource, size: int = 8) -> dict[str, float]:
     """What a saved model is worth on a source, against itself."""
     loaded = load_model(str(folder), task, "cpu")
-    batches = TASKS[task].batches(source, loaded.processor, loaded.model, size)
+    batches = batches_of(loaded, task, source, size)
     with torch.no_grad():
         return TASKS[task].problem(loaded.model).quality(batches, loaded.model)(loaded.model)

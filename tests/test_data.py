@@ -22,7 +22,7 @@ from jointopt.models import load_model
 from jointopt.rows import DataSource, read_columns, read_text, some
 from jointopt.tasks import TASKS
 from jointopt.tasks.labels import class_indices
-from tests.saved import LABELS, quality_of, save_each, save_llama, write_images, write_reviews
+from tests.saved import LABELS, batches_of, quality_of, save_each, save_llama, write_images, write_reviews
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,7 @@ def test_perplexity_is_that_of_transformers_own_loss(folders, tmp_path):
     (tmp_path / "text.txt").write_text("the film was very good " * 20)
     found = quality_of(folders["llama"], "causal-lm", DataSource(str(tmp_path / "text.txt"), length=16), 100)
     loaded = load_model(str(folders["llama"]), "causal-lm", "cpu")
-    batch = TASKS["causal-lm"].batches(
-        DataSource(str(tmp_path / "text.txt"), length=16), loaded.processor, loaded.model, 100
-    )[0]
+    batch = batches_of(loaded, "causal-lm", DataSource(str(tmp_path / "text.txt"), length=16), 100)[0]
     assert batch["input_ids"].shape == (6, 16)
     with torch.no_grad():
         assert found["loss"] == pytest.approx(float(loaded.model(**batch).loss), rel=1e-5)
@@ -63,7 +61,7 @@ def test_rows_of_text_become_pieces_parted_by_the_end_token(folders, tmp_path):
     pd.DataFrame({"text": ["good film", "bad film"] * 8}).to_parquet(tmp_path / "t.parquet")
     loaded = load_model(str(folders["llama"]), None, "cpu")
     source = DataSource(str(tmp_path / "t.parquet"), length=6, samples=2)
-    (batch,) = TASKS["causal-lm"].batches(source, loaded.processor, loaded.model, 8)
+    (batch,) = batches_of(loaded, "causal-lm", source, 8)
     end = loaded.processor.eos_token_id
     assert batch["input_ids"].shape == (2, 6)
     assert batch["input_ids"][0, 2] == end == batch["input_ids"][0, 5]
@@ -79,7 +77,7 @@ def test_texts_are_as_long_as_the_tokenizer_and_the_model_take_where_the_config_
         loaded.processor.model_max_length = said
         for wanted, length in ((None, cut), (7, 7)):
             source = DataSource(str(tmp_path / "t.csv"), length=wanted)
-            batch = TASKS[task].batches(source, loaded.processor, loaded.model, 1)[0]
+            batch = batches_of(loaded, task, source, 1)[0]
             assert batch["input_ids"].shape == (1, length), (name, wanted)
 
 
@@ -128,7 +126,7 @@ def test_columns_are_found_by_their_usual_names(folders, tmp_path, name, task, c
     values = ["good film", "bad"] if name == "bert" else [f"{images}/cat/0.png", f"{images}/dog/0.png"]
     (tmp_path / "t.csv").write_text(f"other,{label},{column}\n7,1,{values[0]}\n7,0,{values[1]}\n")
     loaded = load_model(str(folders[name]), task, "cpu")
-    (batch,) = TASKS[task].batches(DataSource(str(tmp_path / "t.csv")), loaded.processor, loaded.model, 2)
+    (batch,) = batches_of(loaded, task, DataSource(str(tmp_path / "t.csv")), 2)
     order = [1, 0] if name == "bert" else [0, 1]  # texts by length
     assert batch["labels"][order].tolist() == [1, 0]
     assert not torch.equal(*batch["input_ids" if name == "bert" else "pixel_values"])
@@ -137,14 +135,10 @@ def test_columns_are_found_by_their_usual_names(folders, tmp_path, name, task, c
 def test_a_second_text_is_read_where_its_column_has_the_usual_name(folders, tmp_path):
     (tmp_path / "t.csv").write_text("text,text_pair,label\ngood film,bad,1\n")
     loaded = load_model(str(folders["bert"]), "text-classification", "cpu")
-    (batch,) = TASKS["text-classification"].batches(
-        DataSource(str(tmp_path / "t.csv")), loaded.processor, loaded.model, 1
-    )
+    (batch,) = batches_of(loaded, "text-classification", DataSource(str(tmp_path / "t.csv")), 1)
     assert batch["input_ids"][0].tolist() == loaded.processor("good film", "bad")["input_ids"]
     (tmp_path / "t.jsonl").write_text('{"text": "good film", "text_pair": null, "label": 1}\n')
-    (batch,) = TASKS["text-classification"].batches(
-        DataSource(str(tmp_path / "t.jsonl")), loaded.processor, loaded.model, 1
-    )
+    (batch,) = batches_of(loaded, "text-classification", DataSource(str(tmp_path / "t.jsonl")), 1)
     assert batch["input_ids"][0].tolist() == loaded.processor("good film")["input_ids"]
 
 
@@ -155,18 +149,14 @@ def test_a_second_text_is_read_where_its_column_has_the_usual_name(folders, tmp_
 def test_pairs_are_found_by_the_names_of_well_known_data_sets(folders, tmp_path, first, second):
     (tmp_path / "t.csv").write_text(f"idx,{second},{first},label\n0,bad,good film,1\n")
     loaded = load_model(str(folders["bert"]), "text-classification", "cpu")
-    (batch,) = TASKS["text-classification"].batches(
-        DataSource(str(tmp_path / "t.csv")), loaded.processor, loaded.model, 1
-    )
+    (batch,) = batches_of(loaded, "text-classification", DataSource(str(tmp_path / "t.csv")), 1)
     assert batch["input_ids"][0].tolist() == loaded.processor("good film", "bad")["input_ids"]
 
 
 def test_a_named_column_of_texts_is_read_alone(folders, tmp_path):
     (tmp_path / "t.csv").write_text("question,sentence,label\nbad,good film,1\n")
     loaded = load_model(str(folders["bert"]), "text-classification", "cpu")
-    (batch,) = TASKS["text-classification"].batches(
-        DataSource(str(tmp_path / "t.csv"), text="sentence"), loaded.processor, loaded.model, 1
-    )
+    (batch,) = batches_of(loaded, "text-classification", DataSource(str(tmp_path / "t.csv"), text="sentence"), 1)
     assert batch["input_ids"][0].tolist() == loaded.processor("good film")["input_ids"]
 
 
@@ -174,9 +164,7 @@ def test_a_named_column_of_texts_is_read_alone(folders, tmp_path):
 def test_a_language_model_takes_a_column_of_a_usual_name(folders, tmp_path, column):
     (tmp_path / "t.csv").write_text(f"label,{column}\n1,good film\n0,bad film\n")
     loaded = load_model(str(folders["llama"]), None, "cpu")
-    (batch,) = TASKS["causal-lm"].batches(
-        DataSource(str(tmp_path / "t.csv"), length=5), loaded.processor, loaded.model, 2
-    )
+    (batch,) = batches_of(loaded, "causal-lm", DataSource(str(tmp_path / "t.csv"), length=5), 2)
     assert loaded.processor.decode(batch["input_ids"][0]) == "good film [END] bad film"
 
 
@@ -235,7 +223,7 @@ def calibration_batch(folder: Path, task: str, data: Path) -> dict[str, torch.Te
     sources = Data(calibrate=Source(path=str(data)), evaluate=Source(path="unseen"))
     config = Config(model=str(folder), task=task, data=sources, output="out")
     loaded = load_model(str(folder), task, "cpu")
-    (batch,) = TASKS[task].batches(config.source("calibrate"), loaded.processor, loaded.model, 32)
+    (batch,) = batches_of(loaded, task, config.source("calibrate"), 32)
     return dict(batch)
 
 

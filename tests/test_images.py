@@ -18,10 +18,9 @@ from jointopt.models import load_model
 from jointopt.outputs import logits_of
 from jointopt.prepared import prepare
 from jointopt.rows import DataSource, read_columns
-from jointopt.tasks import TASKS
 from jointopt.tasks.image_classification import _mark
 from jointopt.tasks.labels import check_same_folders
-from tests.saved import quality_of, save_timm, save_vit, write_images
+from tests.saved import batches_of, quality_of, save_timm, save_vit, write_images
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def test_images_come_from_folders_of_their_class(folders, tmp_path, name):
     source = DataSource(str(write_images(tmp_path / "images")))
     loaded = load_model(str(folders[name]), None, "cpu")
-    batches = TASKS["image-classification"].batches(source, loaded.processor, loaded.model, 5)
+    batches = batches_of(loaded, "image-classification", source, 5)
     assert torch.cat([batch["labels"] for batch in batches]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
     with torch.no_grad():
         inputs = {key: value for key, value in batches[0].items() if key != "labels"}
@@ -153,7 +152,7 @@ def test_a_photo_is_seen_the_way_up_that_its_camera_says(folders, tmp_path):
         Image.open(path).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
     loaded = load_model(str(folders["vit"]), None, "cpu")
     upright, turned = (
-        TASKS["image-classification"].batches(DataSource(str(tmp_path / name)), loaded.processor, loaded.model, 12)[0]
+        batches_of(loaded, "image-classification", DataSource(str(tmp_path / name)), 12)[0]
         for name in ("upright", "turned")
     )
     assert torch.equal(upright["pixel_values"], turned["pixel_values"])

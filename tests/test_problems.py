@@ -30,7 +30,7 @@ from jointopt.tasks import TASKS
 from jointopt.tasks.labels import multi_labels, value_labels
 from jointopt.tasks.problems import CLASSIFICATION, NEXT_TOKEN, SEVERAL_CLASSES, VALUES, Problem
 from tests.commands import command
-from tests.saved import WORDS, quality_of, save_bert, save_vit, write_images
+from tests.saved import WORDS, batches_of, quality_of, save_bert, save_vit, write_images
 from tests.test_fidelity import Given, Shifted
 from tests.test_training_problems import supernet_for
 from tests.zoo import batches, make
@@ -249,7 +249,7 @@ def test_batches_are_what_transformers_has_a_loss_for(tmp_path, problem, label, 
     folder, table = save_bert(tmp_path / "bert", **SAVED[problem]), write_tagged(tmp_path / "rows.jsonl")
     loaded = load_model(str(folder), None, "cpu")
     source = DataSource(table, label=label)
-    (batch,) = TASKS["text-classification"].batches(source, loaded.processor, loaded.model, 99)
+    (batch,) = batches_of(loaded, "text-classification", source, 99)
     found = quality_of(folder, "text-classification", source)
     with torch.no_grad():
         assert found[metric] == pytest.approx(float(loaded.model(**batch).loss), rel=1e-5)

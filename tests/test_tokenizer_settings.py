@@ -14,7 +14,7 @@ from jointopt.checkpoint.processors import processor_differences
 from jointopt.models import load_model
 from jointopt.rows import DataSource
 from jointopt.tasks import TASKS
-from tests.saved import save_bert, save_llama, write_reviews
+from tests.saved import batches_of, save_bert, save_llama, write_reviews
 from tests.zoo import supernet_of
 
 
@@ -39,7 +39,7 @@ def test_preparing_data_leaves_the_tokenizer_as_it_was(save, task, baked, tmp_pa
         bake(folder)
     loaded = load_model(str(folder), task, "cpu")
     source = DataSource(str(write_reviews(tmp_path / "reviews.csv")), length=5)
-    assert TASKS[task].batches(source, loaded.processor, loaded.model, 8)
+    assert batches_of(loaded, task, source, 8)
     loaded.saved_processor.save_pretrained(tmp_path / "saved")
     assert settings(tmp_path / "saved") == settings(folder)
     assert (settings(folder)[0] is None) is not baked
@@ -84,7 +84,7 @@ def test_a_tokenizer_that_is_another_or_gone_is_told(damage, said, tmp_path):
     source = DataSource(str(write_reviews(tmp_path / "reviews.csv")))
 
     def prepare(processor):
-        return TASKS["text-classification"].batches(source, processor, loaded.model, 8)
+        return TASKS["text-classification"].samples(source, processor, loaded.model).batches(8)
 
     loaded.processor.save_pretrained(tmp_path / "export")
     damage(tmp_path / "export")

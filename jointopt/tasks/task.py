@@ -81,7 +81,9 @@ class Task:
         problems: what its models' outputs can be, by what `problem_of` says of a model; None is all else.
         batch_size: samples in one forward pass of an evaluation, where a config does not say.
         calibration: samples to calibrate with, where a config does not say.
-        samples: (source, processor, model) -> samples.
+        samples: (source, processor, model) -> samples, with "labels" where the source is labelled, on the model's
+            device. Raises JointoptError for a source that cannot be read, lacks a column, or whose labels do not fit
+            the model.
     """
 
     name: str
@@ -90,14 +92,6 @@ class Task:
     batch_size: int
     calibration: int
     samples: Callable[[DataSource, Any, nn.Module], Samples]
-
-    def batches(self, source: DataSource, processor: Any, model: nn.Module, batch_size: int) -> list[Batch]:
-        """All of a source's samples as batches, with "labels" where it is labelled, on the model's device.
-
-        Raises:
-            JointoptError: a source that cannot be read, lacks a column, or whose labels do not fit the model.
-        """
-        return self.samples(source, processor, model).batches(batch_size)
 
     def problem(self, model: nn.Module) -> Problem:
         """What the model's outputs are."""
