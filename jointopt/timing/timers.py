@@ -206,15 +206,6 @@ def _sessions(
     return calls
 
 
-def time_modules(
-    models: Sequence[nn.Module], inputs: Mapping[str, Any], backend: Backend, rounds: int = 20, least: float = 0.0
-) -> list[float]:
-    """Median seconds of torch models on the backend's device for a batch, in turns."""
-    batch = on_device(inputs, torch.device(backend.device))
-    with _as_deployed(backend):
-        return in_turns([_finished(partial(model, **batch), backend) for model in models], rounds, least)
-
-
 def time_export(folder: str | Path, inputs: Mapping[str, Any], backend: Backend, rounds: int = 20) -> float:
     """Median seconds of an exported folder's model for a batch, end to end, as its library loads it."""
     run = run_of_export(folder, inputs, backend)

@@ -20,6 +20,7 @@ import argparse
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import networks
@@ -34,7 +35,8 @@ from scipy.stats import kendalltau
 
 import jointopt
 from jointopt import Lookup, Roofline, SearchSpace, Supernet
-from jointopt.timing.timers import in_turns, run_of_export, time_exports, time_modules
+from jointopt.evaluation.workers import threads_of_torch
+from jointopt.timing.timers import in_turns, run_of_export, time_exports
 
 SCHEMES = {"onnxruntime": ("none", "W8A8", "W8A8_STATIC", "W4A16"), "torch": ("none", "W4A16")}
 FIT = 8
@@ -111,7 +113,8 @@ def main() -> None:
         )
         if in_torch:
             models = [supernet.extract(genome) for genome in genomes]
-            timed = time_modules(models, batch, lookup.backend, arguments.rounds, LEAST)
+            with threads_of_torch(arguments.threads), torch.inference_mode():
+                timed = in_turns([partial(model, **batch) for model in models], arguments.rounds, LEAST)
         elif name in LARGE:
             exports = one_at_a_time(supernet, genomes, folder)
             timed = time_exports(exports, batch, lookup.backend, arguments.rounds, APART)
