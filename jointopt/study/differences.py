@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,15 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     different = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     told = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in different[:SHOWN])
     return told + (f" and {len(different) - SHOWN} more" if len(different) > SHOWN else "")
+
+
+def check_config(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises JointoptError where a search is another than the one that the study at `path` is of; says how."""
+    facts = differing({**stored, "config": None}, {**wanted, "config": None})
+    config = differing(stored["config"] or {}, wanted["config"])
+    if facts or config:
+        told = "; ".join(filter(None, (facts, config)))
+        raise JointoptError(f"study {str(path)!r} has another config: {told}; allowed: that one, or another storage")
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:

@@ -7,9 +7,11 @@ ends, so that whatever moment the process dies at, the next one finds what is le
 from __future__ import annotations
 
 import json
+import platform
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -21,8 +23,7 @@ import pandas as pd
 from jointopt.files import check_path, locked, reading
 from jointopt.objectives import COSTS, Constraint, Objective, constraint, hypervolume, minimized
 from jointopt.study.choice import best_of, costs_of, front_of, keeping_to, with_finished
-from jointopt.study.differences import as_json
-from jointopt.study.facts import check_config, software
+from jointopt.study.differences import as_json, check_config
 from jointopt.study.reference_point import reference_point
 from jointopt.study.study_file import closed_if_refused, connect, explained
 from quant.errors import JointoptError, check_kind
@@ -30,6 +31,7 @@ from search_spaces.space import SearchSpace
 
 _OF_GENOMES = ("generations", "evaluations")
 VERSION = 3
+_SOFTWARE = ("jointopt", "torch", "transformers", "timm", "compressed-tensors", "deap", "numpy")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -110,7 +112,7 @@ class Study:
                     with connection:
                         connection.execute("DELETE FROM facts")
                         computed = [o.name for o in objectives if o.compute is not None]
-                        facts = {**wanted, "computed": computed, "software": software()}
+                        facts = {**wanted, "computed": computed, "software": _software()}
                         rows = [(key, json.dumps(value)) for key, value in facts.items()]
                         connection.executemany("INSERT INTO facts VALUES (?, ?)", rows)
             return cls(connection, path, lock)
@@ -425,3 +427,14 @@ class Study:
         exact = [each.name for each in self.objectives if each not in self.measured]
         kept = keeping_to(frame, self.constraints)
         return best_of(kept, self.objectives, self.quality, original, exact, size_mb, drop, knee)
+
+
+def _software() -> dict[str, str]:
+    """The versions of what results depend on."""
+    found = {"python": platform.python_version()}
+    for name in _SOFTWARE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
