@@ -6,13 +6,11 @@ name that is a path.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -404,24 +402,3 @@ def _explained(source: ModelSource) -> Iterator[None]:
         told = first_line(error) if meant else f"{type(error).__name__}: {in_one_line(error)}"
         where = "" if source.local else " (no folder of this name is here, so it was looked for on the hub)"
         raise JointoptError(f"model: {source.name!r} cannot be loaded{where}: {told}") from None
-
-
-def import_function(name: str) -> Callable[[nn.Module], Any]:
-    """The function that "package.module.function" names, from the current directory too.
-
-    Raises:
-        JointoptError: no such module or function.
-    """
-    module, _, function = name.rpartition(".")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except ModuleNotFoundError as error:
-        raise JointoptError(f"quality: {name!r}: {error}; looked in the current directory too") from None
-    except (Exception, SystemExit) as error:
-        told = in_one_line(error)
-        raise JointoptError(f"quality: importing {module!r} raised {type(error).__name__}: {told}") from error
-    if not callable(found):
-        raise JointoptError(f"quality: the module {module!r} has no function {function!r}")
-    return found

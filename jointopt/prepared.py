@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from jointopt.config.config import Config
 from jointopt.digests import digest_of
 from jointopt.rows import class_folders, is_hub_id
 from jointopt.timing.hardware import latency_of
-from quant.errors import JointoptError, named_line
+from quant.errors import JointoptError, in_one_line, named_line
 from search_spaces.families import declare
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ def prepare(config: Config, target: str | None = None) -> Prepared:
         JointoptError: whatever does not fit, named by its key.
     """
     from jointopt.checkpoint.writers import WRITERS
-    from jointopt.models import import_function, load_model
+    from jointopt.models import load_model
     from jointopt.targets import TARGETS, check_installed
     from jointopt.tasks import TASKS
     from jointopt.tasks.labels import check_same_folders
@@ -198,6 +200,27 @@ def _objectives(config: Config, problem: Problem) -> dict[str, str]:
                 f"objectives: found {name}; allowed: what is measured of this model, {', '.join(problem.metrics)}, "
                 f"and costs, {', '.join(COSTS)}"
             )
+    return found
+
+
+def import_function(name: str) -> Callable[[Any], Any]:
+    """The function that "package.module.function" names, from the current directory too.
+
+    Raises:
+        JointoptError: no such module or function.
+    """
+    module, _, function = name.rpartition(".")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        raise JointoptError(f"quality: {name!r}: {error}; looked in the current directory too") from None
+    except (Exception, SystemExit) as error:
+        told = in_one_line(error)
+        raise JointoptError(f"quality: importing {module!r} raised {type(error).__name__}: {told}") from error
+    if not callable(found):
+        raise JointoptError(f"quality: the module {module!r} has no function {function!r}")
     return found
 
 

@@ -30,8 +30,8 @@ from jointopt.cli import main
 from jointopt.config.config import Config
 from jointopt.config.sections import Data, Distill, Source, Train
 from jointopt.config.starter import starter_config
-from jointopt.models import chosen_device, empty_model, find_source, import_function, load_model, model_task
-from jointopt.prepared import prepare, stay_offline
+from jointopt.models import chosen_device, empty_model, find_source, load_model, model_task
+from jointopt.prepared import import_function, prepare, stay_offline
 from jointopt.rows import looks_like_hub_id
 from tests.saved import SMALL, save_bert, save_each, save_llama, save_tokenizer
 
