@@ -15,8 +15,7 @@ from jointopt import JointoptError, Lookup, SearchSpace, Supernet
 from jointopt.config.config import load_config
 from jointopt.cost.operators import Answer, Operator
 from jointopt.timing.backend import Backend, host
-from jointopt.timing.hardware import check_timed
-from jointopt.timing.here import FITTED, lookup_here
+from jointopt.timing.hardware import FITTED, check_timed, lookup_here
 from jointopt.timing.lookup import ANCHORS, default_path, key_of, times_of
 from jointopt.timing.timers import module_of, time_export, time_exports, time_operators
 from quant.formats import scheme
