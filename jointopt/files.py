@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from quant.errors import JointoptError, first_line, named_line
+from quant.errors import JointoptError, in_one_line, named_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ def reading(what: str, allowed: str = "", *also: type[Exception]) -> Iterator[No
     except JointoptError:
         raise
     except (*DAMAGED, *also) as error:
-        told = first_line(error) if isinstance(error, (*_SPEAKING, *also)) else named_line(error)
+        told = in_one_line(error) if isinstance(error, (*_SPEAKING, *also)) else named_line(error)
         # An OSError is the system's, as of permissions or a broken disk: the file itself may be whole.
         instead = f"; allowed: {allowed}" if allowed and not isinstance(error, OSError) else ""
         raise JointoptError(f"{what} cannot be read: {told}{instead}") from None

@@ -23,7 +23,7 @@ from jointopt.files import check_path
 from jointopt.names import DEVICES, MODELS
 from jointopt.rows import looks_like_hub_id
 from jointopt.tasks import TASKS
-from quant.errors import JointoptError, did_you_mean, first_line, in_one_line
+from quant.errors import JointoptError, did_you_mean, in_one_line, named_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -128,7 +128,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise JointoptError(f"model: {folder / 'config.json'} cannot be read: {first_line(error)}") from None
+        raise JointoptError(f"model: {folder / 'config.json'} cannot be read: {in_one_line(error)}") from None
     if not isinstance(found, dict):
         raise JointoptError(f"model: {folder / 'config.json'} holds no object")
     return found
@@ -357,7 +357,7 @@ def _processor(source: ModelSource, task: str) -> Any:
         return kind.from_pretrained(source.location, **source.options())
     except Exception as error:
         raise JointoptError(
-            f"model: {source.name!r} comes without a usable {needed} ({first_line(error)}); "
+            f"model: {source.name!r} comes without a usable {needed} ({in_one_line(error)}); "
             "save the one it was trained with beside it"
         ) from None
 
@@ -399,6 +399,6 @@ def _explained(source: ModelSource) -> Iterator[None]:
         yield
     except Exception as error:
         meant = isinstance(error, OSError | ValueError | RuntimeError | ImportError | SafetensorError)
-        told = first_line(error) if meant else f"{type(error).__name__}: {in_one_line(error)}"
+        told = in_one_line(error) if meant else named_line(error)
         where = "" if source.local else " (no folder of this name is here, so it was looked for on the hub)"
         raise JointoptError(f"model: {source.name!r} cannot be loaded{where}: {told}") from None

@@ -22,7 +22,7 @@ from jointopt.config.config import Config
 from jointopt.digests import digest_of
 from jointopt.rows import class_folders, is_hub_id
 from jointopt.timing.hardware import latency_of
-from quant.errors import JointoptError, in_one_line, named_line
+from quant.errors import JointoptError, named_line
 from search_spaces.families import declare
 
 if TYPE_CHECKING:
@@ -217,8 +217,7 @@ def import_function(name: str) -> Callable[[Any], Any]:
     except ModuleNotFoundError as error:
         raise JointoptError(f"quality: {name!r}: {error}; looked in the current directory too") from None
     except (Exception, SystemExit) as error:
-        told = in_one_line(error)
-        raise JointoptError(f"quality: importing {module!r} raised {type(error).__name__}: {told}") from error
+        raise JointoptError(f"quality: importing {module!r} raised {named_line(error)}") from error
     if not callable(found):
         raise JointoptError(f"quality: the module {module!r} has no function {function!r}")
     return found

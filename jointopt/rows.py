@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jointopt.files import check_path, reading
-from quant.errors import JointoptError, first_line
+from quant.errors import JointoptError, in_one_line
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 TEXTS = (".txt", ".md", ".rst")
@@ -352,9 +352,8 @@ def _hub_columns(source: DataSource) -> Columns:
     try:
         found = datasets.load_dataset(source.path, split=source.split)
     except (OSError, ValueError, RuntimeError) as error:
-        raise JointoptError(
-            f"{key}: no file or folder {source.path!r} is here, and on the hub it cannot be loaded: {first_line(error)}"
-        ) from None
+        told = f"no file or folder {source.path!r} is here, and on the hub it cannot be loaded: {in_one_line(error)}"
+        raise JointoptError(f"{key}: {told}") from None
     found = found.select(some(len(found), source.samples))
     classes = {}
     for name, feature in found.features.items():

@@ -18,18 +18,15 @@ DOES_NOT_RUN = (ArithmeticError, AssertionError, AttributeError, LookupError, Ru
 
 
 def in_one_line(error: BaseException) -> str:
-    """What another library's error says, cut off where it goes on for long."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says, for those whose others are of no use to a user."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    """What another library's error says: its first line, and the others where that ends in a colon; cut off where it
+    goes on for long."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (" ".join(lines) if lines[0].endswith(":") else lines[0])[:300]
 
 
 def named_line(error: BaseException) -> str:
     """The same behind the error's type, for messages that say little without it."""
-    name, told = type(error).__name__, first_line(error)
+    name, told = type(error).__name__, in_one_line(error)
     return told if told == name else f"{name}: {told}"
 
 

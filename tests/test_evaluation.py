@@ -198,10 +198,13 @@ def test_what_is_no_metric_is_a_failure_with_its_reason(returned, said):
     assert found.metrics is None and said in found.failed
 
 
-def test_a_failure_s_reason_is_the_first_line_that_says_something():
+def test_a_failure_s_reason_is_the_first_line_that_says_something_and_what_it_announces():
     supernet = supernet_of("bert")
     found = evaluate(supernet, supernet.space.smallest, lambda _: np.testing.assert_allclose(0.5, 0.6))
     assert found.failed == "AssertionError: Not equal to tolerance rtol=1e-07, atol=0"
+    found = evaluate(supernet, supernet.space.smallest, lambda _: nn.Linear(2, 2, bias=False).load_state_dict({}))
+    said = 'Missing key(s) in state_dict: "weight".'
+    assert found.failed == f"RuntimeError: Error(s) in loading state_dict for Linear: {said}"
 
 
 def test_a_function_that_ends_the_process_has_failed():

@@ -24,7 +24,7 @@ from jointopt.evaluation.evaluation import Quality, measured
 from jointopt.files import DAMAGED, check_path, reading
 from jointopt.installed import lacking
 from jointopt.targets import TARGETS, check_installed
-from quant.errors import JointoptError, check_kind, first_line
+from quant.errors import JointoptError, check_kind, in_one_line
 from quant.formats import scheme
 
 _SECONDS = 900.0
@@ -215,7 +215,7 @@ class RemoteModel(nn.Module):
         try:
             config = json.loads((folder / "config.json").read_text())
         except DAMAGED as error:
-            raise ReloadError(f"config.json cannot be read: {first_line(error)}") from None
+            raise ReloadError(f"config.json cannot be read: {in_one_line(error)}") from None
         if "model_type" in config:
             from transformers import AutoConfig
 

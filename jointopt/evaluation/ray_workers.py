@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from jointopt.evaluation.evaluation import Quality
 from jointopt.evaluation.workers import Ended, read_payload, write_payload
 from jointopt.supernet.supernet import Supernet
-from quant.errors import JointoptError, first_line
+from quant.errors import JointoptError, in_one_line
 
 
 class Remote:
@@ -95,7 +95,7 @@ class Cluster:
                 _reach(address)
                 ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
             except (OSError, ValueError, RuntimeError, RayError) as error:
-                told = first_line(error)
+                told = in_one_line(error)
                 raise JointoptError(
                     f"ray: no cluster at {address!r}: {told}; allowed: an address, or auto after `ray start --head`"
                 ) from None

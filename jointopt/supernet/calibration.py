@@ -24,7 +24,7 @@ from jointopt.supernet.repair import Repairs
 from jointopt.supernet.state import stamp
 from jointopt.supernet.subnetwork import Plan
 from jointopt.supernet.transforms import reread, scale_links
-from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
+from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line, named_line
 from search_spaces.clones import structural_clone, without_autocast
 from search_spaces.family import has_module
 
@@ -133,7 +133,7 @@ def _ran(supernet: Supernet, which: str, plan: Plan, batch: Mapping[str, Any]) -
     except JointoptError:
         raise
     except DOES_NOT_RUN as error:
-        told = f"{type(error).__name__} {in_one_line(error)}"
+        told = named_line(error)
         raise JointoptError(
             f"{supernet.family.name}: the {which} sub-network does not run: {told}; allowed: a declaration whose "
             "widths name all that carries them, and whose removable blocks are run by a loop over their list, none by "

@@ -18,7 +18,7 @@ from jointopt.checkpoint.onnx.convolutions import write_convolutions
 from jointopt.checkpoint.onnx.layers import OnnxConv2d, OnnxEmbedding, OnnxLayer, OnnxLinear
 from jointopt.checkpoint.onnx.shared_weights import write_shared_weights
 from jointopt.outputs import logits_or_states
-from quant.errors import DOES_NOT_RUN, JointoptError, first_line
+from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
 from quant.layers import QuantizedLayer
 from search_spaces.clones import exchange, structural_clone, without_chunks
 
@@ -136,7 +136,7 @@ def _own_program(model: nn.Module, example: Mapping[str, Any]) -> Any:
         with torch.no_grad():
             output = graph(**inputs)
     except DOES_NOT_RUN as error:
-        raise JointoptError(f"export: {kind} does not run on two samples: {first_line(error)}") from error
+        raise JointoptError(f"export: {kind} does not run on two samples: {in_one_line(error)}") from error
     names = _output_names(output)
     if both := sorted({*names} & {*tensors}):
         raise JointoptError(f"export: {both[0]} is an input and an output; allowed: names of their own")
@@ -153,7 +153,7 @@ def _traced_of(model: nn.Module, graph: nn.Module, inputs: dict[str, Any], **opt
         return traced(graph, (), inputs, **options)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
-        told = f"torch.onnx cannot trace {type(model).__name__}: {first_line(cause)}"
+        told = f"torch.onnx cannot trace {type(model).__name__}: {in_one_line(cause)}"
         raise JointoptError(f"export: {told}") from error
 
 
