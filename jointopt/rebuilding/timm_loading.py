@@ -8,18 +8,24 @@ import torch
 from jointopt.rebuilding.runtime import rebuild
 
 
+def build(recipe):
+    """The model of timm that a recipe describes, its weights drawn anew. Needs timm."""
+    import timm
+
+    arguments = dict(recipe["arguments"])
+    library = timm.models.vision_transformer
+    if recipe["class"] == "ResNet":
+        library = timm.models.resnet
+        arguments["block"] = getattr(library, arguments["block"])
+    return getattr(library, recipe["class"])(**arguments)
+
+
 def load(folder):
     """The model in `folder`, in eval mode. Needs timm and safetensors."""
-    import timm
     from safetensors.torch import load_file
 
     config = json.loads((Path(folder) / "config.json").read_text())
-    arguments = dict(config["timm"]["arguments"])
-    library = timm.models.vision_transformer
-    if config["timm"]["class"] == "ResNet":
-        library = timm.models.resnet
-        arguments["block"] = getattr(library, arguments["block"])
-    model = getattr(library, config["timm"]["class"])(**arguments).to(getattr(torch, config["dtype"]))
+    model = build(config["timm"]).to(getattr(torch, config["dtype"]))
     rebuild(model, config["jointopt"])
     if config["timm"]["class"] == "ResNet":  # what is built upon its features reads their widths here
         model.feature_info[0]["num_chs"] = model.bn1.num_features

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jointopt.rebuilding.structure import on_meta
+from jointopt.rebuilding.timm_loading import build
 from quant.errors import JointoptError
 
 
@@ -127,11 +127,4 @@ _RECIPES: dict[str, Callable[[Any], dict[str, Any]]] = {"VisionTransformer": _vi
 
 def from_recipe(recipe: Mapping[str, Any]) -> nn.Module:
     """The model that a timm recipe describes, without storage."""
-    import timm.models.resnet
-    import timm.models.vision_transformer
-
-    arguments = copy.deepcopy(dict(recipe["arguments"]))
-    if recipe["class"] == "ResNet":
-        arguments["block"] = getattr(timm.models.resnet, arguments["block"])
-        return on_meta(timm.models.resnet.ResNet, **arguments)
-    return on_meta(timm.models.vision_transformer.VisionTransformer, **arguments)
+    return on_meta(build, recipe)
