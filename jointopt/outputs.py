@@ -46,11 +46,14 @@ def problem_of(model: Any) -> str | None:
 
 def first_output(output: Any) -> Any:
     """What a module returns, or the first of several: a block's hidden state, before its weights of attention."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def named_output(output: Any, *names: str) -> Any:
-    """What an output holds by the first of these names, whether as an attribute or a key; None where by none."""
+    """What an output holds by the first of these names, whether as an attribute or a key; None where by none. Of a
+    tensor, itself: a model may return nothing else."""
+    if isinstance(output, Tensor):
+        return output
     found = (output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) for name in names)
     return next((each for each in found if each is not None), None)
 
@@ -63,7 +66,7 @@ def logits_or_states(output: Any) -> Any:
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
     """The logits, whether the model returns a tensor (timm) or an output or dict that has them (transformers)."""
     output = model(**inputs)
-    logits = output if isinstance(output, Tensor) else named_output(output, "logits")
+    logits = named_output(output, "logits")
     if not isinstance(logits, Tensor):
         raise JointoptError(
             f"the model returned a {type(output).__name__} without logits; allowed: a tensor, or an output or dict "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.finishing.lockstep import Arrived, Call
+from jointopt.outputs import first_output
 from quant.rounding.learned import positions
 
 STEPS = 200
@@ -110,8 +111,7 @@ class _Codes:
 
 def _output(block: nn.Module, call: Call) -> Tensor:
     """The hidden states that a block hands on."""
-    found = block(*call.args, **call.kwargs)
-    return found if isinstance(found, Tensor) else found[0]
+    return first_output(block(*call.args, **call.kwargs))
 
 
 def _distance(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

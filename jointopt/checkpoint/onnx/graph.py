@@ -80,8 +80,6 @@ class DecoderGraph(nn.Module):
 
 def logits_or_hidden_states(output: Any) -> Tensor:
     """The logits, or what a model without a head gives in their place. Raises JointoptError where there is neither."""
-    if isinstance(output, Tensor):
-        return output
     if (held := logits_or_states(output)) is not None:
         return held
     found = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
