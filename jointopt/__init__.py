@@ -38,7 +38,7 @@ _HOME = {
     "search": "jointopt.loop.loop",
     "finish": "jointopt.finishing.finishing",
     "Finished": "jointopt.finishing.finishing",
-    "export": "jointopt.checkpoint.writer",
+    "export": "jointopt.checkpoint.exporting",
     "verify": "jointopt.checkpoint.verification",
     "rescore_finished": "jointopt.study.rescoring",
     "rescore_front": "jointopt.study.rescoring",
@@ -61,8 +61,8 @@ __all__ = ["strategies", *_HOME]
 
 if TYPE_CHECKING:  # for type checkers, which do not see what is imported by its name
     from jointopt import strategies as strategies
+    from jointopt.checkpoint.exporting import export as export
     from jointopt.checkpoint.verification import verify as verify
-    from jointopt.checkpoint.writer import export as export
     from jointopt.config.config import load_config as load_config
     from jointopt.cost.device import load_device as load_device
     from jointopt.cost.expected import expected_cost as expected_cost

@@ -312,7 +312,7 @@ def _export(options: argparse.Namespace) -> int:
         if folder.exists() and not options.overwrite:
             raise JointoptError(f"export: {str(folder)!r} exists; choose another with --to, or give --overwrite")
         stay_offline(config)
-        from jointopt.checkpoint.writer import check_place  # not before the hub is forbidden
+        from jointopt.checkpoint.exporting import check_place  # not before the hub is forbidden
         from jointopt.checkpoint.writers import WRITERS
 
         check_place(folder, options.overwrite)

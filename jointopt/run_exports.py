@@ -36,7 +36,7 @@ def export_genome(
     Raises:
         JointoptError: the folder holds something else and `overwrite` is not set.
     """
-    from jointopt.checkpoint.writer import export, told_apart_by
+    from jointopt.checkpoint.exporting import export, told_apart_by
 
     if folder.exists() and not overwrite:
         wanted = {**told_apart_by(supernet, genome, finished, study), "target": target}
@@ -68,7 +68,7 @@ def check_export(config: Config, overwrite: bool, supernet: Supernet | None = No
     Args:
         supernet: once it is made; an export of another one is then refused too.
     """
-    from jointopt.checkpoint.writer import check_place
+    from jointopt.checkpoint.exporting import check_place
 
     folder = Path(config.output) / EXPORT
     if overwrite:
@@ -85,7 +85,7 @@ def check_export(config: Config, overwrite: bool, supernet: Supernet | None = No
 
 def _held(folder: Path) -> dict[str, Any]:
     """What is recorded of the export in a folder; nothing but a target where it is none."""
-    from jointopt.checkpoint.writer import RECORD, UNCHANGED
+    from jointopt.checkpoint.exporting import RECORD, UNCHANGED
 
     return {"target": "transformers"} | read_json(folder / RECORD, "export", f"{UNCHANGED}, or --overwrite")
 

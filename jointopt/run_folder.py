@@ -78,7 +78,7 @@ def taken(config: Config) -> Iterator[None]:
     Raises:
         JointoptError: another run is in it, what `check_output` refuses, it cannot be written.
     """
-    from jointopt.checkpoint.writer import clear_killed
+    from jointopt.checkpoint.exporting import clear_killed
 
     output = Path(config.output)
     try:

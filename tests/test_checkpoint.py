@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, BertForMaskedLM, Ro
 import jointopt
 from jointopt import JointoptError, Roofline, SearchSpace, Supernet, load_device
 from jointopt.checkpoint import verification
+from jointopt.checkpoint.exporting import stored_bytes
 from jointopt.checkpoint.reload import load_model
-from jointopt.checkpoint.writer import stored_bytes
 from jointopt.outputs import logits_of
 from jointopt.rebuilding.block_sizes import is_uniform, settle_sizes, sizes_of_blocks
 from jointopt.rebuilding.timm_recipe import preprocessing

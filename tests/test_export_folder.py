@@ -12,7 +12,7 @@ import pytest
 
 import jointopt
 from jointopt import JointoptError
-from jointopt.checkpoint.writer import LOCK, REPLACED
+from jointopt.checkpoint.exporting import LOCK, REPLACED
 from jointopt.config.config import Config
 from jointopt.files import locked
 from jointopt.run_folder import EXPORT, taken

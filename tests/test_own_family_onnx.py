@@ -14,7 +14,7 @@ from torch import nn
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
 from jointopt.checkpoint.onnx.session import OnnxModel
-from jointopt.checkpoint.writer import probed
+from jointopt.checkpoint.probe import probed
 from tests.readme import own_model
 from tests.test_own_family import PIXELS, ByKeyword, Recommender, declare_recommender
 

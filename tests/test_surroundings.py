@@ -14,7 +14,7 @@ import torch
 
 import jointopt
 from jointopt import SearchSpace, Supernet
-from jointopt.checkpoint.writer import RECORD
+from jointopt.checkpoint.exporting import RECORD
 from tests.zoo import batches, logits, make, supernet_of
 
 SCHEMES = ("none", "W8A8", "W8A8_STATIC", "W4A16")

@@ -21,7 +21,7 @@ from transformers import (
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet, load_config
-from jointopt.checkpoint.vllm import _width, check
+from jointopt.checkpoint.vllm_writer import _width, check
 from jointopt.prepared import prepare
 from jointopt.targets import TARGETS
 from quant.layers import QuantizedLayer

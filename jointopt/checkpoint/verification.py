@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jointopt.checkpoint.exporting import RECORD, UNCHANGED, stored_bytes
+from jointopt.checkpoint.probe import probe_inputs, probed
 from jointopt.checkpoint.reload import receive, send
-from jointopt.checkpoint.writer import RECORD, UNCHANGED, probe_inputs, probed, stored_bytes
 from jointopt.evaluation.evaluation import Quality, measured
 from jointopt.files import DAMAGED, check_path, reading
 from jointopt.installed import lacking

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from jointopt.checkpoint import gguf_writer, transformers_writer, vllm
+from jointopt.checkpoint import gguf_writer, transformers_writer, vllm_writer
 from jointopt.checkpoint.onnx import writer as onnx_writer
 
 
@@ -37,5 +37,5 @@ WRITERS: dict[str, Writer] = {
     "transformers": transformers_writer,
     "onnxruntime": onnx_writer,
     "gguf": gguf_writer,
-    "vllm": vllm,
+    "vllm": vllm_writer,
 }

@@ -119,7 +119,7 @@ def _read(kept: Path, machine: str) -> dict[str, Any]:
 
 
 def _exported(supernet: Supernet, genome: Any, folder: Path, backend: str) -> Path:
-    from jointopt.checkpoint.writer import export
+    from jointopt.checkpoint.exporting import export
 
     target = next(name for name, each in TARGETS.items() if each.backend == backend)
     return export(supernet, genome, folder, target=target)

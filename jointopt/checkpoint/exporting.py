@@ -1,13 +1,11 @@
-"""Writes a sub-network as a folder that transformers (or timm) loads: whole, or not at all."""
+"""Writes a sub-network as a folder that its target loads (`writers.WRITERS`): whole, or not at all."""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from contextlib import closing
 from glob import escape
 from importlib.metadata import version
@@ -15,27 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from jointopt import targets
 from jointopt.autocast import autocast_off
-from jointopt.batches import on_device, sample_count, without_labels
 from jointopt.checkpoint import card, gguf_writer
 from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes
+from jointopt.checkpoint.probe import example_of, probe_of
 from jointopt.checkpoint.writers import WRITERS
 from jointopt.evaluation.evaluation import check_supernet
 from jointopt.files import check_path, locked, reading
 from jointopt.finishing.finishing import Finished
 from jointopt.names import NEAREST
 from jointopt.objectives import COSTS
-from jointopt.outputs import first_output, logits_or_states
 from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
-from jointopt.rebuilding.timm_recipe import by_library
 from jointopt.study.study import Study
 from jointopt.tokenizer_settings import settings_of_its_files
-from quant.errors import DOES_NOT_RUN, JointoptError, check_kind, in_one_line
+from quant.errors import JointoptError, check_kind
 from quant.formats import dtype_name
 
 if TYPE_CHECKING:
@@ -45,8 +40,6 @@ RECORD = "jointopt.json"
 LOCK, REPLACED = "jointopt.lock", "replaced"
 """In the folder beside its own that an export is written in: locked while it lives; what was there before."""
 UNCHANGED = "what export wrote, unchanged"
-PROBED = 8
-"""Samples of a probe from a seed: a classifier's outputs for one may all be near 0, by chance."""
 
 
 @autocast_off()
@@ -114,7 +107,7 @@ def export(
         ):
             whole = Path(place) / folder.name
             whole.mkdir()
-            noted, loading = WRITERS[target].write(whole, model, processor, _example(supernet))
+            noted, loading = WRITERS[target].write(whole, model, processor, example_of(supernet))
             record |= noted
             if "stored" not in record:
                 _weigh(whole, model, record["costs"]["size"])
@@ -211,103 +204,9 @@ def _record(
         **({"latency": supernet.latency.described()} if supernet.latency else {}),
         "original": study.original if study is not None else supernet.original_costs(),
         "layers": supernet.layout(genome),
-        "probe": _probe(supernet, model),
+        "probe": probe_of(supernet, model),
         "software": {name: version(name) for name in ("torch", "transformers", "timm", "compressed-tensors")},
     }
-
-
-def _example(supernet: Supernet) -> dict[str, Any]:
-    """The first batch that the super-network was calibrated with; before that what its family declares."""
-    if not supernet.samples and supernet.family.example is not None:
-        return dict(supernet.family.example(supernet.model))
-    return without_labels(supernet.samples[0])
-
-
-def _probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
-    """Inputs from a fixed seed, and the outputs of the sub-network for them: what any reload must give again.
-
-    Without an example in the family, and of a model of no library, the inputs are a calibration sample; None where that
-    has other things than tensors, numbers and text.
-    """
-    if supernet.family.example is None or not by_library(model):
-        return _sample_probe(supernet, model)
-    generator = torch.Generator().manual_seed(0)
-    inputs = {}
-    for name, tensor in supernet.family.example(supernet.model).items():
-        if tensor.is_floating_point():
-            inputs[name] = torch.randn(PROBED, *tensor.shape[1:], generator=generator, dtype=torch.float32)
-        else:
-            # Without padding a decoder that classifies takes one text at a time.
-            shape = 1 if model.config.pad_token_id is None else PROBED, min(16, tensor.shape[1])
-            inputs[name] = torch.randint(3, model.config.vocab_size, shape, generator=generator)
-    first = next(model.parameters())
-    with torch.no_grad():
-        moved = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
-        outputs = probed(model(**moved))
-    described = {
-        k: {"normal": list(v.shape)} if v.is_floating_point() else {"integers": v.tolist()} for k, v in inputs.items()
-    }
-    return {"inputs": described, "outputs": outputs.tolist()}
-
-
-def _sample_probe(supernet: Supernet, model: Any) -> dict[str, Any] | None:
-    """A probe with one calibration sample, since a batch may be large. "largest" is the largest probed output of the
-    sample's whole batch, since one sample's outputs may all be near 0."""
-    together = _example(supernet)
-    example, count, described = dict(together), sample_count(together), dict[str, dict[str, Any]]()
-    for name, value in together.items():
-        if isinstance(value, Tensor):
-            cut = value[:1] if value.dim() and len(value) == count else value
-            example[name] = cut = cut.cpu().contiguous()
-            raw = base64.b64encode(cut.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
-            described[name] = {"bytes": raw, "dtype": dtype_name(cut.dtype), "shape": list(cut.shape)}
-        elif isinstance(value, bool | int | float | str | None):
-            described[name] = {"value": value}
-        else:
-            return None
-    found = []
-    for inputs, told in ((example, "one calibration sample"), (together, "a calibration batch")):
-        try:
-            with torch.no_grad():
-                output = model(**on_device(inputs, next(model.parameters()).device))
-        except DOES_NOT_RUN as error:
-            raise JointoptError(
-                f"export: {type(model).__name__} does not run on {told}: {in_one_line(error)}"
-            ) from error
-        found.append(probed(output))
-    return {"inputs": described, "outputs": found[0].tolist(), "largest": float(found[1].abs().max())}
-
-
-def probe_inputs(probe: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The inputs that a record's probe describes, those from a seed as the model's own numbers."""
-    generator = torch.Generator().manual_seed(0)
-
-    def made(each: Mapping[str, Any]) -> Any:
-        if "normal" in each:
-            return torch.randn(each["normal"], generator=generator, dtype=torch.float32).to(dtype)
-        if "integers" in each:
-            return torch.tensor(each["integers"])
-        if "bytes" in each:
-            raw = torch.frombuffer(bytearray(base64.b64decode(each["bytes"])), dtype=getattr(torch, each["dtype"]))
-            return raw.reshape(each["shape"])
-        return each["value"]
-
-    return {name: made(each) for name, each in probe["inputs"].items()}
-
-
-def probed(output: Any) -> Tensor:
-    """Up to 64 of a model's outputs for the probe, float32, on the CPU."""
-    tensor = first_output(output)
-    if (held := logits_or_states(tensor)) is not None:
-        tensor = held
-    if isinstance(tensor, Mapping):
-        tensor = next(iter(tensor.values()), None)
-    if not isinstance(tensor, Tensor):
-        raise JointoptError(
-            f"export: the model returns {type(output).__name__}; allowed: a tensor, or a tuple or mapping that begins "
-            "with one"
-        )
-    return tensor.detach().float().cpu().flatten()[-64:]
 
 
 def _write_beside(place: Path, record: dict[str, Any], processor: Any, loading: str) -> None:
