@@ -1,4 +1,5 @@
-"""What a config may name, and what it gets where it says nothing, apart from the code behind, slow to load."""
+"""What a config may name, what it gets where it says nothing, and what several rooms call the same, apart from the code
+behind, slow to load."""
 
 from __future__ import annotations
 
@@ -23,3 +24,8 @@ TRAINING_RATE, FINISHING_RATE = 5e-5, 1e-4
 
 NEAREST = "nearest"
 """How weights are rounded that no finishing has rounded."""
+
+LEARNED_RANGES = "learned_ranges"
+"""Under which factors of ranges are a parameter of the model while they are trained, and stand in files."""
+ADAPTERS = ("lora_A", "lora_B")
+"""Parameters of a layer that are its LoRA adapter."""

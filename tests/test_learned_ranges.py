@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe, SearchSpace, Supernet
-from jointopt.learned_ranges import NAME
+from jointopt.names import LEARNED_RANGES
 from jointopt.supernet.subnetwork import renaming
 from jointopt.training import loop
 from jointopt.training.distillation import soft_labels
@@ -113,7 +113,7 @@ def test_before_a_step_nothing_is_another(name):
 @pytest.mark.parametrize("name", ["vit", "bert", "llama_tied", "resnet", "timm_vit"])
 def test_what_is_trained_is_what_the_search_scores_and_the_export_holds(name, tmp_path):
     supernet = trained(name, ["W4A16", "W8A8", "FP8", "W8A8_STATIC_ASYM", "NVFP4A16", "MXFP4A16"])
-    assert supernet.learned is not None and NAME not in supernet.model.state_dict()
+    assert supernet.learned is not None and LEARNED_RANGES not in supernet.model.state_dict()
     whole = supernet.plan(supernet.space.largest).schemes
     learned = [supernet.learned.factor(path, each) for path, each in whole.items()]
     assert max(float((factor - 1).abs().max()) for factor in learned) > 0.01

@@ -11,9 +11,9 @@ from transformers import BertForMaskedLM, TrainerCallback
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe
-from jointopt.adapters import adapted
 from jointopt.config.config import load_config
 from jointopt.models import LoadedModel, ModelSource, load_model
+from jointopt.supernet.adapters import adapted
 from jointopt.training import loop
 from jointopt.training.configured import lora_of
 from jointopt.training.lora import attach, merge

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, ViTForImageClassification
 
 import jointopt
 from jointopt import ElasticTrainer, JointoptError, Recipe
-from jointopt.adapters import adapted
+from jointopt.supernet.adapters import adapted
 from tests.elastic_trainers import arguments, data, trainer, weights
 from tests.test_training import calibrated, gradients, labelled, still
 from tests.zoo import batches, logits, make

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from jointopt.adapters import NAMES as ADAPTERS
 from jointopt.batches import learned_positions
 from jointopt.cost.operators import Answer, LatencyModel, Operator
 from jointopt.cost.positions import Positions, kind_of
 from jointopt.cost.tables import Table, Tables
-from jointopt.learned_ranges import NAME as RANGES
+from jointopt.names import ADAPTERS, LEARNED_RANGES
 from jointopt.objectives import ENERGIES
 from quant.cache import cache_format
 from quant.errors import JointoptError
@@ -32,7 +31,7 @@ from quant.packing import statistics_bytes, storage_bytes
 from search_spaces.family import Cache, Family, Layer, Width, extent
 from search_spaces.space import SearchSpace
 
-_TRAINED_BESIDE = (RANGES, *ADAPTERS)
+_TRAINED_BESIDE = (LEARNED_RANGES, *ADAPTERS)
 """Parameters of training alone, which no checkpoint stores."""
 MEASURES = ("parameters", "size", "macs", "bops")
 CACHE_MEASURES = ("cache", "decode_macs")

@@ -16,9 +16,9 @@ from jointopt.autocast import autocast_off
 from jointopt.batches import check_batch, first_samples, lengths, none_alone, of_average_length, on_device, sample_count
 from jointopt.cost.positions import Positions, measure_positions
 from jointopt.digests import digest_of
-from jointopt.learned_ranges import settle
 from jointopt.supernet.batch_norm import SAMPLES
 from jointopt.supernet.importance import CalibrationPass, check_sortable, sort_width, sort_widths, trains_others
+from jointopt.supernet.range_factors import settle
 from jointopt.supernet.ranges import Ranges
 from jointopt.supernet.repair import Repairs
 from jointopt.supernet.state import stamp

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from jointopt.batches import on_device
 from jointopt.digests import digest_of
 from jointopt.files import reading, write_tensors
-from jointopt.learned_ranges import INPUTS, NAME, LearnedRanges, settle
+from jointopt.names import LEARNED_RANGES
+from jointopt.supernet.range_factors import INPUTS, LearnedRanges, settle
 from quant.errors import JointoptError
 from quant.formats import own_definition
 
@@ -76,8 +77,8 @@ def load(supernet: Supernet, path: str | Path) -> None:
         told = [", ".join(each) or "none" for each in (made, supernet.transforms)]
     if made != supernet.transforms:
         raise JointoptError(f"{path}: saved with transforms {told[0]}; this super-network has {told[1]}")
-    own = {name: each for name, each in distinct_tensors(supernet.model).items() if name != NAME}
-    learned = LearnedRanges(supernet, INPUTS in tensors) if NAME in tensors else None
+    own = {name: each for name, each in distinct_tensors(supernet.model).items() if name != LEARNED_RANGES}
+    learned = LearnedRanges(supernet, INPUTS in tensors) if LEARNED_RANGES in tensors else None
     if learned is not None:
         own |= learned.tensors()
     if tensors.keys() != own.keys() or members != {stage: sorted(each) for stage, each in supernet.leaving.items()}:

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jointopt.adapters import absorb
-from jointopt.learned_ranges import NAME, LearnedRanges
+from jointopt.names import LEARNED_RANGES
 from jointopt.rebuilding.held_cache import hold_cache
 from jointopt.rebuilding.runtime import COLUMN_COUNTS, ROW_COUNTS
+from jointopt.supernet.adapters import absorb
 from jointopt.supernet.batch_norm import keep_statistics
+from jointopt.supernet.range_factors import LearnedRanges
 from jointopt.supernet.repair import Repaired
 from jointopt.supernet.weight_bank import BankedWeight
 from quant.cache import CacheFormat, input_group
@@ -99,7 +100,7 @@ def build(source: Source, plan: Plan, training: bool = False) -> nn.Module:
     shell = modules[""]
     if not training:
         without_autocast(shell)
-    shell._parameters.pop(NAME, None)
+    shell._parameters.pop(LEARNED_RANGES, None)
     absorb(modules.values(), training)
     rows, columns = _cuts(family, plan)
     gone = _gone(family, plan)

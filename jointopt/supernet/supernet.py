@@ -35,11 +35,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jointopt.adapters import effective
 from jointopt.cost.operators import LatencyModel
 from jointopt.cost.positions import Positions
 from jointopt.cost.shapes import ShapeCosts
-from jointopt.learned_ranges import NAME, LearnedRanges, learn
+from jointopt.names import LEARNED_RANGES
+from jointopt.supernet.adapters import effective
 from jointopt.supernet.batch_norm import (
     Statistics,
     has_batch_norm,
@@ -52,6 +52,7 @@ from jointopt.supernet.calibration import calibrate, sort_again
 from jointopt.supernet.costs import by_block, original_tables, tables
 from jointopt.supernet.genes import check_space, fitted_schemes, plan_of, precision_genes
 from jointopt.supernet.model_copy import own_copy, warn_of_what_is_lost
+from jointopt.supernet.range_factors import LearnedRanges, learn
 from jointopt.supernet.repair import Repaired
 from jointopt.supernet.state import fingerprint, follow, load, notice, save, stamp
 from jointopt.supernet.subnetwork import (
@@ -455,7 +456,7 @@ class Supernet:
         It is found out by itself where parameters were written to in place, as optimizers and `load_state_dict` do; to
         be called where their `.data` was.
         """
-        if self.learned is not None and NAME not in self.model._parameters:
+        if self.learned is not None and LEARNED_RANGES not in self.model._parameters:
             self.learned.forget_inputs()
         self.trained, self.calibrated, self._scaled = True, False, False
         self._repaired = {}

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from jointopt.adapters import adapted
 from jointopt.files import check_path, reading, write_tensors
 from jointopt.study.differences import as_json
+from jointopt.supernet.adapters import adapted
 from jointopt.supernet.state import distinct_tensors, read_tensors
 from jointopt.training.distillation import NUMBERS
 from quant.errors import JointoptError, check_kind

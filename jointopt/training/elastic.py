@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from jointopt.batches import Batch, check_batch, on_device, without_labels
 from jointopt.digests import digest_of
 from jointopt.evaluation.evaluation import check_supernet
-from jointopt.learned_ranges import NAME
+from jointopt.names import LEARNED_RANGES
 from jointopt.outputs import IGNORED, problem_of, without_cache
 from jointopt.supernet.batch_norm import running_statistics
 from jointopt.supernet.subnetwork import Plan
@@ -73,7 +73,7 @@ def elastic_loss(
         if supernet not in _CHECKED:
             _check_alike(supernet)
         _CHECKED[supernet] = recipe
-    if recipe.learned_ranges and NAME not in supernet.model._parameters:
+    if recipe.learned_ranges and LEARNED_RANGES not in supernet.model._parameters:
         raise JointoptError("learned_ranges: call supernet.learn_ranges() before the optimizer is made")
     progress = _progress(step, steps, recipe)
     losses, sums = gradients_of(supernet, batch, step, progress, recipe)

@@ -15,10 +15,10 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from jointopt.adapters import adapted
 from jointopt.batches import Batch, without_labels
-from jointopt.learned_ranges import learn, settle
 from jointopt.names import TRAINING_RATE
+from jointopt.supernet.adapters import adapted
+from jointopt.supernet.range_factors import learn, settle
 from jointopt.training.checkpoint import Checkpoint, described_by
 from jointopt.training.elastic import gradients_of, processes
 from jointopt.training.lora import attach, merge

@@ -1,7 +1,7 @@
 """LoRA on a super-network: adapters that are sliced with it, and merged before it is searched (arXiv 2106.09685).
 
 PEFT finds the layers, initializes the adapters and says their scale; here they become parameters of the super-network's
-own layers (`jointopt.adapters`).
+own layers (`jointopt.supernet.adapters`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from jointopt.adapters import NAMES, adapted, effective, take_off
 from jointopt.autocast import autocast_off
 from jointopt.installed import lacking
+from jointopt.names import ADAPTERS
+from jointopt.supernet.adapters import adapted, effective, take_off
 from quant.errors import JointoptError, did_you_mean, in_one_line
 from search_spaces.clones import structural_clone
 from search_spaces.family import has_module
@@ -58,7 +59,7 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
     for path, adapter in found.items():
         layer = supernet.model.get_submodule(path)
         weight = layer.get_parameter("weight")
-        for name in NAMES:
+        for name in ADAPTERS:
             value = getattr(adapter, name)["default"].weight.detach().to(weight.device)  # float32 beside bfloat16
             layer.register_parameter(name, nn.Parameter(value.clone()))
         layer.__dict__["lora_scale"] = float(adapter.scaling["default"])

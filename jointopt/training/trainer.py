@@ -26,14 +26,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from jointopt.adapters import NAMES, adapted, with_adapters
 from jointopt.batches import Batch
 from jointopt.files import reading, write_tensors, write_whole
-from jointopt.learned_ranges import NAME as RANGES
-from jointopt.learned_ranges import learn
+from jointopt.names import ADAPTERS, LEARNED_RANGES
 from jointopt.outputs import IGNORED, logits_of, without_cache
+from jointopt.supernet.adapters import adapted, with_adapters
 from jointopt.supernet.batch_norm import has_batch_norm, reestimate
 from jointopt.supernet.importance import check_sortable
+from jointopt.supernet.range_factors import learn
 from jointopt.supernet.supernet import Supernet
 from jointopt.training.elastic import elastic_loss
 from jointopt.training.lora import attach, merge
@@ -134,7 +134,7 @@ class ElasticTrainer(Trainer):
     def _add(self) -> bool:
         """Adapters and learned ranges among the parameters, where they are not; whether some were missing."""
         adapters = self._lora is not None and not adapted(self.supernet.model)
-        ranges = self.recipe.learned_ranges and RANGES not in self.supernet.model._parameters
+        ranges = self.recipe.learned_ranges and LEARNED_RANGES not in self.supernet.model._parameters
         if self._optimizer_given and (adapters or ranges):
             raise JointoptError(
                 f"optimizers: found one made before {'adapters' if adapters else 'learned ranges'}, which it would not "
@@ -401,7 +401,7 @@ class ElasticTrainer(Trainer):
         which are saved together."""
         layers = adapted(self.supernet.model).items()
         found: dict[str, Tensor] = {
-            f"{path}.{name}": layer.get_parameter(name) for path, layer in layers for name in ("weight", *NAMES)
+            f"{path}.{name}": layer.get_parameter(name) for path, layer in layers for name in ("weight", *ADAPTERS)
         }
         if self.recipe.learned_ranges and self.supernet.learned is not None:
             found |= self.supernet.learned.tensors()

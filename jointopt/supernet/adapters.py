@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from jointopt.names import ADAPTERS
 from search_spaces.clones import structural_clones
-
-NAMES = ("lora_A", "lora_B")
 
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
@@ -21,7 +20,7 @@ def adapted(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _has_adapter(layer: nn.Module) -> bool:
-    return NAMES[0] in layer._parameters
+    return ADAPTERS[0] in layer._parameters
 
 
 def effective(layer: Any) -> Tensor:
@@ -53,5 +52,5 @@ def absorb(clones: Iterable[nn.Module], training: bool = True) -> None:
 def take_off(layer: nn.Module) -> None:
     """The layer without its adapter."""
     del layer.__dict__["lora_scale"]
-    for name in NAMES:
+    for name in ADAPTERS:
         del layer._parameters[name]

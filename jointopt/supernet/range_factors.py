@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from jointopt.names import LEARNED_RANGES
 from quant.calibration import static_constants
 from quant.formats import Scheme
 from quant.learned_ranges import ends, factors, has_learnable_inputs, input_range, is_learnable, widened
@@ -20,8 +21,6 @@ from quant.learned_ranges import ends, factors, has_learnable_inputs, input_rang
 if TYPE_CHECKING:
     from jointopt.supernet.supernet import Supernet
 
-NAME = "learned_ranges"
-"""Under which they are a parameter of the model while they are trained, and stand in files."""
 INPUTS = "learned_ranges.inputs"
 """Under which the ranges of inputs that factors multiply stand in files."""
 
@@ -57,7 +56,7 @@ class LearnedRanges:
 
     def tensors(self) -> dict[str, Tensor]:
         """All there is to keep, by name."""
-        return {NAME: self.values, **({INPUTS: self.inputs} if self.inputs is not None else {})}
+        return {LEARNED_RANGES: self.values, **({INPUTS: self.inputs} if self.inputs is not None else {})}
 
     def factor(self, path: str, scheme: Scheme) -> Tensor | None:
         """Of a weight's range in a scheme, [1 or 2, 1, 1]; None where it is not learned."""
@@ -116,15 +115,15 @@ def learn(supernet: Supernet) -> None:
     """
     if supernet.learned is None:
         supernet.learned = LearnedRanges(supernet)
-    if NAME not in supernet.model._parameters:
+    if LEARNED_RANGES not in supernet.model._parameters:
         if supernet.learned.inputs is None:
             supernet.learned.begin_inputs(supernet)
         supernet.learned.values = nn.Parameter(supernet.learned.values)
-        supernet.model.register_parameter(NAME, supernet.learned.values)
+        supernet.model.register_parameter(LEARNED_RANGES, supernet.learned.values)
 
 
 def settle(supernet: Supernet) -> None:
     """Ends the training of ranges: they stay what they are, and are no parameter of the model any more."""
-    if supernet.model._parameters.pop(NAME, None) is not None:
+    if supernet.model._parameters.pop(LEARNED_RANGES, None) is not None:
         assert supernet.learned is not None
         supernet.learned.values = supernet.learned.values.detach()
