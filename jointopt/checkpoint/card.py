@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jointopt.finishing.finishing import Finishing
 from jointopt.names import NEAREST
 from jointopt.report.quantities import label, scale, time_source
 from jointopt.rows import looks_like_hub_id
@@ -116,8 +117,8 @@ def _weights_made(how: str) -> str:
     """How the weights came about, by the name that `Finishing` gives it."""
     if how in ROUNDED_BY:
         return f"Weights were rounded by {ROUNDED_BY[how]}."
-    kind, steps, *_ = how.split("-")
-    ranges = " and the ranges of their scales (LSQ, arXiv 1902.08153)" if kind == "learned" else ""
+    steps, learned_ranges = Finishing.training(how)
+    ranges = " and the ranges of their scales (LSQ, arXiv 1902.08153)" if learned_ranges else ""
     return (
         f"Weights{ranges} were trained for {steps} steps in their number formats, distilled from the whole model, then "
         "rounded to nearest."

@@ -75,6 +75,12 @@ class Finishing:
         digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
         return f"{'learned' if self.learned_ranges else 'trained'}-{self.steps}-{digest}"
 
+    @staticmethod
+    def training(name: str) -> tuple[int, bool]:
+        """Steps, and whether ranges were trained too, of the training that has this `name`."""
+        kind, steps, _ = name.split("-")
+        return int(steps), kind == "learned"
+
 
 @dataclass(frozen=True)
 class Finished:
