@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,17 +61,11 @@ def _applied(shell: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
 
         return hook
 
-    hooks = [
-        module.register_forward_hook(counter(path))
-        for path, module in shell.named_modules()
-        if kind_of(module) is not None
-    ]
-    try:
-        with torch.no_grad():
-            shell(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for path, module in shell.named_modules():
+            if kind_of(module) is not None:
+                hooks.enter_context(module.register_forward_hook(counter(path)))
+        shell(**inputs)
     return positions
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -75,12 +75,10 @@ def flat_inputs_noted(model: nn.Module) -> Iterator[None]:
         if isinstance(value, torch.Tensor) and value.dim() < 3:
             module.__dict__["flat_input"] = True
 
-    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in quantized_layers(model).values()]
-    try:
+    with ExitStack() as hooks:
+        for layer in quantized_layers(model).values():
+            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def check_language_model(model: Any, target: str, kinds: Sequence[str]) -> None:

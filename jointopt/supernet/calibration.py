@@ -154,14 +154,12 @@ def _by_itself(supernet: Supernet, which: str) -> Iterator[None]:
         if id(module) in originals:
             run.append(originals[id(module)])
 
-    handle = register_module_forward_pre_hook(see)
-    try:
-        yield
-    except DOES_NOT_RUN:
-        if not run:  # else this is why
-            raise
-    finally:
-        handle.remove()
+    with register_module_forward_pre_hook(see):
+        try:
+            yield
+        except DOES_NOT_RUN:
+            if not run:  # else this is why
+                raise
     if run:
         raise JointoptError(
             f"{family.name}: the {which} sub-network does not run its own {run[0]}, but that of the model from which "

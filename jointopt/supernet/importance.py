@@ -55,12 +55,11 @@ class CalibrationPass:
         count = 0
         with ExitStack() as hooks, torch.no_grad():
             for path, hook in self._hooks():
-                handle = self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
-                hooks.callback(handle.remove)
+                module = self.model.get_submodule(path)
+                hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
             for path, keys in self.keys.items():
-                hook = partial(self._give_cache, keys)
-                handle = self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
-                hooks.callback(handle.remove)
+                module, hook = self.model.get_submodule(path), partial(self._give_cache, keys)
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             for batch in batches:
                 self._mask = batch.get("attention_mask")
                 self._forward(batch)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,22 +203,13 @@ def model_outputs(view: nn.Module, inputs: Batch, family: Family, plan: Plan, wa
         if wanted.hidden:
             for block in plan.blocks:
                 hook = _keeper(found.hidden, block.name)
-                hooks.enter_context(_hooked(view, renamed(block.path), hook))
+                hooks.enter_context(view.get_submodule(renamed(block.path)).register_forward_hook(hook))
         if wanted.attention and (width := _last_attention(family, plan)) is not None:
             for part in width.producers:
                 hook = _appender(found.attention)
-                hooks.enter_context(_hooked(view, renamed(part.module), hook))
+                hooks.enter_context(view.get_submodule(renamed(part.module)).register_forward_hook(hook))
         found.logits = logits_of(view, inputs)
     return found
-
-
-@contextmanager
-def _hooked(view: nn.Module, path: str, hook: Callable) -> Iterator[None]:
-    handle = view.get_submodule(path).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _keeper(store: dict[str, Tensor], name: str) -> Callable:
