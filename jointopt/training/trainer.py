@@ -7,27 +7,21 @@ study = jointopt.search(trainer.supernet, quality=accuracy, evaluations=200)
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from jointopt.batches import Batch
-from jointopt.files import reading, write_tensors, write_whole
 from jointopt.names import ADAPTERS, LEARNED_RANGES
 from jointopt.outputs import IGNORED, logits_of, without_cache
 from jointopt.supernet.adapters import adapted, with_adapters
@@ -39,11 +33,11 @@ from jointopt.training.elastic import elastic_loss
 from jointopt.training.lora import attach, merge
 from jointopt.training.recipe import NONE_COUNTED, Recipe, checked
 from jointopt.training.trainer_arguments import check_args, check_checkpointing, check_optimizer, smoothed, supernet_of
-from quant.errors import JointoptError, check_count, check_kind, in_one_line
+from jointopt.training.trainer_checkpoint import RECORD, restore, write_beside, writing
+from quant.errors import JointoptError, check_count, check_kind
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
 
-RECORD, ADDED = "supernet.json", "added.safetensors"
 SAMPLES = 128
 """Of the training data, by which importance and ranges are calibrated where nothing else is given."""
 
@@ -372,7 +366,7 @@ class ElasticTrainer(Trainer):
         """The Trainer's. A checkpoint that cannot be written whole is removed: training resumes from the one before."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            with _written(folder):
+            with writing(folder):
                 super()._save_checkpoint(model, trial)
         except BaseException:
             if self.args.should_save:
@@ -386,15 +380,12 @@ class ElasticTrainer(Trainer):
         if state_dict is None and adapted(model):
             state_dict = with_adapters(model).state_dict()
         folder = Path(output_dir or self.args.output_dir)
-        with _written(folder):
+        with writing(folder):
             if self.args.should_save:
                 (folder / RECORD).unlink(missing_ok=True)
             super()._save(output_dir, state_dict)
             if self.args.should_save:
-                if added := self._added():
-                    whole = {name: each.detach().cpu().contiguous() for name, each in added.items()}
-                    write_tensors(folder / ADDED, whole, {"format": "pt"})
-                write_whole(folder / RECORD, json.dumps(self._record(), default=str), "train")
+                write_beside(folder, self._record(), self._added())
 
     def _added(self) -> dict[str, Tensor]:
         """Parameters that the model's own class does not know: adapters and learned ranges; and weights with adapters,
@@ -422,27 +413,7 @@ class ElasticTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / RECORD
-        if not path.is_file():
-            raise JointoptError(f"train: {resume_from_checkpoint!r} holds no {RECORD}; allowed: what this class saved")
-        own = json.loads(json.dumps(self._record(), default=str))
-        kinds = {"space": "space", "leaving": "calibration", "added": "recipe or lora", "trained": "set of parameters"}
-        with reading(f"train: {str(path)!r}", "what this class saved"):
-            saved_by = json.loads(path.read_text())
-            differing = [kind for key, kind in kinds.items() if saved_by.get(key) != own[key]]
-        if differing:
-            raise JointoptError(f"train: {resume_from_checkpoint!r} is of another {differing[0]}; allowed: the same")
-        added = self._added()
-        kept = _kept(path.with_name(ADDED), added) if added else {}
-        own_model: Any = self.supernet.model
-        with reading(f"train: the weights in {resume_from_checkpoint!r}", "what this class saved"):
-            saved = _saved(own_model, Path(resume_from_checkpoint))
-            for name, each in own_model.state_dict().items():
-                if name not in added and (name not in saved or saved[name].shape != each.shape):
-                    raise ValueError(f"{name} is missing, or of another shape than {list(each.shape)}")
-        own_model.load_state_dict(saved, strict=False)
-        for name, parameter in added.items():
-            parameter.data.copy_(kept[name])
+        restore(self.supernet.model, resume_from_checkpoint, self._record(), self._added())
         self.supernet.weights_changed()
 
 
@@ -452,40 +423,3 @@ def _check_repeatable(name: str, dataset: Any) -> None:
             f"{name}: found a {type(dataset).__name__} that can be gone through once; allowed: one whose __iter__ "
             "begins anew each time, as a generator function does"
         )
-
-
-def _saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """What a checkpoint's folder holds of a model's weights, by their names in memory."""
-    if not isinstance(model, PreTrainedModel):
-        return load_file(folder / SAFE_WEIGHTS_NAME)
-    # The Trainer reads names as they are in memory; `save_pretrained` writes those of the checkpoints.
-    whole, told = type(model).from_pretrained(
-        folder, dtype=model.dtype, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    drawn = {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}
-    return {name: each for name, each in whole.state_dict().items() if name not in drawn}
-
-
-def _kept(path: Path, added: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What was saved of the parameters that the model's own class does not know."""
-    with reading(f"train: {str(path)!r}", "what this class saved"):
-        kept = load_file(path)
-        for name, parameter in added.items():
-            if kept[name].shape != parameter.shape:
-                raise ValueError(f"{name} is {list(kept[name].shape)}, where {list(parameter.shape)} is trained")
-    return kept
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    """What is raised where a disk is full, as one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise JointoptError(f"train: {str(folder)!r} cannot be written: {in_one_line(error)}") from error
-    except RuntimeError as error:
-        if "inline_container" not in str(error):  # where torch.save writes
-            raise
-        raise JointoptError(
-            f"train: {str(folder)!r} cannot be written: torch.save fails, as it does on a full disk"
-        ) from error
