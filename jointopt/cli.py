@@ -24,12 +24,9 @@ from jointopt.names import MODELS, NOISY, TARGET_NAMES
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from jointopt.config.config import Config
     from jointopt.report.devices import OnDevice
     from jointopt.study.study import Study
-    from jointopt.supernet.supernet import Supernet
 
 PICKS = "knee, size_mb=20, drop=0.01, or the number of an evaluation"
 
@@ -204,8 +201,9 @@ def _space(options: argparse.Namespace) -> int:
     stay_offline(config)
     from jointopt.report.quantities import counted
     from jointopt.report.terminal import extremes_table, space_table
+    from jointopt.workflow import empty_supernet
 
-    supernet = _without_weights(config)
+    supernet = empty_supernet(config)
     space = supernet.space
     console = Console()
     console.print(space_table(space))
@@ -254,6 +252,7 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
     from jointopt.prepared import stay_offline
     from jointopt.report.devices import on_device
     from jointopt.run_folder import CONFIG
+    from jointopt.workflow import empty_supernet
 
     if not (output / CONFIG).is_file():
         raise JointoptError(
@@ -273,64 +272,20 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
     shapes = study.fact("shapes")
     if shapes is None:  # as while the original is scored
         raise JointoptError("--device: the study has no evaluation yet; allowed: with one or more")
-    supernet = _without_weights(config)
+    supernet = empty_supernet(config)
     supernet.take_shapes(shapes)
     wish = config.choose.model_dump(exclude_none=True)
     return [on_device(study, supernet, name, model, wish) for name, model in zip(names, models, strict=True)]
 
 
-def _without_weights(config: Config) -> Supernet:
-    """The config's super-network on the meta device: for its space and its costs."""
-    from jointopt.models import empty_model, find_source, model_task
-    from jointopt.supernet.supernet import Supernet
-    from jointopt.timing.hardware import latency_of
-
-    source = find_source(config.model)
-    model = empty_model(source, config.task or model_task(source), config.dtype)
-    space = config.search_space(model)
-    return Supernet(model, space, transforms=config.transforms or (), latency=latency_of(config))
-
-
 def _export(options: argparse.Namespace) -> int:
-    from jointopt.config.config import load_config
-    from jointopt.prepared import prepare, stay_offline
-    from jointopt.run_exports import export_genome
-    from jointopt.run_folder import CONFIG, EXPORT, STUDY
-    from jointopt.study.study import Study
-    from jointopt.workflow import finished_genome, finishing_of, make_supernet, note_choice
+    from jointopt.run_picks import export_pick
 
     pick = parse_pick(options.pick)
     if options.to:
         check_path(options.to, "export: --to")
     output = Path(options.output)
-    study = Study.open(output / STUDY)
-    try:
-        config = load_config(output / CONFIG, {"output": str(output)})
-        if not study.finished():  # else it may depend on a finishing, and which that is on the data
-            picked(study, pick, None)
-        folder = Path(options.to) if options.to else output / EXPORT
-        if folder.exists() and not options.overwrite:
-            raise JointoptError(f"export: {str(folder)!r} exists; choose another with --to, or give --overwrite")
-        stay_offline(config)
-        from jointopt.checkpoint.exporting import check_place  # not before the hub is forbidden
-        from jointopt.checkpoint.writers import WRITERS
-
-        check_place(folder, options.overwrite)
-        target = options.target or config.target
-        prepared = prepare(config, target)
-        genome = picked(study, pick, finishing_of(config, prepared).name if config.finish else None)
-        supernet = make_supernet(config, prepared)
-        searched = (study.config.get("supernet"), study.config.get("contents"))
-        if searched != (supernet.fingerprint(), prepared.searched):
-            raise JointoptError(f"export: the model or its data are no longer what {str(output / STUDY)!r} searched")
-        if config.finish is not None:  # which takes a while, for what may be refused
-            WRITERS[target].check(supernet.extract(genome), prepared.loaded.saved_processor)
-        finished = finished_genome(config, supernet, study, genome, prepared)
-        export_genome(supernet, study, genome, finished, folder, prepared, options.overwrite, target)
-        if folder.resolve() == (output / EXPORT).resolve():  # only now: what was refused is no choice
-            note_choice(study, supernet, genome, pick, finished)
-    finally:
-        study.close()
+    folder = export_pick(output, pick, Path(options.to) if options.to else None, options.target, options.overwrite)
     check = f"python -m jointopt verify {quote(str(folder))}" + _config_option(folder, output)
     print(f"exported: {folder}; check it: {check}")
     return 0
@@ -355,24 +310,6 @@ def parse_pick(text: str) -> dict[str, Any]:
     except ValueError:
         pass
     raise JointoptError(f"--pick: found {text!r}; allowed: {PICKS}")
-
-
-def picked(study: Study, pick: dict[str, Any], rounding: str | None) -> np.ndarray:
-    """The genome that a pick names, finished quality by `rounding` counted. Raises JointoptError for none."""
-    import numpy as np
-
-    if "evaluation" not in pick:
-        made = any(each["rounding"] == rounding for each in study.finished())
-        return study.best(**pick, finished=rounding if made else None)
-    frame = study.evaluations()
-    rows = frame[frame["number"] == pick["evaluation"]]
-    if not len(rows):
-        numbers = f"{frame['number'].min()} to {frame['number'].max()}" if len(frame) else "none yet"
-        raise JointoptError(f"--pick: found evaluation {pick['evaluation']}; the study has {numbers}")
-    row = rows.iloc[0]
-    if isinstance(row["failed"], str):
-        raise JointoptError(f"--pick: evaluation {pick['evaluation']} failed: {row['failed']}")
-    return np.array(row["genome"], dtype=np.int64)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -73,6 +73,17 @@ def make_supernet(config: Config, prepared: Prepared, console: Console | None = 
     return supernet
 
 
+def empty_supernet(config: Config) -> Supernet:
+    """The config's super-network on the meta device: for its space and its costs."""
+    from jointopt.models import empty_model, find_source, model_task
+    from jointopt.supernet.supernet import Supernet
+
+    source = find_source(config.model)
+    model = empty_model(source, config.task or model_task(source), config.dtype)
+    space = config.search_space(model)
+    return Supernet(model, space, transforms=config.transforms or (), latency=latency_of(config))
+
+
 def _take_weights(config: Config, prepared: Prepared, supernet: Supernet, console: Console | None) -> None:
     """Trained ones: those of an earlier run in the same output, or trained now; calibrate afterwards."""
     output = Path(config.output)
