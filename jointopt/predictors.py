@@ -57,6 +57,8 @@ class Choices:
     """Every choice of every gene as a slot of one long vector, and what slots have in common.
 
     Attributes:
+        signs: of the objectives, by which less is better [objectives].
+        measured, exact: columns of the objectives that are measured, and of those that are computed.
         gene, choice: of each slot [slots].
         offsets: the first slot of each gene [genes].
         costs: what each slot adds to each computed objective, by least squares [slots, computed]; in units in which
@@ -66,7 +68,10 @@ class Choices:
 
     def __init__(self, space: SearchSpace, objectives: Sequence[Objective]):
         self.space = space
-        self.computed = [objective for objective in objectives if objective.compute is not None]
+        self.objectives = objectives
+        self.signs = np.array([objective.sign for objective in objectives])
+        self.measured = [at for at, objective in enumerate(objectives) if objective.compute is None]
+        self.exact = [at for at, objective in enumerate(objectives) if objective.compute is not None]
         self.gene = np.repeat(np.arange(len(space)), space.sizes)
         self.offsets = np.concatenate([[0], np.cumsum(space.sizes)[:-1]])
         self.choice = np.arange(len(self.gene)) - self.offsets[self.gene]
@@ -103,8 +108,15 @@ class Choices:
 
     def compute(self, genomes: np.ndarray) -> np.ndarray:
         """The computed objectives, exact, in their own units: [n, computed]."""
-        columns = [objective.values(genomes) for objective in self.computed]
+        columns = [self.objectives[at].values(genomes) for at in self.exact]
         return np.stack(columns, axis=1) if columns else np.empty((len(genomes), 0))
+
+    def exact_tables(self) -> np.ndarray:
+        """What each slot adds to each objective, less is better [objectives, slots]; 0 for those that are measured."""
+        tables = np.zeros((len(self.objectives), len(self.gene)))
+        for column, at in enumerate(self.exact):
+            tables[at] = self.costs[:, column] * self.signs[at]
+        return tables
 
     def _measure_costs(self) -> None:
         random = np.random.default_rng(0)
@@ -136,14 +148,14 @@ class Choices:
     def share(self) -> np.ndarray:
         """How much more of the costs hangs on a gene than on the average one, as a square root: what is large has
         larger effects, but not in proportion; [genes]."""
-        if not self.computed:
+        if not self.exact:
             return np.ones(len(self.space))
         spans = np.zeros(len(self.space))
         for costs in self.costs.T:
             high = np.maximum.reduceat(costs, self.offsets)
             low = np.minimum.reduceat(costs, self.offsets)
             spans += (high - low) / max(float((high - low).mean()), 1e-12)
-        return np.sqrt(np.clip(spans / len(self.computed), 0.1, 10.0))
+        return np.sqrt(np.clip(spans / len(self.exact), 0.1, 10.0))
 
     @cached_property
     def level(self) -> np.ndarray:
@@ -154,7 +166,7 @@ class Choices:
         level = np.zeros(len(self.gene))
         for gene, (start, size) in enumerate(zip(self.offsets, self.space.sizes, strict=True)):
             slots = slice(start, start + size)
-            level[slots] = _levels(self.space.genes[gene], self.costs[slots].mean(1) if self.computed else None)
+            level[slots] = _levels(self.space.genes[gene], self.costs[slots].mean(1) if self.exact else None)
         return level
 
     def _grouped(self) -> dict[str, np.ndarray]:
@@ -171,7 +183,7 @@ class Choices:
             "block": _scattered(blocks[self.gene], self.level * share),
             "place": self._placed(kinds),
         }
-        if self.computed:
+        if self.exact:
             groups["cost"] = self.costs
         return groups
 

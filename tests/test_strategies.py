@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jointopt import Gene, JointoptError, Objective, SearchSpace, strategies
 from jointopt.objectives import hypervolume, minimized, non_dominated
 from jointopt.strategies import guided_search
+from jointopt.strategies.beliefs import Beliefs
 from jointopt.strategies.genetic import order, select
 from tests.conditional_problem import SPACE, STRATEGIES, TWO, loss, macs, measure, searched, size
 
@@ -60,11 +61,11 @@ def test_one_to_four_objectives(name, objectives):
 def test_guided_learns_from_the_front_and_the_latest_of_many_evaluations(monkeypatch):
     strategy = searched("guided", 6)
     front = strategy.told[non_dominated(strategy.costs())]
-    monkeypatch.setattr(guided_search, "MOST", len(front) + 10)
-    seen: list[guided_search.Beliefs] = []
+    monkeypatch.setattr(guided_search, "LEARNED", len(front) + 10)
+    seen: list[Beliefs] = []
 
-    def believed(*given) -> guided_search.Beliefs:
-        seen.append(guided_search.Beliefs(*given))
+    def believed(*given) -> Beliefs:
+        seen.append(Beliefs(*given))
         return seen[-1]
 
     strategy.beliefs = believed

@@ -14,8 +14,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from jointopt.objectives import Constraint, Objective, non_dominated
-from jointopt.predictors import LIMIT, Choices, Predictor, robust
-from jointopt.strategies.batches import Areas, Points, Times, crossed, pick
+from jointopt.predictors import Choices, Predictor
+from jointopt.strategies.batches import crossed
+from jointopt.strategies.beliefs import Beliefs
 from jointopt.strategies.genetic import distinct, evolve, handicapped
 from jointopt.strategies.strategy import Strategy
 from quant.errors import JointoptError
@@ -23,7 +24,7 @@ from search_spaces.space import SearchSpace
 
 FEWEST = 5
 """Evaluations without which nothing is learned."""
-MOST = 1000
+LEARNED = 1000
 """Evaluations that are learned from at a time: what that takes grows with the square of their number, and more."""
 GOLDEN = 0.6180339887
 UNIFORM = 4
@@ -31,11 +32,6 @@ UNIFORM = 4
 WEIGHTINGS = 20
 CROSSED = 24, 3000
 """Of how many of the best genomes beginnings and ends are put together, to about how many."""
-LEAST = 0.01
-"""Of the largest computed cost that was told: below it a ratio counts for little."""
-BOLDNESS = 0.3
-"""How far the drawn functions go from the mean, as a share of the posterior's width. At 1 a search in hundreds of
-dimensions explores for ever."""
 
 
 class GuidedSearch(Strategy):
@@ -57,6 +53,9 @@ class GuidedSearch(Strategy):
         JointoptError: a prior for what is no measured objective, of other shapes or not finite; what `Strategy` raises.
     """
 
+    beliefs: type[Beliefs] = Beliefs
+    """What decides by what was told. Benchmarks put others in its place."""
+
     def __init__(
         self,
         space: SearchSpace,
@@ -73,11 +72,7 @@ class GuidedSearch(Strategy):
         super().__init__(space, objectives, seed, constraints)
         self.initial, self.population, self.generations, self.draws = initial, population, generations, draws
         self.parts = parts
-        self.beliefs = Beliefs
         self.choices = Choices(space, objectives)
-        self.signs = np.array([objective.sign for objective in self.objectives])
-        self.measured = [at for at, objective in enumerate(self.objectives) if objective.compute is None]
-        self.exact = [at for at, objective in enumerate(self.objectives) if objective.compute is not None]
         self.take_prior(prior or {})
         self._paths = [
             _path(int(a), int(b), int(k)) for a, b, k in zip(space.smallest, space.largest, space.sizes, strict=True)
@@ -87,7 +82,7 @@ class GuidedSearch(Strategy):
         """Puts a prior in the place of what there was, for what is asked from now on."""
         if not isinstance(prior, Mapping):
             raise JointoptError(f"prior: found {prior!r}; allowed: measured objective -> an array for each gene")
-        names = {self.objectives[at].name: at for at in self.measured}
+        names = {self.objectives[at].name: at for at in self.choices.measured}
         found = {}  # measured objective's column -> features of its prior, see `Choices.prior`
         for name, estimate in prior.items():
             if name not in names:
@@ -118,21 +113,25 @@ class GuidedSearch(Strategy):
             yield from self._design(n)
             return
         kept = np.flatnonzero(known)[self._most_telling(self.costs()[known])]
-        beliefs = self.beliefs(self, self.told[kept], self.costs()[kept])
+        beliefs = self.believed(self.told[kept], self.costs()[kept])
         found = self._askable(self._candidates(beliefs))
         if self.parts and n > 1 and len(found):
             best = found[beliefs.picked(found, CROSSED[0])]
             more = np.vstack([found, crossed(self.space, self.parts, best, CROSSED[1])])
             found = self._askable(more[distinct(more)])
         picked = beliefs.picked(found, n, self.parts)
-        self.predicted[: len(picked)] = beliefs.foreseen(found[picked]) * self.signs
+        self.predicted[: len(picked)] = beliefs.foreseen(found[picked]) * self.choices.signs
         yield from found[picked]
 
+    def believed(self, told: np.ndarray, costs: np.ndarray) -> Beliefs:
+        """What is believed of the objectives after these evaluations."""
+        return self.beliefs(self.choices, self.feasible, told, costs, self.priors, self.draws, self.random)
+
     def _most_telling(self, costs: np.ndarray) -> np.ndarray:
-        """Places of up to MOST of them: first what nothing dominates, then the latest."""
-        excess = self.feasible.measured_excess(costs * self.signs)
+        """Places of up to LEARNED of them: first what nothing dominates, then the latest."""
+        excess = self.feasible.measured_excess(costs * self.choices.signs)
         dominated = ~non_dominated(handicapped(costs, excess))
-        return np.sort(np.lexsort((-np.arange(len(costs)), dominated))[:MOST])
+        return np.sort(np.lexsort((-np.arange(len(costs)), dominated))[:LEARNED])
 
     def _askable(self, genomes: np.ndarray) -> np.ndarray:
         """Those that were not asked, keep to the exact constraints and are likely to succeed."""
@@ -142,10 +141,10 @@ class GuidedSearch(Strategy):
 
     def _safe(self, genomes: np.ndarray) -> np.ndarray:
         """Whether they are more likely than not to succeed, by what failed before."""
-        failed = ~np.isfinite(self.values[-MOST:]).all(axis=1)
+        failed = ~np.isfinite(self.values[-LEARNED:]).all(axis=1)
         if not failed.any() or not len(genomes):
             return np.ones(len(genomes), dtype=bool)
-        return Predictor(self.choices, self.told[-MOST:], failed.astype(float), transforms=False)(genomes) < 0.5
+        return Predictor(self.choices, self.told[-LEARNED:], failed.astype(float), transforms=False)(genomes) < 0.5
 
     def _design(self, n: int) -> Iterable[np.ndarray]:
         """The two ends; the largest with one group of genes changed together, which shows what a uniform choice costs
@@ -160,19 +159,12 @@ class GuidedSearch(Strategy):
         """Genomes spread along the front as the prior has it; none where there is none."""
         if not self.priors:
             return np.empty((0, len(self.space)), dtype=np.int64)
-        tables = self._exact_tables()
+        tables = self.choices.exact_tables()
         for at, prior in self.priors.items():
             tables[at] = prior[:, 0]
         found = self._best_of_sums(tables[None])
         found = found[distinct(found)]
         return found[np.linspace(0, len(found) - 1, n + 2).round().astype(int)[1:-1]]
-
-    def _exact_tables(self) -> np.ndarray:
-        """What each slot adds to each objective [objectives, slots], 0 for those that are measured."""
-        tables = np.zeros((len(self.objectives), len(self.choices.gene)))
-        for column, at in enumerate(self.exact):
-            tables[at] = self.choices.costs[:, column] * self.signs[at]
-        return tables
 
     def _grouped(self) -> list[np.ndarray]:
         """The largest genome with all genes whose choices mean the same at one of these. Of the group that most of the
@@ -248,113 +240,6 @@ class GuidedSearch(Strategy):
             logits = self.random.normal(0, 2, (k, WEIGHTINGS, count))
         weights = np.exp(logits)
         return weights / weights.sum(2, keepdims=True)
-
-
-class Beliefs:
-    """What is believed of the objectives after some evaluations: a mean, and functions drawn from around it.
-
-    Args:
-        search: whose objectives they are.
-        told: evaluated genomes, with their `costs` [n, objectives], less is better.
-
-    Attributes:
-        costs: those told, but for what no other evaluation bears out: there what is foreseen.
-    """
-
-    def __init__(self, search: GuidedSearch, told: np.ndarray, costs: np.ndarray):
-        self.search, self.told, self.costs = search, told, costs.copy()
-        self.predictors: dict[int, Predictor] = {}
-        for at in search.measured:
-            predictor, believed = robust(search.choices, told, costs[:, at], search.priors.get(at))
-            self.predictors[at], wrong = predictor, ~believed
-            self.costs[wrong, at] = np.clip(
-                predictor(told[wrong]), costs[believed, at].min(), costs[believed, at].max()
-            )
-        self.drawn = {at: p.draw(search.draws, BOLDNESS, search.random) for at, p in self.predictors.items()}
-        self._by_ratio = [at for at in search.exact if 0 <= costs[:, at].min() < costs[:, at].max()]
-        self._exploding = [at for at in self.predictors if _explodes(self.costs[:, at])]
-
-    def foreseen(self, genomes: np.ndarray) -> np.ndarray:
-        """Costs [n, objectives] under the mean."""
-        values = self._with_exact(genomes, np.empty((len(genomes), len(self.search.objectives))))
-        for at, predictor in self.predictors.items():
-            values[:, at] = predictor(genomes)
-        return values
-
-    def constrained(self, genomes: np.ndarray) -> np.ndarray:
-        """The same on the scales by which they are compared, with what exceeds a constraint worse than all that do
-        not."""
-        values = self.foreseen(genomes)
-        feasible = self.search.feasible
-        excess = feasible.excess(genomes) + feasible.measured_excess(values * self.search.signs)
-        return handicapped(self._compared(values), excess)
-
-    def imagined(self, genomes: np.ndarray) -> np.ndarray:
-        """Costs [draws, n, objectives] under each draw."""
-        shape = (self.search.draws, len(genomes), len(self.search.objectives))
-        values = self._with_exact(genomes, np.empty(shape))
-        for at, predictor in self.predictors.items():
-            tables, constants = self.drawn[at]
-            values[:, :, at] = predictor.values(self.search.choices.sums(genomes, tables), constants).T
-        return values
-
-    def _with_exact(self, genomes: np.ndarray, values: np.ndarray) -> np.ndarray:
-        exact = self.search.exact
-        values[..., exact] = self.search.choices.compute(genomes) * self.search.signs[exact]
-        return values
-
-    def mean_tables(self) -> np.ndarray:
-        """What each slot adds to each objective: [objectives, slots], each objective in a unit of its own."""
-        tables = self.search._exact_tables()
-        for at, predictor in self.predictors.items():
-            tables[at] = predictor.table
-        return tables
-
-    def drawn_tables(self) -> Iterable[np.ndarray]:
-        """The same under each draw."""
-        for draw in range(self.search.draws if self.drawn else 0):
-            tables = self.mean_tables()
-            for at, (drawn, _) in self.drawn.items():
-                tables[at] = drawn[:, draw]
-            yield tables
-
-    def _compared(self, values: np.ndarray) -> np.ndarray:
-        """Values [..., objectives] on the scales by which they are compared. Computed costs are compared by ratio:
-        from 10 MB to 9 is as far as from 100 to 90. What explodes is on its predictor's scale: in its own unit a few
-        hopeless genomes would make all the others look alike."""
-        compared = values.copy()
-        for at in self._by_ratio:
-            compared[..., at] = np.log(np.maximum(values[..., at], 0) + LEAST * self.costs[:, at].max())
-        for at in self._exploding:
-            compared[..., at] = self.predictors[at].scale.forward(np.clip(values[..., at], -LIMIT, LIMIT))
-        return compared
-
-    def picked(self, found: np.ndarray, n: int, parts: Sequence[Sequence[int]] = ()) -> list[int]:
-        """Indices of up to n genomes, picked one by one: each time the one that is expected to add most hypervolume to
-        what was told and picked, divided by its time where it shares `parts` with others. A genome that exceeds a
-        constraint adds nothing; where none adds anything, the one that exceeds least is next."""
-        if not len(found):
-            return []
-        costs = self._compared(self.costs)
-        low, high = costs.min(0), costs.max(0)
-        imagined = self.imagined(np.vstack([self.told, found]))
-        excess = self.search.feasible.measured_excess(imagined * self.search.signs)
-        values = (self._compared(imagined) - low) / np.where(high > low, high - low, 1.0)
-        reference = np.full(values.shape[2], 1.05)
-        values[excess > 0] = reference
-        handicap = 1e-9 * excess[:, len(self.told) :].mean(0) / max(excess.max(), 1e-300)
-        told, candidates = values[:, : len(self.told)], values[:, len(self.told) :]
-        if len(reference) > 2:
-            volume: Areas | Points = Points(told, candidates, reference, self.search.random)
-        else:
-            volume = Areas(told, candidates, reference)
-        times = Times(self.search.space, parts, found) if parts else None
-        return pick(volume, handicap, times, min(n, len(found)))
-
-
-def _explodes(costs: np.ndarray) -> bool:
-    """Whether the worst is more than ten times as far from the best as the median is."""
-    return bool(np.ptp(costs) > 10 * (np.median(costs) - costs.min()) > 0)
 
 
 def _path(first: int, last: int, size: int) -> list[int]:

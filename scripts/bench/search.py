@@ -34,7 +34,8 @@ from rich.table import Table
 
 from jointopt import strategies
 from jointopt.objectives import non_dominated
-from jointopt.strategies.guided_search import Beliefs, GuidedSearch
+from jointopt.strategies.beliefs import Beliefs
+from jointopt.strategies.guided_search import GuidedSearch
 
 MARKS = (25, 50, 100, 200, 400, 500)
 BATCHES = {"guided_one_by_one": 1, "optuna_tpe": 1, "optuna_gp": 1, "optuna_nsga2": 1}
@@ -57,8 +58,7 @@ class FromTheFront(Beliefs):
     def picked(self, found: np.ndarray, n: int, parts: Sequence[Sequence[int]] = ()) -> list[int]:
         front = np.flatnonzero(non_dominated(self.constrained(found)))
         rest = np.setdiff1d(np.arange(len(found)), front)
-        random = self.search.random
-        return np.concatenate([random.permutation(front), random.permutation(rest)])[:n].tolist()
+        return np.concatenate([self.random.permutation(front), self.random.permutation(rest)])[:n].tolist()
 
 
 def without_batch_choice(problem: Problem, seed: int) -> GuidedSearch:
@@ -231,7 +231,7 @@ def own_speed(blocks: int, keep: Keep, evaluations: int = 500) -> list:
     search = GuidedSearch(problem.space, problem.objectives)
     genomes = problem.space.sample(evaluations, 0)
     search.tell(genomes, problem.exact(genomes))
-    predictors = Beliefs(search, search.told, search.costs()).predictors.values()
+    predictors = search.believed(search.told, search.costs()).predictors.values()
     drawn = np.random.default_rng(0).integers(0, problem.space.sizes, (20000, len(problem.space)))
     many = problem.space.canonical(drawn)
     started = time.perf_counter()
