@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jointopt.cost.shapes import PARTS
-from jointopt.cost.tables import keeping
+from jointopt.cost.tables import PARTS
 from quant.errors import JointoptError
 from search_spaces.family import within
 
@@ -49,13 +48,12 @@ def expected_cost(supernet: Supernet, probabilities: Sequence[Tensor], measure: 
             raise JointoptError(f"expected_cost: {name}: found {shape}; allowed: {wanted}, one tensor a gene")
     known = {name: torch.as_tensor(each).double() for name, each in zip(names, given, strict=True)}
     by_index = list(known.values())
-    kept = keeping(tables.family, tables.space, tables.leaving)
     total = torch.zeros((), dtype=torch.float64)
     for table in tables.tables:
         value = torch.as_tensor(table.values[measure], dtype=torch.float64)
         for index in reversed(table.genes):
             value = value @ by_index[index]
-        total = total + value * _stays(table.path, kept, known)
+        total = total + value * _stays(table.path, tables.keeping, known)
     return total
 
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 from jointopt.batches import learned_positions
 from jointopt.cost.operators import Answer, LatencyModel, Operator
 from jointopt.cost.positions import Positions, kind_of
-from jointopt.cost.tables import Table, Tables
+from jointopt.cost.tables import CostTables, Table
 from jointopt.names import ADAPTERS, LEARNED_RANGES
-from jointopt.objectives import ENERGIES
 from quant.cache import cache_format
 from quant.errors import JointoptError
 from quant.formats import Scheme, scheme
@@ -43,14 +41,21 @@ largest operator's inputs and outputs."""
 DECODED = ("decode_latency", "decode_energy", "cached")
 """The same for one more token of every sequence of a batch, after the whole context; and the bytes that are in a
 sequence's caches then."""
-PARTS = ("activation", "cached")
-"""What `peak_memory` is made of beside the size, and nothing by itself."""
 Chosen = Mapping[int | None, int]
 """Gene -> index of its choice; None -> 0: what no gene chooses is the first of one."""
 
 
-class ShapeCosts:
-    """The cost tables of one super-network.
+def cost_tables(
+    model: nn.Module,
+    family: Family,
+    space: SearchSpace,
+    positions: Positions,
+    precision_gene: Mapping[str, str],
+    schemes: Mapping[tuple[str, str], Scheme],
+    leaving: Mapping[str, Sequence[str]],
+    latency: LatencyModel | None = None,
+) -> CostTables:
+    """The costs of a super-network's sub-networks.
 
     Args:
         model: the super-network's prepared model.
@@ -58,7 +63,16 @@ class ShapeCosts:
         schemes: (layer's path, choice) -> the scheme as it fits the layer; what is not in it stays as it is.
         leaving: depth gene -> names of its removable blocks in the order of leaving.
         latency: what answers for time and energy; None leaves them out.
+
+    Raises:
+        JointoptError: a context of the model of latency for a model that reads no tokens, or not as many.
     """
+    found = _Tabulation(model, family, space, positions, precision_gene, schemes, latency).tables()
+    return CostTables(found, family, space, leaving, positions, latency)
+
+
+class _Tabulation:
+    """The tables of one super-network in the making."""
 
     def __init__(
         self,
@@ -68,53 +82,28 @@ class ShapeCosts:
         positions: Positions,
         precision_gene: Mapping[str, str],
         schemes: Mapping[tuple[str, str], Scheme],
-        leaving: Mapping[str, Sequence[str]],
-        latency: LatencyModel | None = None,
+        latency: LatencyModel | None,
     ):
-        self.latency = latency
-        self.space, self.family, self.leaving = space, family, leaving
+        self.model, self.family, self.space, self.latency = model, family, space, latency
+        self.positions, self.once = positions.of, positions.once
         self._index = {name: i for i, name in enumerate(space.names)}
-        self._model, self.measured, self.positions = model, positions, positions.of
         self._precision_gene, self._fitted = precision_gene, schemes
         self._layers = {layer.path: layer for layer in family.layers}
         self._tied = {path: layer for layer in family.layers for path in layer.tied}
         self._producer = {part.module: (w, part.channels) for w in family.widths for part in w.producers}
         self._consumer = {part.module: (w, part.channels) for w in family.widths for part in w.consumers}
+        self._attends = {w.consumers[0].module.rpartition(".")[0]: w for w in family.widths if w.attention}
+        self._caches = {cache.attention: cache for cache in family.caches}
+        self._seen: set[int] = set()
         self.measures = MEASURES + (CACHE_MEASURES if family.caches else ())
         if latency is not None:
             self.measures += TIMED + (DECODED if family.caches else ())
             self._tokens, self._scale = self._context(latency)
-        self._attends = {w.consumers[0].module.rpartition(".")[0]: w for w in family.widths if w.attention}
-        self._caches = {cache.attention: cache for cache in family.caches}
-        self._seen: set[int] = set()
-        tables = [self._table(path, module) for path, module in model.named_modules() if _stores(module)]
-        tables += [self._attention(width) for width in family.widths if width.attention]
-        tables += [self._cache(cache) for cache in family.caches]
-        self.tables = tables
-        self._joined = Tables(tables, family, space, leaving)
-        self._latest: tuple[bytes, dict[str, np.ndarray]] | None = None
 
-    def columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
-        """Measure -> one value a genome, int64 (float64 for times, energies and bops, which can pass 2^63)."""
-        asked = genomes.tobytes()
-        if self._latest is None or asked != self._latest[0]:  # a search asks for one objective after the other
-            self._latest = asked, self._columns(np.atleast_2d(genomes))
-        return {measure: values.copy() for measure, values in self._latest[1].items()}
-
-    def _columns(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
-        found = self._joined.columns(genomes)
-        if self.latency is not None:
-            found["peak_memory"] = found["size"] + found.pop("activation").astype(np.int64)
-            if "cached" in found:
-                found["peak_memory"] += found.pop("cached") * self.latency.batch
-            for measure in ENERGIES:  # not every model of latency knows them
-                if measure in found and np.isnan(found[measure]).any():
-                    del found[measure]
-        return found
-
-    def breakdown(self, genome: np.ndarray) -> list[dict[str, Any]]:
-        """Of each operator of one genome: its module's path, and its share of every measure."""
-        return self._joined.breakdown(genome)
+    def tables(self) -> list[Table]:
+        found = [self._table(path, module) for path, module in self.model.named_modules() if _stores(module)]
+        found += [self._attention(width) for width in self.family.widths if width.attention]
+        return found + [self._cache(cache) for cache in self.family.caches]
 
     def _context(self, latency: LatencyModel) -> tuple[float, float]:
         """Tokens of a measured sample, and by how much the stated context is longer.
@@ -126,12 +115,12 @@ class ShapeCosts:
         tokens = self.positions.get(attention.consumers[0].module, 1.0) if attention else 1.0
         if latency.context is None:
             return tokens, 1.0
-        given = self.family.example(self._model) if self.family.example else {}
+        given = self.family.example(self.model) if self.family.example else {}
         if "input_ids" not in given:
             raise JointoptError(
                 f"context: found {latency.context}, and a {self.family.name} reads no tokens; allowed: none"
             )
-        most = learned_positions(self._model)
+        most = learned_positions(self.model)
         if most is not None and latency.context > most:
             raise JointoptError(f"context: found {latency.context}; the model takes {most} tokens at most")
         return tokens, latency.context / tokens
@@ -277,7 +266,7 @@ class ShapeCosts:
             weight_bytes=stored,
             bits=weight.element_size() * 8,
             reduces=path in self._consumer and self._consumer[path][0].block is not None,
-            once=path in self.measured.once,
+            once=path in self.once,
         )
 
     def _by_token(self, positions: float) -> bool:
@@ -306,7 +295,7 @@ class ShapeCosts:
         part = width.consumers[0]
         gene, rows = self._sizes((width, part.channels), width.units * part.channels)
         tokens = self.positions.get(part.module, 0.0)
-        weight = self._model.get_submodule(part.module).get_parameter("weight")
+        weight = self.model.get_submodule(part.module).get_parameter("weight")
         bits = weight.element_size() * 8
 
         def cost(chosen: Chosen) -> dict[str, float]:
@@ -339,7 +328,7 @@ class ShapeCosts:
         """What the cache of one attention layer takes, what reading it does for one more token, and what computing keys
         and values from cached inputs does."""
         keys = f"{cache.attention}.k_proj"
-        weight = self._model.get_submodule(keys).get_parameter("weight")
+        weight = self.model.get_submodule(keys).get_parameter("weight")
         (gene, rows), hidden = self._sizes(self._producer.get(keys), weight.shape[0]), weight.shape[1]
         head_dim = self._producer[keys][1]
         precision = self._index.get(cache.name)

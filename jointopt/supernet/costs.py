@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from jointopt.cost.operators import LatencyModel
 from jointopt.cost.positions import Positions, measure_positions
-from jointopt.cost.shapes import ShapeCosts
+from jointopt.cost.shapes import cost_tables
+from jointopt.cost.tables import CostTables
 from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line
 from search_spaces.family import Family, within
 from search_spaces.precision import gene_names
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     from jointopt.supernet.supernet import Supernet
 
 
-def tables(supernet: Supernet, latency: LatencyModel | None) -> ShapeCosts:
+def tables(supernet: Supernet, latency: LatencyModel | None) -> CostTables:
     """See `Supernet.costs_by`."""
     positions = supernet._positions or _of_the_example(supernet)
-    return ShapeCosts(
+    return cost_tables(
         supernet.model,
         supernet.family,
         supernet.space,
@@ -44,12 +45,11 @@ def _of_the_example(supernet: Supernet) -> Positions:
         ) from error
 
 
-def original_tables(supernet: Supernet, latency: LatencyModel | None) -> ShapeCosts:
+def original_tables(supernet: Supernet, latency: LatencyModel | None) -> CostTables:
     """Those of the whole, unquantized model that was given, whose space has one genome."""
     model, family = supernet._declared(supernet._given)
     only = SearchSpace([Gene(gene_names(family.layers[0])[0], ("none",))])
-    positions = supernet._costs.measured
-    return ShapeCosts(model, family, only, positions, {}, {}, supernet.leaving, latency)
+    return cost_tables(model, family, only, supernet._costs.positions, {}, {}, supernet.leaving, latency)
 
 
 def by_block(records: list[dict[str, Any]], family: Family) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from jointopt.cost.operators import LatencyModel
 from jointopt.cost.positions import Positions
-from jointopt.cost.shapes import ShapeCosts
+from jointopt.cost.tables import CostTables
 from jointopt.names import LEARNED_RANGES
 from jointopt.supernet.adapters import effective
 from jointopt.supernet.batch_norm import (
@@ -384,10 +384,10 @@ class Supernet:
         return self._bank.get(path, wanted, sliced, make)
 
     @cached_property
-    def _costs(self) -> ShapeCosts:
+    def _costs(self) -> CostTables:
         return self.costs_by(self.latency)
 
-    def costs_by(self, latency: LatencyModel | None) -> ShapeCosts:
+    def costs_by(self, latency: LatencyModel | None) -> CostTables:
         """The tables of costs, with times, energies and memory by another model of latency than its own."""
         return tables(self, latency)
 
@@ -430,8 +430,8 @@ class Supernet:
 
     def shapes(self) -> dict[str, Any]:
         """What costs depend on beside model and space, for a study to keep: `take_shapes` gives it to another."""
-        measured = self._costs.measured
-        return {"leaving": self.leaving, "positions": dict(measured.of), "once": sorted(measured.once)}
+        positions = self._costs.positions
+        return {"leaving": self.leaving, "positions": dict(positions.of), "once": sorted(positions.once)}
 
     def take_shapes(self, record: Mapping[str, Any]) -> None:
         """Orders blocks, and counts positions, as the super-network that gave the record."""
