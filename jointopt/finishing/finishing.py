@@ -118,9 +118,10 @@ def finish(
     Rounding runs every batch's forward pass side by side in the sub-network and in its unquantized self: layers
     whose inputs are not rounded are fitted to the outputs there (from two samples on) before they are rounded. Memory
     is that of the sub-network, one block's activations of both for all batches, and one layer's Hessians, of both
-    halves of the samples. Layers that are not quantized, and embeddings, stay as the search scored them. Where a layer
-    has a bias, it takes up the mean of the layer's error. Training is of all of the sub-network's weights, on the
-    divergence of its logits from the whole model's, in its number formats (`training.alone`).
+    halves of the samples. Layers that are not quantized, embeddings, and layers that share their weight stay as the
+    search scored them. Where a layer has a bias, it takes up the mean of the layer's error. Training is of all of the
+    sub-network's weights, on the divergence of its logits from the whole model's, in its number formats
+    (`training.alone`).
 
     Args:
         supernet: calibrated. It stays as it is.

@@ -48,8 +48,8 @@ def rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str, 
         moved.append(starting(without_labels(on_device(batch, supernet.device))))
     if not moved:
         raise JointoptError("finish: found no batch; allowed: one or more dicts of the model's inputs")
-    modules = dict(supernet.model.named_modules())
-    rounded = {p: s for p, s in plan.schemes.items() if not isinstance(modules[p], nn.Embedding)}
+    alone = _rounded_alone(supernet)
+    rounded = {p: s for p, s in plan.schemes.items() if p in alone}
     bare = replace(plan, schemes={p: s for p, s in plan.schemes.items() if p not in rounded})
     shell = supernet.renormalized(supernet.built(bare), plan)
     original = supernet.view(replace(plan, schemes={}, caches={}))
@@ -60,6 +60,13 @@ def rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str, 
     if rounder.left:
         raise JointoptError(f"finish: {next(iter(rounder.left.values()))}: {NEVER_REACHED}")
     return detach(supernet.renormalized(shell, plan))
+
+
+def _rounded_alone(supernet: Supernet) -> set[str]:
+    """Paths of the layers that multiply by a weight of their own. The others stay rounded to nearest: an embedding is
+    read as a table, and of a weight that several layers share, each has other inputs."""
+    own = {layer.path for layer in supernet.family.layers if not layer.tied}
+    return {path for path in own if not isinstance(supernet.model.get_submodule(path), nn.Embedding)}
 
 
 class _Rounder:

@@ -1,0 +1,85 @@
+"""Layers of own models that share their weights, or that the forward pass uses in ways of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jointopt
+from jointopt import Family, Layer, SearchSpace, Supernet
+from jointopt.rebuilding.structure import tensors_of
+
+Declare = Callable[[nn.Module], Family]
+
+
+def declaring(*layers: Layer) -> Declare:
+    return lambda model: Family("own", (), (), layers)
+
+
+def calibrated(model: nn.Module, declare: Declare, scheme: str, *batches: dict[str, Tensor]) -> Supernet:
+    space = SearchSpace.for_model(model, ["none", scheme], family=declare)
+    supernet = Supernet(model, space, family=declare)
+    supernet.calibrate(batches)
+    return supernet
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Repeated(nn.Module):
+    """One layer three times, as ALBERT has one block many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList([nn.Linear(32, 32)] * 3), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.head(x)
+
+
+class TiedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(40, 32), nn.Linear(32, 32), nn.Linear(32, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.mix(self.embed(x))))
+
+
+SHARING = {
+    "a layer that is there again": (
+        Repeated,
+        declaring(Layer("layer", "layers.0", "layer", tied=("layers.1", "layers.2")), Layer("head", "head", "head")),
+        random(8, 6, 32),
+    ),
+    "a head that names its embedding": (
+        TiedHead,
+        declaring(Layer("head", "head", "head", tied=("embed",)), Layer("mix", "mix", "mix")),
+        torch.arange(40).view(4, 10),
+    ),
+}
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "descent", "learned"])
+@pytest.mark.parametrize("case", SHARING)
+def test_layers_that_share_a_weight_share_their_codes_when_finished(case, rounding):
+    torch.manual_seed(0)
+    made, declare, x = SHARING[case]
+    supernet = calibrated(made().eval(), declare, "W4A16", {"x": x})
+    genome = supernet.space.encode(dict.fromkeys(supernet.space.names, "W4A16"))
+    nearest, finished = supernet.extract(genome), jointopt.finish(supernet, genome, [{"x": x}], rounding).model
+    assert sum(each.nbytes for each in tensors_of(finished).values()) == supernet.costs(genome)["size"]
+    changed = set()
+    for layer in supernet.family.layers:
+        found = [finished.get_submodule(path).weight for path in (layer.path, *layer.tied)]
+        assert all(each is found[0] for each in found)
+        if not torch.equal(found[0], nearest.get_submodule(layer.path).weight):
+            changed.add(layer.name)
+    assert changed == {"head" if made is Repeated else "mix"}
