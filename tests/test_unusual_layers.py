@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import jointopt
 from jointopt import Family, Layer, SearchSpace, Supernet
 from jointopt.rebuilding.structure import tensors_of
+from quant.layers import QuantizedLinear
 
 Declare = Callable[[nn.Module], Family]
 
@@ -83,3 +85,42 @@ def test_layers_that_share_a_weight_share_their_codes_when_finished(case, roundi
         if not torch.equal(found[0], nearest.get_submodule(layer.path).weight):
             changed.add(layer.name)
     assert changed == {"head" if made is Repeated else "mix"}
+
+
+class Encoder(nn.Module):
+    """torch's own, which in eval mode would take nested tensors through one kernel for a whole block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.encoder(x, src_key_padding_mask=attention_mask == 0)
+        return (hidden * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+
+
+def linear_layers_of(model: nn.Module) -> Family:
+    kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
+    paths = [path for path, module in model.named_modules() if isinstance(module, kinds) and "out_proj" not in path]
+    return Family("own", (), (), tuple(Layer(path, path, path) for path in paths))
+
+
+def test_torch_s_own_encoder_rounds_the_inputs_of_its_layers(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    batch = {"x": random(4, 6, 32), "attention_mask": torch.arange(6) < torch.tensor([[6], [5], [4], [3]])}
+    supernet = calibrated(model, linear_layers_of, "W8A8", batch)
+    genome = supernet.space.encode(dict.fromkeys(supernet.space.names, "W8A8"))
+    rounded: list[Tensor] = []
+    monkeypatch.setattr(QuantizedLinear, "_held", lambda self, x: rounded.append(x) or x)
+    extracted = supernet.extract(genome)
+    with torch.no_grad(), supernet.active(genome) as view:
+        for each in (view, extracted, copy.deepcopy(extracted)):
+            rounded.clear()
+            each(**batch)
+            assert len(rounded) == 4
+        with supernet.active(supernet.space.encode(dict.fromkeys(supernet.space.names, "none"))) as whole:
+            torch.testing.assert_close(whole(**batch), model(**batch))
+    monkeypatch.undo()
+    verification = jointopt.verify(jointopt.export(supernet, genome, tmp_path / "onnx", target="onnxruntime"))
+    assert verification.ok, verification.differences

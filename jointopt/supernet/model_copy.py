@@ -18,7 +18,7 @@ LIBRARIES = ("torch", "transformers", "timm", "accelerate", "peft")
 
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """A deep copy.
+    """A deep copy, whose layers are all called.
 
     Raises:
         JointoptError: a tensor that is computed from others, or weights that are not finite, by their path; a dtype
@@ -37,7 +37,19 @@ def own_copy(model: nn.Module) -> nn.Module:
                     f"model: {path}.{name} is computed from others (pruning); allowed: a plain tensor, as "
                     "torch.nn.utils.prune.remove leaves it"
                 )
-    return copy.deepcopy(model)
+    copied = copy.deepcopy(model)
+    _call_layers(copied)
+    return copied
+
+
+def _call_layers(model: nn.Module) -> None:
+    """Has torch's own encoders call their linear layers in eval mode, too: one kernel for the whole block (and nested
+    tensors, which nothing else takes) would read the weights alone, and no input would be rounded."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def warn_of_what_is_lost(model: nn.Module) -> None:
