@@ -211,6 +211,12 @@ def _check_layers(family: Family, model: nn.Module, holders: Holders) -> None:
                 f"{layer.path}: a {type(module).__module__}.{type(module).__name__} cannot be quantized; allowed: "
                 "torch's Linear, Conv2d, Embedding (adapters are merged first)"
             )
+        parent = layer.path.rpartition(".")[0]
+        if parent and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+            raise JointoptError(
+                f"{layer.path}: nn.MultiheadAttention reads its weight and never calls it, so that no input could be "
+                "quantized; allowed: leave the layer out of the declaration"
+            )
         weight = module._parameters.get("weight")
         if weight is None:
             raise JointoptError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import jointopt
-from jointopt import Family, Layer, SearchSpace, Supernet
+from jointopt import Family, JointoptError, Layer, SearchSpace, Supernet
 from jointopt.rebuilding.structure import tensors_of
 from quant.layers import QuantizedLinear
 
@@ -124,3 +124,33 @@ def test_torch_s_own_encoder_rounds_the_inputs_of_its_layers(monkeypatch, tmp_pa
     monkeypatch.undo()
     verification = jointopt.verify(jointopt.export(supernet, genome, tmp_path / "onnx", target="onnxruntime"))
     assert verification.ok, verification.differences
+
+
+class Reading(nn.Module):
+    """Reads the weight of a layer, and sends tokens to experts of which the batch may need but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.read = nn.ModuleList(nn.Linear(32, 32) for _ in range(2)), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for expert in self.experts[: 1 + int((x > 100).any())]:
+            x = torch.relu(expert(x))
+        return nn.functional.linear(x, self.read.weight)
+
+
+def test_a_layer_whose_weight_is_read_and_that_is_never_called_is_refused():
+    with pytest.raises(JointoptError, match=r"^read: the forward pass reads its weight and never calls it"):
+        calibrated(Reading(), linear_layers_of, "W8A8", {"x": random(4, 6, 32)})
+
+
+def test_an_expert_that_no_sample_reaches_is_left_alone():
+    experts = declaring(*(Layer(path, path, path) for path in ("experts.0", "experts.1")))
+    assert calibrated(Reading(), experts, "W8A8", {"x": random(4, 6, 32)}).calibrated
+
+
+def test_the_output_layer_of_torch_s_attention_is_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4)})
+    declare = declaring(Layer("out", "attention.out_proj", "out"))
+    with pytest.raises(JointoptError, match=r"^attention\.out_proj: nn\.MultiheadAttention reads its weight and never"):
+        SearchSpace.for_model(model, ["none", "W8A8"], family=declare)

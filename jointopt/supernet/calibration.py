@@ -25,7 +25,7 @@ from jointopt.supernet.state import stamp
 from jointopt.supernet.subnetwork import Plan
 from jointopt.supernet.transforms import reread, scale_links
 from quant.errors import DOES_NOT_RUN, JointoptError, in_one_line, named_line
-from search_spaces.clones import structural_clone, without_autocast
+from search_spaces.clones import structural_clone, without_autocast, without_chunks
 from search_spaces.family import has_module
 
 if TYPE_CHECKING:
@@ -64,9 +64,11 @@ def _measure(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
         raise JointoptError("calibrate: found no batch; allowed: one or more dicts of the model's inputs")
     if supernet._has_batch_norm and sum(map(sample_count, kept)) == 1:
         raise JointoptError("calibrate: found one sample; allowed: two or more, of which BatchNorm's statistics are")
-    positions = _positions(supernet, of_average_length(kept[0], tokens))
+    average = of_average_length(kept[0], tokens)
+    positions = _positions(supernet, average)
     before = _answer(structural_clone(supernet.model), kept[0]) if supernet.own_family else None
     with _sorted(supernet, calibration, ranges, repairs):
+        _check_called(supernet, positions, average)
         statistics, repaired = ranges.constants(), repairs.solved()
         _ran(supernet, "smallest", supernet.plan(supernet.space.smallest), kept[0])
         if before is not None:
@@ -87,6 +89,38 @@ def _positions(supernet: Supernet, batch: Mapping[str, Any]) -> Positions:
             f"calibrate: the model does not run on texts of average length, by which costs are counted, {shapes}: "
             f"{in_one_line(error)}; allowed: inputs with one entry a token in their second dimension, or none"
         ) from error
+
+
+def _check_called(supernet: Supernet, positions: Positions, batch: Mapping[str, Any]) -> None:
+    """Raises JointoptError where the forward pass reads the weight of a layer, to which the space offers formats, and
+    never calls it as a module. One that it does not read either, as an expert to which no token goes, is left alone."""
+    offered = [layer for layer in supernet.family.layers if layer.path in supernet.precision_genes]
+    layers = {path: supernet.model.get_submodule(path) for layer in offered for path in (layer.path, *layer.tied)}
+    silent = [p for p, each in layers.items() if p not in positions.of and isinstance(each, nn.Linear | nn.Conv2d)]
+    if silent and _depends(supernet.model, silent, batch):
+        path = next((path for path in silent if _depends(supernet.model, [path], batch)), silent[0])
+        raise JointoptError(
+            f"{path}: the forward pass reads its weight and never calls it as a module, so that its inputs are not "
+            "seen and its products not counted; allowed: layer(x) in place of F.linear(x, layer.weight) or "
+            "layer.forward(x), or leave the layer out of the declaration"
+        )
+
+
+def _depends(model: nn.Module, paths: Iterable[str], batch: Mapping[str, Any]) -> bool:
+    """Whether NaN in the weights of these layers comes to be in what the model returns."""
+    found = []
+    for changed in ((), paths):
+        shell = without_chunks(structural_clone(model))
+        for path in changed:
+            layer = shell.get_submodule(path)
+            unknown = torch.full_like(layer.get_parameter("weight"), math.nan)
+            layer._parameters["weight"] = nn.Parameter(unknown, requires_grad=False)
+        try:
+            answer = _answer(shell, batch)
+        except DOES_NOT_RUN:
+            return True  # which it did without NaN
+        found.append(0 if answer is None else int(answer.isnan().sum()))
+    return found[1] > found[0]
 
 
 @contextmanager
