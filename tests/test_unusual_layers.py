@@ -154,3 +154,33 @@ def test_the_output_layer_of_torch_s_attention_is_refused():
     declare = declaring(Layer("out", "attention.out_proj", "out"))
     with pytest.raises(JointoptError, match=r"^attention\.out_proj: nn\.MultiheadAttention reads its weight and never"):
         SearchSpace.for_model(model, ["none", "W8A8"], family=declare)
+
+
+class Mixture(nn.Module):
+    """Each token goes to one expert, chosen by what comes out of a layer that is quantized too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.gate = nn.Linear(32, 32), nn.Linear(32, 3)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x)
+        chosen, mixed = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            mixed[chosen == index] = expert(x[chosen == index])
+        return mixed
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "learned"])
+def test_experts_that_get_other_tokens_than_in_the_original_are_finished(rounding):
+    torch.manual_seed(0)
+    model, x = Mixture().eval(), random(16, 12, 32)
+    supernet = calibrated(model, linear_layers_of, "W4A16", {"x": x})
+    genome = supernet.space.encode(dict.fromkeys(supernet.space.names, "W4A16"))
+    with torch.no_grad():
+        nearest, finished = (
+            float((each(x) - model(x)).norm())
+            for each in (supernet.extract(genome), jointopt.finish(supernet, genome, [{"x": x}], rounding).model)
+        )
+    assert finished < nearest

@@ -43,14 +43,16 @@ class SharedMoments:
         halves = InputMoments(module), InputMoments(module)
         most = _most(module, arrived)
         turn = itertools.cycle(halves)
+        # An expert gets tokens that are not those which it gets in the original: mostly, other numbers of them.
+        paired = form is None and all(each.x.shape == each.original_x.shape for each in arrived)
         for each in arrived:
             held = each.x if form is None else held_input(module, each.x, form, **constants)
             tokens = _tokens(each)
             for at, half in zip(range(len(held)), turn, strict=False):
                 counted = slice(None) if tokens is None else tokens[at]
-                x, original = (every[at : at + 1, counted] for every in (held, each.original_x))
+                x = held[at : at + 1, counted]
                 if x.numel():
-                    half.add(x, original if form is None else None, _weight(x, most))
+                    half.add(x, each.original_x[at : at + 1, counted] if paired else None, _weight(x, most))
         self._inputs, self._constants, self._halves = [weakref.ref(x) for x in inputs], values, halves
         return halves
 
