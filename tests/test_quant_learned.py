@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant.formats import SCHEMES, scheme
+from quant.formats import ELEMENTS, SCHEMES, Element, Format, scheme
 from quant.kernels import quantize
 from quant.rounding.compensated import gptq
 from quant.rounding.learned import positions
@@ -54,3 +54,12 @@ def test_gradients_reach_moves_by_the_distance_between_values():
     place.held(moves).sum().backward()
     assert torch.equal(moves.grad, place.spacing * place.step)
     assert set(place.spacing.unique().tolist()) <= {0.5, 0.75, 1.0, 1.5, 2.0}
+
+
+def test_a_codebook_of_one_s_own_may_have_fewer_values_than_codes(monkeypatch):
+    monkeypatch.setitem(ELEMENTS, "ternary", Element("ternary", 4, -1, 1, values=(0.0, -1.0, 1.0)))
+    weight = weight_of(0)
+    rounded = quantize(weight, Format("ternary", "group", 32))
+    place = positions(rounded, weight)
+    assert torch.equal(place.held(torch.zeros_like(place.start)), rounded.dequantize())
+    assert set(place.spacing.unique().tolist()) == {1.0}

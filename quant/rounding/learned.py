@@ -79,6 +79,8 @@ def _values(kind: Element, device: torch.device) -> Tensor:
     """All that an element can be, ascending."""
     if not kind.is_float:
         return torch.arange(kind.min, kind.max + 1, dtype=torch.float32, device=device)
+    if kind.values is not None:
+        return torch.tensor(kind.values, dtype=torch.float32, device=device).unique()
     codes = torch.arange(2**kind.bits, device=device).to(torch.uint8)
     values = code_values(codes, kind)
     return values[values.abs() <= kind.max].unique()
