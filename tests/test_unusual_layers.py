@@ -184,3 +184,30 @@ def test_experts_that_get_other_tokens_than_in_the_original_are_finished(roundin
             for each in (supernet.extract(genome), jointopt.finish(supernet, genome, [{"x": x}], rounding).model)
         )
     assert finished < nearest
+
+
+class AddedRMSNorm(nn.Module):
+    """Returns what it normalizes as well, which is the residual from then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = residual + x
+        return nn.functional.rms_norm(residual, (32,), self.weight), residual
+
+
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm, self.head = nn.Linear(32, 32), AddedRMSNorm(), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, residual = self.norm(self.mix(x), x)
+        return self.head(hidden + residual)
+
+
+def test_a_normalization_may_return_more_than_what_it_normalized():
+    supernet = calibrated(Added(), linear_layers_of, "W8A8", {"x": random(4, 6, 32)})
+    assert supernet.costs(supernet.space.largest)["macs"] == 6 * (32 * 32 + 32 * 5)

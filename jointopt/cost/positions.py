@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jointopt.batches import sample_count
+from jointopt.outputs import first_output
 from quant.errors import DOES_NOT_RUN
 from search_spaces.clones import structural_clone, without_chunks
 
@@ -55,9 +56,10 @@ def _applied(shell: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
     positions: dict[str, float] = {}
 
     def counter(path: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            channels = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
-            positions[path] = positions.get(path, 0.0) + output.numel() / channels
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            made: Tensor = first_output(output)  # a norm may also return the residual that it added
+            channels = made.shape[1] if isinstance(module, nn.Conv2d) else made.shape[-1]
+            positions[path] = positions.get(path, 0.0) + made.numel() / channels
 
         return hook
 
