@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import jointopt
 from jointopt import Family, JointoptError, Layer, SearchSpace, Supernet
+from jointopt.cost.positions import measure_positions
 from jointopt.rebuilding.structure import tensors_of
 from quant.layers import QuantizedLinear
 
@@ -211,3 +212,36 @@ class Added(nn.Module):
 def test_a_normalization_may_return_more_than_what_it_normalized():
     supernet = calibrated(Added(), linear_layers_of, "W8A8", {"x": random(4, 6, 32)})
     assert supernet.costs(supernet.space.largest)["macs"] == 6 * (32 * 32 + 32 * 5)
+
+
+class OneByOne(nn.Module):
+    """Hands its layer one sample at a time, without the dimension of samples."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(each) for each in x])
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "learned"])
+def test_a_linear_layer_that_is_handed_one_vector_at_a_time_is_finished(rounding):
+    torch.manual_seed(0)
+    supernet = calibrated(OneByOne(nn.Linear(32, 8)), linear_layers_of, "W4A8", {"x": random(6, 32)})
+    genome = supernet.space.encode({"layer.precision": "W4A8"})
+    assert supernet.costs(genome)["macs"] == 32 * 8
+    jointopt.finish(supernet, genome, [{"x": random(6, 32, seed=seed)} for seed in range(3)], rounding)
+
+
+def test_a_convolution_that_is_handed_one_image_at_a_time_is_refused():
+    with pytest.raises(
+        JointoptError, match=r"^layer: found one image, \[32, 8, 8\]; allowed: images in a batch, \[N, C"
+    ):
+        calibrated(OneByOne(nn.Conv2d(32, 8, 3)), linear_layers_of, "W8A8", {"x": random(4, 32, 8, 8)})
+
+
+def test_a_convolution_s_pixels_are_counted_image_by_image_too():
+    model, images = nn.Conv2d(32, 8, 3), {"input": random(4, 32, 8, 6)}
+    assert measure_positions(model, images).of == {"": 24}
+    assert measure_positions(OneByOne(model), {"x": images["input"]}).of == {"layer": 24}

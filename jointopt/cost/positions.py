@@ -58,7 +58,7 @@ def _applied(shell: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
     def counter(path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             made: Tensor = first_output(output)  # a norm may also return the residual that it added
-            channels = made.shape[1] if isinstance(module, nn.Conv2d) else made.shape[-1]
+            channels = made.shape[-3 if isinstance(module, nn.Conv2d) else -1]
             positions[path] = positions.get(path, 0.0) + made.numel() / channels
 
         return hook

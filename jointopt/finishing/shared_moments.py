@@ -47,12 +47,13 @@ class SharedMoments:
         paired = form is None and all(each.x.shape == each.original_x.shape for each in arrived)
         for each in arrived:
             held = each.x if form is None else held_input(module, each.x, form, **constants)
+            held, beside = (x[None] if x.dim() == 1 else x for x in (held, each.original_x))  # one vector is one sample
             tokens = _tokens(each)
             for at, half in zip(range(len(held)), turn, strict=False):
                 counted = slice(None) if tokens is None else tokens[at]
                 x = held[at : at + 1, counted]
                 if x.numel():
-                    half.add(x, each.original_x[at : at + 1, counted] if paired else None, _weight(x, most))
+                    half.add(x, beside[at : at + 1, counted] if paired else None, _weight(x, most))
         self._inputs, self._constants, self._halves = [weakref.ref(x) for x in inputs], values, halves
         return halves
 

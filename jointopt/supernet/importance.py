@@ -50,8 +50,9 @@ class CalibrationPass:
         self._mask: Tensor | None = None
 
     def run(self, batches: Iterable[Mapping[str, Any]]) -> int:
-        """Returns the number of batches. Raises JointoptError where the model does not run on one, or where a layer or
-        a block saw numbers that are not finite, by which nothing can be ordered."""
+        """Returns the number of batches. Raises JointoptError where the model does not run on one, where a declared
+        convolution is handed one image alone, or where a layer or a block saw numbers that are not finite, by which
+        nothing can be ordered."""
         count = 0
         with ExitStack() as hooks, torch.no_grad():
             for path, hook in self._hooks():
@@ -85,7 +86,10 @@ class CalibrationPass:
             ) from error
 
     def _hooks(self) -> list[tuple[str, Callable]]:
-        hooks: list[tuple[str, Callable]] = []
+        declared = [layer.path for layer in self.family.layers]
+        declared += [part.module for width in self.family.widths for part in (*width.producers, *width.consumers)]
+        convolutions = [path for path in declared if isinstance(self.model.get_submodule(path), nn.Conv2d)]
+        hooks: list[tuple[str, Callable]] = [(path, self._image_hook(path)) for path in dict.fromkeys(convolutions)]
         for path in {part.module for width in self.family.widths for part in width.consumers}:
             hooks.append((path, self._energy_hook(path)))
         for block in self.family.blocks:
@@ -104,6 +108,14 @@ class CalibrationPass:
         if self._mask is not None and hidden.dim() == 3 and self._mask.shape == hidden.shape[:2]:
             return hidden[self._mask.bool()]
         return hidden.reshape(-1, hidden.shape[-1])
+
+    def _image_hook(self, path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            shape = list(hidden_input(args, kwargs).shape)
+            if len(shape) != 4:
+                raise JointoptError(f"{path}: found one image, {shape}; allowed: images in a batch, [N, C, H, W]")
+
+        return hook
 
     def _energy_hook(self, path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
