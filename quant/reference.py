@@ -266,6 +266,8 @@ def _fake_quantized(
     if format.scale == "e4m3" and global_scale is None:
         raise JointoptError(f"{format.element} activations with e4m3 scales: found no global scale; calibrate first")
     grouped = x.unflatten(-1, (format.groups_in(x.shape[-1]), -1)) if format.granularity == "group" else x
+    if format.dynamic and format.granularity == "tensor" and not x.numel():
+        return x  # which has no largest element
     if format.dynamic:
         scale, zero_point = _dynamic_scale(grouped, format, global_scale)
     elif scale is None:

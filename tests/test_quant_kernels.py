@@ -90,8 +90,6 @@ def divides(columns: int, format: Format) -> bool:
 def test_activations_are_those_of_the_reference(format, dtype):
     for x in odd(dtype):
         given = constants(x, format)
-        if format.granularity == "tensor" and not x.numel():
-            continue  # which has no largest element
         expected = reference.fake_quantize_activation(x, format, **given)
         found = kernels.fake_quantize_activation(x, format, **given)
         assert same(found, expected), tuple(x.shape)
