@@ -220,8 +220,9 @@ class SearchSpace:
     def sample(self, n: int, seed: int) -> np.ndarray:
         """Random canonical genomes, int64 [n, genes], all different; fewer only where the space has no more.
 
-        Every gene that matters is drawn evenly from its choices. Where a few genomes take nearly all of the chance,
-        so that draws bring hardly a new one, the others are reached from those found, one gene at a time.
+        Of a space of at most 4 n genomes all are as likely. Else every gene that matters is drawn evenly from its
+        choices; where a few genomes take nearly all of the chance, so that draws bring hardly a new one, the others are
+        reached from those found, one gene at a time.
         """
         check_whole("sample: n", n)
         random = np.random.default_rng(seed)
