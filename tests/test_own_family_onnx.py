@@ -230,3 +230,22 @@ def test_what_cannot_be_traced_is_refused_in_one_line_and_leaves_nothing(tmp_pat
     with pytest.raises(JointoptError, match=r"export: Tiring does not run on a calibration batch: too many"):
         jointopt.export(supernet, supernet.space.smallest, tmp_path / "small", target="onnxruntime")
     assert not list(tmp_path.iterdir())
+
+
+class Halved(Recommender):
+    """With one layer in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up.bfloat16()
+
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        pooled = (self.items(ids) * weights[..., None]).sum(1)
+        return {"taste": self.down(torch.relu(self.up(pooled.bfloat16()).float()))}
+
+
+def test_a_layer_in_half_precision_among_others_is_refused(tmp_path):
+    batch = {"ids": torch.randint(0, 40, (4, 5)), "weights": torch.rand(4, 5)}
+    supernet = for_onnx(Halved(), declare_recommender, batch, mlp=[32, 64])
+    with pytest.raises(JointoptError, match=r"up\.weight is torch\.bfloat16; allowed: float32"):
+        jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="onnxruntime")

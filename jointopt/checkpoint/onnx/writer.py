@@ -70,9 +70,11 @@ def check(model: Any, processor: Any = None) -> None:
     """Raises JointoptError for what cannot be written: see `write`."""
     _check_positions(model)
     check_formats(model, "onnxruntime")
-    dtype = next(model.parameters()).dtype
-    if dtype != torch.float32:
-        raise JointoptError(f"target onnxruntime: the model is {dtype}; allowed: float32, as of dtype: float32")
+    for path, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise JointoptError(
+                f"target onnxruntime: {path} is {parameter.dtype}; allowed: float32, as of dtype: float32"
+            )
     held = next((path for path, module in model.named_modules() if "cache_record" in module.__dict__), None)
     if held is not None:
         raise JointoptError(f"export: {held} has a quantized cache; allowed for onnxruntime: none")
