@@ -32,6 +32,7 @@ def check(family: Family, model: nn.Module) -> None:
     _check_unshared(family, model, holders)
     _check_layers(family, model, holders)
     _check_forwards(family, model)
+    _check_read_only(family, model)
     _check_kept(family, model)
     for width in family.widths:
         if width.size % width.unit:
@@ -146,6 +147,16 @@ def _check_forwards(family: Family, model: nn.Module) -> None:
                 f"{family.name}: {_joined(path, 'forward')} is a function that holds what it runs, as "
                 "torch.compile(model.forward) makes one, and which no sub-network could have for its own; allowed: a "
                 "method, or model.compile()"
+            )
+
+
+def _check_read_only(family: Family, model: nn.Module) -> None:
+    """That no forward pass writes to the weights, which all sub-networks share."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise JointoptError(
+                f"{family.name}: {path} has max_norm {module.max_norm}, by which each look-up writes to its weight; "
+                "allowed: None, its rows scaled to that norm before"
             )
 
 

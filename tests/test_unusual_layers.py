@@ -245,3 +245,9 @@ def test_a_convolution_s_pixels_are_counted_image_by_image_too():
     model, images = nn.Conv2d(32, 8, 3), {"input": random(4, 32, 8, 6)}
     assert measure_positions(model, images).of == {"": 24}
     assert measure_positions(OneByOne(model), {"x": images["input"]}).of == {"layer": 24}
+
+
+def test_an_embedding_that_rescales_its_own_rows_is_refused():
+    model = nn.ModuleDict({"embed": nn.Embedding(40, 32, max_norm=1.0), "head": nn.Linear(32, 5)})
+    with pytest.raises(JointoptError, match=r"^own: embed has max_norm 1\.0, by which each look-up writes"):
+        SearchSpace.for_model(model, ["none", "W8A8"], family=declaring(Layer("head", "head", "head")))
