@@ -209,6 +209,16 @@ def test_a_search_goes_on_where_it_stopped(supernet, tmp_path):
     assert dump(Study.open(tmp_path / "study.db")) == dump(whole)
 
 
+def test_evaluations_taken_out_of_a_study_are_measured_again(supernet, tmp_path):
+    path = tmp_path / "study.db"
+    with contextlib.closing(jointopt.search(supernet, agreement, evaluations=12, storage=path)) as study:
+        whole = study.evaluations().drop(columns="seconds").to_json()
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("DELETE FROM evaluations WHERE number IN (3, 7)")
+    with contextlib.closing(jointopt.search(supernet, agreement, evaluations=12, storage=path)) as study:
+        assert study.evaluations().drop(columns="seconds").to_json() == whole
+
+
 def test_another_config_on_the_same_study_is_refused_with_the_differences(supernet, tmp_path):
     jointopt.search(supernet, agreement, evaluations=5, storage=tmp_path / "study.db", config={"data": "a.csv"}).close()
     with pytest.raises(JointoptError, match='seed was 0, is 1; data was "a.csv", is "b.csv"'):

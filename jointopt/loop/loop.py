@@ -324,6 +324,8 @@ class _Run:
     def batches(self) -> str:
         """Asks for a batch, evaluates all of it, tells it, and so on. Returns why it ended."""
         generation = self.study.last_generation()
+        for earlier in self.study.generations()[:-1]:
+            self._evaluate(*earlier)  # nothing, unless someone has taken evaluations out of the study
         while True:
             if generation is not None:
                 self._evaluate(*generation)
