@@ -46,6 +46,8 @@ def problem_of(model: Any) -> str | None:
 
 def first_output(output: Any) -> Any:
     """What a module returns, or the first of several: a block's hidden state, before its weights of attention."""
+    if isinstance(output, Mapping):
+        return next(iter(output.values()))
     return output[0] if isinstance(output, tuple | list) else output
 
 

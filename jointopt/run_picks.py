@@ -51,7 +51,10 @@ def export_pick(output: Path, pick: Mapping[str, Any], to: Path | None, target: 
         supernet = make_supernet(config, prepared)
         searched = (study.config.get("supernet"), study.config.get("contents"))
         if searched != (supernet.fingerprint(), prepared.searched):
-            raise JointoptError(f"export: the model or its data are no longer what {str(output / STUDY)!r} searched")
+            raise JointoptError(
+                f"export: the model or its data are no longer what {str(output / STUDY)!r} searched, or it is another "
+                "version of jointopt's"
+            )
         if config.finish is not None:  # which takes a while, for what may be refused
             WRITERS[target].check(supernet.extract(genome), prepared.loaded.saved_processor)
         finished = finished_genome(config, supernet, study, genome, prepared)

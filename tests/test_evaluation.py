@@ -363,6 +363,15 @@ def test_last_bits_of_calibrated_ranges_are_not_of_the_fingerprint():
     assert other.fingerprint() != before
 
 
+def test_all_that_a_calibration_runs_on_but_labels_is_of_the_fingerprint():
+    found = []
+    for more in ({}, {"labels": torch.zeros(6, dtype=torch.long)}, {"output_attentions": False}):
+        supernet = supernet_of("vit", False, schemes=["none", "W8A8_STATIC"])
+        supernet.calibrate([{**each, **more} for each in batches("vit")])
+        found.append(supernet.fingerprint())
+    assert found[0] == found[1] != found[2]
+
+
 def test_an_own_scheme_of_another_definition_is_another_fingerprint(monkeypatch):
     found = set()
     for low, granularity in ((-32, "channel"), (-16, "channel"), (-16, "tensor")):

@@ -153,6 +153,11 @@ def test_what_cannot_be_sent_or_loaded_is_one_line(supernet, agreement, tmp_path
     lock = __import__("threading").Lock()
     with pytest.raises(JointoptError, match="cannot be sent to another process: TypeError: cannot pickle"):
         jointopt.search(supernet, lambda model: (lock, agreement(model))[1], evaluations=5, workers=2)
+    try:
+        (tmp_path / "no cache yet").read_text()
+    except OSError:  # which Python keeps as what all that is raised here comes of
+        with pytest.raises(JointoptError, match="cannot be sent to another process: TypeError: cannot pickle"):
+            write_payload(supernet, lambda model: (lock, 1.0)[1], 2, 1)
     (tmp_path / "soon_gone.py").write_text("def quality(model):\n    return 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
     import soon_gone  # type: ignore[import-not-found]

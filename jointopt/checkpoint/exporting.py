@@ -127,7 +127,8 @@ def _check_study(study: Any, supernet: Supernet) -> None:
     if searched and searched != supernet.fingerprint():
         raise JointoptError(
             "export: the super-network, or what it was calibrated on, is no longer what the study searched, so that "
-            "its scores are of others; allowed: the very one (weights, space, calibration), or no study"
+            "its scores are of others; allowed: the very one (weights, space, calibration, version of jointopt), or no "
+            "study"
         )
 
 

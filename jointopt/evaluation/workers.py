@@ -9,6 +9,7 @@ floating-point numbers depend on the number of threads, so that a study keeps to
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import multiprocessing
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 DEATHS = 3
 """Workers that may die on a genome, or before they are ready, until no other is tried."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of errors of the operating system, a disk's or a file's that can take no more."""
 
 Ended = tuple[int, Evaluation]
 """(number of the evaluation, what came of it)"""
@@ -354,7 +357,7 @@ def write_payload(supernet: Supernet, quality: Quality, count: int, threads: int
         if not isinstance(error, Exception):
             raise
         disk = error if isinstance(error, OSError) else error.__context__  # which torch's own error hides
-        if isinstance(disk, OSError):
+        if isinstance(disk, OSError) and disk.errno in FULL:
             raise JointoptError(
                 f"workers: {path!r} cannot be written: {disk.strerror}; allowed: a folder with room, by TMPDIR"
             ) from error

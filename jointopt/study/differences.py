@@ -29,6 +29,8 @@ def check_config(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[s
     config = differing(stored["config"] or {}, wanted["config"])
     if facts or config:
         told = "; ".join(filter(None, (facts, config)))
+        if (stored["config"] or {}).get("supernet") != wanted["config"].get("supernet"):
+            told += " (other weights, space or calibration, or another version of jointopt)"
         raise JointoptError(f"study {str(path)!r} has another config: {told}; allowed: that one, or another storage")
 
 

@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from jointopt.autocast import autocast_off
-from jointopt.batches import check_batch, first_samples, lengths, none_alone, of_average_length, on_device, sample_count
+from jointopt.batches import (
+    check_batch,
+    first_samples,
+    lengths,
+    none_alone,
+    of_average_length,
+    on_device,
+    sample_count,
+    without_labels,
+)
 from jointopt.cost.positions import Positions, measure_positions
-from jointopt.digests import digest_of
+from jointopt.digests import feed_value
 from jointopt.supernet.batch_norm import SAMPLES
 from jointopt.supernet.importance import CalibrationPass, check_sortable, sort_width, sort_widths, trains_others
 from jointopt.supernet.range_factors import settle
@@ -248,10 +257,10 @@ def _checked(supernet: Supernet, batches: Iterable[Any], kept: list[Mapping[str,
 
 
 def _measured(batches: Iterable[Mapping[str, Any]], found: list[int], digest: Any) -> Iterator[Mapping[str, Any]]:
-    """The batches; the lengths of their samples are put down, and their tensors fed to a digest of xxhash."""
+    """The batches; the lengths of their samples are put down, and what the model takes fed to a digest of xxhash."""
     for batch in batches:
         found += lengths(batch)
-        digest.update(digest_of([{name: each for name, each in batch.items() if isinstance(each, Tensor)}]).encode())
+        feed_value(digest, without_labels(batch))
         yield batch
 
 
