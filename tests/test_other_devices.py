@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from jointopt.rebuilding.runtime import held_groups
 from jointopt.rebuilding.structure import format_record
 from quant import reference
 from quant.formats import SCHEMES, scheme
+from quant.kernels import grouped
 from tests.zoo import supernet_of
 
 
@@ -69,3 +72,52 @@ def test_the_original_follows_a_super_network_that_a_trainer_moved():
         assert {each.device.type for each in original.parameters()} == {"meta"}
     with supernet_of("vit").original() as original:
         assert {each.device.type for each in original.parameters()} == {"cpu"}
+
+
+class Compiled:
+    """In the place of a Triton kernel: compiles what it is launched with for an H100, which need not be there.
+
+    Attributes:
+        ptx: what the GPU would be given, one text a launch.
+    """
+
+    TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.int16: "i16", torch.uint8: "u8", torch.int32: "i32"}
+
+    def __init__(self, kernel):
+        self.kernel, self.ptx = kernel, []
+
+    def __getitem__(self, grid):
+        return self.launched
+
+    def launched(self, *arguments, enable_fp_fusion=True, **constants):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        names = self.kernel.arg_names
+        given = dict(zip(names, arguments, strict=False))
+        fixed = constants | {name: None for name, each in given.items() if each is None}
+        signature = {name: "constexpr" if name in fixed else self.type_of(given[name]) for name in names}
+        source = ASTSource(self.kernel, signature, {(names.index(name),): each for name, each in fixed.items()}, {})
+        options = {"enable_fp_fusion": enable_fp_fusion}
+        self.ptx.append(compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+
+    def type_of(self, value):
+        return f"*{self.TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["W8A8", "W8A8_ASYM", "FP8_DYNAMIC", "FP8_E5M2", "NVFP4", "MXFP4"])
+def test_what_a_gpu_runs_rounds_each_operation_once(name, dtype, monkeypatch):
+    """No division by a reciprocal, no product and sum in one, no number too small to be kept: the CPU's bits."""
+    cuda = pytest.importorskip("quant.kernels.cuda", reason="NO TRITON HERE: its kernels were not compiled")
+    compiled = Compiled(cuda._convert)
+    monkeypatch.setattr(cuda, "_convert", compiled)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    whole = torch.ones(1) if name == "NVFP4" else None
+    grouped.activation(cuda, torch.randn(4, 64, dtype=dtype), scheme(name).activations, None, None, whole)
+    grouped.weight(cuda, torch.randn(4, 64, dtype=dtype), scheme(name).weights, None, codes=True, values=True)
+    assert len(compiled.ptx) == 2
+    for ptx in compiled.ptx:
+        assert "div.rn.f32" in ptx
+        assert re.findall(r"\b\w+\.(?:\w+\.)*(?:approx|full|ftz)\S*|\bfma\S+", ptx) == []
