@@ -142,7 +142,7 @@ def test_a_run_whose_export_is_refused_leaves_the_choice_as_it_was(copied, capsy
     [
         ((), {"target": "onnxruntime"}, "exists and holds another model; --overwrite replaces it"),
         ((), {"rounding": "gptq"}, "exists and holds another model; --overwrite replaces it"),
-        ((), {"supernet": "0" * 32}, "exists and holds another model; --overwrite replaces it"),
+        ((), {"supernet": "0" * 32}, "holds a sub-network of another super-network; --overwrite replaces it"),
         ((), "{", "export: 'runs/copied/export/jointopt.json' cannot be read: "),
         (("--overwrite",), None, "holds no jointopt.json"),
     ],
@@ -168,7 +168,7 @@ def test_an_export_of_other_weights_is_not_taken_for_the_run_s_where_its_study_i
     weights = tmp_path / "vit/model.safetensors"
     save_file({name: 2 * each for name, each in load_file(weights).items()}, weights, {"format": "pt"})
     said = refused(capsys, tmp_path, monkeypatch, "run", "config.yaml")
-    assert "'runs/vit/export' exists and holds another model; --overwrite replaces it" in said
+    assert "'runs/vit/export' exists and holds a sub-network of another super-network; --overwrite replaces it" in said
     assert not (tmp_path / "runs/vit/study.db").exists()
     assert at_once("run", "config.yaml", "--overwrite", cwd=tmp_path).returncode == 0
 

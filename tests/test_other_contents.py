@@ -57,7 +57,7 @@ def test_other_unseen_images_under_the_same_name_are_scored_anew(tmp_path, monke
     after = rescored(run_on_images(tmp_path, monkeypatch))
     assert set(after) == set(before)
     assert all(after[genome]["metrics"] != before[genome]["metrics"] for genome in before)
-    assert f"{after[None]['metrics']['loss']:,.5g} ±" in capsys.readouterr().out
+    assert f"{after[None]['metrics']['loss']:,.6g} ±" in capsys.readouterr().out
 
 
 @pytest.mark.slow
