@@ -86,7 +86,7 @@ def declare(model: Model) -> Family:
         tuple(blocks),
         tuple(widths),
         tuple(layers),
-        configure_blocks,
+        _configure,
         example_text,
         tuple(caches),
         sequential=True,
@@ -94,6 +94,16 @@ def declare(model: Model) -> Family:
         stream=stream,
         staying=staying,
     )
+
+
+def _configure(model: Model, kept: Sequence[Block]) -> None:
+    """As `configure_blocks`. transformers makes a cache for every block; one of a sliding window that no attention
+    fills cannot be cropped, as assisted decoding does, unless it counts as another's (`kv_sharing_modes`). A model
+    without any attention needs one cache that does not."""
+    configure_blocks(model, kept)
+    filled = sum(isinstance(getattr(module, "layer_idx", None), int) for module in model.modules())
+    if 0 < filled < len(kept) and getattr(model.config, "sliding_window", None) is not None:
+        model.config.kv_sharing_modes = [None] * filled + ["reuse"] * (len(kept) - filled)
 
 
 def _window(config: Any, index: int) -> int | None:

@@ -212,6 +212,16 @@ def test_generation_works_where_the_first_attention_is_gone():
     assert torch.equal(cached, plain)
 
 
+def test_assisted_decoding_works_where_an_attention_over_a_sliding_window_is_gone():
+    supernet = supernet_of("mistral", schemes=["none"], attention_keep=True)
+    genes = {gene.name: True for gene in supernet.space.genes} | {"block1.attention.keep": False}
+    model = supernet.extract(supernet.space.encode(genes))
+    prompt = batches("mistral")[0]["input_ids"][:1]
+    plain = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    looked_up = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=3)
+    assert torch.equal(looked_up, plain)
+
+
 def partly_sliding() -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
