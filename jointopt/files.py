@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sqlite3
@@ -71,16 +72,18 @@ def reading(what: str, allowed: str = "", *also: type[Exception]) -> Iterator[No
 
 
 def write_whole(path: Path, text: str, what: str) -> None:
-    """Writes a file beside its place, then moves it there.
+    """Writes a file beside its place, then moves it there. A link stays one.
 
     Args:
         what: an error begins with: the config's key, or the command.
 
     Raises:
-        JointoptError: it cannot be written; nothing is left beside.
+        JointoptError: it cannot be written, or is a device or a pipe; nothing is left beside.
     """
+    path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        _check_replaceable(path)
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
@@ -100,9 +103,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """
     from safetensors.torch import save_file
 
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}")
     try:
+        _check_replaceable(path)
         beside.unlink(missing_ok=True)
         beside.touch()
         mode = beside.stat().st_mode
@@ -112,6 +116,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises OSError for a device or a pipe: root would put the file in the place of /dev/null, for all the machine."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is a device or a pipe")
 
 
 def locked(path: Path, what: str, wait: float = 0.0) -> sqlite3.Connection:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,16 @@ def test_another_point_of_the_front_is_exported_and_verified(finished, tmp_path)
     verified = command("verify", tmp_path / "picked", "--config", "runs/vit/config.yaml", cwd=place)
     assert verified.returncode == 0, verified.stdout
     assert verified.stdout.startswith(f"verified: {tmp_path / 'picked'}: accuracy ")
+
+
+def test_verify_finds_packages_where_the_command_itself_does(finished):
+    """As after `pip install --user`, or where a cluster's modules set PYTHONPATH."""
+    paths = [str(Path(__file__).parents[1]), sysconfig.get_path("purelib")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    words = [sys._base_executable, "-m", "jointopt", "verify", "runs/vit"]  # type: ignore[attr-defined]
+    done = subprocess.run(words, cwd=finished.parents[1], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("verified: runs/vit/export: accuracy ")
 
 
 def test_verify_exits_with_1_and_names_the_difference_where_a_weight_was_changed(finished, tmp_path):

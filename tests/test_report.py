@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -296,6 +297,19 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path):
             write_report(make_study(), path)
 
 
+def test_a_page_that_a_link_names_is_replaced_and_a_pipe_is_not(tmp_path):
+    (tmp_path / "site").mkdir()
+    page, link, pipe = tmp_path / "site/index.html", tmp_path / "latest.html", tmp_path / "pipe"
+    page.write_text("old")
+    link.symlink_to(page)
+    os.mkfifo(pipe)
+    write_report(make_study(), link)
+    assert link.is_symlink() and page.read_text() != "old"
+    with pytest.raises(JointoptError, match="pipe' cannot be written: it is a device or a pipe"):
+        write_report(make_study(), pipe)
+    assert pipe.is_fifo() and sorted(each.name for each in tmp_path.iterdir()) == ["latest.html", "pipe", "site"]
+
+
 def test_a_device_by_its_name_alone_is_refused(tmp_path):
     with pytest.raises(JointoptError, match="report: found device 'h100'; allowed: what .*on_device gives"):
         write_report(make_study(), tmp_path / "report.html", devices=["h100"])
@@ -330,10 +344,19 @@ def test_counts_beyond_any_float_are_written():
     assert (counted(1234567), counted(19 * 10**15), counted(10**400)) == ("1,234,567", "1.9e+16", "1.0e+400")
 
 
-def printed(table: object) -> str:
-    console = Console(file=io.StringIO(), width=160)
+def printed(table: object, width: int = 160) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue()
+
+
+def test_a_narrow_terminal_shows_all_digits():
+    costs = {"original": {"parameters": 66362880.0, "macs": 123456789.0, "size": 123456000.0}}
+    narrow = printed(extremes_table(costs), 30).splitlines()
+    cells = [[each.strip() for each in line.split("│")[2:-1]] for line in narrow if line.startswith("│")]
+    wide = next(line for line in printed(extremes_table(costs)).splitlines() if "original" in line)
+    assert ["".join(column) for column in zip(*cells, strict=True)] == wide.replace("│", " ").split()[1:]
+    assert len(cells) > 1
 
 
 def test_the_terminal_shows_the_front_and_the_original():

@@ -1,7 +1,7 @@
 """Loads an exported folder with transformers or timm alone and answers forward calls over a pipe.
 
-Run as a script, in Python's isolated mode, by `jointopt.verify`; nothing of jointopt is imported here. A message is a
-JSON head, then a safetensors body.
+Run as a script by `jointopt.verify`; nothing of jointopt is imported here, nor found beside this file (`python -P`). A
+message is a JSON head, then a safetensors body.
 """
 
 import importlib.util

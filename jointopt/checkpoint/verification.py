@@ -274,11 +274,12 @@ class RemoteOutput(dict):
 
 @contextmanager
 def reloaded(folder: str | Path, device: str = "cpu") -> Iterator[RemoteModel]:
-    """The exported model in a fresh process, which ends with the block; outputs are on the device of its inputs. What
-    transformers copies of the folder's code goes where the block ends as well, not into the user's cache."""
+    """The exported model in a fresh process, which ends with the block and finds packages where this one does; outputs
+    are on the device of its inputs. What transformers copies of the folder's code goes where the block ends as well,
+    not into the user's cache."""
     script = Path(__file__).with_name("reload.py")
     threads, (pipe, other) = str(torch.get_num_threads()), Pipe()
-    command = [sys.executable, "-I", str(script), str(Path(folder).resolve()), threads, device, str(other.fileno())]
+    command = [sys.executable, "-P", str(script), str(Path(folder).resolve()), threads, device, str(other.fileno())]
     with tempfile.TemporaryDirectory(prefix="jointopt-") as modules:
         with other:
             process = subprocess.Popen(

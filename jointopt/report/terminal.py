@@ -68,7 +68,7 @@ def _genome(chosen: Sequence[int] | np.ndarray | None) -> tuple[int, ...] | None
 def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None) -> Table:
     table = Table(title=Text(title, "table.title"))
     for text in titles:
-        table.add_column(Text(text), justify="right")
+        table.add_column(Text(text), justify="right", overflow="fold")  # without its exponent a number is another
     for at, (first, *cells) in enumerate(rows):
         told, style = (f"{first} *", "bold") if at == marked else (first, None)
         table.add_row(*map(Text, (told, *cells)), style=style)
@@ -102,7 +102,7 @@ def extremes_table(costs: Mapping[str, Mapping[str, float]]) -> Table:
     table.add_column("sub-network")
     there = [name for name in COSTS if any(name in values for values in costs.values())]
     for name in there:
-        table.add_column(Text(label(name)), justify="right")
+        table.add_column(Text(label(name)), justify="right", overflow="fold")
     for name, values in costs.items():
         table.add_row(name, *(cell(values, each) for each in there))
     return table
