@@ -103,15 +103,6 @@ def find_source(name: str) -> ModelSource:
     raise JointoptError(f"model: no folder {name!r}, and it is no hub id; allowed: {MODELS}")
 
 
-@contextmanager
-def said_of(key: str) -> Iterator[None]:
-    """What is refused within is of a model that another key of the config names."""
-    try:
-        yield
-    except JointoptError as error:
-        raise JointoptError(f"{key}: {str(error).removeprefix('model: ')}") from None
-
-
 def _folder(name: str, path: Path) -> ModelSource:
     files = sorted(file.name for file in path.glob("*.gguf"))
     if (path / "config.json").is_file():

@@ -30,7 +30,7 @@ from jointopt.run_folder import (
     taken,
 )
 from jointopt.timing.hardware import check_timed, latency_of, look_up, measured_beside
-from quant.errors import JointoptError
+from quant.errors import JointoptError, said_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -205,10 +205,8 @@ def _train(
 
 def _keep(output: Path, supernet: Supernet, wanted: Mapping[str, Any]) -> None:
     """Weights first, then the file that vouches for them."""
-    try:
+    with said_of("output"):
         supernet.save(output / WEIGHTS)
-    except JointoptError as error:
-        raise JointoptError(f"output: {error}") from None
     write_whole(output / TRAINED, json.dumps(wanted, indent=1), "output")
 
 

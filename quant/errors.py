@@ -5,12 +5,26 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 class JointoptError(ValueError):
     """Something the user gave cannot be used: one line that names it, what was found, and what is allowed."""
+
+
+@contextmanager
+def said_of(what: str, in_place_of: str = "") -> Iterator[None]:
+    """What is refused within is said of this: a layer by its path, a key of a config.
+
+    Args:
+        in_place_of: what the refusal begins with by itself, left out.
+    """
+    try:
+        yield
+    except JointoptError as error:
+        raise JointoptError(f"{what}: {str(error).removeprefix(in_place_of)}") from None
 
 
 DOES_NOT_RUN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

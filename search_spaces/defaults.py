@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from quant.cache import by_bytes, cache_format, input_group
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, did_you_mean, said_of
 from quant.formats import scheme
 from search_spaces.checks import check_leaving
 from search_spaces.families import Declare, declare
@@ -332,10 +332,8 @@ def _cache_genes(model: nn.Module, family: Family, caches: Iterable[str] | None)
         raise JointoptError(f"space.caches: the {family.name} family has no cache; allowed: models that generate text")
     for cache in family.caches:
         if any(form.inputs for form in forms):
-            try:
+            with said_of(f"space.caches: {cache.attention}"):
                 input_group(model.get_submodule(f"{cache.attention}.k_proj").get_parameter("weight").shape[1])
-            except JointoptError as error:
-                raise JointoptError(f"space.caches: {cache.attention}: {error}") from None
     return [Gene(cache.name, names) for cache in family.caches if names != ("none",)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
-from quant.errors import JointoptError
+from quant.errors import JointoptError, said_of
 from quant.formats import Scheme, scheme
 from search_spaces.family import Family, Layer
 
@@ -43,7 +43,7 @@ def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Collectio
         JointoptError: the layer cannot take the scheme; the message names the layer, the scheme and the reason.
     """
     wanted = scheme(name)
-    if wanted.weights is None and wanted.activations is None:
+    if wanted.weights is None:
         return wanted
     if wanted.bitsandbytes and not isinstance(module, nn.Linear):
         kind = type(module).__name__
@@ -66,10 +66,8 @@ def fitted_scheme(name: str, layer: Layer, module: nn.Module, columns: Collectio
             raise JointoptError(
                 f"{layer.path}: {name} quantizes activations in groups of {group}; found {channels} input channels"
             )
-    try:
+    with said_of(layer.path):
         return wanted.fitted(columns)
-    except JointoptError as error:
-        raise JointoptError(f"{layer.path}: {error}") from None
 
 
 def check_whole_model(offered: Mapping[str, Iterable[str]], model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from jointopt.finishing.shared_moments import SharedMoments
 from jointopt.outputs import without_cache
 from jointopt.supernet.subnetwork import Plan, detach, quantize_layer, renaming
 from jointopt.supernet.weight_bank import BankedWeight
-from quant.errors import JointoptError
+from quant.errors import JointoptError, said_of
 from quant.formats import Format, Scheme
 from quant.reference import Clip
 from quant.rounding.compensated import gptq
@@ -111,13 +111,11 @@ class _Rounder:
         path = self.left.pop(name)
         scheme = self.plan.schemes[path]
         constants = self.supernet.statistics(path, scheme)
-        try:
+        with said_of(f"finish: {path}"):
             halves = self.shared.of(layer, scheme, constants, arrived)
             target = recovered(layer.get_parameter("weight").detach(), halves, centred=_has_bias(layer))
             clip_of = partial(self.supernet.clip, path, scheme)
             weight, shift = _rounded(layer, target, scheme, halves, clip_of, ROUNDINGS[self.rounding])
-        except JointoptError as error:
-            raise JointoptError(f"finish: {path}: {error}") from None
         quantize_layer(layer, scheme, weight, None, None, constants)
         if shift is not None:
             layer._parameters["bias"] = nn.Parameter(layer.get_parameter("bias") + shift, requires_grad=False)

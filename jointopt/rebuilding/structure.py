@@ -12,7 +12,7 @@ from torch import nn
 
 from jointopt.rebuilding.runtime import COLUMN_COUNTS, ROW_COUNTS
 from jointopt.targets import TARGETS, check_schemes
-from quant.errors import JointoptError
+from quant.errors import JointoptError, said_of
 from quant.formats import Element, Format, dtype_name
 from quant.layers import QuantizedLayer
 from quant.packing import layout, packed_tensors
@@ -93,10 +93,8 @@ def check_language_model(model: Any, target: str, kinds: Sequence[str]) -> None:
 def check_formats(model: nn.Module, target: str) -> None:
     """Raises JointoptError for a layer in a number format that the target does not compute, with its name."""
     for path, layer in quantized_layers(model).items():
-        try:
+        with said_of(f"export: {path}"):
             check_schemes(TARGETS[target], [layer.scheme.name])
-        except JointoptError as error:
-            raise JointoptError(f"export: {path}: {error}") from None
 
 
 def by_bitsandbytes(model: nn.Module) -> str | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -11,7 +10,7 @@ from jointopt.supernet.importance import Listener
 from jointopt.supernet.subnetwork import ActivationStatistics
 from quant.cache import CACHE_FORMATS, CacheFormat, KeyObserver
 from quant.calibration import ActivationObserver
-from quant.errors import JointoptError
+from quant.errors import said_of
 from quant.formats import Scheme
 from search_spaces.family import Family, Width
 from search_spaces.space import SearchSpace
@@ -70,18 +69,10 @@ class Ranges:
         """
         found = {}
         for (path, name), observer in self._inputs.items():
-            with _named(path):
+            with said_of(path):
                 found[path, name] = observer.constants()
         for path, forms in self._caches.items():
             for form in forms:
-                with _named(path):
+                with said_of(path):
                     found[path, form.name] = self.keys[path].constants(form)
         return found
-
-
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    try:
-        yield
-    except JointoptError as error:
-        raise JointoptError(f"{path}: {error}") from None

@@ -68,7 +68,7 @@ from jointopt.supernet.subnetwork import (
 from jointopt.supernet.transforms import checked, rotated
 from jointopt.supernet.weight_bank import BankedWeight, WeightBank
 from quant.calibration import ACTIVATION_METHODS, WEIGHT_METHODS, choose_clip
-from quant.errors import JointoptError, check_choice, check_kind
+from quant.errors import JointoptError, check_choice, check_kind, said_of
 from quant.formats import Scheme
 from quant.kernels import quantize_and_hold
 from quant.layers import QuantizedLayer
@@ -376,10 +376,8 @@ class Supernet:
             layer = self.model.get_submodule(path)
             weight = fitted[0] if fitted else effective(layer).detach()
             part = weight[:, :sliced].contiguous()
-            try:
+            with said_of(path):
                 return BankedWeight(*quantize_and_hold(part, form, self.clip(path, wanted, part)))
-            except JointoptError as error:
-                raise JointoptError(f"{path}: {error}") from None
 
         return self._bank.get(path, wanted, sliced, make)
 

@@ -16,7 +16,7 @@ from jointopt.batches import Batch, first_samples, lengths, of_average_length, s
 from jointopt.files import reading, write_whole
 from jointopt.targets import TARGETS
 from jointopt.timing.backend import ONNXRUNTIME, Backend
-from quant.errors import JointoptError
+from quant.errors import JointoptError, said_of
 
 if TYPE_CHECKING:
     from jointopt.config.config import Config
@@ -50,12 +50,9 @@ def latency_of(config: Config) -> Roofline | None:
 def check_timed(config: Config, supernet: Supernet) -> None:
     """Raises JointoptError where the config's hardware is this machine, and what it runs cannot be timed here."""
     wanted = config.hardware
-    if wanted is None or not wanted.is_this_machine:
-        return
-    try:
-        Backend.of(supernet, _backend(config), wanted.threads)
-    except JointoptError as error:
-        raise JointoptError(f"hardware.device this: {error}") from None
+    if wanted is not None and wanted.is_this_machine:
+        with said_of("hardware.device this"):
+            Backend.of(supernet, _backend(config), wanted.threads)
 
 
 def look_up(config: Config, inputs: Sequence[Batch], supernet: Supernet) -> None:

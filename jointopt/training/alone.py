@@ -24,7 +24,7 @@ from jointopt.supernet.weight_bank import BankedWeight
 from jointopt.training.distillation import soft_labels
 from jointopt.training.loop import Batches, check_batches, endless, schedule
 from quant.calibration import choose_clip, static_constants
-from quant.errors import JointoptError
+from quant.errors import JointoptError, said_of
 from quant.formats import Scheme
 from quant.kernels import quantize_and_hold
 from quant.learned_ranges import ends, factors, has_learnable_inputs, input_range, is_learnable, widened
@@ -181,8 +181,6 @@ def _factor(values: Tensor | None, weight: Tensor) -> Tensor | None:
 
 def _rounded(weight: Tensor, scheme: Scheme, supernet: Supernet, path: str, factor: Tensor | None) -> BankedWeight:
     assert scheme.weights is not None
-    try:
+    with said_of(f"finish: {path}"):
         clip = supernet.clip(path, scheme, weight, factor=factor)
         return BankedWeight(*quantize_and_hold(weight, scheme.weights, clip))
-    except JointoptError as error:
-        raise JointoptError(f"finish: {path}: {error}") from None

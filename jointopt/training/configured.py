@@ -11,7 +11,7 @@ from jointopt.training.recipe import Recipe
 from jointopt.training.sampling import SAMPLERS, Attentive, Sampling
 from jointopt.training.sampling.attentive import beyond_limits
 from jointopt.training.teachers import check_given_alike
-from quant.errors import JointoptError
+from quant.errors import JointoptError, said_of
 from search_spaces.family import has_module
 
 if TYPE_CHECKING:
@@ -45,13 +45,11 @@ def recipe_of(config: Config, supernet: Supernet, loaded: LoadedModel) -> Recipe
 
 
 def _checked_teacher(config: Config, supernet: Supernet, loaded: LoadedModel) -> nn.Module | None:
-    from jointopt.models import said_of
-
     teacher = teacher_of(config, loaded.task, str(supernet.device))
     if teacher is None:
         return None
     check_teacher(supernet.model, teacher.model, TEACHER)
-    with said_of(TEACHER):
+    with said_of(TEACHER, in_place_of="model: "):
         check_given_alike(loaded, teacher, supernet.samples[0])
     return teacher.model
 
@@ -62,11 +60,11 @@ def teacher_of(config: Config, task: str, device: str) -> LoadedModel | None:
     Raises:
         JointoptError: it cannot be loaded.
     """
-    from jointopt.models import load_model, said_of
+    from jointopt.models import load_model
 
     if config.train is None or not config.train.distill or config.train.distill.teacher is None:
         return None
-    with said_of(TEACHER):
+    with said_of(TEACHER, in_place_of="model: "):
         return load_model(config.train.distill.teacher, task, device, config.dtype)
 
 
