@@ -5,19 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from quant.errors import JointoptError
-from search_spaces.encoder import block_layers, heads_width, mlp_width
-from search_spaces.family import (
-    Block,
-    Branch,
-    Family,
-    Layer,
-    Link,
-    Model,
-    Width,
-    configure_blocks,
-    example_text,
-    has_module,
-)
+from search_spaces.encoder import Encoder
+from search_spaces.family import Branch, Family, Layer, Model, configure_blocks, example_text, has_module
 from search_spaces.stand_ins import SkipPostNormAttention, SkipPostNormOutput
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -44,49 +33,32 @@ def declare(model: Model) -> Family:
         raise JointoptError("model: a BERT used as a decoder is not a known layout; allowed: encoders")
     check_head(model)
     root = next((f"{base}." for base in ("bert", "roberta", "electra") if has_module(model, base)), "")
-    blocks: list[Block] = []
-    widths: list[Width] = []
-    layers = [embedding_layer(model, root)]
-    links: list[Link] = []
+    encoder = Encoder(model, [embedding_layer(model, root)])
     for index in range(len(model.get_submodule(f"{root}encoder.layer"))):
-        name, path = f"block{index}", f"{root}encoder.layer.{index}"
-        blocks.append(
-            Block(
-                name,
-                path,
-                branches=(
-                    Branch("attention", {f"{path}.attention": SkipPostNormAttention}),
-                    Branch("mlp", {f"{path}.intermediate": nn.Identity, f"{path}.output": SkipPostNormOutput}),
-                ),
-            )
-        )
+        path = f"{root}encoder.layer.{index}"
         attention = f"{path}.attention.self"
         module = model.get_submodule(attention)
-        inputs = tuple(f"{attention}.{member}" for member in ("query", "key", "value"))
-        out = f"{path}.attention.output.dense"
-        up, down = f"{path}.intermediate.dense", f"{path}.output.dense"
         heads, head_dim = module.num_attention_heads, module.attention_head_size
-        attributes = ((attention, "num_attention_heads", 1), (attention, "all_head_size", head_dim))
-        widths.append(heads_width(name, heads, head_dim, inputs, out, attributes))
-        widths.append(mlp_width(model, name, up, down))
-        layers.extend(block_layers(name, inputs, out, up, down))
-        # The normalizations of a post-norm encoder feed the residual as well, so that their channels are no link.
-        links.append(Link(inputs[2], (out,), head_dim))
+        encoder.add(
+            path,
+            branches=(
+                Branch("attention", {f"{path}.attention": SkipPostNormAttention}),
+                Branch("mlp", {f"{path}.intermediate": nn.Identity, f"{path}.output": SkipPostNormOutput}),
+            ),
+            inputs=tuple(f"{attention}.{member}" for member in ("query", "key", "value")),
+            out=f"{path}.attention.output.dense",
+            up=f"{path}.intermediate.dense",
+            down=f"{path}.output.dense",
+            heads=heads,
+            head_dim=head_dim,
+            attributes=((attention, "num_attention_heads", 1), (attention, "all_head_size", head_dim)),
+        )
     if has_module(model, f"{root}embeddings_project"):
-        layers.append(Layer("project", f"{root}embeddings_project", "project"))
+        encoder.layers.append(Layer("project", f"{root}embeddings_project", "project"))
     if has_module(model, f"{root}pooler.dense"):
-        layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
-    layers.extend(head_layers(model))
-    return Family(
-        "bert",
-        tuple(blocks),
-        tuple(widths),
-        tuple(layers),
-        configure_blocks,
-        example_text,
-        sequential=True,
-        links=tuple(links),
-    )
+        encoder.layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
+    encoder.layers.extend(head_layers(model))
+    return encoder.family("bert", configure=configure_blocks, example=example_text)
 
 
 def check_head(model: Model) -> None:

@@ -8,19 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from quant.errors import JointoptError
-from search_spaces.encoder import block_layers, heads_width, mlp_width
-from search_spaces.family import (
-    Block,
-    Branch,
-    Family,
-    Layer,
-    Link,
-    Model,
-    Stream,
-    configure_blocks,
-    example_timm,
-    has_module,
-)
+from search_spaces.encoder import Encoder
+from search_spaces.family import Branch, Family, Layer, Link, Model, Stream, configure_blocks, example_timm, has_module
 from search_spaces.stand_ins import SkipAttention, SkipBranch, SplitQKV
 
 MODEL_TYPES = ("vit", "deit")
@@ -30,31 +19,28 @@ def declare(model: Model) -> Family:
     """The declaration of a transformers ViT or DeiT under any head."""
     root = next((f"{base}." for base in MODEL_TYPES if has_module(model, base)), "")
     patches = f"{root}embeddings.patch_embeddings.projection"
-    blocks, widths, layers = [], [], [Layer("embedding", patches, "embedding")]
-    links, readers, writers = [], [], [patches]
+    encoder = Encoder(model, [Layer("embedding", patches, "embedding")], writers=[patches])
     for index in range(len(model.get_submodule(f"{root}layers"))):
-        name, path = f"block{index}", f"{root}layers.{index}"
+        path = f"{root}layers.{index}"
         attention, mlp = f"{path}.attention", f"{path}.mlp"
+        norms = f"{path}.layernorm_before", f"{path}.layernorm_after"
         module = model.get_submodule(attention)
-        blocks.append(
-            Block(
-                name,
-                path,
-                branches=(
-                    Branch("attention", {f"{path}.layernorm_before": nn.Identity, attention: SkipAttention}),
-                    Branch("mlp", {f"{path}.layernorm_after": nn.Identity, mlp: SkipBranch}),
-                ),
-            )
+        encoder.add(
+            path,
+            branches=(
+                Branch("attention", {norms[0]: nn.Identity, attention: SkipAttention}),
+                Branch("mlp", {norms[1]: nn.Identity, mlp: SkipBranch}),
+            ),
+            inputs=tuple(f"{attention}.{member}_proj" for member in "qkv"),
+            out=f"{attention}.o_proj",
+            up=f"{mlp}.fc1",
+            down=f"{mlp}.fc2",
+            heads=module.num_attention_heads,
+            head_dim=module.head_dim,
+            attributes=((attention, "num_attention_heads", 1),),
+            norms=norms,
         )
-        inputs = tuple(f"{attention}.{member}_proj" for member in "qkv")
-        out, up, down = f"{attention}.o_proj", f"{mlp}.fc1", f"{mlp}.fc2"
-        attributes = ((attention, "num_attention_heads", 1),)
-        widths.append(heads_width(name, module.num_attention_heads, module.head_dim, inputs, out, attributes))
-        widths.append(mlp_width(model, name, up, down))
-        layers.extend(block_layers(name, inputs, out, up, down))
-        readers += [Link(f"{path}.layernorm_before", inputs), Link(f"{path}.layernorm_after", (up,))]
-        links.append(Link(inputs[2], (out,), module.head_dim))
-        writers += [out, down]
+    layers = encoder.layers
     if has_module(model, f"{root}pooler.dense"):
         layers.append(Layer("pooler", f"{root}pooler.dense", "pooler", tokens=False))
     for path in ("classifier", "cls_classifier", "distillation_classifier"):
@@ -66,24 +52,14 @@ def declare(model: Model) -> Family:
     if heads and not has_module(model, f"{root}pooler"):
         added = ("cls_token", "distillation_token", "mask_token", "position_embeddings")
         constants = (f"{root}embeddings.{name}" for name in added)
-        stream = _stream(model, writers, (*readers, Link(f"{root}layernorm", heads)), constants)
-    links += readers
-    return Family(
-        "vit",
-        tuple(blocks),
-        tuple(widths),
-        tuple(layers),
-        configure_blocks,
-        _example_image,
-        sequential=True,
-        links=tuple(links),
-        stream=stream,
-    )
+        stream = _stream(encoder, Link(f"{root}layernorm", heads), constants)
+    return encoder.family("vit", configure=configure_blocks, example=_example_image, stream=stream)
 
 
-def _stream(model: Model, writers: Iterable[str], readers: tuple[Link, ...], constants: Iterable[str]) -> Stream:
-    there = dict(model.named_parameters())
-    return Stream(tuple(writers), readers, tuple(path for path in constants if path in there))
+def _stream(encoder: Encoder, last: Link, constants: Iterable[str]) -> Stream:
+    there = dict(encoder.model.named_parameters())
+    kept = tuple(path for path in constants if path in there)
+    return Stream(tuple(encoder.writers), (*encoder.readers, last), kept)
 
 
 def _example_image(model: Model) -> dict[str, Tensor]:
@@ -107,10 +83,10 @@ def declare_timm(model: Model) -> Family:
     from timm.layers import Attention, Mlp
     from timm.models.vision_transformer import Block as TimmBlock
 
-    blocks, widths, layers = [], [], [Layer("embedding", "patch_embed.proj", "embedding")]
-    links, readers, writers = [], [], ["patch_embed.proj"]
+    patches = "patch_embed.proj"
+    encoder = Encoder(model, [Layer("embedding", patches, "embedding")], writers=[patches])
     for index, module in enumerate(model.blocks):
-        name, path = f"block{index}", f"blocks.{index}"
+        path = f"blocks.{index}"
         attention: Any = getattr(module, "attn", None)
         mlp: Any = getattr(module, "mlp", None)
         plain = type(module) is TimmBlock and type(attention) is Attention and type(mlp) is Mlp
@@ -122,30 +98,21 @@ def declare_timm(model: Model) -> Family:
             )
         if isinstance(attention.qkv, nn.Linear):
             attention.qkv = split_qkv(attention.qkv)
-        leaving = (_timm_branch("attention", path, "attn", 1), _timm_branch("mlp", path, "mlp", 2))
-        blocks.append(Block(name, path, branches=leaving))
-        inputs = tuple(f"{path}.attn.qkv.{member}" for member in "qkv")
-        attributes = ((f"{path}.attn", "num_heads", 1), (f"{path}.attn", "attn_dim", attention.head_dim))
-        out, up, down = f"{path}.attn.proj", f"{path}.mlp.fc1", f"{path}.mlp.fc2"
-        widths.append(heads_width(name, attention.num_heads, attention.head_dim, inputs, out, attributes))
-        widths.append(mlp_width(model, name, up, down))
-        layers.extend(block_layers(name, inputs, out, up, down))
-        readers += [Link(f"{path}.norm1", inputs), Link(f"{path}.norm2", (up,))]
-        links.append(Link(inputs[2], (out,), attention.head_dim))
-        writers += [out, down]
+        encoder.add(
+            path,
+            branches=(_timm_branch("attention", path, "attn", 1), _timm_branch("mlp", path, "mlp", 2)),
+            inputs=tuple(f"{path}.attn.qkv.{member}" for member in "qkv"),
+            out=f"{path}.attn.proj",
+            up=f"{path}.mlp.fc1",
+            down=f"{path}.mlp.fc2",
+            heads=attention.num_heads,
+            head_dim=attention.head_dim,
+            attributes=((f"{path}.attn", "num_heads", 1), (f"{path}.attn", "attn_dim", attention.head_dim)),
+            norms=(f"{path}.norm1", f"{path}.norm2"),
+        )
     if isinstance(model.head, nn.Linear):
-        layers.append(Layer("head", "head", "head", tokens=False))
-    links += readers
-    return Family(
-        "timm_vit",
-        tuple(blocks),
-        tuple(widths),
-        tuple(layers),
-        example=example_timm,
-        sequential=True,
-        links=tuple(links),
-        stream=_timm_stream(model, writers, readers),
-    )
+        encoder.layers.append(Layer("head", "head", "head", tokens=False))
+    return encoder.family("timm_vit", example=example_timm, stream=_timm_stream(encoder))
 
 
 def _timm_branch(kind: str, block: str, part: str, number: int) -> Branch:
@@ -157,11 +124,12 @@ def _is_identity(*modules: nn.Module) -> bool:
     return all(type(module) is nn.Identity for module in modules)
 
 
-def _timm_stream(model: Model, writers: list[str], readers: list[Link]) -> Stream | None:
+def _timm_stream(encoder: Encoder) -> Stream | None:
     """None where something else than normalizations reads the stream, or scales what is written to it."""
+    model = encoder.model
     last = [name for name in ("norm", "fc_norm") if isinstance(model.get_submodule(name), nn.LayerNorm)]
     between = [model.norm_pre, model.patch_embed.norm, *(getattr(b, n) for b in model.blocks for n in ("ls1", "ls2"))]
     plain = all(isinstance(module, nn.Identity) for module in between)
     if len(last) != 1 or not plain or not isinstance(model.head, nn.Linear) or model.global_pool == "map":
         return None
-    return _stream(model, writers, (*readers, Link(last[0], ("head",))), ("cls_token", "reg_token", "pos_embed"))
+    return _stream(encoder, Link(last[0], ("head",)), ("cls_token", "reg_token", "pos_embed"))
