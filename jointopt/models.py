@@ -23,7 +23,7 @@ from jointopt.files import check_path
 from jointopt.names import DEVICES, MODELS
 from jointopt.rows import looks_like_hub_id
 from jointopt.tasks import TASKS
-from quant.errors import JointoptError, did_you_mean, in_one_line, named_line
+from quant.errors import JointoptError, check_choice, did_you_mean, in_one_line, named_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -201,12 +201,10 @@ def load_model(name: str, task: str | None, device: str = "auto", dtype: str = "
             tokenizer or image processor, a device that is not there.
     """
     place = chosen_device(device)
-    if dtype not in ("auto", *DTYPES):
-        raise JointoptError(f"dtype: found {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    check_choice("dtype", dtype, ("auto", *DTYPES))
     source = find_source(name)
     task = task or model_task(source)
-    if task not in TASKS:
-        raise JointoptError(f"task: found {task!r}; allowed: {', '.join(TASKS)}")
+    check_choice("task", task, TASKS)
     loaded = (_load_timm if source.timm else _load_transformers)(source, task, dtype)
     loaded.model.eval().to(place)
     return loaded

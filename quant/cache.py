@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.errors import JointoptError, did_you_mean
+from quant.errors import JointoptError, check_choice
 from quant.formats import ELEMENTS, GROUP_SIZES, Element, Format
 from quant.reference import stored_scale
 
@@ -82,9 +82,7 @@ CACHE_FORMATS = {
 
 def cache_format(name: str) -> CacheFormat:
     """The format of that name. Raises JointoptError where there is none, with the nearest name."""
-    if name not in CACHE_FORMATS:
-        hint = did_you_mean(name, CACHE_FORMATS)
-        raise JointoptError(f"cache format {name!r}: unknown{hint}; allowed: {', '.join(CACHE_FORMATS)}")
+    check_choice("cache format", name, CACHE_FORMATS)
     return CACHE_FORMATS[name]
 
 

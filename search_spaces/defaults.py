@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from quant.cache import by_bytes, cache_format, input_group
-from quant.errors import JointoptError, did_you_mean, said_of
+from quant.errors import JointoptError, check_choice, did_you_mean, said_of
 from quant.formats import scheme
 from search_spaces.checks import check_leaving
 from search_spaces.families import Declare, declare
@@ -83,12 +83,10 @@ def space_for_model(
     if schemes is not None and not (schemes := tuple(schemes)):
         raise JointoptError("schemes: found none; allowed: one or more, 'none' among them for unquantized layers")
     options = _options(preset, architecture)
-    schemes = tuple(schemes or options.pop("schemes", None) or DEFAULT_SCHEMES)
-    options.pop("schemes", None)
-    precision_per = precision_per or options.pop("precision_per", None) or "projection"
-    options.pop("precision_per", None)
-    if precision_per not in PRECISION_PER:
-        raise JointoptError(f"precision_per: found {precision_per!r}; allowed: {', '.join(PRECISION_PER)}")
+    of_preset = options.pop("schemes", None), options.pop("precision_per", None)
+    schemes = tuple(schemes or of_preset[0] or DEFAULT_SCHEMES)
+    precision_per = precision_per or of_preset[1] or "projection"
+    check_choice("precision_per", precision_per, PRECISION_PER)
     clone, declared = declare(model, family)
     chosen = options or (default_architecture(declared) if preset is None else {})
     genes = _depth_genes(declared, chosen) + _keep_genes(declared, chosen)
@@ -99,7 +97,7 @@ def space_for_model(
         raise JointoptError("space: nothing is elastic and no scheme is offered; give schemes, depth, heads, mlp, ...")
     check_leaving(declared, clone, [gene.name for gene in genes])
     requires = requirements(declared, {gene.name: gene.choices for gene in genes}, default_order(declared))
-    return with_extremes(SearchSpace([Gene(g.name, g.choices, requires.get(g.name, {})) for g in genes]))
+    return with_extremes(SearchSpace(genes).replaced(requires))
 
 
 def with_extremes(space: SearchSpace) -> SearchSpace:
@@ -135,8 +133,7 @@ def _options(preset: str | None, architecture: Mapping[str, Any]) -> dict[str, A
     given = {key: value for key, value in architecture.items() if value is not None}
     if preset is not None:
         known = presets()
-        if preset not in known:
-            raise JointoptError(f"space.preset: found {preset!r}; allowed: {', '.join(known)}")
+        check_choice("space.preset", preset, known)
         given = {**(known[preset] or {}), **given}
     return {key: value for key, value in given.items() if value is not False}
 
@@ -305,10 +302,9 @@ def _precision_genes(
     genes: list[Gene] = []
     unmet, left = set(schemes), list[str]()
     for gene, layers in groups.items():
-        offered = []
-        for name in schemes:
-            if all(_offered(name, model, family, layer, choices) for layer in layers):
-                offered.append(name)
+        modules = [(layer, model.get_submodule(layer.path)) for layer in layers]
+        sized = [(layer, module, possible_columns(family, layer, module, choices)) for layer, module in modules]
+        offered = [name for name in schemes if all(_fits(name, *each) for each in sized)]
         unmet -= set(offered)
         if not offered:
             left.extend(layer.path for layer in layers)
@@ -335,12 +331,6 @@ def _cache_genes(model: nn.Module, family: Family, caches: Iterable[str] | None)
             with said_of(f"space.caches: {cache.attention}"):
                 input_group(model.get_submodule(f"{cache.attention}.k_proj").get_parameter("weight").shape[1])
     return [Gene(cache.name, names) for cache in family.caches if names != ("none",)]
-
-
-def _offered(name: str, model: nn.Module, family: Family, layer: Layer, choices: dict[str, tuple]) -> bool:
-    module = model.get_submodule(layer.path)
-    columns = possible_columns(family, layer, module, choices)
-    return _fits(name, layer, module, columns)
 
 
 def default_order(family: Family) -> dict[str, list[str]]:

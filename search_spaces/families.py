@@ -36,8 +36,7 @@ def declare(model: nn.Module, family: Declare | None = None) -> tuple[nn.Module,
     Raises:
         JointoptError: no known family describes the model, it is in a wrapper, or the declaration does not fit it.
     """
-    if not isinstance(model, nn.Module):
-        raise JointoptError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
     wrapper = next((each.__name__ for each in type(model).__mro__ if each.__name__ in WRAPPERS), None)
     if wrapper is not None:
         merged = " (merge_and_unload() gives it)" if wrapper == "PeftModel" else ""

@@ -235,7 +235,7 @@ def test_padding_does_not_enter_the_ranges_of_keys():
 @pytest.mark.parametrize(
     ("name", "caches", "said"),
     [
-        ("llama_tied", ["INT9"], "cache format 'INT9': unknown"),
+        ("llama_tied", ["INT9"], "cache format: found 'INT9'; did you mean"),
         ("llama_tied", [], "space.caches: found an empty list"),
         ("bert", ["INT8"], "the bert family has no cache"),
     ],

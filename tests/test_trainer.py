@@ -234,7 +234,7 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
         r"model: found it in a PeftModel; allowed: the model itself \(merge_and_unload": {"model": adapted},
         "the vit model has no such place": {"model": model, "space": other},
         "given beside a model": {"model": model, "supernet": supernet},
-        "model: found NoneType": {},
+        "model: found None; allowed: a torch.nn.Module": {},
         "supernet: found a ViTForImageClassification; allowed: a Supernet": {"supernet": model},
         "eval_dataset: found pixel_values; allowed: one of them labels": {"model": model, "eval_dataset": unlabelled},
         "eval_dataset: own: found no sample": {"model": model, "eval_dataset": {"own": []}},

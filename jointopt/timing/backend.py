@@ -16,7 +16,7 @@ from jointopt.checkpoint.onnx.session import saturates
 from jointopt.cost.operators import Operator
 from jointopt.names import MOST
 from jointopt.targets import TARGETS, check_schemes
-from quant.errors import JointoptError, check_count
+from quant.errors import JointoptError, check_choice, check_count
 from quant.formats import Scheme, dtype_name
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ class Backend:
         if name == ONNXRUNTIME:
             check_schemes(TARGETS[ONNXRUNTIME], sorted({each.name for each in supernet.schemes.values()}))
             return cls(threads=threads)
-        if name != TORCH:
-            raise JointoptError(f"backend: found {name!r}; allowed: {ONNXRUNTIME}, {TORCH}")
+        check_choice("backend", name, (ONNXRUNTIME, TORCH))
         choices = {gene.name: gene.choices for gene in supernet.space.genes}
         cached = next((each.name for each in supernet.family.caches if {*choices.get(each.name, ())} - {"none"}), None)
         if cached is not None:

@@ -65,9 +65,7 @@ def check_checkpointing(args: TrainingArguments, model: nn.Module) -> None:
         raise JointoptError(f"args: gradient_checkpointing True, which a {kind} does not support; allowed: False")
 
 
-def supernet_of(
-    model: nn.Module | None, space: SearchSpace | None, supernet: Supernet | None, family: Declare | None
-) -> Supernet:
+def supernet_of(model: Any, space: SearchSpace | None, supernet: Supernet | None, family: Declare | None) -> Supernet:
     """The one that is given, or one of the model."""
     if supernet is not None:
         if not isinstance(supernet, Supernet):
@@ -79,8 +77,6 @@ def supernet_of(
         return supernet
     if isinstance(model, Supernet):
         raise JointoptError("model: found a super-network; allowed: supernet=, or the model that it was made of")
-    if not isinstance(model, nn.Module):
-        raise JointoptError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
     return Supernet(model, space or SearchSpace.for_model(model, family=family), family=family)
 
 
