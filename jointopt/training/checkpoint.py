@@ -27,22 +27,18 @@ if TYPE_CHECKING:
 
 
 class Checkpoint:
-    """One file with weights, the optimizer's moments, torch's random state, and the losses so far."""
+    """One file with weights, the optimizer's moments, torch's random state, and the losses so far.
 
-    def __init__(self, path: Path, described: Mapping[str, Any]):
-        self.path, self._described = path, described
+    Args:
+        path: it need not be there yet.
+        described: what the training's own settings are.
+        config: what else its result depends on, by other keys.
 
-    @classmethod
-    def at(cls, path: Any, described: Mapping[str, Any], config: Mapping[str, Any] | None) -> Checkpoint:
-        """The checkpoint in a file that need not be there yet.
+    Raises:
+        JointoptError: no path, a folder, one in no folder, a key of `config` that is described already.
+    """
 
-        Args:
-            described: what the training's own settings are.
-            config: what else its result depends on, by other keys.
-
-        Raises:
-            JointoptError: no path, a folder, one in no folder, a key of `config` that is described already.
-        """
+    def __init__(self, path: Any, described: Mapping[str, Any], config: Mapping[str, Any] | None):
         check_kind("train: checkpoint", path, (str, Path), "a path")
         check_path(path, "train: checkpoint")
         if Path(path).is_dir():
@@ -51,7 +47,7 @@ class Checkpoint:
             raise JointoptError(f"train: the checkpoint's folder {str(Path(path).parent)!r} does not exist")
         if known := set(config or {}) & set(described):
             raise JointoptError(f"config: found {min(known)!r}, which every checkpoint records; allowed: another key")
-        return cls(Path(path), {**described, **as_json("config", config or {})})
+        self.path, self._described = Path(path), {**described, **as_json("config", config or {})}
 
     def write(self, model: nn.Module, optimizer: torch.optim.Optimizer, history: Sequence[float]) -> None:
         """A reader never sees half of it."""

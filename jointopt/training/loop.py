@@ -93,7 +93,7 @@ def train_supernet(
     if checkpoint is not None:
         rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "sort_every": sort_every}
         described = {"steps": steps, "seed": seed, **rates, **described_by(supernet, recipe)}
-        kept = Checkpoint.at(checkpoint, described, config)
+        kept = Checkpoint(checkpoint, described, config)
     history: list[float] = []
     with _ending(supernet, optimizer), _seeded(supernet, seed):
         if kept is not None:
