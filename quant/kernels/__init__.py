@@ -42,33 +42,23 @@ def fake_quantize_activation(
 
 def quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> QuantizedTensor:
     """Rounds a weight into a format: `quant.reference.quantize`, which see."""
-    kernels = _weight_kernels(weight, format, clip)
-    if kernels is None:
-        return reference.quantize(weight, format, clip)
-    quantized, _ = grouped.weight(kernels, weight, format, clip, codes=True, values=False)
+    quantized, _ = _rounded(weight, format, clip, values=False)
     assert quantized is not None
     return quantized
 
 
 def fake_quantize(weight: Tensor, format: Format, clip: Clip | None = None) -> Tensor:
     """The values that the format can hold, in the weight's shape and dtype."""
-    kernels = _weight_kernels(weight, format, clip)
-    if kernels is None:
-        return reference.fake_quantize(weight, format, clip)
-    _, values = grouped.weight(kernels, weight, format, clip, codes=False, values=True)
+    _, values = _rounded(weight, format, clip, codes=False)
     assert values is not None
     return values
 
 
 def quantize_and_hold(weight: Tensor, format: Format, clip: Clip | None = None) -> tuple[QuantizedTensor, Tensor]:
     """`quantize` and `fake_quantize` in one pass."""
-    kernels = _weight_kernels(weight, format, clip)
-    if kernels is None:
-        quantized = reference.quantize(weight, format, clip)
-        return quantized, quantized.dequantize(weight.dtype)
-    found, values = grouped.weight(kernels, weight, format, clip, codes=True, values=True)
-    assert found is not None and values is not None
-    return found, values
+    quantized, values = _rounded(weight, format, clip)
+    assert quantized is not None and values is not None
+    return quantized, values
 
 
 def pack(codes: Tensor, bits: int, offset: int, dtype: torch.dtype) -> Tensor | None:
@@ -80,9 +70,16 @@ def pack(codes: Tensor, bits: int, offset: int, dtype: torch.dtype) -> Tensor | 
     return cuda.pack(codes, bits, offset, dtype)
 
 
-def _weight_kernels(weight: Tensor, format: Format, clip: Clip | None) -> KernelBackend | None:
+def _rounded(
+    weight: Tensor, format: Format, clip: Clip | None, codes: bool = True, values: bool = True
+) -> tuple[QuantizedTensor | None, Tensor | None]:
+    """(`quantize`, `fake_quantize`), each if it is wanted."""
     plain = clip is None or all(each.dtype == torch.float32 and each.device == weight.device for each in clip)
-    return _kernels(weight, format) if plain and weight.dim() >= 2 else None
+    kernels = _kernels(weight, format) if plain and weight.dim() >= 2 else None
+    if kernels is not None:
+        return grouped.weight(kernels, weight, format, clip, codes, values)
+    quantized = reference.quantize(weight, format, clip)
+    return quantized, quantized.dequantize(weight.dtype) if values else None
 
 
 def _kernels(x: Tensor, format: Format) -> KernelBackend | None:
