@@ -35,7 +35,7 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
             f"export: no library loads a {name} again; allowed: models of transformers, timm's {', '.join(_RECIPES)}; "
             "target='onnxruntime'; supernet.extract(genome) gives the model itself"
         )
-    return {"class": name, "module": type(model).__module__, "arguments": _RECIPES[name](model)}
+    return {"class": name, "arguments": _RECIPES[name](model)}
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
