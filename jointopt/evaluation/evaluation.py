@@ -72,7 +72,7 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
         ChangedWeights: it wrote to the model's weights, whatever it returned or raised.
     """
     tensors = chain(model.named_parameters(), model.named_buffers())
-    before = [(name, tensor, _state(tensor), tensor.detach()) for name, tensor in tensors]
+    before = [(name, tensor, state_of(tensor), tensor.detach()) for name, tensor in tensors]
     gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _, _ in gradients:
         parameter.grad = None
@@ -80,9 +80,9 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
         with torch.no_grad():
             found = quality(model)
     finally:
-        changed = [name for name, tensor, state, _ in before if _state(tensor) != state]
+        changed = [name for name, tensor, state, _ in before if state_of(tensor) != state]
         for _, tensor, state, held in before:
-            if _state(tensor)[:2] != state[:2]:  # moved, as by model.half(): whose model it is goes on with its own
+            if state_of(tensor)[:2] != state[:2]:  # moved, as by model.half(): whose model it is goes on with its own
                 tensor.data = held
         for parameter, gradient, trained in gradients:
             parameter.grad = gradient
@@ -102,7 +102,7 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
     return Metrics(metrics, errors)
 
 
-def _state(tensor: Tensor) -> tuple:
+def state_of(tensor: Tensor) -> tuple:
     """What is another one after a tensor was written to, or got other data; the inference mode's count no writes."""
     return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
 

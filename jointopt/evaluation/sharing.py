@@ -30,7 +30,7 @@ import xxhash
 from torch import Tensor, nn
 
 from jointopt.digests import feed
-from jointopt.evaluation.evaluation import Evaluation, Quality, evaluate
+from jointopt.evaluation.evaluation import Evaluation, Quality, evaluate, state_of
 from jointopt.supernet.batch_norm import has_batch_norm
 from jointopt.supernet.genes import precision_genes
 from jointopt.supernet.subnetwork import Plan, renaming
@@ -217,14 +217,14 @@ class _Call:
         digest: over its inputs; that of the first block's as well once it is reached.
         skip: number of blocks that are not run.
         at: number of the block that comes next.
-        handed: the hidden state that the last block handed on, with its version.
+        handed: the hidden state that the last block handed on, as it was then.
     """
 
     digest: Any
     key: bytes = b""
     skip: int = 0
     at: int = 0
-    handed: tuple[Tensor, int | None] | None = None
+    handed: tuple[Tensor, tuple] | None = None
 
 
 class _Opaque(Exception):
@@ -300,7 +300,7 @@ class _SharedRun:
                 return output
             if self._held.wanted(self._prefix, call.at):
                 self._held.put(call.key, self._prefix[: call.at], output)
-        call.handed = (output, _version(output))
+        call.handed = (output, state_of(output))
         return output
 
     def _follows(self, call: _Call, at: int, hidden: Any) -> bool:
@@ -312,7 +312,7 @@ class _SharedRun:
                 call.key = call.digest.digest()
                 call.skip = self._held.deepest(call.key, self._prefix)
                 return True
-            if call.handed is not None and hidden is call.handed[0] and _version(hidden) == call.handed[1]:
+            if call.handed is not None and hidden is call.handed[0] and state_of(hidden) == call.handed[1]:
                 return True
         self._call = None
         if call.at < call.skip:
@@ -401,11 +401,6 @@ def _watching() -> list[int]:
     return [*modes, torch.autograd._profiler_enabled()]
 
 
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; tensors of the inference mode do not count."""
-    return None if tensor.is_inference() else tensor._version
-
-
 def _state(modules: Sequence[nn.Module]) -> list[Any]:
     """What a view of these modules computes with: other ones, hooks, modes or values make it another list."""
     found: list[Any] = [len(store) for store in _GLOBAL_HOOKS]
@@ -418,7 +413,7 @@ def _state(modules: Sequence[nn.Module]) -> list[Any]:
         for store in (own["_parameters"], own["_buffers"]):
             for tensor in store.values():
                 if tensor is not None:
-                    found += (tensor.data_ptr(), _version(tensor), tensor.dtype)
+                    found += state_of(tensor)
     return found
 
 
