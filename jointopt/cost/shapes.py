@@ -53,7 +53,7 @@ def cost_tables(
     precision_gene: Mapping[str, str],
     schemes: Mapping[tuple[str, str], Scheme],
     leaving: Mapping[str, Sequence[str]],
-    latency: LatencyModel | None = None,
+    latency: LatencyModel | None,
 ) -> CostTables:
     """The costs of a super-network's sub-networks.
 

@@ -238,7 +238,7 @@ def better_finished(
     genome: np.ndarray,
     batches: Batches,
     how: Finishing,
-    kept: Finished | None = None,
+    kept: Finished | None,
 ) -> Finished | None:
     """What finishing makes of a genome, with the metrics that the study has of it; None where its quality is no better
     than that of its evaluation, or the study has none. `kept` is one that need not be made again."""

@@ -41,8 +41,8 @@ def check_wishes(
     supernet: Supernet,
     objectives: Sequence[Any],
     constraints: Mapping[str, str],
-    quality: Quality | None = None,
-    warm_start: bool = False,
+    quality: Quality | None,
+    warm_start: bool,
 ) -> None:
     """Raises early what `search` would raise; runs the quality function, where given, on the original once to see which
     metrics it returns."""

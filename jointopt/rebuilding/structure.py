@@ -342,7 +342,7 @@ def _with_or_without_prefix(model: Any, paths: Sequence[str]) -> tuple[list[str]
     return patterns, [path for path in paths if path not in shared]
 
 
-def compressed_config(model: nn.Module, names: bool = False) -> dict[str, Any]:
+def compressed_config(model: nn.Module, names: bool) -> dict[str, Any]:
     """The `quantization_config` by which transformers, and others who know compressed-tensors, load the layers.
 
     Args:

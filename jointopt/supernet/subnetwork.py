@@ -273,7 +273,7 @@ def quantize_tied(
             module._parameters["weight"] = first._parameters["weight"]
 
 
-def pass_gradients(module: nn.Module, whole: Tensor, factor: Tensor | None = None) -> None:
+def pass_gradients(module: nn.Module, whole: Tensor, factor: Tensor | None) -> None:
     """Has the gradient of a quantized weight go to the whole weight of which it is a slice, and to the factor of
     its range where there is one."""
     values = module._parameters.pop("weight")

@@ -47,8 +47,8 @@ def train_alone(
     steps: int,
     learning_rate: float,
     seed: int,
-    learned_ranges: bool = False,
-    progress: bool = False,
+    learned_ranges: bool,
+    progress: bool,
 ) -> nn.Module:
     """The quantized sub-network of a plan, after some steps of AdamW on the divergence of its logits from the whole
     model's: the original's or, where the super-network was trained, its own.

@@ -163,7 +163,7 @@ class TeacherOutputs:
     attention: list[Tensor] = field(default_factory=list)
 
 
-def teacher_outputs(shown: ModelOutputs, temperature: float, problem: str | None = None) -> TeacherOutputs:
+def teacher_outputs(shown: ModelOutputs, temperature: float, problem: str | None) -> TeacherOutputs:
     """What a teacher showed, without gradients and in float32, its distributions at a temperature.
 
     Args:
@@ -233,7 +233,7 @@ def _last_attention(family: Family, plan: Plan) -> Width | None:
 
 
 def loss_of(
-    student: ModelOutputs, teacher: TeacherOutputs, batch: Batch, wanted: Distillation, counted: Tensor | None = None
+    student: ModelOutputs, teacher: TeacherOutputs, batch: Batch, wanted: Distillation, counted: Tensor | None
 ) -> Tensor:
     """The weighted sum of what a student is compared in, a scalar in float32.
 
