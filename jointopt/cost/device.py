@@ -118,7 +118,8 @@ class Device(Section):
         """The format in which a layer's products are really computed.
 
         Weights and activations in formats that the device has no units for are converted to the next wider one that
-        it has: INT4 to INT8, FP4 to FP8 to bfloat16, and to the model's own type where only the weights are narrow.
+        it has: INT4 to INT8, FP4 to FP8, and what is still left, or where only the weights are narrow, to the model's
+        own type, or else float32.
 
         Args:
             bits: of the model's own type, 32 or 16.

@@ -30,7 +30,7 @@ class Operator:
         stride: of a convolution, positions of its input for each of its output, in both directions together.
         heads: of attention, of its queries; of a convolution, groups.
         scheme: its number formats, None where it is not quantized.
-        reader: of a convolution that another one alone reads, through a ReLU at most: that one's number formats.
+        reader: of a convolution the number formats of what alone reads it (`Layer.readers`), where these are the same.
         weight_bytes: of what it stores, scales included.
         bits: of the model's own numbers, 32 or 16.
         reduces: whether its outputs are partial sums where the width that it reads is spread over several devices.

@@ -47,7 +47,7 @@ class GuidedSearch(Strategy):
             is believed after that, the evaluations decide.
         parts: of what is evaluated, in the order in which they run, each the places of the genes that it hangs on: one
             that all others follow, then those that take the time. Genomes of a batch that agree on the first parts
-            share what these compute, and a batch is picked for what it adds in its time. None: nothing is shared.
+            share what these compute, and a batch is picked for what it adds in its time. Without any nothing is shared.
 
     Raises:
         JointoptError: a prior for what is no measured objective, of other shapes or not finite; what `Strategy` raises.
