@@ -294,7 +294,7 @@ class Scheme:
         )
 
     @property
-    def needs_statistics(self) -> bool:
+    def needs_constants(self) -> bool:
         """Whether the activation format has constants that calibration must find."""
         return self.activations is not None and (not self.activations.dynamic or self.activations.scale == "e4m3")
 

@@ -35,7 +35,7 @@ class QuantizedLayer(nn.Module):
     input_global_scale: Tensor | None
     input_factor: Tensor | None = None
 
-    def statistics(self) -> dict[str, Tensor | None]:
+    def constants(self) -> dict[str, Tensor | None]:
         names = ("input_scale", "input_zero_point", "input_global_scale")
         return {name: getattr(self, name) for name in names}
 
@@ -44,9 +44,9 @@ class QuantizedLayer(nn.Module):
         if form is None:
             return x
         if self.input_factor is None:
-            return held_input(self, x, form, **self.statistics())
-        held = held_input(self, x.detach(), form, **self.statistics())
-        return learn_input_range(x, held, form, self.statistics(), self.input_factor)
+            return held_input(self, x, form, **self.constants())
+        held = held_input(self, x.detach(), form, **self.constants())
+        return learn_input_range(x, held, form, self.constants(), self.input_factor)
 
 
 def held_input(

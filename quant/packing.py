@@ -47,13 +47,13 @@ def layout(scheme: Scheme) -> str:
 def packed_tensors(
     quantized: QuantizedTensor,
     scheme: Scheme,
-    statistics: Mapping[str, Tensor | None] | None = None,
+    constants: Mapping[str, Tensor | None] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds for one layer, bias apart, by compressed-tensors' names or bitsandbytes'.
 
     Args:
-        statistics: `input_scale`, `input_zero_point`, `input_global_scale` of a static activation format.
+        constants: `input_scale`, `input_zero_point`, `input_global_scale` of a static activation format.
         dtype: of the unquantized weight, which bitsandbytes notes.
     """
     if scheme.bitsandbytes:
@@ -79,7 +79,7 @@ def packed_tensors(
     tensors["weight_scale"] = quantized.scale
     if quantized.global_scale is not None:
         tensors["weight_global_scale"] = quantized.global_scale
-    for name, tensor in (statistics or {}).items():
+    for name, tensor in (constants or {}).items():
         if tensor is not None:
             tensors[name] = tensor
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -144,13 +144,13 @@ def storage_bytes(scheme: Scheme, shape: tuple[int, ...], itemsize: int, embeddi
         total += rows * columns + (0 if format.symmetric else scales)
     if format.scale == "e4m3":
         total += 4
-    return total + (0 if embedding else statistics_bytes(scheme))
+    return total + (0 if embedding else constants_bytes(scheme))
 
 
-def statistics_bytes(scheme: Scheme) -> int:
+def constants_bytes(scheme: Scheme) -> int:
     """Bytes of a static activation format's constants."""
     format = scheme.activations
-    if format is None or not scheme.needs_statistics:
+    if format is None or not scheme.needs_constants:
         return 0
     if format.scale == "e4m3":
         return 4

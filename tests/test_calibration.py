@@ -70,9 +70,11 @@ def test_ranges_of_activations_by_every_method_leave_padding_out(method):
         supernet = Supernet(model, space, activation_calibration=method)
         supernet.calibrate(seen)
         found.append(supernet)
-    for key in found[0]._statistics:
-        for name, value in found[0]._statistics[key].items():
-            torch.testing.assert_close(found[1]._statistics[key][name].float(), value.float(), rtol=0.03, atol=0)
+    for key in found[0]._measured_constants:
+        for name, value in found[0]._measured_constants[key].items():
+            torch.testing.assert_close(
+                found[1]._measured_constants[key][name].float(), value.float(), rtol=0.03, atol=0
+            )
 
 
 @pytest.mark.parametrize("change", ["load_state_dict", "an optimizer"])
@@ -132,7 +134,7 @@ def test_what_was_calibrated_follows_a_model_that_is_moved_to_another_device():
     supernet.calibrate(batches("resnet"))
     supernet.model.to("meta")  # as the Trainer and accelerate move it to an accelerator
     view = supernet.training_view(space.smallest)
-    constants = [each for held in supernet._statistics.values() for each in held.values()]
+    constants = [each for held in supernet._measured_constants.values() for each in held.values()]
     repaired = [each for pair in supernet._repaired.values() for each in pair if each is not None]
     kept = [each for batch in supernet.samples for each in batch.values()]
     held = [*view.parameters(), *constants, *repaired, *kept]

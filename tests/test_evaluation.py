@@ -354,7 +354,7 @@ def test_super_networks_with_other_sub_networks_have_another_fingerprint():
 def test_last_bits_of_calibrated_ranges_are_not_of_the_fingerprint():
     """A study goes on on another kind of CPU, which sums up otherwise."""
     one = supernet_of("vit", schemes=["none", "W8A8_STATIC", "NVFP4"])
-    before, constants = one.fingerprint(), next(iter(one._statistics.values()))
+    before, constants = one.fingerprint(), next(iter(one._measured_constants.values()))
     for each in constants.values():
         each.mul_(1 + 2**-22)
     assert one.fingerprint() == before

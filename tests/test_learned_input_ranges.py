@@ -55,7 +55,7 @@ def test_the_range_of_constants_gives_the_same_constants(form, low, high):
 
 def constants_of(supernet: Supernet) -> dict:
     whole = supernet.plan(supernet.space.largest).schemes
-    return {path: dict(supernet.statistics(path, each)) for path, each in whole.items()}
+    return {path: dict(supernet.constants(path, each)) for path, each in whole.items()}
 
 
 def equal(one: dict, other: dict) -> bool:
@@ -93,7 +93,7 @@ def test_a_trained_range_of_inputs_mends_one_that_outliers_spoilt():
     supernet = Supernet(model, space)
     inputs = [{"pixel_values": batch["pixel_values"]} for batch in items]
     supernet.calibrate(inputs[:2])
-    for constants in supernet._statistics.values():
+    for constants in supernet._measured_constants.values():
         constants["input_scale"] *= 16
 
     distance = distance_from(model, inputs)

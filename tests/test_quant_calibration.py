@@ -320,10 +320,10 @@ def test_an_unknown_method_is_refused_with_the_nearest():
         ActivationObserver(STATIC["symmetric"], "entrophy")
 
 
-def test_a_scheme_says_whether_it_needs_statistics():
-    needing = {name for name, each in SCHEMES.items() if each.needs_statistics}
+def test_a_scheme_says_whether_it_needs_constants():
+    needing = {name for name, each in SCHEMES.items() if each.needs_constants}
     assert needing == {"W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8", "NVFP4"}
-    assert not scheme("MXFP4").needs_statistics
+    assert not scheme("MXFP4").needs_constants
 
 
 def test_a_range_has_no_gradient_of_the_weight_that_it_was_chosen_from():

@@ -187,7 +187,7 @@ def test_zeros_pass_every_activation_format(name, dtype):
     format, x = SCHEMES[name].activations, torch.zeros(2, 3, 64, dtype=dtype)
     observer = ActivationObserver(format)
     observer.observe(x)
-    constants = observer.constants() if SCHEMES[name].needs_statistics else {}
+    constants = observer.constants() if SCHEMES[name].needs_constants else {}
     held = fake_quantize_activation(x, format, constants.get("input_scale"), None, constants.get("input_global_scale"))
     assert torch.equal(held, x)
 

@@ -22,10 +22,10 @@ from quant.errors import JointoptError
 from quant.formats import SCHEMES, Format, Scheme, scheme
 from quant.kernels import quantize
 from quant.packing import (
+    constants_bytes,
     pack_int32,
     pack_nibbles,
     packed_tensors,
-    statistics_bytes,
     storage_bytes,
 )
 from quant.tensors import code_values
@@ -53,8 +53,8 @@ def random_weight(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def statistics(wanted: Scheme) -> dict[str, Tensor]:
-    if not wanted.needs_statistics:
+def constants(wanted: Scheme) -> dict[str, Tensor]:
+    if not wanted.needs_constants:
         return {}
     observer = ActivationObserver(wanted.activations)
     observer.observe(random_weight((4, 8)))
@@ -64,7 +64,7 @@ def statistics(wanted: Scheme) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
 def test_the_bytes_counted_from_the_shape_are_those_of_the_tensors(name, shape):
     wanted = fitted(name, prod(shape[1:]))
-    tensors = packed_tensors(quantize(random_weight(shape), wanted.weights), wanted, statistics(wanted))
+    tensors = packed_tensors(quantize(random_weight(shape), wanted.weights), wanted, constants(wanted))
     assert storage_bytes(wanted, shape, itemsize=4) == sum(tensor.nbytes for tensor in tensors.values())
     without = packed_tensors(quantize(random_weight(shape), wanted.weights), wanted)
     assert storage_bytes(wanted, shape, itemsize=4, embedding=True) == sum(t.nbytes for t in without.values())
@@ -73,7 +73,7 @@ def test_the_bytes_counted_from_the_shape_are_those_of_the_tensors(name, shape):
 
 def test_a_static_asymmetric_input_has_a_zero_point_of_a_byte():
     wanted = SCHEMES["W8A8_STATIC_ASYM"]
-    assert statistics_bytes(wanted) == sum(tensor.nbytes for tensor in statistics(wanted).values()) == 3
+    assert constants_bytes(wanted) == sum(tensor.nbytes for tensor in constants(wanted).values()) == 3
 
 
 OWN = {

@@ -25,7 +25,7 @@ from jointopt.names import ADAPTERS, LEARNED_RANGES
 from quant.cache import cache_format
 from quant.errors import JointoptError
 from quant.formats import Scheme, scheme
-from quant.packing import statistics_bytes, storage_bytes
+from quant.packing import constants_bytes, storage_bytes
 from search_spaces.family import Cache, Family, Layer, Width, extent
 from search_spaces.space import SearchSpace
 
@@ -223,7 +223,7 @@ class _Tabulation:
             else:
                 size += math.prod(shape) * tensor.element_size()
         if "weight" not in owned and scheme is not None and not isinstance(module, nn.Embedding):
-            size += statistics_bytes(scheme)  # those beside a weight of its own are among its bytes
+            size += constants_bytes(scheme)  # those beside a weight of its own are among its bytes
         macs = 0.0
         weight = module._parameters.get("weight")
         bits = 0 if weight is None else weight.element_size() * 8

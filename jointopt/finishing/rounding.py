@@ -110,7 +110,7 @@ class _Rounder:
         """Returns the weight that was rounded."""
         path = self.left.pop(name)
         scheme = self.plan.schemes[path]
-        constants = self.supernet.statistics(path, scheme)
+        constants = self.supernet.constants(path, scheme)
         with said_of(f"finish: {path}"):
             halves = self.shared.of(layer, scheme, constants, arrived)
             target = recovered(layer.get_parameter("weight").detach(), halves, centred=_has_bias(layer))

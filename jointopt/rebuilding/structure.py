@@ -173,8 +173,8 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         found[name] = tensor.detach().cpu().contiguous()
     for path, layer in layers.items():
-        statistics = {} if isinstance(layer, nn.Embedding) else layer.statistics()
-        packed = packed_tensors(layer.quantized, layer.scheme, statistics, layer.weight.dtype)
+        constants = {} if isinstance(layer, nn.Embedding) else layer.constants()
+        packed = packed_tensors(layer.quantized, layer.scheme, constants, layer.weight.dtype)
         if path in tied:
             packed = {name: tensor for name, tensor in packed.items() if name.startswith("input_")}
         found.update({f"{path}.{renamed.get(name, name)}": tensor for name, tensor in packed.items()})

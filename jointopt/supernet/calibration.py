@@ -78,11 +78,11 @@ def _measure(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     before = _answer(structural_clone(supernet.model), kept[0]) if supernet.own_family else None
     with _sorted(supernet, calibration, ranges, repairs):
         _check_called(supernet, positions, average)
-        statistics, repaired = ranges.constants(), repairs.solved()
+        constants, repaired = ranges.constants(), repairs.solved()
         _ran(supernet, "smallest", supernet.plan(supernet.space.smallest), kept[0])
         if before is not None:
             _check_whole(supernet, kept[0], before)
-    supernet._positions, supernet._statistics, supernet._repaired = positions, statistics, repaired
+    supernet._positions, supernet._measured_constants, supernet._repaired = positions, constants, repaired
     supernet.samples = none_alone(kept) if supernet._has_batch_norm else kept
     supernet.samples_digest = digest.hexdigest()
     supernet._forget()

@@ -91,7 +91,7 @@ class LearnedRanges:
         ranges = []
         for (path, _), scheme in self._schemes.items():
             assert scheme.activations is not None
-            ranges.append(torch.cat(input_range(scheme.activations, supernet.statistics(path, scheme))))
+            ranges.append(torch.cat(input_range(scheme.activations, supernet.constants(path, scheme))))
         if ranges:
             self.inputs = torch.stack(ranges).to(self.values.device)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from jointopt.supernet.importance import Listener
-from jointopt.supernet.subnetwork import ActivationStatistics
+from jointopt.supernet.subnetwork import MeasuredConstants
 from quant.cache import CACHE_FORMATS, CacheFormat, KeyObserver
 from quant.calibration import ActivationObserver
 from quant.errors import said_of
@@ -39,7 +39,7 @@ class Ranges:
         self._inputs: dict[tuple[str, str], ActivationObserver] = {}
         tied = {layer.path: layer.tied for layer in family.layers}
         for (path, _), wanted in schemes.items():
-            if wanted.activations is None or not wanted.needs_statistics:
+            if wanted.activations is None or not wanted.needs_constants:
                 continue
             for each in (path, *tied[path]):
                 if isinstance(model.get_submodule(each), nn.Linear | nn.Conv2d):
@@ -61,7 +61,7 @@ class Ranges:
             if cache.heads == width.gene and cache.attention in self.keys:
                 self.keys[cache.attention].reorder(order)
 
-    def constants(self) -> ActivationStatistics:
+    def constants(self) -> MeasuredConstants:
         """(path, name of the scheme or of the cache's format) -> constants by their names.
 
         Raises:

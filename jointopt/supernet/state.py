@@ -34,7 +34,7 @@ def fingerprint(supernet: Supernet) -> str:
     ]
     choices += supernet.transforms
     choices += _own_schemes(supernet)
-    if supernet._statistics or supernet._repaired or supernet._has_batch_norm:
+    if supernet._measured_constants or supernet._repaired or supernet._has_batch_norm:
         # Not the constants themselves: another kind of CPU, or another number of threads, finds other last bits.
         choices += [supernet.repair, supernet.samples_digest]
     tensors = dict(supernet.model.state_dict())
@@ -92,7 +92,7 @@ def load(supernet: Supernet, path: str | Path) -> None:
     for name, tensor in tensors.items():
         own[name].data.copy_(tensor)
     supernet.leaving, supernet.trained, supernet.calibrated, supernet._scaled = leaving, trained, False, scaled
-    supernet._statistics, supernet._repaired = {}, {}
+    supernet._measured_constants, supernet._repaired = {}, {}
     supernet._condition_space()
     supernet._forget()
     supernet._stamp = stamp(supernet.model)
@@ -113,7 +113,7 @@ def follow(supernet: Supernet) -> None:
     if supernet._place == found:
         return
     supernet._place, supernet._stamp = found, stamp(supernet.model)
-    supernet._statistics = {key: on_device(each, place) for key, each in supernet._statistics.items()}
+    supernet._measured_constants = {key: on_device(each, place) for key, each in supernet._measured_constants.items()}
     supernet._repaired = {
         key: (weight.to(place, dtype), None if bias is None else bias.to(place, dtype))
         for key, (weight, bias) in supernet._repaired.items()

@@ -62,7 +62,7 @@ class Plan:
 Weights = Callable[[str, Scheme, int | None], BankedWeight]
 """(layer path, scheme, number of input channels or None for all) -> the fake-quantized weight, with all its rows."""
 
-ActivationStatistics = Mapping[tuple[str, str], Mapping[str, Tensor]]
+MeasuredConstants = Mapping[tuple[str, str], Mapping[str, Tensor]]
 """(layer path, scheme name) -> the constants of a static activation format, as attributes of the layer; likewise of an
 attention layer and its cache's format, as buffers."""
 Constants = Callable[[str, str], Mapping[str, Tensor]]
@@ -216,7 +216,7 @@ def quantize_layer(
     banked: BankedWeight,
     rows: int | None,
     columns: int | None,
-    statistics: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
     training: bool = False,
 ) -> None:
     """The banked values in place of the weight, and the layer that quantizes its input in place of the stock one. With
@@ -233,7 +233,7 @@ def quantize_layer(
         module._parameters["bias"] = nn.Parameter(bias.detach()[:rows], requires_grad=bias.requires_grad)
     _set_sizes(module, rows, columns)
     area = values[0, 0].numel() if values.dim() > 2 else 1
-    as_quantized(module, scheme, banked.quantized.sliced(values.shape[0], values.shape[1] * area), statistics)
+    as_quantized(module, scheme, banked.quantized.sliced(values.shape[0], values.shape[1] * area), constants)
 
 
 class Holder(NamedTuple):

@@ -13,7 +13,7 @@ with supernet.active(space.sample(1, seed=0)[0]) as small:
 # trained              weights_changed, load (as saved)     nothing but load
 # calibrated           calibrate                            weights_changed, load
 # space, leaving       calibrate, unless trained            load, take_shapes
-# _statistics          calibrate                            load; after weights_changed check_calibrated refuses them
+# _measured_constants  calibrate                            load; after weights_changed check_calibrated refuses them
 # _repaired            calibrate                            weights_changed, load
 # samples, _positions  calibrate                            nothing; take_shapes sets positions anew
 # _scaled              calibrate, load (as saved)           weights_changed, so that calibrate scales again
@@ -56,7 +56,7 @@ from jointopt.supernet.range_factors import LearnedRanges, learn
 from jointopt.supernet.repair import Repaired
 from jointopt.supernet.state import fingerprint, follow, load, notice, save, stamp
 from jointopt.supernet.subnetwork import (
-    ActivationStatistics,
+    MeasuredConstants,
     Plan,
     Source,
     build,
@@ -154,7 +154,7 @@ class Supernet:
         self.schemes = fitted_schemes(self.model, self.family, space, self.precision_genes)
         check_space(self.model, self.family, space)
         self._bank = WeightBank(bank_bytes)
-        self._statistics: ActivationStatistics = {}
+        self._measured_constants: MeasuredConstants = {}
         self._has_batch_norm = has_batch_norm(self.model)
         self.samples: list[Mapping[str, Any]] = []
         self.samples_digest = ""  # of all that it was calibrated on
@@ -313,7 +313,7 @@ class Supernet:
             if layer.path in plan.schemes:
                 needing += [(path, plan.schemes[layer.path].name) for path in (layer.path, *layer.tied)]
         for path, name in needing:
-            if (path, name) in self._statistics and self._constants(path, name) is self._statistics[path, name]:
+            if self._constants(path, name) is self._measured_constants.get((path, name)):
                 raise JointoptError(
                     f"{path}: weights were trained since the ranges of {name} were measured; call "
                     "supernet.calibrate(batches) again"
@@ -349,21 +349,21 @@ class Supernet:
         reestimate(shell, self.samples)
         return running_statistics(shell)
 
-    def statistics(self, path: str, wanted: Scheme) -> Mapping[str, Tensor]:
+    def constants(self, path: str, wanted: Scheme) -> Mapping[str, Tensor]:
         """The constants of a layer's static activation format, by the layer's attributes; {} where it has none.
 
         Raises:
             JointoptError: they were not calibrated.
         """
-        static = wanted.needs_statistics and not isinstance(self.model.get_submodule(path), nn.Embedding)
-        if static and (path, wanted.name) not in self._statistics:
+        static = wanted.needs_constants and not isinstance(self.model.get_submodule(path), nn.Embedding)
+        if static and (path, wanted.name) not in self._measured_constants:
             raise JointoptError(f"{path}: {wanted.name} needs ranges of activations; call calibrate(batches) first")
         return self._constants(path, wanted.name)
 
     def _constants(self, path: str, name: str) -> Mapping[str, Tensor]:
         """Of a static format of a layer's inputs or of a cache's keys: learned, else calibrated, else {}."""
         trained = self.learned.constants(path, name) if self.learned is not None else None
-        return trained or self._statistics.get((path, name), {})
+        return trained or self._measured_constants.get((path, name), {})
 
     def _banked(self, path: str, wanted: Scheme, channels: int | None) -> BankedWeight:
         form = wanted.weights
@@ -372,7 +372,7 @@ class Supernet:
         sliced = channels if form.granularity == "channel" or fitted else None
 
         def make() -> BankedWeight:
-            self.statistics(path, wanted)
+            self.constants(path, wanted)
             layer = self.model.get_submodule(path)
             weight = fitted[0] if fitted else effective(layer).detach()
             part = weight[:, :sliced].contiguous()

@@ -131,7 +131,7 @@ def _ranges(model: nn.Module, supernet: Supernet, plan: Plan, layers: Mapping[st
         if has_learnable_inputs(scheme):
             assert scheme.activations is not None
             for each in (path, *tied[path]):
-                if supernet.statistics(each, scheme):
+                if supernet.constants(each, scheme):
                     inputs[each] = nn.Parameter(
                         torch.zeros(ends(scheme.activations), 1, 1, dtype=torch.float32, device=weight.device)
                     )
@@ -165,7 +165,7 @@ def _quantized(
         banked = _rounded(weight.detach(), scheme, supernet, path, factor)
         holders = []
         for each, original in [(name, path), *((other, other) for other in owners[path].tied)]:
-            constants, of_inputs = supernet.statistics(original, scheme), _factor(ranges.inputs.get(original), weight)
+            constants, of_inputs = supernet.constants(original, scheme), _factor(ranges.inputs.get(original), weight)
             if of_inputs is not None:
                 assert scheme.activations is not None
                 clip = widened(input_range(scheme.activations, constants), of_inputs.detach().flatten(1))

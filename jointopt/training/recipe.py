@@ -161,7 +161,7 @@ class Recipe:
         if self.precision_from is not None and not quantized:
             raise JointoptError("precision_from: found no number format in the space; allowed: leave it out")
         for (path, _), wanted in supernet.schemes.items() if self.precision_from is not None else ():
-            supernet.statistics(path, wanted)
+            supernet.constants(path, wanted)
         self.strategy.genomes(supernet.space, 0.0, self.seed)
 
     @property
