@@ -162,7 +162,7 @@ def _changes(supernet: Supernet) -> dict[tuple[str, int], list[Change]]:
             for layer in family.layers:
                 if precision.get(layer.path) == gene.name and layer.path in plan.schemes:
                     name = plan.schemes[layer.path].name
-                    each += [("scheme", path, name) for path in (layer.path, *layer.tied)]
+                    each += [("scheme", path, name) for path in layer.paths]
             held = [cache.attention for cache in family.caches if cache.name == gene.name]
             each += [("cache", path, plan.caches[path].name) for path in held if path in plan.caches]
             found[gene.name, choice] = each
@@ -205,7 +205,7 @@ def _changed_modules(supernet: Supernet) -> dict[Change, nn.Module]:
         view = supernet.built(Plan(family.blocks, schemes=plan.schemes))
         for layer in family.layers:
             if layer.path in plan.schemes:
-                for path in (layer.path, *layer.tied):
+                for path in layer.paths:
                     found["scheme", path, plan.schemes[layer.path].name] = view.get_submodule(path)
     for plan in _turns(supernet, {width.gene for width in widths}):
         view = supernet.built(Plan(family.blocks, units=plan.units))

@@ -235,7 +235,7 @@ def _check_layers(family: Family, model: nn.Module, holders: Holders) -> None:
                 "as torch.nn.utils.parametrize.remove_parametrizations and prune.remove leave it"
             )
         sharing = {path for path, name in holders[id(weight)] if name == "weight"}
-        others = tuple(sorted(sharing - {layer.path, *layer.tied}))
+        others = tuple(sorted(sharing - {*layer.paths}))
         if others:
             raise JointoptError(
                 f"{layer.path}: its weight is also that of {', '.join(others)}, which the declaration does not say; "

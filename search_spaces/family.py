@@ -120,6 +120,11 @@ class Layer:
     norm: str | None = None
     readers: tuple[str, ...] = ()
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Its own, and those of all that hold its weight."""
+        return (self.path, *self.tied)
+
 
 @dataclass(frozen=True)
 class Cache:

@@ -104,7 +104,7 @@ def _check_called(supernet: Supernet, positions: Positions, batch: Mapping[str, 
     """Raises JointoptError where the forward pass reads the weight of a layer, to which the space offers formats, and
     never calls it as a module. One that it does not read either, as an expert to which no token goes, is left alone."""
     offered = [layer for layer in supernet.family.layers if layer.path in supernet.precision_genes]
-    layers = {path: supernet.model.get_submodule(path) for layer in offered for path in (layer.path, *layer.tied)}
+    layers = {path: supernet.model.get_submodule(path) for layer in offered for path in layer.paths}
     silent = [p for p, each in layers.items() if p not in positions.of and isinstance(each, nn.Linear | nn.Conv2d)]
     if silent and _depends(supernet.model, silent, batch):
         path = next((path for path in silent if _depends(supernet.model, [path], batch)), silent[0])

@@ -37,13 +37,13 @@ class LearnedRanges:
     """
 
     def __init__(self, supernet: Supernet, with_inputs: bool = False):
-        tied = {layer.path: layer.tied for layer in supernet.family.layers}
+        holders = {layer.path: layer.paths for layer in supernet.family.layers}
         weights: dict[Key, Scheme] = {}
         inputs: dict[Key, Scheme] = {}
         for (path, _), scheme in supernet.schemes.items():
             if scheme.weights is not None and is_learnable(scheme.weights):
                 weights[path, scheme.name] = scheme
-            for each in (path, *tied[path]) if has_learnable_inputs(scheme) else ():
+            for each in holders[path] if has_learnable_inputs(scheme) else ():
                 if not isinstance(supernet.model.get_submodule(each), nn.Embedding):
                     inputs[each, scheme.name] = scheme
         self._weights = {key: row for row, key in enumerate(weights)}

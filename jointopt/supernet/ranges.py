@@ -37,11 +37,11 @@ class Ranges:
     ):
         self._family = family
         self._inputs: dict[tuple[str, str], ActivationObserver] = {}
-        tied = {layer.path: layer.tied for layer in family.layers}
+        holders = {layer.path: layer.paths for layer in family.layers}
         for (path, _), wanted in schemes.items():
             if wanted.activations is None or not wanted.needs_constants:
                 continue
-            for each in (path, *tied[path]):
+            for each in holders[path]:
                 if isinstance(model.get_submodule(each), nn.Linear | nn.Conv2d):
                     self._inputs[each, wanted.name] = ActivationObserver(wanted.activations, method)
         choices = {gene.name: gene.choices for gene in space.genes}

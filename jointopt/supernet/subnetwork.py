@@ -306,7 +306,7 @@ def _holders(
             ranges.factor(layer.path, scheme) if ranges else None,
             ranges.input_factor(path, scheme.name) if ranges else None,
         )
-        for path in (layer.path, *layer.tied)
+        for path in layer.paths
     ]
 
 

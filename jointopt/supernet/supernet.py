@@ -311,7 +311,7 @@ class Supernet:
         needing = [(path, form.name) for path, form in plan.caches.items()]
         for layer in staying_layers(self.family, plan):
             if layer.path in plan.schemes:
-                needing += [(path, plan.schemes[layer.path].name) for path in (layer.path, *layer.tied)]
+                needing += [(path, plan.schemes[layer.path].name) for path in layer.paths]
         for path, name in needing:
             if self._constants(path, name) is self._measured_constants.get((path, name)):
                 raise JointoptError(

@@ -205,7 +205,7 @@ def scale_links(
     Raises:
         JointoptError: there is no batch, or what a layer reads is not finite.
     """
-    tied = {path for layer in family.layers for path in (layer.path, *layer.tied) if layer.tied}
+    tied = {path for layer in family.layers if layer.tied for path in layer.paths}
     links = [link for link in family.links if not tied & set(link.consumers)]
     formats: dict[str, Format] = {}
     for (path, _), scheme in sorted(schemes.items(), key=lambda item: item[1].bits):

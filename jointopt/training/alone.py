@@ -119,7 +119,7 @@ class _Ranges:
 
 def _ranges(model: nn.Module, supernet: Supernet, plan: Plan, layers: Mapping[str, str]) -> _Ranges:
     weights, inputs = {}, {}
-    tied = {layer.path: layer.tied for layer in supernet.family.layers}
+    holders = {layer.path: layer.paths for layer in supernet.family.layers}
     for name, path in layers.items():
         scheme, weight = plan.schemes[path], model.get_submodule(name).get_parameter("weight")
         assert scheme.weights is not None
@@ -130,7 +130,7 @@ def _ranges(model: nn.Module, supernet: Supernet, plan: Plan, layers: Mapping[st
             )
         if has_learnable_inputs(scheme):
             assert scheme.activations is not None
-            for each in (path, *tied[path]):
+            for each in holders[path]:
                 if supernet.constants(each, scheme):
                     inputs[each] = nn.Parameter(
                         torch.zeros(ends(scheme.activations), 1, 1, dtype=torch.float32, device=weight.device)

@@ -49,7 +49,7 @@ def attach(supernet: Supernet, config: Any) -> list[str]:
         found, whole = _wrapped(supernet.model, config)
     finally:  # PEFT freezes the clone's parameters, which are the model's
         _freeze(supernet.model, frozen)
-    tied = {path for layer in supernet.family.layers for path in (*layer.tied, *([layer.path] if layer.tied else []))}
+    tied = {path for layer in supernet.family.layers if layer.tied for path in layer.paths}
     if shared := sorted(tied & set(found)):
         raise JointoptError(f"lora: {shared[0]} shares its weight with another layer; allowed: layers with their own")
     supernet.frozen = frozen
