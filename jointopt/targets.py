@@ -9,10 +9,10 @@ from typing import Any
 from jointopt.installed import lacking
 from quant.errors import JointoptError, check_choice
 from quant.formats import SCHEMES, scheme
-from search_spaces.defaults import presets, with_extremes
+from search_spaces.defaults import KEEPS, WIDTHS, presets, with_extremes
 from search_spaces.space import SearchSpace
 
-UNEVEN = ("heads", "mlp", "bottleneck", "stage", "keep", "attention_keep", "mlp_keep")
+UNEVEN = (*WIDTHS, *KEEPS)
 """Keys of a space by which blocks can differ."""
 
 

@@ -31,7 +31,9 @@ from search_spaces.precision import (
 from search_spaces.space import Gene, SearchSpace
 
 DEFAULT_SCHEMES = ("none", "W8A8", "W4A16", "FP8_DYNAMIC")
-ARCHITECTURE = ("depth", "keep", "attention_keep", "mlp_keep", "heads", "mlp", "bottleneck", "stage")
+KEEPS = ("keep", "attention_keep", "mlp_keep")
+WIDTHS = ("heads", "mlp", "bottleneck", "stage")
+ARCHITECTURE = ("depth", *KEEPS, *WIDTHS)
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -193,7 +195,7 @@ def _keep_genes(family: Family, chosen: Mapping[str, Any]) -> list[Gene]:
             if chosen.get(key):
                 genes.append(Gene(gene, (False, True)))
                 made.add(key)
-    for key in ("keep", "attention_keep", "mlp_keep"):
+    for key in KEEPS:
         if chosen.get(key) and key not in made:
             never = f"the {family.name} family has no block that can leave this way"
             raise JointoptError(f"space.{key}: {family.staying.get(key.removesuffix('_keep'), never)}")
@@ -206,7 +208,7 @@ def _width_genes(
     genes: dict[str, Gene] = {}
     left: dict[str, set[int]] = {}
     kinds = {width.kind for width in family.widths}
-    for key in ("heads", "mlp", "bottleneck", "stage"):
+    for key in WIDTHS:
         if key in chosen and key not in kinds and explicit:
             raise JointoptError(
                 f"space.{key} (of the preset, where one is given): the {family.name} family has none; allowed: "

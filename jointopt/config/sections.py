@@ -14,6 +14,7 @@ from jointopt.names import BATCH, FINISHING_RATE, MOST, TRAINING_RATE
 from jointopt.objectives import EVALUATIONS, QUANTITIES, constraint, is_column
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import SCHEMES
+from search_spaces.defaults import WIDTHS
 
 Positive = Annotated[int, Field(gt=0)]
 Threads = Annotated[int, Field(gt=0, le=MOST["threads"])]
@@ -97,7 +98,7 @@ class Space(Section):
         """What is set, as keywords of `SearchSpace.for_model`."""
         return self.model_dump(exclude_none=True)
 
-    @field_validator("depth", "heads", "mlp", "bottleneck", "stage", "schemes", "caches")
+    @field_validator("depth", *WIDTHS, "schemes", "caches")
     @classmethod
     def _not_empty(cls, value: list | None) -> list | None:
         if value is not None and not value:
