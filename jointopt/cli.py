@@ -19,7 +19,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from jointopt.files import check_path, from_home
+from jointopt.files import check_path, from_home, writing
 from jointopt.names import MODELS, NOISY, TARGET_NAMES
 from quant.errors import JointoptError, check_count
 
@@ -180,13 +180,12 @@ def _init(options: argparse.Namespace) -> int:
         print(text, end="")
         return 0
     path = Path(options.out or f"{Path(options.model).resolve().name}.yaml")
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise JointoptError(f"init: {str(path)!r} exists; choose another file with -o") from None
-    except OSError as error:
-        raise JointoptError(f"init: {str(path)!r} cannot be written: {error.strerror}") from None
+    with writing(f"init: {str(path)!r}"):
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise JointoptError(f"init: {str(path)!r} exists; choose another file with -o") from None
     print(f"{path}: written; name your data in it, then: python -m jointopt run {quote(str(path))}")
     return 0
 

@@ -71,6 +71,20 @@ def reading(what: str, allowed: str = "", *also: type[Exception]) -> Iterator[No
         raise JointoptError(f"{what} cannot be read: {told}{instead}") from None
 
 
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """What the system refuses within, as on a full disk, as one line: `JointoptError`.
+
+    Args:
+        what: is written, as the error begins: the config's key or the command, and the path.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        told = getattr(error, "strerror", None) or in_one_line(error)
+        raise JointoptError(f"{what} cannot be written: {told}") from None
+
+
 def write_whole(path: Path, text: str, what: str) -> None:
     """Writes a file beside its place, then moves it there. A link stays one.
 
@@ -83,11 +97,10 @@ def write_whole(path: Path, text: str, what: str) -> None:
     path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        _check_replaceable(path)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise JointoptError(f"{what}: {str(path)!r} cannot be written: {error.strerror}") from None
+        with writing(f"{what}: {str(path)!r}"):
+            _check_replaceable(path)
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
     finally:
         with suppress(OSError):
             beside.unlink()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jointopt.config.config import Config, load_config
-from jointopt.files import check_path, locked, reading, write_whole
+from jointopt.files import check_path, locked, reading, write_whole, writing
 from jointopt.study.differences import differing
 from jointopt.timing.hardware import LATENCY
 from quant.errors import JointoptError
@@ -81,10 +81,8 @@ def taken(config: Config) -> Iterator[None]:
     from jointopt.checkpoint.exporting import clear_killed
 
     output = Path(config.output)
-    try:
+    with writing(f"output: {str(output)!r}"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise JointoptError(f"output: {str(output)!r} cannot be written: {error.strerror}") from None
     with closing(locked(output / LOCK, f"output {str(output)!r}")):
         check_output(config)
         write_whole(output / CONFIG, config.to_yaml(), "output")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from jointopt import targets
@@ -23,7 +23,7 @@ from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes
 from jointopt.checkpoint.probe import example_of, probe_of
 from jointopt.checkpoint.writers import WRITERS
 from jointopt.evaluation.evaluation import check_supernet
-from jointopt.files import check_path, locked, reading
+from jointopt.files import check_path, locked, reading, writing
 from jointopt.finishing.finishing import Finished
 from jointopt.names import NEAREST
 from jointopt.objectives import COSTS
@@ -99,7 +99,7 @@ def export(
     model = (supernet.extract(genome) if finished is None else finished.model).eval()
     with flat_inputs_noted(model):
         record = _record(supernet, genome, finished, model, study, base_model)
-    try:
+    with writing(f"export: {str(folder)!r}"):
         clear_killed(folder)
         with (
             tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place,
@@ -113,9 +113,6 @@ def export(
                 _weigh(whole, model, record["costs"]["size"])
             _write_beside(whole, record, processor, loading)
             _move(whole, folder, Path(place), overwrite)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise JointoptError(f"export: {str(folder)!r} cannot be written: {reason}") from None
     return folder
 
 

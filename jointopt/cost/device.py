@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from jointopt.complaints import Section, one_line
 from jointopt.cost.operators import check_kernel
+from jointopt.files import writing
 from jointopt.yaml_lines import read_yaml
 from quant.errors import JointoptError, did_you_mean
 from quant.formats import Scheme
@@ -95,10 +96,8 @@ class Device(Section):
 
     def save(self, path: str | Path) -> None:
         """Writes the YAML file that `load_device` reads. Raises JointoptError where it cannot be written."""
-        try:
+        with writing(f"device: {str(path)!r}"):
             Path(path).write_text(yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False), encoding="utf-8")
-        except OSError as error:
-            raise JointoptError(f"device: {str(path)!r} cannot be written: {error.strerror}") from None
 
     def slower(self, factor: float) -> Device:
         """The device on which everything takes so many times as long."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from jointopt.batches import on_device
 from jointopt.digests import digest_of
-from jointopt.files import reading, write_tensors
+from jointopt.files import reading, write_tensors, writing
 from jointopt.names import LEARNED_RANGES
 from jointopt.supernet.range_factors import INPUTS, LearnedRanges, settle
 from quant.errors import JointoptError
@@ -59,10 +59,8 @@ def save(supernet: Supernet, path: str | Path) -> None:
     record = {"leaving": supernet.leaving, "trained": supernet.trained}
     if supernet.transforms:
         record |= {"transforms": supernet.transforms, "scaled": supernet._scaled}
-    try:
+    with writing(f"{path}:"):
         write_tensors(Path(path), tensors, {"supernet": json.dumps(record)})
-    except (OSError, SafetensorError) as error:
-        raise JointoptError(f"{path}: cannot be written: {error}") from None
 
 
 def load(supernet: Supernet, path: str | Path) -> None:

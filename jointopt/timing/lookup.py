@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from jointopt.cost.operators import Answer, Operator, times_to_fit
-from jointopt.files import locked, reading, write_whole
+from jointopt.files import locked, reading, write_whole, writing
 from jointopt.timing.backend import ONNXRUNTIME, TORCH, Backend, host
 from quant.errors import JointoptError, check_count
 from quant.kernels.cpu import cache_folder
@@ -311,11 +311,9 @@ def _machines(path: Path) -> dict[str, dict[Key, float]]:
 def _kept(path: Path, machine: str, found: Mapping[Key, float]) -> dict[Key, float]:
     """Adds times to the file, but for what another process has timed meanwhile. Returns all of this machine's."""
     what, lock = f"lookup: {str(path)!r}", Path(f"{path}.lock")
-    try:
+    with writing(what):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
-    except OSError as error:
-        raise JointoptError(f"{what} cannot be written: {error.strerror}") from None
     with closing(locked(lock, what, WAIT)):
         machines = _machines(path)
         known = {**found, **machines.get(machine, {})}

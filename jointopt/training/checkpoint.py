@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from jointopt.files import check_path, reading, write_tensors
+from jointopt.files import check_path, reading, write_tensors, writing
 from jointopt.study.differences import as_json
 from jointopt.supernet.adapters import adapted
 from jointopt.supernet.state import distinct_tensors, read_tensors
@@ -59,10 +58,8 @@ class Checkpoint:
             tensors["random.cuda"] = torch.cuda.get_rng_state(device)
         record = {"described": self._described, "history": list(history)}
         whole = {name: each.cpu().contiguous() for name, each in tensors.items()}
-        try:
+        with writing(f"train: the checkpoint {str(self.path)!r}"):
             write_tensors(self.path, whole, {"training": json.dumps(record)})
-        except (OSError, SafetensorError) as error:
-            raise JointoptError(f"train: the checkpoint {str(self.path)!r} cannot be written: {error}") from None
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
         """Puts back what was written, if anything; returns the losses so far."""

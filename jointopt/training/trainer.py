@@ -33,7 +33,7 @@ from jointopt.training.elastic import elastic_loss
 from jointopt.training.lora import attach, merge
 from jointopt.training.recipe import NONE_COUNTED, Recipe, checked
 from jointopt.training.trainer_arguments import check_args, check_checkpointing, check_optimizer, smoothed, supernet_of
-from jointopt.training.trainer_checkpoint import RECORD, restore, write_beside, writing
+from jointopt.training.trainer_checkpoint import RECORD, restore, write_beside, writing_all
 from quant.errors import JointoptError, check_count, check_kind
 from search_spaces.families import Declare
 from search_spaces.space import SearchSpace
@@ -366,7 +366,7 @@ class ElasticTrainer(Trainer):
         """The Trainer's. A checkpoint that cannot be written whole is removed: training resumes from the one before."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            with writing(folder):
+            with writing_all(folder):
                 super()._save_checkpoint(model, trial)
         except BaseException:
             if self.args.should_save:
@@ -380,7 +380,7 @@ class ElasticTrainer(Trainer):
         if state_dict is None and adapted(model):
             state_dict = with_adapters(model).state_dict()
         folder = Path(output_dir or self.args.output_dir)
-        with writing(folder):
+        with writing_all(folder):
             if self.args.should_save:
                 (folder / RECORD).unlink(missing_ok=True)
             super()._save(output_dir, state_dict)

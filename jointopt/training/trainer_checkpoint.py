@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from jointopt.files import reading, write_tensors, write_whole
-from quant.errors import JointoptError, in_one_line
+from jointopt.files import reading, write_tensors, write_whole, writing
+from quant.errors import JointoptError
 
 RECORD, ADDED = "supernet.json", "added.safetensors"
 
@@ -79,12 +78,11 @@ def _kept(path: Path, added: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What is raised where a disk is full, as one line."""
+def writing_all(folder: Path) -> Iterator[None]:
+    """`writing`, of torch.save's files too."""
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise JointoptError(f"train: {str(folder)!r} cannot be written: {in_one_line(error)}") from error
+        with writing(f"train: {str(folder)!r}"):
+            yield
     except RuntimeError as error:
         if "inline_container" not in str(error):  # where torch.save writes
             raise
