@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 import jointopt
 from jointopt import SearchSpace, Supernet
 from jointopt.checkpoint.exporting import RECORD
+from jointopt.evaluation.evaluation import evaluate
 from tests.zoo import batches, logits, make, supernet_of
 
 SCHEMES = ("none", "W8A8", "W8A8_STATIC", "W4A16")
@@ -77,6 +80,65 @@ def test_costs_before_calibration_are_counted_under_another_default_dtype(name):
 
 def test_autocast_around_it_changes_no_bit(alone, tmp_path):
     assert everything(tmp_path, torch.autocast("cpu", torch.bfloat16)) == alone
+
+
+@contextmanager
+def fewer_bits() -> Iterator[None]:
+    """As scripts that train on GPUs begin; a CPU takes bfloat16, where it has that."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_products_in_fewer_bits_around_it_change_no_bit(alone, tmp_path):
+    assert everything(tmp_path, fewer_bits()) == alone
+
+
+def settings() -> list[object]:
+    """torch's, of how float32 is computed, the older and the newer ones."""
+    backends = torch.backends
+    newer = (
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    )
+    older = (torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32)
+    return [each.fp32_precision for each in newer] + list(older)
+
+
+def test_quality_functions_see_float32_in_full_and_the_caller_has_settings_of_before_again():
+    supernet, seen = supernet_of("bert", ["none", "W8A8"], preset="fixed"), []
+
+    def quality(model: torch.nn.Module) -> float:
+        seen.append(settings())
+        raise ValueError("whatever happens in it")
+
+    with fewer_bits():
+        before = settings()
+        found = evaluate(supernet, supernet.space.largest, quality)
+        assert settings() == before and found.failed is not None
+    assert seen == [["ieee"] * 5 + ["highest", False, False]]
+
+
+NEWER = """
+import torch
+from torch import backends
+from jointopt.arithmetic import full_float32
+backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = "tf32"
+with full_float32():
+    print(backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)
+print(backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)
+"""
+
+
+def test_float32_is_full_too_where_the_caller_has_used_the_newer_settings_alone():
+    done = subprocess.run([sys.executable, "-c", NEWER], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ieee", "ieee", "tf32", "tf32"]
 
 
 def test_statistics_of_normalizations_are_estimated_without_autocast():

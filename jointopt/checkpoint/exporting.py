@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from jointopt import targets
-from jointopt.autocast import autocast_off
+from jointopt.arithmetic import own_arithmetic
 from jointopt.checkpoint import card, gguf_writer
 from jointopt.checkpoint.onnx.writer import MODEL, onnx_bytes
 from jointopt.checkpoint.probe import example_of, probe_of
@@ -42,7 +42,7 @@ LOCK, REPLACED = "jointopt.lock", "replaced"
 UNCHANGED = "what export wrote, unchanged"
 
 
-@autocast_off()
+@own_arithmetic()
 def export(
     supernet: Supernet,
     genome: Any,

@@ -81,6 +81,7 @@ def main():
     import torch
 
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # as everything was scored: torch's own default is TF32
     try:
         model = load_model(folder, device).to(device)
         loaded = sorted(name for name in ("jointopt", "search_spaces", "quant") if name in sys.modules)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jointopt.arithmetic import full_float32
 from jointopt.objectives import COSTS, is_column
 from quant.errors import JointoptError, named_line
 
@@ -64,7 +65,8 @@ class Evaluation:
 
 
 def measured(quality: Quality, model: nn.Module) -> Metrics:
-    """The user's function as metrics by name, without gradients; those that it computes for itself go with it.
+    """The user's function as metrics by name, without gradients, in full float32; those that it computes for itself go
+    with it.
 
     Raises:
         JointoptError: it returned something else than finite numbers, or one by the name of a cost, or an error that
@@ -77,7 +79,7 @@ def measured(quality: Quality, model: nn.Module) -> Metrics:
     for parameter, _, _ in gradients:
         parameter.grad = None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             found = quality(model)
     finally:
         changed = [name for name, tensor, state, _ in before if state_of(tensor) != state]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from jointopt.autocast import autocast_off
+from jointopt.arithmetic import own_arithmetic
 from jointopt.batches import check_batch, on_device, without_labels
 from jointopt.finishing.lockstep import Arrived, in_step, starting
 from jointopt.finishing.reconstruction import reconstruct
@@ -39,7 +39,7 @@ ROUNDINGS: dict[str, Method] = {"gptq": gptq, "descent": descent, "learned": gpt
 """Name -> how each layer is rounded. What is learned goes on from there, a block at a time."""
 
 
-@autocast_off()
+@own_arithmetic()
 def rounded_anew(supernet: Supernet, plan: Plan, batches: Iterable[Mapping[str, Any]], rounding: str) -> nn.Module:
     """The quantized sub-network of a plan, its weights rounded by a method of `ROUNDINGS`. See `finish`."""
     moved = []

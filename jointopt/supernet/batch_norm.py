@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jointopt.autocast import autocast_off
+from jointopt.arithmetic import own_arithmetic
 from jointopt.batches import sample_count
 
 SAMPLES = 128
@@ -38,7 +38,7 @@ def keep_statistics(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-@autocast_off()
+@own_arithmetic()
 def reestimate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     """Replaces the running statistics by the averages over `batches`, each sample alike, in buffers of the model's own.
 

@@ -12,7 +12,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from jointopt.autocast import autocast_off
+from jointopt.arithmetic import own_arithmetic
 from jointopt.batches import (
     check_batch,
     first_samples,
@@ -45,7 +45,7 @@ LARGEST_MOVE = 0.01
 
 
 @torch.inference_mode(False)  # what is kept of it is trained
-@autocast_off()
+@own_arithmetic()
 def calibrate(supernet: Supernet, batches: Iterable[Mapping[str, Any]]) -> None:
     """`Supernet.calibrate`."""
     if supernet.device.type == "meta":
@@ -211,7 +211,7 @@ def _by_itself(supernet: Supernet, which: str) -> Iterator[None]:
         )
 
 
-@autocast_off()
+@own_arithmetic()
 def sort_again(
     supernet: Supernet, batches: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer | None
 ) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from jointopt.arithmetic import full_float32
 from jointopt.batches import Batch, without_labels
 from jointopt.evaluation.evaluation import Metrics, Quality
 from jointopt.outputs import IGNORED, MULTI_LABEL, REGRESSION, logits_of, row_groups
@@ -97,7 +98,7 @@ class Problem:
             self.check(torch.cat([each.wanted for each in counted]), key)
         references: list[Tensor] | None = None
         if original is not None and "kl" in self.metrics:
-            with torch.no_grad():
+            with torch.no_grad(), full_float32():
                 references = [
                     logits_of(original, given).flatten(0, -2)[each.rows]
                     for each, given in zip(counted, inputs, strict=True)

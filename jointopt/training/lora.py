@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from jointopt.autocast import autocast_off
+from jointopt.arithmetic import own_arithmetic
 from jointopt.installed import lacking
 from jointopt.names import ADAPTERS
 from jointopt.supernet.adapters import adapted, effective, take_off
@@ -167,7 +167,7 @@ def _ending(path: str) -> str:
 
 
 @torch.no_grad()
-@autocast_off()
+@own_arithmetic()
 def merge(supernet: Supernet) -> None:
     """Makes adapters part of the weights for good, and trainable what was so before they came."""
     for layer in adapted(supernet.model).values():
