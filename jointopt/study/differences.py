@@ -30,7 +30,10 @@ def check_config(path: Path | None, stored: Mapping[str, Any], wanted: Mapping[s
     if facts or config:
         told = "; ".join(filter(None, (facts, config)))
         if (stored["config"] or {}).get("supernet") != wanted["config"].get("supernet"):
-            told += " (other weights, space or calibration, or another version of jointopt)"
+            told += (
+                " (other weights, space or calibration, another version of jointopt, or another kind of processor, "
+                "whose last bits sort channels in another order)"
+            )
         raise JointoptError(f"study {str(path)!r} has another config: {told}; allowed: that one, or another storage")
 
 
