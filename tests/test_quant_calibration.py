@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.calibration import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationObserver, Histogram, choose_clip
+from quant.calibration import (
+    ACTIVATION_METHODS,
+    WEIGHT_METHODS,
+    ActivationObserver,
+    Histogram,
+    choose_clip,
+    static_constants,
+)
 from quant.errors import JointoptError
 from quant.formats import SCHEMES, Format, scheme
 from quant.kernels import fake_quantize, fake_quantize_activation
@@ -114,6 +121,18 @@ def test_mse_is_never_worse_than_minmax_in_any_scale(name, seed, spread):
         for method in ("minmax", "mse")
     }
     assert (errors["mse"] <= errors["minmax"] * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_mse_counts_each_error_as_its_importance_says(name):
+    weight, format = heavy_tailed(4, 96, seed=5), FORMATS[name]
+    importance = torch.ones(1, 96)
+    importance[:, ::3] = 1e4
+    errors = [
+        ((fake_quantize(weight, format, choose_clip(weight, format, "mse", counted)) - weight) ** 2 * importance).sum()
+        for counted in (importance, None)
+    ]
+    assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("name", ["int4 groups", "int4 groups, asymmetric", "fp4 groups", "nvfp4", "mxfp4"])
@@ -228,6 +247,15 @@ def test_a_histogram_counts_each_value_in_its_bin_in_any_order(seed, power):
     assert (whole.centres()[at] - x).abs().max() <= width / 2 * (1 + 1e-9)
 
 
+def test_a_histogram_that_begins_with_zeros_is_as_fine_as_one_that_ends_with_them():
+    x, zeros = torch.randn(300, generator=torch.Generator().manual_seed(0)) * 1e-3, torch.zeros(50)
+    first, last = Histogram(), Histogram()
+    for histogram, parts in ((first, (zeros, x)), (last, (x, zeros))):
+        for part in parts:
+            histogram.add(part)
+    assert first.reach == last.reach and torch.equal(first.counts, last.counts)
+
+
 def lost(x: Tensor, constants: dict[str, Tensor], format: Format) -> float:
     arguments = {name.removeprefix("input_"): value for name, value in constants.items()}
     return float((fake_quantize_activation(x, format, **arguments) - x).square().mean())
@@ -242,6 +270,27 @@ def test_least_squared_error_is_no_more_than_that_of_the_whole_range(name, seed,
     form = STATIC[name]
     errors = {method: lost(x, observed(form, x, method=method), form) for method in ("minmax", "mse")}
     assert errors["mse"] <= errors["minmax"] * 1.02  # over a histogram
+
+
+@pytest.mark.parametrize("name", ["symmetric", "asymmetric", "fp8"])
+def test_least_squared_error_of_inputs_is_that_of_the_share_that_brute_force_finds(name):
+    x, form = torch.randn(20_000, generator=torch.Generator().manual_seed(0)), STATIC[name]
+    x[:20] *= 15
+    tried = [
+        lost(x, static_constants((x.min().clamp(min=-end), x.max().clamp(max=end)), form), form)
+        for end in x.abs().max() * torch.linspace(0.02, 1, 50)
+    ]
+    assert lost(x, observed(form, x, method="mse"), form) <= min(tried) * 1.02  # over a histogram
+
+
+def test_a_percentile_leaves_out_as_much_at_either_end():
+    x = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    expected = np.quantile(x.double(), [1e-4, 1 - 1e-4])
+    for outlier in (-300.0, 300.0):
+        x[0] = outlier
+        observer = ActivationObserver(STATIC["asymmetric"], "percentile")
+        observer.observe(x)
+        assert np.allclose([float(end) for end in observer._range()], expected, atol=0.4)
 
 
 def with_an_outlier() -> Tensor:
@@ -298,8 +347,8 @@ def test_the_moving_average_follows_the_batches():
     observer = ActivationObserver(STATIC["symmetric"], "average")
     for each in x:
         observer.observe(each)
-    low = -1 + 0.1 * (-3 + 1)
-    assert observer._range()[0] == pytest.approx(low + 0.1 * (-3 - low))
+    low, high = -1 + 0.1 * (-3 + 1), 1 + 0.1 * (2 - 1)
+    assert observer._range() == (pytest.approx(low + 0.1 * (-3 - low)), pytest.approx(high + 0.1 * (2 - high)))
 
 
 def test_memory_does_not_grow_with_the_batches():
