@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet
 from jointopt.rebuilding.held_cache import joined, packed, split, unpacked
-from quant.cache import CACHE_FORMATS
+from quant.cache import CACHE_FORMATS, KeyObserver
 from quant.reference import fake_quantize
 from tests.test_three_are_one import three_are_one
 from tests.zoo import batches, logits, make
@@ -213,6 +213,16 @@ def test_a_reloaded_export_generates_on_stored_codes_or_under_a_sliding_window_o
         scores[model.generation_config.eos_token_id] = -torch.inf
         expected = torch.cat([expected, scores.argmax().view(1, 1)], dim=1)
     assert done.stdout.strip().splitlines()[-1] == str(expected.tolist())
+
+
+def test_the_range_of_each_channel_of_keys_is_that_of_all_batches():
+    keys = torch.randn(30, 2, 8, generator=torch.Generator().manual_seed(0))
+    keys[:10] *= 3
+    for parts in (keys.split(10), keys.flip(0).split(10)):
+        observer = KeyObserver()
+        for part in (*parts, keys[:0]):
+            observer.observe(part)
+        assert torch.equal(observer.low, keys.amin(0)) and torch.equal(observer.high, keys.amax(0))
 
 
 def test_padding_does_not_enter_the_ranges_of_keys():
