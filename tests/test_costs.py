@@ -96,12 +96,16 @@ def test_positions_that_all_texts_have_in_common_are_cut_with_them():
     assert macs[0] == macs[1]
 
 
-def test_bops_are_macs_times_the_bits_of_weights_and_activations():
-    supernet = supernet_of("vit", schemes=["none", "W8A8"], preset="fixed")
+@pytest.mark.parametrize(("name", "bits"), [("W8A8", 8 * 8), ("W4A16", 4 * 32), ("W4A8", 4 * 8), ("MXFP4", 4 * 4)])
+def test_bops_are_macs_times_the_bits_of_weights_and_activations(name, bits):
+    supernet = supernet_of("vit", schemes=["none", name], preset="fixed")
     whole = supernet.costs(unquantized(supernet, supernet.space.largest))
     assert whole["bops"] == whole["macs"] * 32 * 32
-    quantized = supernet.costs(supernet.space.smallest)
-    assert whole["macs"] * 8 * 8 < quantized["bops"] < whole["macs"] * 32 * 32
+    layers = supernet.plan(supernet.space.smallest).schemes
+    assert len(layers) >= 3 * 6
+    for part in supernet.breakdown(supernet.space.smallest):
+        quantized = part["path"] in layers and part["kind"] != "attention"  # its products are of floats
+        assert part["bops"] == part["macs"] * (bits if quantized else 32 * 32)
 
 
 def test_costs_of_many_genomes_are_those_of_each(named):
