@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import jointopt
 from jointopt import Family, Gene, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
-from jointopt.cost.device import device_names
+from jointopt.cost.device import Device, Efficiency, LastLevelCache, Network, Power, device_names
 from jointopt.cost.expected import expected_cost
 from jointopt.cost.operators import Answer, Operator
 from jointopt.timing.lookup import operators_of
@@ -119,6 +119,31 @@ def test_two_devices_are_faster_but_for_what_they_send_each_other(operator):
     assert both <= alone
     sending = Roofline(FAST.device, 8, parallel=2).answer(replace(operator, reduces=True)).seconds
     assert sending > both
+
+
+def test_an_operator_takes_the_seconds_and_joules_that_are_computed_by_hand():
+    """Of a device of round numbers, where computing and then moving takes longest, and for parts on two of it."""
+    device = Device(
+        name="round", peak={"float32": 1000, "int8": 4000}, bandwidth=100, capacity=1e9, overhead=3,
+        cache=LastLevelCache(capacity=600, bandwidth=400), network=Network(bandwidth=50, latency=0.5),
+        efficiency=Efficiency(compute=0.5, memory=0.8), power=Power(idle=10, peak=40),
+    )  # fmt: skip
+    computing = Operator("linear", 20, 10, 30, weight_bytes=400)  # reads 1200 bytes and writes 2400 for each sample
+    computed, moved = 2 * 2 * 30 * 20 * 10 / 500, 400 / 80 + 6600 / 80 + 600 / 400
+    assert moved > computed
+    found = Roofline(device, 2).answer(computing)
+    assert found.seconds == pytest.approx(moved + 3) and found.joules == pytest.approx(40 * moved + 10 * 3)
+    wide = Operator("linear", 200, 100, 3, weight_bytes=400)  # 1200 + 2400
+    computed = 2 * 2 * 3 * 200 * 100 / 500
+    assert Roofline(device, 2).answer(wide).seconds == pytest.approx(computed + 3)
+    sent = 2400 * 2 / 50 + 2 * 0.5  # one of two parts, twice; two messages
+    on_two = Roofline(device, 2, parallel=2).answer(replace(wide, reduces=True))
+    assert on_two.seconds == pytest.approx(computed / 2 + 3 + sent)
+    assert on_two.joules == pytest.approx(2 * (40 * computed / 2 + 10 * (3 + sent)))
+    keys = Operator("cache", 0, 0, 0.0, cache_bytes=800)
+    assert Roofline(device, 2).answer(keys).seconds == pytest.approx(2 * 800 / 80)
+    table = Operator("embedding", 25, 0, 2, weight_bytes=1e6)  # of which two rows are read, and written to the cache
+    assert Roofline(device, 2).answer(table).seconds == pytest.approx(400 / 80 + 400 / 400 + 3)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
