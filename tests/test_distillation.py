@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from jointopt.outputs import MULTI_LABEL, REGRESSION
 from jointopt.supernet.subnetwork import Plan
-from jointopt.training.distillation import Distillation, model_outputs, soft_labels
+from jointopt.training.distillation import (
+    Distillation,
+    ModelOutputs,
+    loss_of,
+    model_outputs,
+    soft_labels,
+    teacher_outputs,
+)
 from search_spaces.family import Block, Branch, Family, Part, Width
 from search_spaces.stand_ins import SkipBranch
 
@@ -93,6 +100,52 @@ def test_of_several_classes_at_once_each_is_a_choice_of_two(rows, classes, tempe
 def test_of_a_regression_the_values_are_learned():
     student, teacher = logits(5, 1, seed=0), logits(5, 1, seed=1)
     assert soft_labels(student, teacher, problem=REGRESSION) == (student - teacher).square().mean()
+
+
+def compared(distillation: Distillation, own: ModelOutputs, other: ModelOutputs, mask: Tensor | None) -> float:
+    """What `distillation` adds to the divergence of the logits."""
+    batch = {} if mask is None else {"attention_mask": mask}
+    teacher = teacher_outputs(other, 1.0)
+    losses = [loss_of(own, teacher, batch, each) for each in (distillation, Distillation())]
+    return float(losses[0] - losses[1])
+
+
+MASKS = [None, torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["whole", "masked"])
+def test_hidden_states_differ_by_their_mean_square_relative_to_the_teachers(mask):
+    """Averaged over the blocks that both have, of tokens that are no padding."""
+    both = [logits(2, 4, 6, seed=seed) for seed in range(2)]
+    students, teachers = ({name: (1 + shift) * each for name, each in zip("ab", both, strict=True)} for shift in (1, 0))
+    students["a"] = both[0] + logits(2, 4, 6, seed=2)
+    own = ModelOutputs(logits(2, 3, seed=3), {**students, "gone": both[0]})
+    found = compared(Distillation(hidden=5.0), own, ModelOutputs(logits(2, 3, seed=4), teachers), mask)
+    kept = torch.ones(2, 4, dtype=torch.bool) if mask is None else mask.bool()
+    each = [
+        ((students[name] - teachers[name])[kept].square().mean() / teachers[name][kept].square().mean()).item()
+        for name in "ab"
+    ]
+    assert each[1] == pytest.approx(1) and found == pytest.approx(5 * sum(each) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["whole", "masked"])
+def test_attention_differs_by_the_divergence_of_its_relations_over_tokens_that_are_no_padding(mask):
+    """MiniLMv2's, for any two widths: softmax(x x^T / sqrt(channels)) of queries, keys and values."""
+    widths = [(6, 8), (3, 4), (3, 4)]
+    of_student, of_teacher = ([logits(2, 4, w[at], seed=w[at] + at) for w in widths] for at in range(2))
+    own, other = ModelOutputs(logits(2, 3, seed=3), attention=of_student), ModelOutputs(logits(2, 3, seed=4))
+    other.attention = of_teacher
+    found = compared(Distillation(attention=2.0), own, other, mask)
+    lengths, expected = [4, 4] if mask is None else mask.sum(1).tolist(), []
+    for pair in zip(of_student, of_teacher, strict=True):
+        rows = []
+        for sample, length in enumerate(lengths):
+            parts = (each[sample, :length].double() for each in pair)
+            scores = [(x @ x.T / x.shape[1] ** 0.5).softmax(-1) for x in parts]
+            rows.append((scores[1] * (scores[1] / scores[0]).log()).sum(-1))
+        expected.append(torch.cat(rows).mean().item())
+    assert found == pytest.approx(2 * sum(expected) / 3, rel=1e-4)
 
 
 class Mixed(nn.Module):
