@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jointopt import Gene, JointoptError, Objective, SearchSpace, strategies
 from jointopt.objectives import hypervolume, minimized, non_dominated
 from jointopt.strategies import guided_search
+from jointopt.strategies.batches import UNSHARED, Areas, Points, Times, pick
 from jointopt.strategies.beliefs import Beliefs
 from jointopt.strategies.genetic import order, select
 from tests.conditional_problem import SPACE, STRATEGIES, TWO, loss, macs, measure, searched, size
@@ -102,6 +103,58 @@ def test_batches_are_picked_to_share_first_parts_and_the_front_is_no_worse():
     alone, volume = found()
     shared, as_good = found(parts=[[], *np.arange(40).reshape(8, 5).tolist()])
     assert shared < 0.7 < 0.85 < alone and as_good > 0.97 * volume
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3))
+@settings(deadline=None, max_examples=20)
+def test_what_candidates_add_is_the_difference_of_hypervolumes(seed, objectives):
+    """Averaged over the draws; of three objectives and more as nearly as random points tell."""
+    random = np.random.default_rng(seed)
+    told, candidates = random.random((6, objectives)) * 1.2, random.random((3, 8, objectives)) * 1.2
+    reference, all_told = np.full(objectives, 1.05), np.stack([told] * 3)
+    few = objectives < 3
+    volume = Areas(all_told, candidates, reference) if few else Points(all_told, candidates, reference, random)
+    added: list[int] = []
+    for index in (3, 5):
+        gained = [
+            np.mean([hypervolume(np.vstack([told, rows[[*added, at]]]), reference) for rows in candidates])
+            - np.mean([hypervolume(np.vstack([told, rows[added]]), reference) for rows in candidates])
+            for at in range(8)
+        ]
+        if few:
+            np.testing.assert_allclose(volume.gains(), gained, atol=1e-12)
+        elif max(gained) > 0.02:
+            assert np.corrcoef(volume.gains(), gained)[0, 1] > 0.97
+        volume.add(index)
+        added.append(index)
+
+
+def test_a_genome_takes_the_time_of_the_parts_after_those_that_it_has_in_common_with_a_picked_one():
+    space = SearchSpace([Gene("depth", (2, 3)), *(Gene(f"block{at}.width", (1, 2)) for at in range(3)), LAST])
+    genomes = np.array([[1, 0, 0, 0, 0], [1, 0, 0, 1, 0], [1, 0, 1, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    times = Times(space, [[0], [1], [2], [3], [4]], genomes)
+    assert times.each().tolist() == [1.0] * 5
+    times.add(0)
+    # The last lacks block2.last, and the first part, which all others follow, is another: nothing of it is shared.
+    assert times.each() == pytest.approx([1 - (1 - UNSHARED) * shared for shared in (1, 2 / 4, 1 / 4, 0, 0)])
+    times.add(3)
+    assert times.each() == pytest.approx([1 - (1 - UNSHARED) * shared for shared in (1, 2 / 4, 1 / 4, 1, 0)])
+
+
+def test_what_adds_less_in_far_less_time_is_picked_before():
+    space = SearchSpace([Gene(f"block{at}.width", (1, 2)) for at in range(3)])
+    genomes = np.array([[0, 0, 0], [0, 0, 1], [1, 1, 1]])
+    told, reference = np.ones((1, 1, 1)), np.ones(1)
+    candidates = np.array([[[0.5], [0.4], [0.38]]])
+    parts = [[], [0], [1], [2]]
+    alone = pick(Areas(told, candidates, reference), np.zeros(3), None, 3)
+    assert alone[0] == 2
+    candidates = np.array([[[0.3], [0.2], [0.1]]])  # the third adds twice what the second does, and takes three times
+    volume = Areas(told, candidates, reference)
+    times = Times(space, parts, genomes)
+    volume.add(0), times.add(0)
+    assert pick(volume, np.zeros(3), times, 1) == [1]
+    assert pick(Areas(told, candidates, reference), np.array([0.0, 0.0, 0.2]), None, 1) == [1]  # what counts against it
 
 
 def test_computed_costs_are_compared_by_ratio():
@@ -257,6 +310,7 @@ def test_a_genome_told_again_replaces_its_earlier_row():
     np.testing.assert_array_equal(strategy.values[[3, 17]], [[7, 8], [9, 10]])
 
 
+LAST = Gene("block2.last", (1, 2), {"depth": (3,)})
 EFFECTS = [np.arange(size) for size in SPACE.sizes]
 LARGE = SearchSpace([Gene(f"block{at // 4}.layer{at % 4}", ("W4A16", "W8A8", "none")) for at in range(60)])
 
