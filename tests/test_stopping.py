@@ -156,6 +156,17 @@ def test_what_explodes_among_the_first_is_not_what_hypervolume_is_measured_from(
     assert exploded.hypervolume_history()[-1] == exploded.hypervolume_history()[3] > 0
 
 
+def test_hypervolume_is_measured_from_a_tenth_beyond_the_worst_of_the_first_ten_and_of_the_original():
+    study = study_of([(20.0, 100), (30.0, 60), *[(25.0, 80)] * 8, (90.0, 900)])
+    assert study.reference_point() == [31.0, 104.0]
+    study.note("baselines", {"original": {"perplexity": 40.0, "size": 110}})
+    assert study.reference_point() == [42.0, 115.0]
+    study = Study.create(None, study.space, [Objective("accuracy", "max"), Objective("size", "min")], {})
+    for at, (accuracy, size) in enumerate([(0.5, 7), (0.9, 7)]):
+        study.add_evaluation(0, np.array([at]), {"accuracy": accuracy, "size": size}, None, 0.1)
+    assert study.reference_point() == pytest.approx([0.46, 7.7])  # where all are alike, a tenth of what they are
+
+
 def test_the_hypervolume_after_each_evaluation_is_that_of_all_up_to_it():
     drawn = np.random.default_rng(0).integers(0, 12, (60, 2)) + 0.5  # some equal in one objective, or in both
     study = study_of([(float("nan"), 1.0), *map(tuple, drawn.tolist())])
