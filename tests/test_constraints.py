@@ -8,7 +8,7 @@ import pytest
 from jointopt import Gene, JointoptError, Objective, SearchSpace, strategies
 from jointopt.loop.wishes import check_size
 from jointopt.objectives import Constraint, constraint
-from jointopt.strategies.feasible import Feasible
+from jointopt.strategies.feasible import Feasible, descended
 from tests.conditional_problem import SPACE, STRATEGIES, TWO, loss, macs, measure, searched, size
 from tests.zoo import supernet_of
 
@@ -69,11 +69,12 @@ def test_few_genomes_that_keep_to_a_constraint_in_a_large_space_are_all_found(na
     assert space.count() == 3**14 and asked == ways
 
 
-def test_evaluations_go_where_a_measured_constraint_holds():
-    limit = 4.0
-    free, bound = (searched("guided", 5, **options) for options in ({}, {"constraints": (constraint("loss", "<= 4"),)}))
-    inside = [(strategy.values[20:, 0] <= limit).mean() for strategy in (free, bound)]
-    assert inside[1] > max(0.6, inside[0])
+@pytest.mark.parametrize(("name", "text", "most"), [("loss", "<= 4", 0.6), ("accuracy", ">= 0.15", 0.45)])
+def test_evaluations_go_where_a_measured_constraint_holds(name, text, most):
+    objectives, limit = (Objective(name, "min" if name == "loss" else "max"), TWO[1]), constraint(name, text)
+    free, bound = (searched("guided", 5, objectives, constraints=given) for given in ((), (limit,)))
+    inside = [(limit.excess(strategy.values[20:, 0]) == 0).mean() for strategy in (free, bound)]
+    assert inside[1] > max(most, inside[0])
 
 
 def test_one_objective_under_an_exact_constraint_that_is_none():
@@ -115,6 +116,13 @@ def test_a_genome_is_found_that_no_change_of_one_gene_leads_to(count):
     space, *limits = banded(count)
     feasible = Feasible(space, TWO, limits)
     assert feasible.excess(feasible.anchor[None])[0] == 0
+
+
+def test_descent_changes_one_gene_after_the_other_until_nothing_is_in_excess():
+    space = SearchSpace([Gene("a", (1, 2, 3)), Gene("b", (1, 2, 3)), Gene("c", (1, 2), {"a": (3,)})])
+    wanted = space.canonical(np.array([[1, 0, 0]]))[0]
+    found = descended(space, lambda genomes: (genomes != wanted).sum(1) + 0.0, space.largest)
+    assert found.tolist() == wanted.tolist()
 
 
 def test_it_is_not_said_that_there_is_none_where_none_was_found():
