@@ -169,6 +169,21 @@ def test_outliers_in_the_residual_stream_cost_less(transform, scheme):
     assert divergence(better, expected, scheme) < 0.7 * divergence(plain, expected, scheme)
 
 
+@pytest.mark.parametrize("name", ["bert", "llama_untied"])
+def test_the_values_of_each_head_are_rotated_where_that_is_asked_for(name):
+    model = make(name)
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["none"]), transforms=["rotate_heads"])
+    links = [link for link in supernet.family.links if link.head_dim is not None]
+    assert len(links) == 3
+    for link in links:
+        before, after = (
+            each.get_submodule(link.producer).weight.detach().unflatten(0, (-1, link.head_dim))
+            for each in (model, supernet.model)
+        )
+        assert (after - before).norm() > 0.5 * before.norm()
+        torch.testing.assert_close(after.mT @ after, before.mT @ before, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_tied", "bert", "vit", "timm_vit", "resnet"])
 def test_an_export_is_the_sub_network_it_was_scored_as(name, tmp_path):
