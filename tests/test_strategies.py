@@ -125,6 +125,9 @@ def test_what_candidates_add_is_the_difference_of_hypervolumes(seed, objectives)
             np.testing.assert_allclose(volume.gains(), gained, atol=1e-12)
         elif max(gained) > 0.02:
             assert np.corrcoef(volume.gains(), gained)[0, 1] > 0.97
+        assert np.allclose(
+            volume.gains()[np.array(gained) < 1e-12], 0, atol=1e-12
+        )  # beyond the reference, or dominated
         volume.add(index)
         added.append(index)
 
