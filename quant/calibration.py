@@ -221,8 +221,6 @@ def _divergence(histogram: Histogram, low: Tensor, high: Tensor, format: Format)
         low = -high
     half = histogram.reach / _BINS  # a bin is inside where it overlaps, or the largest value would not be in its own
     inside = (centres + half > low) & (centres - half <= high)
-    if not inside.any():
-        return math.inf
     kept, filled = counts * inside, (counts > 0) & inside
     _, code = _held_centres(histogram, low.float(), high.float(), format).unique(return_inverse=True)
     mass = torch.zeros(int(code.max()) + 1, dtype=torch.float64, device=counts.device)
