@@ -99,6 +99,15 @@ def test_a_token_takes_the_bytes_in_a_real_cache_that_the_cost_says(name):
         assert supernet.costs(genome)["cache"] == found
 
 
+@pytest.mark.parametrize(
+    ("name", "stored"), [("INT8", 3), ("INT4", 3), ("FP8", 2), ("FP4", 2), ("X_INT8", 0), ("X_INT4", 0)]
+)
+def test_a_checkpoint_stores_the_keys_scales_and_zero_points_and_nothing_for_cached_inputs(name, stored):
+    supernet = llama()
+    plain, held = (supernet.costs(with_caches(supernet, each))["size"] for each in ("none", name))
+    assert held - plain == 3 * 64 * stored  # bytes, of each channel of the keys of three layers
+
+
 def test_cached_inputs_cost_their_keys_and_values_again_for_each_new_token():
     supernet = llama()
     plain, inputs = (supernet.costs(with_caches(supernet, name)) for name in ("none", "X_INT4"))
