@@ -13,7 +13,7 @@ from torch import nn
 
 import jointopt
 from jointopt import Family, JointoptError, Layer, Roofline, SearchSpace, Supernet, load_device
-from jointopt.cost.operators import Operator
+from jointopt.cost.operators import Operator, check_kernel
 from jointopt.timing.backend import Backend
 from jointopt.timing.lookup import key_of, operators_of
 from quant.formats import SCHEMES, Format, Scheme, scheme
@@ -44,6 +44,24 @@ def told(path: Path) -> Roofline:
 
 def latencies(model: Roofline, genomes: np.ndarray) -> np.ndarray:
     return supernet().costs_by(model).columns(genomes)["latency"]
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [
+        (Operator("linear", 8, 8, 4, scheme=scheme("W4A16_G64")), "linear W4A16"),
+        (Operator("attention", 8, 8, 4, context=4, heads=2), "attention none"),
+        (Operator("conv", 8, 8, 4, area=9), "conv 3x3 none"),
+        (Operator("conv", 8, 1, 4, area=25, heads=8, scheme=scheme("W8A8")), "conv 5x5 grouped W8A8"),
+        (
+            Operator("conv", 8, 8, 4, scheme=scheme("W8A8_STATIC"), reader=scheme("W8A8_STATIC")),
+            "conv 1x1 W8A8_STATIC fused",
+        ),
+    ],
+)
+def test_a_kernel_is_named_by_what_is_computed_and_in_which_formats(operator, name):
+    assert operator.kernel == name
+    check_kernel(name)
 
 
 def test_it_comes_close_to_the_machine_that_it_is_fitted_to(tmp_path):
