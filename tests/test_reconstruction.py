@@ -7,10 +7,13 @@ from torch import nn
 
 from jointopt.finishing.lockstep import Arrived, Call
 from jointopt.finishing.reconstruction import reconstruct
+from jointopt.finishing.rounding import _rounded
 from jointopt.supernet.subnetwork import quantize_layer
 from jointopt.supernet.weight_bank import BankedWeight
 from quant.formats import scheme
 from quant.kernels import quantize
+from quant.rounding.compensated import gptq
+from quant.rounding.moments import InputMoments
 
 
 class Block(nn.Module):
@@ -142,3 +145,15 @@ def test_it_gives_the_same_again():
         reconstruct(block, weights(original), arrivals(4, seed=0), original)
         found.append(block.down.quantized.codes)
     assert torch.equal(*found)
+
+
+def test_ranges_are_chosen_by_the_energy_of_the_inputs_that_meet_each_weight():
+    layer, x = nn.Conv2d(4, 6, 1, groups=2, bias=False), torch.randn(8, 4, 5, 5)
+    x *= torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None]
+    halves = InputMoments(layer), InputMoments(layer)
+    for half, part in zip(halves, x.chunk(2), strict=True):
+        half.add(part)
+    seen = []
+    _rounded(layer, layer.weight.detach(), scheme("W8A16_CHANNEL"), halves, lambda _, each: seen.append(each), gptq)
+    energy = x.square().mean((0, 2, 3)).reshape(2, 2)
+    torch.testing.assert_close(seen[0], energy.repeat_interleave(3, 0), rtol=1e-4, atol=1e-4)
