@@ -188,6 +188,21 @@ def test_workers_share_the_memory_of_weights(supernet, agreement):
     assert not place.payload.exists() and not children()
 
 
+def test_a_worker_that_nobody_listens_to_ends_without_a_word_and_leaves_no_file(supernet, agreement, capfd):
+    place = Processes(supernet, agreement, 1, 1)
+    worker = place.start(0)
+    try:
+        assert [kind for _, kind, _ in place.events([worker], 60)] == ["ready"]
+        worker.give(supernet.space.sample(200, 0))
+        assert worker.connection.poll(60)
+        worker.connection.close()
+        assert worker.process.wait(60) == 1
+        assert not place.payload.exists()
+    finally:
+        place.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_a_study_keeps_to_its_threads(supernet, agreement, tmp_path):
     jointopt.search(supernet, agreement, evaluations=2, threads=2, storage=tmp_path / "s.db").close()
     seen = []
@@ -276,4 +291,7 @@ def test_whatever_ends_the_search_ends_its_workers_and_leaves_no_file(how, tmp_p
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers)
     assert not list(tmp_path.glob("jointopt-*.pt"))
+    assert process.stderr is not None
+    told = process.stderr.read()
+    assert "in serve" not in told and "Fatal Python error" not in told
     assert np.isfinite(Study.open(tmp_path / "s.db").evaluations()["quality"]).all()

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import cloudpickle
 import numpy as np
@@ -314,27 +314,32 @@ def serve(descriptor: int, payload: str, threads: int) -> None:
     os.set_inheritable(descriptor, False)
     threading.Thread(target=_end_with_parent, args=(payload,), daemon=True).start()
     with Connection(descriptor) as connection:
+        tell = partial(_or_end, payload, connection.send)
         try:
             evaluator = read_payload(payload, threads)
+            tell(("ready", None))
+            while True:
+                for ended in evaluator.evaluate(_or_end(payload, connection.recv)):
+                    tell(("ended", ended))
         except JointoptError as error:
-            connection.send(("error", str(error)))
-            return
-        connection.send(("ready", None))
-        while True:
-            try:
-                genomes = connection.recv()
-            except EOFError:
-                return
-            try:
-                for ended in evaluator.evaluate(genomes):
-                    connection.send(("ended", ended))
-            except JointoptError as error:
-                connection.send(("error", str(error)))
-                return
+            tell(("error", str(error)))
+
+
+def _or_end(payload: str, step: Callable[..., Any], *arguments: Any) -> Any:
+    """What a step of the connection gives, where there is still someone at its other end."""
+    try:
+        return step(*arguments)
+    except (EOFError, OSError):
+        _end(payload)
 
 
 def _end_with_parent(payload: str) -> None:
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not of sys.stdin, whose lock Python wants when it ends
+    _end(payload)
+
+
+def _end(payload: str) -> NoReturn:
+    """Whichever thread sees first that the search is gone leaves neither the file nor a complaint behind."""
     Path(payload).unlink(missing_ok=True)
     os._exit(1)
 
