@@ -213,6 +213,22 @@ def test_a_function_that_ends_the_process_has_failed():
     assert found.metrics is None and found.failed == "SystemExit: 0"
 
 
+def test_a_gpu_that_is_lost_ends_the_search_and_the_same_call_goes_on(tmp_path):
+    supernet, calls = supernet_of("bert"), []
+
+    def quality(model: nn.Module) -> float:
+        calls.append(model)
+        if len(calls) == 4:  # from then on each call of the process would raise it
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered\nKernel errors might be ...")
+        return float(logits(model, batches("bert")[0]).square().mean())
+
+    options: dict = {"evaluations": 8, "storage": tmp_path / "study.db", "seed": 0}
+    with pytest.raises(JointoptError, match="quality: AcceleratorError: CUDA error: .* a new process goes on"):
+        search(supernet, quality, **options)
+    study = search(supernet, quality, **options)
+    assert len(study) == 8 and study.evaluations()["failed"].isna().all()
+
+
 def test_a_signal_handler_that_ends_the_process_ends_it_in_an_evaluation_too():
     supernet = supernet_of("bert")
     before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))

@@ -7,6 +7,7 @@ import itertools
 import zlib
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -411,6 +412,26 @@ def test_a_failure_has_its_own_reason():
 
     found = shared(supernet, genomes, quality)
     assert found == one_by_one(supernet, genomes, quality) and found[0][1].startswith("ValueError: ")
+
+
+def test_what_memory_is_held_for_sharing_fails_no_evaluation(monkeypatch):
+    supernet, held = supernet_of("vit"), []
+
+    def noted(self: HiddenStates, *arguments: Any) -> None:
+        begin(self, *arguments)
+        held.append(self)
+
+    def quality(model: nn.Module) -> float:
+        found = logits(model, batches("vit")[0]).sum().item()
+        if held and held[-1].nbytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    begin = HiddenStates.__init__
+    monkeypatch.setattr(HiddenStates, "__init__", noted)
+    genomes = relatives(supernet, 6)
+    found = shared(supernet, genomes, quality)
+    assert held and all(failed is None for _, failed in found)
 
 
 def test_sharing_leaves_the_super_network_as_it_was():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import DataCollatorWithFlattening, EarlyStoppingCallback
+from transformers import DataCollatorWithFlattening, EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 import jointopt
@@ -221,6 +221,12 @@ def test_an_optimizer_that_cannot_be_sorted_is_refused_after_its_first_step_and_
     assert made.state.global_step == 1
 
 
+class OnTwoGpus(TrainingArguments):
+    """As a script that is started by plain `python` on such a machine sees it."""
+
+    n_gpu = 2  # type: ignore[assignment]
+
+
 def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
     model = make("vit")
     supernet = Supernet(model, SearchSpace.for_model(model))
@@ -251,6 +257,8 @@ def test_what_cannot_be_trained_is_refused_at_the_start(tmp_path):
         sharded = arguments(tmp_path)
         sharded.fsdp = "full_shard"
         ElasticTrainer(model=model, args=sharded, train_dataset=data())
+    with pytest.raises(JointoptError, match="2 GPUs in one process, over .* DataParallel; allowed: one"):
+        ElasticTrainer(model=model, args=OnTwoGpus(tmp_path / "two", report_to=[]), train_dataset=data())
     with pytest.raises(JointoptError, match="torch_compile, which compiles blocks anew for each width"):
         trainer(tmp_path, torch_compile=True)
     with pytest.raises(JointoptError, match="use_reentrant True; allowed: False"):

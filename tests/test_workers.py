@@ -110,21 +110,26 @@ def test_a_worker_that_is_killed_is_replaced_and_its_genome_run_again(supernet, 
     assert not children()
 
 
-def test_a_genome_that_three_workers_die_on_has_failed(supernet, agreement):
+def lose_the_device() -> None:
+    raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
+@pytest.mark.parametrize(("die", "code"), [(lambda: os._exit(7), 7), (lose_the_device, 1)], ids=["exit", "lost GPU"])
+def test_a_genome_that_three_workers_die_on_has_failed(supernet, agreement, die, code):
     target, pixels = supernet.space.smallest, PIXELS
     with supernet.active(target) as view, torch.no_grad():
         deadly_output = view(pixels)
 
     def deadly(model: torch.nn.Module) -> float:
         if torch.equal(model(pixels), deadly_output):
-            os._exit(7)
+            die()
         return agreement(model)
 
     study = jointopt.search(supernet, deadly, evaluations=10, workers=2)
     frame = study.evaluations()
     failed = frame[frame["failed"].notna()]
     assert failed["genome"].tolist() == [tuple(target)]
-    assert failed["failed"].item() == "3 workers died on it, the last with exit code 7"
+    assert failed["failed"].item() == f"3 workers died on it, the last with exit code {code}"
 
 
 def test_a_full_disk_is_told_by_the_file_and_how_to_name_another_folder(tmp_path):

@@ -50,6 +50,10 @@ class ChangedWeights(JointoptError):
     """The user's function wrote to weights in place."""
 
 
+class LostDevice(JointoptError):
+    """A GPU that this process can no longer use: an assertion in a kernel, or an access outside of its memory."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What came of one genome: metrics and costs, or the reason why not.
@@ -142,12 +146,18 @@ def evaluate(supernet: Supernet, genome: np.ndarray, quality: Quality, plan: Pla
 
     Raises:
         ChangedWeights: the function wrote to the weights, which others share, so that nothing after it would be true.
+        LostDevice: the GPU gives errors until the process ends, so that all that came after would fail.
     """
     started = time.perf_counter()
     try:
         metrics = measured(quality, supernet.view(plan or supernet.plan(genome)))
     except ChangedWeights:
         raise
+    except torch.AcceleratorError as error:
+        raise LostDevice(
+            f"quality: {named_line(error)}; allowed: what leaves the device usable. The same call in a new process "
+            "goes on; with CUDA_LAUNCH_BLOCKING=1 it tells where this happens"
+        ) from error
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and _in_signal_handler(error):
             raise

@@ -151,6 +151,8 @@ class SharedEvaluator:
         found = evaluate(self.supernet, genome, quality, plan)
         # What failed before it did anything with the view would fail again.
         if any(lost) or (found.failed is not None and any(used)):
+            if found.failed is not None:
+                held.clear()  # what is held may be the memory that was lacking
             return evaluate(self.supernet, genome, self.quality, plan)
         return found
 
@@ -200,6 +202,10 @@ class HiddenStates:
     def drop_unused(self) -> None:
         """Lets go of what none of the genomes that are coming will use."""
         for key in [key for key in self._held if not self.coming[key[1]]]:
+            self._drop(key)
+
+    def clear(self) -> None:
+        for key in list(self._held):
             self._drop(key)
 
     def _worth(self, prefix: Prefix) -> int:
@@ -392,7 +398,8 @@ def _autocast(device: str) -> torch.dtype | None:
 def _attention_kernels() -> list[bool]:
     """Which of torch's may be chosen from: each has other last bits."""
     allowed = torch.backends.cuda
-    return [allowed.flash_sdp_enabled(), allowed.mem_efficient_sdp_enabled(), allowed.math_sdp_enabled()]
+    fused = allowed.flash_sdp_enabled(), allowed.mem_efficient_sdp_enabled(), allowed.cudnn_sdp_enabled()
+    return [*fused, allowed.math_sdp_enabled()]
 
 
 def _watching() -> list[int]:

@@ -32,7 +32,7 @@ import cloudpickle
 import numpy as np
 import torch
 
-from jointopt.evaluation.evaluation import Evaluation, Quality
+from jointopt.evaluation.evaluation import Evaluation, LostDevice, Quality
 from jointopt.evaluation.sharing import MEMORY, SharedEvaluator
 from jointopt.names import NOISY
 from jointopt.supernet.state import for_workers
@@ -321,6 +321,8 @@ def serve(descriptor: int, payload: str, threads: int) -> None:
             while True:
                 for ended in evaluator.evaluate(_or_end(payload, connection.recv)):
                     tell(("ended", ended))
+        except LostDevice as error:
+            sys.exit(str(error))  # another takes over; a genome that three are lost on has failed
         except JointoptError as error:
             tell(("error", str(error)))
 

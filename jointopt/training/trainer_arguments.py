@@ -38,6 +38,11 @@ def check_args(args: TrainingArguments, options: Mapping[str, Any]) -> None:
             "args: bf16_full_eval or fp16_full_eval, which leave the super-network in 16 bits; allowed: bf16, with "
             "which evaluation computes so too"
         )
+    if args.n_gpu > 1:
+        raise JointoptError(
+            f"args: {args.n_gpu} GPUs in one process, over which the Trainer splits batches by DataParallel; allowed: "
+            "one (CUDA_VISIBLE_DEVICES=0), or a process for each (accelerate launch)"
+        )
     if args.fsdp or args.deepspeed:
         raise JointoptError("args: fsdp or deepspeed, which keep parts of the weights; allowed: data parallelism")
     if args.torch_compile:
