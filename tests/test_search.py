@@ -382,7 +382,7 @@ def test_a_study_of_another_super_network_is_refused_in_one_line(supernet, tmp_p
     with pytest.raises(JointoptError) as refused:
         jointopt.search(supernet, agreement, evaluations=3, storage=path)
     assert f'has another config: supernet was "{before[:50]}' in str(refused.value)
-    assert f'is "{supernet.fingerprint()}" (other weights, space or calibration, or another' in str(refused.value)
+    assert f'is "{supernet.fingerprint()}" (other weights, space or calibration, another version' in str(refused.value)
     assert "\n" not in str(refused.value)
     with pytest.raises(JointoptError, match="no longer what the study searched"):
         jointopt.export(supernet, supernet.space.largest, tmp_path / "out", study=Study.open(path))
