@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jointopt.config.config import Config, load_config
 from jointopt.files import check_path, locked, reading, write_whole, writing
-from jointopt.study.differences import differing
+from jointopt.study.differences import differing, flat
 from jointopt.timing.hardware import LATENCY
 from quant.errors import JointoptError
 
@@ -44,7 +45,7 @@ def check_output(config: Config) -> None:
         config.output, lambda study: study.last_generation() is not None, True
     )
     if searched or any((output / name).is_file() for name in (TRAINED, CHECKPOINT, LATENCY)):
-        told = differing(*(_kept_to(each, searched) for each in (load_config(output / CONFIG), config)))
+        told = _told(load_config(output / CONFIG), config, searched)
         if told:
             raise JointoptError(
                 f"output: {config.output!r} was made with another config: {told}; "
@@ -61,6 +62,15 @@ def study_says(output: str, read: Callable[[Study], T], refused: T) -> T:
             return read(study)
     except JointoptError:
         return refused
+
+
+def _told(before: Config, now: Config, searched: bool) -> str:
+    """How two configs differ in what must not change, empty where they do not. Values are what the configs say: records
+    lack some that are the default, and data.train where nothing reads it."""
+    records = [flat(_kept_to(each, searched)) for each in (before, now)]
+    said = [flat(each.model_dump(exclude_none=True)) for each in (before, now)]
+    values = [{**record, **each} for record, each in zip(records, said, strict=True)]
+    return differing(*({key: each.get(key) for key in chain(*records)} for each in values))
 
 
 def _kept_to(config: Config, searched: bool) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from jointopt.cli import main
 from jointopt.config.config import load_config
 from jointopt.files import locked
 from jointopt.prepared import prepare
-from jointopt.run_folder import CHECKPOINT, LOCK, STUDY, taken
+from jointopt.run_folder import CHECKPOINT, LOCK, STUDY, check_output, taken
 from jointopt.training import loop
 from jointopt.workflow import make_supernet
 from tests.commands import ROOT, at_once, heed_ctrl_c, refused, write_config
@@ -146,6 +146,40 @@ def test_ranges_are_chosen_as_the_config_says_in_search_and_export_and_no_otherw
         write_config(place, **settings, **{**chosen, key: "minmax"})
         said = refused(capsys, place, monkeypatch, "run", "config.yaml")
         assert f'{key} was "{method}", is ' in said
+
+
+DEEP = "a/" * 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"activation_calibration": "entropy"}, 'activation_calibration was "mse", is "entropy"; allowed'),
+        ({"weight_calibration": "mse"}, 'weight_calibration was "minmax", is "mse"; allowed'),
+        ({"train": {"steps": 3}}, "config: train.steps was null, is 3"),
+        (
+            {"objectives": ["accuracy", "size", "macs"]},
+            'objectives was ... "direction": "min"}], is ... "direction": "min"}, {"name": "macs", "',
+        ),
+        (
+            {"data": {"train": "images", "calibrate": "images", "evaluate": DEEP + "c"}},
+            f'data.evaluate.path was ...{DEEP[-20:]}b", is ...{DEEP[-20:]}c"; allowed',
+        ),
+    ],
+)
+def test_a_refused_config_is_told_by_what_both_say_from_where_they_differ(tmp_path, changes, said):
+    folder = tmp_path / "run"
+
+    def config(**changes):
+        data = {"train": "images", "calibrate": "images", "evaluate": DEEP + "b"}
+        return load_config(write_config(tmp_path, **{"data": data, **changes}), {"output": str(folder)})
+
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config().to_yaml())
+    (folder / STUDY).touch()
+    check_output(config())
+    with pytest.raises(JointoptError, match=re.escape(said)):
+        check_output(config(**changes))
 
 
 def test_a_second_run_in_an_output_folder_is_refused_and_harms_nothing(finished, capsys, monkeypatch):

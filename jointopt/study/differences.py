@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from os.path import commonprefix
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -12,14 +13,15 @@ import numpy as np
 from quant.errors import JointoptError
 
 SHOWN = 6
-LONGEST = 60
+LONGEST, BEFORE = 60, 20
+"""Characters that are told of a value, and of these before the first in which it differs, where that comes late."""
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """ "search.seed was 0, is 1; dtype was null, is auto", values as JSON has them; empty where they are the same."""
     old, new = flat(before), flat(now)
     different = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    told = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in different[:SHOWN])
+    told = "; ".join(f"{key} {_was_and_is(old.get(key), new.get(key))}" for key in different[:SHOWN])
     return told + (f" and {len(different) - SHOWN} more" if len(different) > SHOWN else "")
 
 
@@ -68,6 +70,13 @@ def _without_types(key: str, value: Any) -> Any:
     )
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
+def _was_and_is(before: Any, now: Any) -> str:
+    old, new = json.dumps(before), json.dumps(now)
+    same = len(commonprefix([old, new]))
+    start = same - BEFORE if same > LONGEST - BEFORE else 0
+    return f"was {_short(old, start)}, is {_short(new, start)}"
+
+
+def _short(text: str, start: int) -> str:
+    text = "..." + text[start:] if start else text
     return text if len(text) < LONGEST else text[: LONGEST - 3] + "..."
