@@ -1,4 +1,5 @@
-"""YAML by safe loading, and which line says what, which PyYAML does not tell; a key that is there twice is refused.
+"""YAML by safe loading, and which line says what, which PyYAML does not tell; a key that is there twice, or is no text,
+is refused.
 
 Numbers are those of YAML 1.2 (10.3.2): 5e-5 is one, 010 is ten, 1:00 and dates are text.
 """
@@ -22,6 +23,8 @@ class Dumper(yaml.SafeDumper):
 
 
 _INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
+_TEXT = tuple(f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "value"))
+"""Of keys: a text, <<, =."""
 _NUMBERS = {
     _INT: r"[-+]?\d+|0o[0-7]+|0x[\da-fA-F]+",
     _FLOAT: r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -50,7 +53,7 @@ def read_yaml(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
         where: an error begins with: the file.
 
     Raises:
-        JointoptError: it is not YAML, has a key twice, holds itself.
+        JointoptError: it is not YAML, has a key twice or one that is no text, holds itself.
     """
     try:
         node = yaml.compose(text, Loader=Loader)
@@ -70,7 +73,7 @@ def read_yaml(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
 
 
 def lines_of(node: yaml.Node, where: str, at: tuple = ()) -> dict[tuple, int]:
-    """Path of keys and list indices -> line number in the file; refuses a key that is there twice."""
+    """Path of keys and list indices -> line number in the file; refuses a key that is there twice or is no text."""
     found = {at: node.start_mark.line + 1}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -80,6 +83,9 @@ def lines_of(node: yaml.Node, where: str, at: tuple = ()) -> dict[tuple, int]:
                     f"{where}, line {line}: found a key in braces or brackets; allowed: text, in quotes"
                 )
             below = (*at, key.value)
+            if key.tag not in _TEXT:
+                told = "found a key that YAML takes for a number, a truth value or the like; allowed: text, in quotes"
+                raise JointoptError(f"{where}, line {line}: {dotted(below)}: {told}")
             if below in found:
                 raise JointoptError(f"{where}, line {line}: {dotted(below)}: found twice; allowed: once")
             found |= {**lines_of(value, where, below), below: line}

@@ -140,8 +140,11 @@ def test_whole_numbers_are_those_of_yaml_1_2(tmp_path, text, number):
         ("hardware: {device: orin, threads: 2}", "threads with device orin; allowed: with device this"),
         ("space: {{x}}", "line 5: found a key in braces or brackets; allowed: text, in quotes"),
         ("space: &a [*a]", "found a list or mapping that holds itself"),
-        ("constraints: {3: '<= 1'}", "constraints: found 3 as a name; allowed: text, such as size_mb"),
-        ("objectives: [{3: min}]", "objectives.0: found 3 as a name; allowed: text"),
+        ("on: 4", "line 5: on: found a key that YAML takes for a number, a truth value or the like; allowed: text"),
+        ("~: 4", "line 5: ~: found a key that YAML takes for"),
+        ("4: x", "line 5: 4: found a key that YAML takes for"),
+        ("constraints: {3: '<= 1'}", "line 5: constraints.3: found a key that YAML takes for"),
+        ("objectives: [{no: min}]", "line 5: objectives.0.no: found a key that YAML takes for"),
         ("objectives: [{seconds: min}]", "found seconds, a column that every study has; allowed: another name"),
         ("transforms: []", "transforms: found an empty list; allowed: one or more"),
         ("train: {steps: 5, precision_from: 1.5}", "train.precision_from: found 1.5; allowed: at most 1"),
@@ -162,6 +165,12 @@ def test_whole_numbers_are_those_of_yaml_1_2(tmp_path, text, number):
 )
 def test_a_mistake_is_named_with_what_is_allowed(tmp_path, line, said):
     assert said in complaint(tmp_path, MINIMAL + line + "\n")
+
+
+@pytest.mark.parametrize(("key", "value"), [("constraints", {3: "<= 1"}), ("objectives", [{3: "min"}])])
+def test_a_name_that_is_no_text_is_refused_where_no_file_says_it_too(tmp_path, key, value):
+    with pytest.raises(JointoptError, match=rf"{key}.*: found 3 as a name; allowed: text"):
+        load_config(written(tmp_path, MINIMAL), {key: value})
 
 
 @pytest.mark.parametrize(

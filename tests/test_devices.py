@@ -71,7 +71,7 @@ def test_a_device_of_one_s_own_is_read_and_a_missing_figure_is_named(tmp_path):
         ("peak", {"float32": 0}, r"peak\.float32: found 0; allowed: more than 0"),
         ("kernels", {"linear none": "fast"}, "kernels.linear none: found 'fast'; allowed: a number"),
         ("kernels", [1e12], "kernels: found a list; allowed: names with numbers"),
-        ("kernels", {5: 1e12}, r"kernels\.5: found 5; allowed: text \(in quotes"),
+        ("kernels", {5: 1e12}, r"line \d+: kernels\.5: found a key that YAML takes for a number"),
         ("caches", {}, "caches: unknown key; did you mean 'cache'"),
         ("efficiency", {"compute": True, "memory": 1.0}, "efficiency.compute: found true; allowed: a number"),
     ],
