@@ -213,10 +213,7 @@ def _space(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from jointopt.report.page import write_report
-    from jointopt.report.terminal import device_table, finished_table, front_table
     from jointopt.run_folder import REPORT, STUDY
     from jointopt.study.study import Study
 
@@ -229,18 +226,28 @@ def _report(options: argparse.Namespace) -> int:
     study = Study.open(file)
     try:
         devices = _on_devices(study, file.parent, options) if options.device else []
-        path = write_report(study, Path(options.out) if options.out else file.parent / REPORT, devices=devices)
-        console = Console()
-        choice = study.fact("choice", {})
-        console.print(front_table(study, choice.get("genome")))
-        if study.finished():
-            console.print(finished_table(study, choice.get("genome"), choice.get("rounding")))
-        for each in devices:
-            console.print(device_table(each))
+        try:
+            path = write_report(study, Path(options.out) if options.out else file.parent / REPORT, devices=devices)
+        finally:  # the tables are there where the page cannot be written, too
+            _show(study, devices)
     finally:
         study.close()
     print(f"report: {path}")
     return 0
+
+
+def _show(study: Study, devices: Sequence[OnDevice]) -> None:
+    from rich.console import Console
+
+    from jointopt.report.terminal import device_table, finished_table, front_table
+
+    console = Console()
+    choice = study.fact("choice", {})
+    console.print(front_table(study, choice.get("genome")))
+    if study.finished():
+        console.print(finished_table(study, choice.get("genome"), choice.get("rounding")))
+    for each in devices:
+        console.print(device_table(each))
 
 
 def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list[OnDevice]:

@@ -54,6 +54,12 @@ def test_nothing_of_the_libraries_inside_reaches_the_terminal(finished):
     assert done.stderr == ""
 
 
+def test_the_front_is_shown_where_its_page_cannot_be_written(finished):
+    done = at_once("report", "runs/vit", "-o", "nowhere/report.html", cwd=finished.parents[1])
+    assert done.returncode == 2 and "nowhere/report.html' cannot be written: No such file" in done.stderr
+    assert "the original" in done.stdout and "report: " not in done.stdout
+
+
 def test_a_character_that_the_output_has_no_code_for_is_a_question_mark(finished, tmp_path, monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", narrow)
