@@ -20,7 +20,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from jointopt.files import check_path, from_home, writing
-from jointopt.names import MODELS, NOISY, TARGET_NAMES
+from jointopt.names import MODELS, MOST, NOISY, TARGET_NAMES
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
@@ -264,8 +264,8 @@ def _on_devices(study: Study, output: Path, options: argparse.Namespace) -> list
         raise JointoptError(
             f"--device: {str(output)!r} holds no {CONFIG}, which names the model; allowed: a run's output"
         )
-    check_count("--batch", options.batch)
-    check_count("--context", options.context)
+    check_count("--batch", options.batch, MOST["batch"])
+    check_count("--context", options.context, MOST["context"])
     config = load_config(output / CONFIG)
     given = config.hardware
     batch = options.batch or (given.batch if given else 1)

@@ -14,8 +14,9 @@ NOISY = ("transformers", "datasets", "timm", "httpx", "huggingface_hub", "torch.
 TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 TARGET_NAMES: tuple[str, ...] = get_args(TargetName)
 
-MOST = {"evaluations": 10**9, "minutes": 10**7, "batch": 10**6, "threads": 1024}
-"""Of a search. More is a slip of the pen, of which a clock, the memory or the system would make an error of its own."""
+MOST = {"evaluations": 10**9, "minutes": 10**7, "batch": 10**6, "threads": 1024, "context": 10**8, "parallel": 10**6}
+"""Of a search and of hardware. More is a slip of the pen, of which a clock, the memory or the system would make an
+error of its own, or a sum beyond all integers."""
 
 BATCH = 5
 """Sub-networks that a search asks for at a time."""

@@ -181,6 +181,10 @@ def test_a_damaged_image_is_told_before_training_comes_to_it(training, place, ca
             ("report", "runs/vit", "--device", "a100", "--context", "0"),
             "--context: found 0; allowed: a whole number from 1",
         ),
+        (
+            ("report", "runs/vit", "--device", "a100", "--batch", "99999999999999999999"),
+            "--batch: found 99999999999999999999; allowed: a whole number from 1 to 1000000",
+        ),
         (("report", "runs/vit", "--batch", "8"), "--batch: found 8 and no --device; allowed: with one"),
         (("report", "runs/vit", "-o", "."), "report: found path '.'; allowed: that of an HTML file"),
         (("report", "nowhere"), "study: 'nowhere' does not exist"),

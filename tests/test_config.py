@@ -158,6 +158,15 @@ def test_whole_numbers_are_those_of_yaml_1_2(tmp_path, text, number):
         ("search: {warm_start: !!bool maybe}", "not YAML: a value is not what its tag says"),
         ("search: {minutes: !!float ''}", "not YAML: a value is not what its tag says"),
         ("search: {batch: 99999999999}", "search.batch: found 99999999999; allowed: at most 1000000"),
+        ("hardware: {device: orin, batch: 99999999999}", "hardware.batch: found 99999999999; allowed: at most 1000000"),
+        (
+            "hardware: {device: orin, context: 1000000000}",
+            "hardware.context: found 1000000000; allowed: at most 100000000",
+        ),
+        (
+            "hardware: {device: h100, parallel: 99999999999}",
+            "hardware.parallel: found 99999999999; allowed: at most 10000",
+        ),
         ("search: {threads: 100000}", "search.threads: found 100000; allowed: at most 1024"),
         ("search: {minutes: 1.0e14}", "search.minutes: found 100000000000000.0; allowed: at most 10000000"),
         ("model2: [", "not YAML"),

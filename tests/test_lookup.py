@@ -230,7 +230,7 @@ def test_a_time_that_was_too_short_to_tell_is_kept(tmp_path):
     assert Lookup.of(supernet(), path=path).seconds == short
 
 
-@pytest.mark.parametrize("options", [{"batch": 0}, {"context": -4}, {"threads": 0}])
+@pytest.mark.parametrize("options", [{"batch": 0}, {"batch": 10**20}, {"context": -4}, {"threads": 0}])
 def test_what_is_no_number_to_time_by_is_refused_at_once(tmp_path, options):
     ((name, value),) = options.items()
     with pytest.raises(JointoptError, match=f"{name}:? .*{value}; allowed: a whole number from 1"):

@@ -339,9 +339,9 @@ class Hardware(Section):
     """
 
     device: UserPath
-    batch: Positive = 1
-    context: Positive | None = None
-    parallel: Positive = 1
+    batch: Annotated[int, Field(gt=0, le=MOST["batch"])] = 1
+    context: Annotated[int, Field(gt=0, le=MOST["context"])] | None = None
+    parallel: Annotated[int, Field(gt=0, le=MOST["parallel"])] = 1
     threads: Threads = 1
 
     @property

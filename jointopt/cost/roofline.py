@@ -15,6 +15,7 @@ import numpy as np
 
 from jointopt.cost.device import Device
 from jointopt.cost.operators import Answer, Operator, times_to_fit
+from jointopt.names import MOST
 from quant.errors import JointoptError, check_count
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Roofline:
         if not isinstance(self.device, Device):
             raise JointoptError(f"roofline: found device {self.device!r}; allowed: what load_device returns")
         for name in ("batch", "parallel", "context"):
-            check_count(f"roofline: {name}", getattr(self, name))
+            check_count(f"roofline: {name}", getattr(self, name), MOST[name])
         if self.parallel > 1 and self.device.network is None:
             raise JointoptError(
                 f"roofline: parallel {self.parallel}, and {self.device.name} has no network; allowed: 1"

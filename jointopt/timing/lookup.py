@@ -23,6 +23,7 @@ from scipy.optimize import nnls
 
 from jointopt.cost.operators import Answer, Operator, times_to_fit
 from jointopt.files import locked, reading, write_whole, writing
+from jointopt.names import MOST
 from jointopt.timing.backend import ONNXRUNTIME, TORCH, Backend, host
 from quant.errors import JointoptError, check_count
 from quant.kernels.cpu import cache_folder
@@ -184,8 +185,8 @@ class Lookup:
 
 def operators_of(supernet: Supernet, batch: int = 1, context: int | None = None) -> list[Operator]:
     """The distinct operators of all sub-networks of a super-network, but for reading caches."""
-    check_count("batch", batch)
-    check_count("context", context)
+    check_count("batch", batch, MOST["batch"])
+    check_count("context", context, MOST["context"])
     asked = _Asked(batch, context)
     supernet.costs_by(asked)
     return list({key_of(each, batch): each for each in asked.operators}.values())
