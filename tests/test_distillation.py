@@ -105,7 +105,7 @@ def test_of_a_regression_the_values_are_learned():
 def compared(distillation: Distillation, own: ModelOutputs, other: ModelOutputs, mask: Tensor | None) -> float:
     """What `distillation` adds to the divergence of the logits."""
     batch = {} if mask is None else {"attention_mask": mask}
-    teacher = teacher_outputs(other, 1.0)
+    teacher = teacher_outputs(other, 1.0, None)
     losses = [loss_of(own, teacher, batch, each) for each in (distillation, Distillation())]
     return float(losses[0] - losses[1])
 
