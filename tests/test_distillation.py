@@ -106,7 +106,7 @@ def compared(distillation: Distillation, own: ModelOutputs, other: ModelOutputs,
     """What `distillation` adds to the divergence of the logits."""
     batch = {} if mask is None else {"attention_mask": mask}
     teacher = teacher_outputs(other, 1.0, None)
-    losses = [loss_of(own, teacher, batch, each) for each in (distillation, Distillation())]
+    losses = [loss_of(own, teacher, batch, each, None) for each in (distillation, Distillation())]
     return float(losses[0] - losses[1])
 
 
