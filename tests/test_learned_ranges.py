@@ -300,10 +300,10 @@ def distance_from(model: nn.Module, inputs: list[dict]) -> Callable[[nn.Module],
     return distance
 
 
-def digits_vit_with_outliers(items: list[dict]) -> ViTForImageClassification:
+def digits_vit_with_outliers(items: list[dict], seed: int = 0) -> ViTForImageClassification:
     """A small ViT trained on the digits, then given what makes large language models hard to round: a few channels
     whose normalization is 32 times as small and whose weights are as much larger, so that its function is the same."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=2, num_labels=10,
@@ -331,20 +331,24 @@ def digits_vit_with_outliers(items: list[dict]) -> ViTForImageClassification:
 
 
 def test_learned_ranges_leave_less_of_the_loss_of_four_bits_than_fixed_ones():
+    """Of each of three networks, and of all by some hundredths: how much is another with each course of training."""
     items = digits()
-    model = digits_vit_with_outliers(items)
-    supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W4A4"], preset="fixed"))
     inputs = [{"pixel_values": batch["pixel_values"]} for batch in items]
-    supernet.calibrate(inputs[:2])
-
-    distance = distance_from(model, inputs)
-    with supernet.active(supernet.space.largest) as view:
-        nearest = distance(view)
-    fixed, learned = (
-        distance(jointopt.finish(supernet, supernet.space.largest, inputs, steps=60, learned_ranges=each).model)
-        for each in (False, True)
-    )
-    assert learned < 0.95 * fixed < fixed < nearest
+    totals = np.zeros(2)
+    for seed in range(3):
+        model = digits_vit_with_outliers(items, seed)
+        supernet = Supernet(model, SearchSpace.for_model(model, schemes=["W4A4"], preset="fixed"))
+        supernet.calibrate(inputs[:2])
+        distance = distance_from(model, inputs)
+        with supernet.active(supernet.space.largest) as view:
+            nearest = distance(view)
+        fixed, learned = (
+            distance(jointopt.finish(supernet, supernet.space.largest, inputs, steps=60, learned_ranges=each).model)
+            for each in (False, True)
+        )
+        assert learned < fixed < nearest
+        totals += fixed, learned
+    assert totals[1] < 0.97 * totals[0]
 
 
 def test_finishing_goes_on_from_the_ranges_of_the_super_network():

@@ -215,8 +215,11 @@ def test_the_card_s_own_code_computes_what_was_scored_on_any_processor(tmp_path,
         exec(card.partition("```python\n")[2].partition("```")[0], names)
         found = names["session"].run(["logits"], {"pixel_values": batch["pixel_values"].numpy()})[0]
         expected = logits(supernet.extract(genome), batch)
-        # A last bit that becomes a step moves single samples by some hundredths.
-        assert (torch.from_numpy(found) - expected).abs().max() < 0.05 * expected.abs().max()
+        apart = (torch.from_numpy(found) - expected).abs() / expected.abs().max()
+        if scheme == "W8A8":  # a last bit that becomes a step of rounding moves single samples further
+            assert apart.mean() < 0.01 and apart.max() < 0.05
+        else:
+            assert apart.max() < 1e-5
 
 
 def test_beside_the_file_are_the_sizes_of_every_layer_and_how_it_generates(place):
