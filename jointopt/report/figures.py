@@ -115,7 +115,8 @@ def _spans(frame: pd.DataFrame, original: Mapping[str, float], objective: Object
     name = objective.name
     values = frame[name].dropna().to_numpy(dtype=float) if name in frame else np.empty(0)
     least = min([*values, *([original[name]] if name in original else ())], default=0.0)
-    return objective.direction == "min" and len(values) > 1 and least > 0 and values.max() > LOG_FROM * values.min()
+    pressed = len(values) > 1 and bool(values.max() > LOG_FROM * values.min())
+    return objective.direction == "min" and least > 0 and pressed
 
 
 def layers_figure(layers: Layers, full: Layers | None) -> go.Figure:
