@@ -164,7 +164,7 @@ def _convert(
             low, high, factor, KIND, SCALE, STEPS_TYPE, QUOTIENT_TYPE, LOW, HIGH, EXPONENT_MAX, NEVER_ZERO, WEIGHT
         )
         if WEIGHT:
-            first = here & (part == 0)
+            first = tl.where(part == 0, here, False)
             tl.store(scales + group, stored, mask=first)
             tl.store(points + group, point, mask=first)
     used = tl.zeros([ROWS, WIDTH], tl.float32) + used[:, None]
