@@ -257,7 +257,13 @@ def running(script: Path, *arguments: object) -> subprocess.Popen:
     command = [sys.executable, str(script), *map(str, arguments)]
     environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "TMPDIR": str(script.parent)}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=heed_ctrl_c
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+        process_group=0,
     )
 
 
@@ -276,8 +282,17 @@ def evaluated(storage: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_whatever_ends_the_search_ends_its_workers_and_leaves_no_file(how, tmp_path):
+@pytest.mark.parametrize(
+    ("send", "how"),
+    [
+        (os.kill, signal.SIGINT),
+        (os.kill, signal.SIGTERM),
+        (os.kill, signal.SIGKILL),
+        (os.killpg, signal.SIGHUP),  # as of a terminal that is closed
+        (os.killpg, signal.SIGKILL),
+    ],
+)
+def test_whatever_ends_the_search_ends_its_workers_and_leaves_no_file(send, how, tmp_path):
     (tmp_path / "plain.py").write_text(SCRIPT)
     process = running(tmp_path / "plain.py", tmp_path / "s.db", 100000)
     try:
@@ -288,7 +303,7 @@ def test_whatever_ends_the_search_ends_its_workers_and_leaves_no_file(how, tmp_p
         found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
         workers = [int(each) for each in found.stdout.split()]
         assert len(workers) == 2
-        process.send_signal(how)
+        send(process.pid, how)
         process.wait(timeout=60)
     finally:
         process.kill()

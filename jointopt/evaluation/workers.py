@@ -275,8 +275,7 @@ class Process:
         place = {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
         count = str(threads)
         environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **place}
-        # Ctrl-C reaches every process of the terminal; it is this one's to deal with.
-        begin = "import logging, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        begin = "import logging, sys; "
         for name in NOISY:
             begin += f"logging.getLogger({name!r}).setLevel({logging.getLogger(name).level}); "
         begin += f"sys.path[:] = {sys.path!r}; from jointopt.evaluation import workers; "
@@ -286,6 +285,9 @@ class Process:
                 stdin=subprocess.PIPE,
                 pass_fds=[other.fileno()],
                 env=environment,
+                # What ends all processes of a terminal or a job is this one's to deal with, and theirs to outlive by a
+                # moment: they remove the file where this one no longer can.
+                start_new_session=True,
             )
 
     def give(self, genomes: np.ndarray) -> None:
