@@ -1,7 +1,7 @@
 """The command: python -m jointopt run CONFIG, and what goes with it.
 
 Errors are one line on stderr and exit code 2; an export that does not do what the study says is exit code 1; Ctrl-C is
-exit code 130, and the same command goes on from there.
+exit code 130, and the same command goes on from there; output that nobody reads any more is 141.
 """
 
 from __future__ import annotations
@@ -38,15 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without some character must not cost a search
         sys.stdout.reconfigure(errors="replace")
     try:
-        return options.command(options)
+        code = options.command(options)
+        print(end="", flush=True)  # a pipe that is closed is told here, and not by Python when it ends
+        return code
     except JointoptError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         print("jointopt: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
-        return 2
+        return _unread()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # as rich makes of one
+            return _unread()
+        raise
     except OSError as error:
         full = "; free some space, and the same command goes on from here" if error.errno == errno.ENOSPC else ""
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}{full}")
@@ -66,6 +71,12 @@ def _quiet() -> None:
         os.environ.setdefault(name, "error")
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _unread() -> int:
+    """Nobody reads any more, as after `| head -1`: no complaint, and the exit code of whom SIGPIPE ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python has still to write when it ends
+    return 141
 
 
 def _fail(message: str) -> int:

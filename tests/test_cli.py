@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -66,6 +67,24 @@ def test_a_character_that_the_output_has_no_code_for_is_a_question_mark(finished
     assert main(["report", str(finished), "-o", str(tmp_path / "±.html")]) == 0
     narrow.flush()
     assert narrow.buffer.getvalue().decode().splitlines()[-1] == f"report: {tmp_path}/?.html"
+
+
+@pytest.mark.parametrize("words", [("report", "runs/vit"), ("init", "vit", "-o", "-")], ids=" ".join)
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_output_that_nobody_reads_any_more_ends_a_command_without_a_word(words, buffered, finished):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "jointopt", *words],
+            cwd=finished.parents[1],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": buffered},
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=100,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("kind", ["bert", "timm"])
