@@ -318,10 +318,9 @@ def parse_pick(text: str) -> dict[str, Any]:
     try:
         if text == "knee":
             return {"knee": True}
-        if not given:
-            return {"evaluation": int(text)}
-        if name == "evaluation":
-            return {name: int(value)}
+        number = value if given else text
+        if (not given or name == "evaluation") and number.isascii() and number.isdigit():
+            return {"evaluation": int(number)}
         if name in ("size_mb", "drop") and math.isfinite(float(value)):
             return {name: float(value)}
     except ValueError:

@@ -172,6 +172,8 @@ def test_a_damaged_image_is_told_before_training_comes_to_it(training, place, ca
     [
         (("export", "runs/vit", "--pick", "best"), "--pick: found 'best'; allowed: "),
         (("export", "runs/vit", "--pick", "drop=inf"), "--pick: found 'drop=inf'; allowed: "),
+        (("export", "runs/vit", "--pick", "٣"), "--pick: found '٣'; allowed: "),
+        (("export", "runs/vit", "--pick", "evaluation=1_1"), "--pick: found 'evaluation=1_1'; allowed: "),
         (("export", "runs/vit", "--pick", "999"), "--pick: found evaluation 999; the study has 1 to "),
         (("export", "runs/vit", "--pick", "size_mb=0.0001"), "size_mb: found 0.0001; the smallest evaluated has "),
         (("export", "runs/vit", "--pick", "knee"), "exists; choose another with --to"),
