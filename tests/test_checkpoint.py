@@ -187,13 +187,17 @@ def test_verify_notices_a_changed_weight_and_a_changed_size(tmp_path):
         ("torch.nn.Module.__call__ = lambda *_, **__: os._exit(1)", ("reload: the fresh process ended",)),
         ("torch.nn.Module.__call__ = lambda *_, **__: 1 / 0", ("reload: ZeroDivisionError: division by zero",)),
         ("time.sleep(600)", ("reload: no answer from the fresh process for 1 s",)),
+        (
+            "sys.modules['__main__'].send = lambda pipe, *_: (pipe.send_bytes(b'{}'), time.sleep(600))",
+            ("reload: no answer from the fresh process for 1 s",),
+        ),
     ],
 )
 def test_a_process_that_prints_ends_fails_or_hangs(code, said, tmp_path, monkeypatch):
     supernet = supernet_of("timm_resnet", schemes=["none", "W8A8"])
     folder = jointopt.export(supernet, supernet.space.smallest, tmp_path / "small")
     with (folder / "modeling_jointopt.py").open("a") as file:
-        file.write(f"\nimport os, time, torch\n{code}\n")
+        file.write(f"\nimport os, sys, time, torch\n{code}\n")
     if "sleep" in code:
         monkeypatch.setattr(verification, "_SECONDS", 1.0)
     assert jointopt.verify(folder).differences == said

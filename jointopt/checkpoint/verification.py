@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -206,10 +208,11 @@ class ReloadError(Exception):
 class RemoteModel(nn.Module):
     """Stands for a model in another process: forward passes run there, its other methods are not to be had."""
 
-    def __init__(self, folder: Path, pipe: Connection):
+    def __init__(self, folder: Path, pipe: Connection, end: Callable[[], None]):
         super().__init__()
-        self._pipe = pipe
-        head, _ = self._receive()
+        self._pipe, self._end = pipe, end
+        with self._limited():
+            head, _ = self._received()
         if head["imported"]:
             raise ReloadError(f"the fresh process imported {', '.join(head['imported'])}")
         self.placeholder = nn.Parameter(torch.empty(0, dtype=getattr(torch, head["dtype"])), requires_grad=False)
@@ -237,24 +240,33 @@ class RemoteModel(nn.Module):
         head = {"names": list(tensors), "arguments": len(arguments), "values": values}
         positional = {f"argument{at}": tensor for at, tensor in enumerate(arguments)}
         sent = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in {**tensors, **positional}.items()}
-        try:
+        with self._limited():
             send(self._pipe, head, sent)
-        except ConnectionError:
-            raise ReloadError("the fresh process ended") from None
-        answer, outputs = self._receive()
+            answer, outputs = self._received()
         device = next((each.device for each in [*arguments, *tensors.values()]), self.device)
         found = [outputs[str(at)].to(device) for at in range(len(answer["keys"]))]
         if answer["keys"] == [None]:
             return found[0]
         return RemoteOutput(zip(answer["keys"], found, strict=True))
 
-    def _receive(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if not self._pipe.poll(_SECONDS):
-            raise ReloadError(f"no answer from the fresh process for {_SECONDS:.0f} s")
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Ends the other process where an exchange takes too long, by which whatever waits for it ends as well: one
+        that stops half way through a message, too."""
+        started, timer = time.monotonic(), threading.Timer(_SECONDS, self._end)
+        timer.daemon = True
+        timer.start()
         try:
-            head, tensors = receive(self._pipe)
+            yield
         except (EOFError, OSError):
-            raise ReloadError("the fresh process ended") from None
+            late = time.monotonic() - started >= _SECONDS
+            told = f"no answer from the fresh process for {_SECONDS:.0f} s" if late else "the fresh process ended"
+            raise ReloadError(told) from None
+        finally:
+            timer.cancel()
+
+    def _received(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        head, tensors = receive(self._pipe)
         if "error" in head:
             raise ReloadError(" ".join(str(head["error"]).split())[:400])
         return head, tensors
@@ -291,7 +303,7 @@ def reloaded(folder: str | Path, device: str = "cpu") -> Iterator[RemoteModel]:
                 env={**os.environ, "HF_MODULES_CACHE": modules},
             )
         try:
-            yield RemoteModel(Path(folder), pipe).eval()
+            yield RemoteModel(Path(folder), pipe, process.kill).eval()
         finally:
             process.kill()
             process.wait()
