@@ -434,6 +434,26 @@ def test_what_memory_is_held_for_sharing_fails_no_evaluation(monkeypatch):
     assert held and all(failed is None for _, failed in found)
 
 
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_what_memory_quantized_weights_of_others_take_fails_no_evaluation_either(name):
+    supernet = supernet_of(name)
+    genomes = relatives(supernet, 6)
+    needed = []
+    for genome in genomes:
+        supernet.make_room()
+        supernet.view(supernet.plan(genome))
+        needed.append(supernet._bank.nbytes)
+
+    def quality(model: nn.Module) -> float:
+        found = logits(model, batches(name)[0]).sum().item()
+        if supernet._bank.nbytes > max(needed):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    found = shared(supernet, genomes, quality)
+    assert all(failed is None for _, failed in found)
+
+
 def test_sharing_leaves_the_super_network_as_it_was():
     supernet = supernet_of("bert")
     before = supernet.fingerprint()

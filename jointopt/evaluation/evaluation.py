@@ -67,6 +67,11 @@ class Evaluation:
     seconds: float
     errors: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def lacked_memory(self) -> bool:
+        """Whether it failed because there was none left."""
+        return (self.failed or "").startswith(("OutOfMemoryError", "MemoryError"))
+
 
 def measured(quality: Quality, model: nn.Module) -> Metrics:
     """The user's function as metrics by name, without gradients, in full float32; those that it computes for itself go

@@ -122,7 +122,7 @@ class SharedEvaluator:
         """(index into `genomes`, its evaluation), as each ends, in `evaluation_order`."""
         if not can_share(self.supernet):
             for index, genome in enumerate(genomes):
-                yield index, evaluate(self.supernet, genome, self.quality)
+                yield index, self._plainly(genome)
             return
         plans = [self.supernet.plan(genome) for genome in genomes]
         prefixes = [block_signatures(self.supernet.family, plan) for plan in plans]
@@ -134,7 +134,7 @@ class SharedEvaluator:
 
     def _evaluation(self, genome: np.ndarray, plan: Plan, prefix: Prefix, held: HiddenStates) -> Evaluation:
         if not held.nbytes and not held.coming[prefix[:1]]:
-            return evaluate(self.supernet, genome, self.quality, plan)
+            return self._plainly(genome, plan)
         renamed = renaming(self.supernet.family, plan)
         paths = [renamed(block.path) for block in plan.blocks]
         lost, used = [], []
@@ -153,7 +153,15 @@ class SharedEvaluator:
         if any(lost) or (found.failed is not None and any(used)):
             if found.failed is not None:
                 held.clear()  # what is held may be the memory that was lacking
-            return evaluate(self.supernet, genome, self.quality, plan)
+            return self._plainly(genome, plan)
+        return found
+
+    def _plainly(self, genome: np.ndarray, plan: Plan | None = None) -> Evaluation:
+        """Without sharing; where memory is lacking once more, without the weights that are held for others."""
+        found = evaluate(self.supernet, genome, self.quality, plan)
+        if found.lacked_memory:
+            self.supernet.make_room()
+            found = evaluate(self.supernet, genome, self.quality, plan)
         return found
 
 

@@ -467,6 +467,10 @@ class Supernet:
         for name in names or ("_costs", "_whole_statistics"):
             self.__dict__.pop(name, None)
 
+    def make_room(self) -> None:
+        """Lets go of quantized weights, which are made again when they are needed."""
+        self._bank.make_room()
+
     def sort_again(self, batches: Iterable[Mapping[str, Any]], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Sorts channels and heads of a super-network in training by their importance now. The function of the whole
         model is unchanged, and so is the optimizer's next step: what it keeps of a parameter is sorted likewise.

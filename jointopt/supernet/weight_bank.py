@@ -65,8 +65,12 @@ class WeightBank:
         """A bank for each of `count` processes: it shares what is held here, and has an equal part of what is left."""
         return WeightBank((self.limit - self.nbytes) // count, {**self._shared, **self._held})
 
+    def make_room(self) -> None:
+        """Lets go of all that takes memory of this process alone."""
+        self._held.clear()
+        self.nbytes = 0
+
     def clear(self) -> None:
         """Forgets everything: the weights have changed."""
-        self._held.clear()
+        self.make_room()
         self._shared.clear()
-        self.nbytes = 0
