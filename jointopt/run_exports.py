@@ -31,21 +31,25 @@ def export_genome(
     overwrite: bool,
     target: str,
 ) -> None:
-    """Exports a genome, or what finishing made of it, unless the folder holds this very one already, with its scores.
+    """Exports a genome, or what finishing made of it, unless the folder holds this very one already, with its scores;
+    where only those on unseen data are others, it is written again.
 
     Raises:
         JointoptError: the folder holds something else and `overwrite` is not set.
     """
     from jointopt.checkpoint.exporting import export, told_apart_by
+    from jointopt.study.rescoring import scored_again
 
     if folder.exists() and not overwrite:
         wanted = {**told_apart_by(supernet, genome, finished, study), "target": target}
         held = _held(folder)
         known = {key: held.get(key) for key in wanted if key != "supernet" or key in held}  # earlier versions lack it
         differing = [key for key, value in known.items() if wanted[key] != value]
-        if not differing:
+        if differing:
+            raise _in_the_way(folder, "this model with other scores" if differing == ["metrics"] else "another model")
+        if held.get("unseen", {}) == scored_again(study, genome, wanted["rounding"]):
             return
-        raise _in_the_way(folder, "this model with other scores" if differing == ["metrics"] else "another model")
+        overwrite = True  # by the very model, whose card tells no scores on today's unseen data
     source = prepared.loaded.source
     export(
         supernet,

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from jointopt import Study
 from jointopt.cli import main
+from jointopt.study.rescoring import rescored
 from tests.commands import at_once, command, finished_run, refused, user_place, write_config
-from tests.saved import save_bert, save_llama, write_reviews
+from tests.saved import save_bert, save_llama, write_images, write_reviews
 
 
 def test_another_point_of_the_front_is_exported_and_verified(finished, tmp_path):
@@ -193,3 +194,24 @@ def test_an_export_with_other_scores_is_not_taken_for_the_run_s(copied, capsys, 
     record.write_text(json.dumps(json.loads(record.read_text()) | {"metrics": {"accuracy": 2.0}}))
     said = refused(capsys, copied.parents[1], monkeypatch, "run", "config.yaml")
     assert "'runs/copied/export' exists and holds this model with other scores; --overwrite replaces it" in said
+
+
+def test_the_card_tells_scores_on_unseen_data_and_an_export_without_them_is_written_again(finished, monkeypatch):
+    place = finished.parents[1]
+    monkeypatch.chdir(place)
+    shutil.copytree(finished, "runs/tested")
+    data = {"calibrate": "images", "evaluate": "images", "test": "unseen", "batch_size": 12}
+    for seed in (8, 9):
+        shutil.rmtree("unseen", ignore_errors=True)
+        write_images(place / "unseen", seed=seed)
+        write_config(place, output="runs/tested", data=data)
+        assert main(["run", "config.yaml"]) == 0
+        study = Study.open("runs/tested/study.db")
+        found, original = rescored(study)[tuple(study.fact("choice")["genome"])], rescored(study)[None]
+        study.close()
+        card = Path("runs/tested/export/README.md").read_text()
+        told = [f"{each['metrics']['accuracy']:.6g}" for each in (found, original)]
+        assert f"| accuracy, unseen data | {' | '.join(told)} |\n" in card
+    written = Path("runs/tested/export/jointopt.json").stat().st_mtime_ns
+    assert main(["run", "config.yaml"]) == 0
+    assert Path("runs/tested/export/jointopt.json").stat().st_mtime_ns == written

@@ -33,7 +33,9 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
         front.append(f"base_model: {base}")
     front.append("---")
     values = {"size": costs["size"], **costs, **record["metrics"]}
-    table = [f"| {label(k)} | {_number(k, value)} | {_number(k, original.get(k))} |" for k, value in values.items()]
+    table = _rows(values, original)
+    unseen = record.get("unseen", {"metrics": {}, "original": {}})
+    table += _rows(unseen["metrics"], unseen["original"], ", unseen data")
     choices = [f"| {name} | {choice} |" for name, choice in record["choices"].items()]
     return "\n".join(
         [
@@ -47,6 +49,7 @@ def model_card(record: Mapping[str, Any], loading: str) -> str:
             "| --- | --- | --- |",
             *table,
             "",
+            *_scored(record),
             *_weighed(record),
             *([f"Times are by the {time_source(record['latency'])}."] if record.get("latency") else []),
             "",
@@ -123,6 +126,21 @@ def _weights_made(how: str) -> str:
         f"Weights{ranges} were trained for {steps} steps in their number formats, distilled from the whole model, then "
         "rounded to nearest."
     )
+
+
+def _rows(values: Mapping[str, Any], original: Mapping[str, Any], where: str = "") -> list[str]:
+    return [
+        f"| {label(name)}{where} | {_number(name, value)} | {_number(name, original.get(name))} |"
+        for name, value in values.items()
+    ]
+
+
+def _scored(record: Mapping[str, Any]) -> list[str]:
+    """What flatters a metric must not be taken for what a user will see."""
+    if not record["metrics"]:
+        return []
+    told = "Metrics are of the data by which the search chose this model, which flatters them"
+    return [f"{told}; unseen data it never saw." if "unseen" in record else f"{told}."]
 
 
 def _weighed(record: Mapping[str, Any]) -> list[str]:

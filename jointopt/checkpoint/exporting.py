@@ -28,6 +28,7 @@ from jointopt.finishing.finishing import Finished
 from jointopt.names import NEAREST
 from jointopt.objectives import COSTS
 from jointopt.rebuilding.structure import flat_inputs_noted, quantized_layers
+from jointopt.study.rescoring import scored_again
 from jointopt.study.study import Study
 from jointopt.tokenizer_settings import settings_of_its_files
 from quant.errors import JointoptError, check_kind
@@ -192,6 +193,7 @@ def _record(
     study: Study | None,
     base_model: str | None,
 ) -> dict[str, Any]:
+    unseen = scored_again(study, genome, finished.rounding if finished else NEAREST) if study is not None else {}
     return {
         "base_model": card.model_name(base_model or getattr(getattr(model, "config", None), "name_or_path", "") or ""),
         "family": supernet.family.name,
@@ -201,6 +203,7 @@ def _record(
         "costs": supernet.costs(genome),
         **({"latency": supernet.latency.described()} if supernet.latency else {}),
         "original": study.original if study is not None else supernet.original_costs(),
+        **({"unseen": unseen} if unseen else {}),
         "layers": supernet.layout(genome),
         "probe": probe_of(supernet, model),
         "software": {name: version(name) for name in ("torch", "transformers", "timm", "compressed-tensors")},

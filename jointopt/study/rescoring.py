@@ -15,6 +15,7 @@ import numpy as np
 
 from jointopt.evaluation.evaluation import Quality, measured
 from jointopt.evaluation.sharing import SharedEvaluator
+from jointopt.names import NEAREST
 from jointopt.objectives import COSTS
 from jointopt.study.study import Study
 from quant.errors import JointoptError
@@ -79,6 +80,16 @@ def rescored(study: Study) -> dict[Genome | None, dict[str, Any]]:
 def rescored_finished(study: Study) -> dict[tuple[Genome, str], dict[str, Any]]:
     """The same of what was finished: genome and rounding -> "metrics" and "errors"."""
     return {(genome, rounding): record for (genome, rounding), record in _records(study).items() if genome and rounding}
+
+
+def scored_again(study: Study, genome: np.ndarray, rounding: str) -> dict[str, dict[str, float]]:
+    """The "metrics" on unseen data of a genome, finished by a rounding or as searched, and those of the "original"; {}
+    where there are none."""
+    key, searched = tuple(genome.tolist()), rescored(study)
+    found = searched.get(key) if rounding == NEAREST else rescored_finished(study).get((key, rounding))
+    if not found or not found["metrics"]:
+        return {}
+    return {"metrics": found["metrics"], "original": searched.get(None, {}).get("metrics", {})}
 
 
 def _records(study: Study) -> dict[tuple[Genome | None, str | None], dict[str, Any]]:
