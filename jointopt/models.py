@@ -235,6 +235,11 @@ def _load_transformers(source: ModelSource, task: str, dtype: str) -> LoadedMode
     from transformers.utils import logging
 
     config = model_config(source)
+    if getattr(config, "jointopt", None):
+        raise JointoptError(
+            f"model: {source.name!r} is an export that only its own modeling_jointopt.py loads; allowed: the model "
+            "that it was made of, or an export whose blocks are all alike and not quantized"
+        )
     if source.kind != "gguf" and getattr(config, "quantization_config", None):
         raise JointoptError(f"model: {source.name!r} is quantized already; allowed: float32 or bfloat16 weights")
     weights = {} if source.kind == "gguf" else {"use_safetensors": True}
@@ -246,14 +251,41 @@ def _load_transformers(source: ModelSource, task: str, dtype: str) -> LoadedMode
     try:
         with _explained(source), _one_seed():
             model, report = _auto_class(task).from_pretrained(
-                source.location, dtype=read_as, output_loading_info=True, **weights, **source.options()
+                source.location,
+                dtype=read_as,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `_check_whole` names them
+                **weights,
+                **source.options(),
             )
     finally:
         logging.set_verbosity(verbosity)
+    _check_whole(source, model, report)
     _check_used(source, model, report)
     if source.kind == "gguf":
         _forget_gguf(model)
     return LoadedModel(model, _processor(source, task), task, source, tuple(sorted(report["missing_keys"])))
+
+
+def _check_whole(source: ModelSource, model: Any, report: Mapping[str, Any]) -> None:
+    """Raises JointoptError for weights of other shapes than the config says, and where there are none for a part of the
+    model below its head: a pooler alone may be new as well, since encoders are often trained without."""
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise JointoptError(
+            f"model: {source.name!r} holds {name} of shape {tuple(found)}; allowed by its config: {tuple(wanted)}"
+        )
+    body = f"{model.base_model_prefix}."
+    weights = {name for name, _ in model.named_parameters()}
+    lacking = sorted(
+        name for name in weights & {*report["missing_keys"]} if name.startswith(body) and ".pooler." not in name
+    )
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        odd = min(report["unexpected_keys"], default=None)
+        held = f" (it holds {odd})" if odd is not None else ""
+        raise JointoptError(
+            f"model: {source.name!r} has no weights for {lacking[0]}{more}{held}; allowed: all but those of a head"
+        )
 
 
 def _check_used(source: ModelSource, model: Any, report: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import ViTImageProcessor
 
 from jointopt import Gene, Objective, SearchSpace, Study
@@ -87,6 +88,19 @@ def test_a_teacher_of_other_labels_or_images_is_refused_before_training(
     write_config(tmp_path, model="pupil", output="run", data=data, train=train)
     assert f"train.distill.teacher: {said}" in refused(capsys, tmp_path, monkeypatch, "run", "config.yaml")
     assert not (tmp_path / "run/training.safetensors").exists()
+
+
+def test_a_teacher_without_a_trained_head_is_refused(tmp_path, capsys, monkeypatch):
+    save_vit(tmp_path / "pupil", id2label=dict(enumerate(("cat", "dog", "owl"))))
+    folder = save_vit(tmp_path / "teacher", id2label=dict(enumerate(("cat", "dog", "owl"))))
+    weights = load_file(folder / "model.safetensors")
+    body = {name: each for name, each in weights.items() if not name.startswith("classifier.")}
+    save_file(body, folder / "model.safetensors", {"format": "pt"})
+    write_images(tmp_path / "images")
+    train = {"steps": 2, "batch_size": 4, "distill": {"teacher": "teacher"}}
+    write_config(tmp_path, model="pupil", output="run", data={"train": "images", "evaluate": "images"}, train=train)
+    said = refused(capsys, tmp_path, monkeypatch, "run", "config.yaml")
+    assert "train.distill.teacher: 'teacher' has no weights for classifier.bias, classifier.weight; allowed" in said
 
 
 def test_a_cluster_without_ray_is_told_before_anything_is_read(place, capsys, monkeypatch):

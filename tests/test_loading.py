@@ -25,7 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from jointopt import JointoptError
+from jointopt import JointoptError, export
 from jointopt.cli import main
 from jointopt.config.config import Config
 from jointopt.config.sections import Data, Distill, Source, Train
@@ -34,6 +34,7 @@ from jointopt.models import chosen_device, empty_model, find_source, load_model,
 from jointopt.prepared import import_function, prepare, stay_offline
 from jointopt.rows import looks_like_hub_id
 from tests.saved import SMALL, save_bert, save_each, save_llama, save_tokenizer
+from tests.zoo import supernet_of
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,34 @@ def test_what_is_left_out_for_a_new_head_or_as_ever_is_not_told(tmp_path):
     save_tokenizer(tmp_path / "roberta")
     unused = {"roberta.pooler.dense.weight": torch.ones(64, 64), "roberta.embeddings.position_ids": torch.ones(1, 32)}
     assert not load_model(with_weights(tmp_path / "roberta", **unused), None, "cpu").untrained
+
+
+def test_a_model_whose_body_has_no_weights_is_refused(tmp_path, folders):
+    weights = load_file(folders["bert"] / "model.safetensors")
+    copied = Path(shutil.copytree(folders["bert"], tmp_path / "bert"))
+    save_file(
+        {f"module.{name}": each for name, each in weights.items()}, copied / "model.safetensors", {"format": "pt"}
+    )
+    said = (
+        r"no weights for bert.embeddings.LayerNorm.bias and \d+ more \(it holds module.bert.*allowed: all but .* a head"
+    )
+    with pytest.raises(JointoptError, match=said):
+        load_model(str(copied), None, "cpu")
+
+
+def test_weights_of_other_shapes_than_the_config_says_are_named(tmp_path, folders):
+    copied = shutil.copytree(folders["bert"], tmp_path / "bert")
+    name = with_weights(Path(copied), **{"classifier.bias": torch.zeros(7)})
+    with pytest.raises(JointoptError, match=r"holds classifier.bias of shape \(7,\); allowed by its config: \(\d+,\)"):
+        load_model(name, None, "cpu")
+
+
+def test_an_export_that_only_its_own_file_loads_is_refused(tmp_path):
+    supernet = supernet_of("bert", ["none"])
+    export(supernet, supernet.space.smallest, tmp_path / "export")
+    assert (tmp_path / "export" / "modeling_jointopt.py").exists()
+    with pytest.raises(JointoptError, match="is an export that only its own modeling_jointopt.py loads; allowed"):
+        load_model(str(tmp_path / "export"), None, "cpu")
 
 
 def test_weights_that_a_checkpoint_lacks_are_the_same_whenever_it_is_loaded(tmp_path):

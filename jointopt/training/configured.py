@@ -58,14 +58,20 @@ def teacher_of(config: Config, task: str, device: str) -> LoadedModel | None:
     """The other model that a config trains to agree with; None where it names none.
 
     Raises:
-        JointoptError: it cannot be loaded.
+        JointoptError: it cannot be loaded, or lacks weights: it would teach what they are drawn as.
     """
     from jointopt.models import load_model
 
     if config.train is None or not config.train.distill or config.train.distill.teacher is None:
         return None
     with said_of(TEACHER, in_place_of="model: "):
-        return load_model(config.train.distill.teacher, task, device, config.dtype)
+        loaded = load_model(config.train.distill.teacher, task, device, config.dtype)
+        if loaded.untrained:
+            raise JointoptError(
+                f"model: {loaded.source.name!r} has no weights for {', '.join(loaded.untrained[:4])}; allowed: a model "
+                f"fine-tuned for {loaded.task}"
+            )
+        return loaded
 
 
 HEADS = ("pre_classifier", "classifier", "cls_classifier", "distillation_classifier", "score", "fc", "head")
