@@ -255,6 +255,20 @@ def test_a_cost_of_one_s_own_does_not_decide_which_is_better():
     assert finished is None
 
 
+def test_what_is_chosen_in_the_end_is_finished_though_finishing_moves_the_knee():
+    supernet = supernet_of("bert", ["W4A16"], depth=[1, 2, 3], mlp=[64, 128, 192, 256])
+
+    def small_ones_are_far(model: nn.Module) -> dict[str, float]:
+        return {"far": sum(each.numel() for each in model.parameters()) ** -2.0}
+
+    study = jointopt.search(supernet, small_ones_are_far, [{"far": "min"}, "size"], 30, seed=0)
+    before = study.best(knee=True)
+    genome, finished = finish_top(supernet, study, batches("bert"), lambda model: {"far": 0.0}, {"knee": True}, top=1)
+    assert not np.array_equal(genome, before) and np.array_equal(genome, study.best(knee=True, finished="gptq"))
+    assert finished is not None and np.array_equal(finished.genome, genome)
+    assert study.finished_metrics(genome, "gptq") == finished.metrics
+
+
 def test_where_the_first_quality_stays_the_next_one_decides_whether_finishing_is_better():
     known = [Objective("accuracy", "max"), Objective("kl", "min")]
     before = {"accuracy": 0.75, "kl": 0.5}

@@ -193,7 +193,8 @@ def finish_top(
     top: int = 3,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[np.ndarray, Finished | None]:
-    """Finishes the point of the front that `wanted` chooses and its nearest neighbours, and chooses again.
+    """Finishes the point of the front that `wanted` chooses and its nearest neighbours, and chooses again, until what
+    is chosen is finished: a knee moves with what lies around it.
 
     What the study has of an earlier call is not scored again.
 
@@ -205,14 +206,17 @@ def finish_top(
         The chosen genome, and what finishing made of it; None where it is no better than rounding to nearest.
     """
     kept: Finished | None = None
-    for genome in _nearest_on_front(study, study.best(**wanted), top):
-        made = finish_recorded(supernet, study, genome, batches, quality, how)
+    waiting = _nearest_on_front(study, study.best(**wanted), top)
+    while waiting:
+        made = finish_recorded(supernet, study, waiting.pop(0), batches, quality, how)
+        chosen = study.best(**wanted, finished=how.name)
         if made is not None:
             tell(_told(study, made))
-            if np.array_equal(made.genome, study.best(**wanted, finished=how.name)):
+            if np.array_equal(made.genome, chosen):
                 kept = made
-    genome = study.best(**wanted, finished=how.name)
-    return genome, better_finished(supernet, study, genome, batches, how, kept)
+        if not waiting and study.finished_metrics(chosen, how.name) is None:
+            waiting.append(chosen)
+    return chosen, better_finished(supernet, study, chosen, batches, how, kept)
 
 
 def finish_recorded(
