@@ -88,8 +88,8 @@ class SearchSpace:
         self._requires = [self._resolved(gene) for gene in self.genes]
         self._sizes = np.array([len(gene.choices) for gene in self.genes], dtype=np.int64)
         first, last = np.zeros(len(self), dtype=np.int64), self._sizes - 1
-        self._smallest = self._one(first if smallest is None else smallest)
-        self._largest = self._one(last if largest is None else largest)
+        self._smallest = self.one(first if smallest is None else smallest)
+        self._largest = self.one(last if largest is None else largest)
 
     @classmethod
     def for_model(cls, model: Any, schemes: Iterable[str] | None = None, **options: Any) -> SearchSpace:
@@ -194,7 +194,8 @@ class SearchSpace:
             )
         return found.astype(np.int64)
 
-    def _one(self, genome: Any) -> np.ndarray:
+    def one(self, genome: Any) -> np.ndarray:
+        """The genome as int64 [genes]. Raises JointoptError for several, and what `validate` raises."""
         found = self.validate(genome)
         if found.ndim != 1:
             raise JointoptError(f"genome: found shape {found.shape}; allowed: ({len(self)},), one genome")
@@ -202,7 +203,7 @@ class SearchSpace:
 
     def decode(self, genome: Any) -> dict[str, Choice]:
         """Gene name -> choice. Genes that cannot matter come with the choice that their index names."""
-        genome = self._one(genome)
+        genome = self.one(genome)
         return {gene.name: gene.choices[index] for gene, index in zip(self.genes, genome, strict=True)}
 
     def encode(self, choices: Mapping[str, Choice]) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from jointopt import SearchSpace, Supernet
+from jointopt import JointoptError, SearchSpace, Supernet
 from jointopt.batches import lengths, of_average_length
 from tests.zoo import MODELS, RELATIVES, SCHEMES, batches, make, supernet_of, unquantized
 
@@ -106,6 +106,13 @@ def test_bops_are_macs_times_the_bits_of_weights_and_activations(name, bits):
     for part in supernet.breakdown(supernet.space.smallest):
         quantized = part["path"] in layers and part["kind"] != "attention"  # its products are of floats
         assert part["bops"] == part["macs"] * (bits if quantized else 32 * 32)
+
+
+def test_costs_are_those_of_one_genome_alone():
+    supernet = supernet_of("vit")
+    for told in (supernet.costs, supernet.breakdown):
+        with pytest.raises(JointoptError, match=r"found shape \(3, \d+\); allowed: \(\d+,\), one genome"):
+            told(supernet.space.sample(3, seed=0))
 
 
 def test_costs_of_many_genomes_are_those_of_each(named):

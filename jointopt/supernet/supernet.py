@@ -403,7 +403,7 @@ class Supernet:
         family's example), counted in linear layers, convolutions and attention products. BOPs are MACs x weight bits x
         activation bits.
         """
-        return {name: values[0].item() for name, values in self.cost_columns(np.atleast_2d(genome)).items()}
+        return {name: values[0].item() for name, values in self.cost_columns(self.space.one(genome)[None]).items()}
 
     def original_costs(self, latency: LatencyModel | None = None) -> dict[str, int | float]:
         """`costs` of the whole, unquantized model, by another model of latency than its own where one is given."""
@@ -413,7 +413,7 @@ class Supernet:
     def breakdown(self, genome: Any) -> list[dict[str, Any]]:
         """What each operator of a genome's sub-network takes: its module's "path", "kind" and "block", and its part of
         every cost. Paths are those of the super-network."""
-        return by_block(self._costs.breakdown(self.space.canonical(genome)), self.family)
+        return by_block(self._costs.breakdown(self.space.canonical(self.space.one(genome))), self.family)
 
     def original_breakdown(self) -> list[dict[str, Any]]:
         """`breakdown` of the whole, unquantized model."""
