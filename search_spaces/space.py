@@ -181,6 +181,8 @@ class SearchSpace:
     def validate(self, genomes: Any) -> np.ndarray:
         """The genomes as int64. Raises JointoptError for another length, type or an index out of range."""
         found = np.asarray(genomes)
+        if found.ndim == 0:
+            raise JointoptError(f"genome: found a {type(genomes).__name__}; allowed: an array of choice indices")
         if found.ndim not in (1, 2) or found.shape[-1] != len(self):
             raise JointoptError(f"genome: found shape {found.shape}; allowed: ({len(self)},) or (n, {len(self)})")
         if not np.issubdtype(found.dtype, np.integer):

@@ -238,6 +238,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         "gene 'b': requires 'a' in (3,); its choices are (1, 2)",
     ),
     "a genome too short": (lambda: SPACE.canonical([0]), "found shape (1,); allowed: (2,) or (n, 2)"),
+    "no array at all": (lambda: SPACE.decode(SPACE), "genome: found a SearchSpace; allowed: an array of choice"),
     "an index out of range": (lambda: SPACE.active([0, 3]), "gene 'block4.kernel' has index 3; allowed: 0 to 2"),
     "a negative index": (lambda: SPACE.decode([-1, 0]), "gene 'depth' has index -1; allowed: 0 to 2"),
     "indices that are no integers": (lambda: SPACE.validate([0.0, 1.0]), "numbers of type float64; allowed: integers"),
