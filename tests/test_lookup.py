@@ -129,6 +129,21 @@ def test_as_many_convolutions_are_fused_as_an_export_writes_as_one_kernel(kind, 
     assert len(set(told)) > 1
 
 
+def test_an_operator_s_latency_is_its_time_and_what_a_graph_adds_to_its_kind():
+    attention, plain, held, norm = (
+        Operator("attention", 64, 32, 5, context=9, heads=4),
+        Operator("linear", 64, 32, 5),
+        Operator("linear", 64, 32, 5, scheme=scheme("W8A8")),
+        Operator("norm", 32, 32, 5),
+    )
+    seconds = {key_of(each, 2): 2.0 for each in (attention, plain, held, norm)}
+    factors = {"operators": 3.0, "attention": 5.0, "layers": 7.0, "quantized": 11.0}
+    lookup = Lookup(Backend(), 2, None, seconds, factors)
+    found = [lookup.answer(each).seconds for each in (attention, plain, held, norm)]
+    assert found == [2 * 3 + 2 * 5, 2 * 3 + 7, 2 * 3 + 7 + 11, 2 * 3]
+    assert lookup.answer(Operator("cache", 64, 32, 1, context=9)).seconds == 0
+
+
 def test_every_operator_of_the_space_is_timed_once_and_kept(timed, monkeypatch):
     lookup, path = timed
     record = json.loads(path.read_text())["machines"]
