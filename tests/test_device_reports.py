@@ -16,6 +16,7 @@ from jointopt import Roofline, SearchSpace, Supernet, load_device
 from jointopt.cli import _on_devices
 from jointopt.config.config import load_config
 from jointopt.report.devices import device_figure, on_device
+from jointopt.report.spent import spent_figure
 from jointopt.report.terminal import device_table
 from jointopt.timing.hardware import latency_of
 from tests.on_h100 import FAST, supernet_of
@@ -84,6 +85,46 @@ def test_a_run_s_own_device_has_its_own_front_and_a_time_is_added_where_there_is
     assert [objective.name for objective in added.objectives] == ["quality", "size", "latency"]
 
 
+@pytest.fixture(scope="module")
+def alike():
+    """A super-network and a study of sub-networks that are all as good."""
+    supernet = supernet_of("vit", FAST)
+    return supernet, jointopt.search(supernet, lambda m: 1.0, ["quality", "size"], evaluations=20)
+
+
+def test_what_does_not_fit_into_a_device_s_memory_is_not_shown_on_it(alike):
+    supernet, study = alike
+    peaks = [supernet.costs(np.array(genome))["peak_memory"] for genome in study.evaluations()["genome"]]
+    limit = float(np.median(peaks))
+    found = on_device(study, supernet, "small", Roofline(FAST.device.model_copy(update={"capacity": limit})))
+    assert 0 < len(found.rows) < 20 and sorted(found.rows["peak_memory"]) == sorted(p for p in peaks if p <= limit)
+
+
+def test_a_device_s_front_has_what_is_fast_there_though_something_smaller_is_as_good(alike):
+    supernet, study = alike
+    front = on_device(study, supernet, "h100", FAST).front
+    assert list(front["latency"]) == sorted(front["latency"]) and len(front) > len(study.front()) == 1
+    assert front["size"].is_monotonic_decreasing
+
+
+def test_what_may_be_lost_on_a_device_is_given_up_for_its_time_and_not_for_size(alike):
+    supernet, study = alike
+    found = on_device(study, supernet, "h100", FAST, {"drop": 0.0})
+    chosen = found.rows[found.rows["genome"] == found.chosen]
+    assert chosen["latency"].item() == found.rows["latency"].min()
+    assert chosen["size"].item() > found.rows["size"].min()
+
+
+def test_a_limit_of_the_run_s_own_device_does_not_hold_on_another():
+    supernet = supernet_of("vit", FAST)
+    study = jointopt.search(
+        supernet, lambda m: 1.0, ["quality", "size"], evaluations=4, constraints={"latency": "<= 1"}
+    )
+    slow = load_device("orin").model_copy(update={"bandwidth": 1.0})
+    found = on_device(study, supernet, "slow", Roofline(slow))
+    assert found.rows["latency"].min() > 1 and found.chosen is not None and not found.unmet
+
+
 def test_on_a_device_the_choice_keeps_to_the_constraints_and_an_original_that_does_not_fit_has_no_times():
     supernet = supernet_of("vit", FAST)
     limit = float(np.median([supernet.costs(genome)["size"] for genome in supernet.space.sample(20, 0)])) / 1e6
@@ -128,3 +169,17 @@ def test_a_device_s_front_is_shown_without_a_choice_where_nothing_keeps_to_the_c
     page = jointopt.write_report(study, tmp_path / "report.html", devices=[found]).read_text()
     assert f"Nothing is chosen here: {unmet.replace('>', '&gt;')}." in page
     assert "the knee" not in {trace.name for trace in device_figure(study, found).data}
+
+
+def test_bars_of_what_is_spent_are_stacked_and_add_up_to_the_sub_network_and_to_the_original():
+    supernet = supernet_of("vit", FAST)
+    genome = supernet.space.sample(1, seed=1)[0]
+    costs, original = supernet.costs(genome), supernet.original_costs()
+    figure = spent_figure(supernet.breakdown(genome), supernet.original_breakdown())
+    for axis, measure, unit in (("y", "latency", 1e-3), ("y2", "size", 1e6)):
+        bars = [bar for bar in figure.data if bar.yaxis == axis]
+        whole, parts = ([bar for bar in bars if (bar.name == "the original") is said] for said in (True, False))
+        assert sum(whole[0].y) == pytest.approx(original[measure] / unit)
+        assert sum(sum(bar.y) for bar in parts) == pytest.approx(costs[measure] / unit)
+        below = np.cumsum([bar.y for bar in parts], axis=0)
+        np.testing.assert_allclose([bar.base for bar in parts[1:]], below[:-1], atol=1e-12)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import jointopt
 from jointopt import JointoptError, SearchSpace, Supernet, load_config
@@ -34,6 +34,17 @@ def test_transformers_reads_back_the_sub_network_that_was_scored(name, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
     batch = batches(name, seed=2)[0]
     torch.testing.assert_close(logits(model, batch), logits(supernet.extract(genome), batch), rtol=1e-4, atol=1e-4)
+
+
+def test_what_rotates_positions_is_the_model_s_own(tmp_path):
+    config = make("llama_tied").config
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+    model = LlamaForCausalLM(config).eval()
+    supernet = Supernet(model, SearchSpace.for_model(model, schemes=SCHEMES, depth=[2, 3]))
+    supernet.calibrate(batches("llama_tied"))
+    folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf")
+    fields = gguf.GGUFReader(folder / "model.gguf").fields
+    assert fields["llama.rope.freq_base"].contents() == 500000.0
 
 
 @pytest.mark.parametrize("scheme", ["W8A16_G32", "W4A16_G32"])
