@@ -138,6 +138,19 @@ def letters():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
+@pytest.mark.parametrize(("template", "ends"), [("<end> $A", (True, False)), ("$A <end>", (False, True))])
+def test_a_file_says_whether_texts_begin_and_end_with_a_token(template, ends, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    processor = letters()
+    processor.bos_token = "<end>"
+    processor.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<end>", 0)])
+    supernet = supernet_of("llama_tied")
+    folder = jointopt.export(supernet, supernet.space.largest, tmp_path / "out", target="gguf", processor=processor)
+    fields = gguf.GGUFReader(folder / "model.gguf").fields
+    assert tuple(bool(fields[f"tokenizer.ggml.add_{end}_token"].contents()) for end in ("bos", "eos")) == ends
+
+
 def test_a_tokenizer_goes_into_the_file(tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

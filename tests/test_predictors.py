@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from jointopt import Gene, Objective, SearchSpace
+from jointopt.objectives import Constraint
 from jointopt.predictors import Choices, Predictor, robust, scales
+from jointopt.strategies.guided_search import GuidedSearch
 
 FORMATS = ("W4A16", "W8A8", "none")
 
@@ -97,6 +99,28 @@ def test_a_value_that_no_other_bears_out_is_not_believed(wrong):
     assert not believed[[7, 23, 41]].any() and believed.sum() >= 54
     errors = [np.abs(each(unseen) - truth(unseen)).mean() for each in (predictor, plain)]
     assert errors[0] < 0.2 * errors[1]
+
+
+def test_what_is_picked_by_has_what_is_foreseen_in_place_of_a_value_that_no_other_bears_out():
+    known = SPACE.sample(60, 0)
+    right = np.stack([additive(SPACE)(known), size_in(SPACE)(known)], axis=1)
+    wrong = right.copy()
+    wrong[7, 0] -= 30 * np.ptp(right[:, 0])
+    search = GuidedSearch(SPACE, (Objective("loss", "min"), Objective("size", "min", compute=size_in(SPACE))))
+    np.testing.assert_allclose(search.believed(known, wrong).costs, right, atol=0.1 * np.ptp(right[:, 0]))
+
+
+def test_what_is_believed_to_exceed_a_measured_constraint_is_not_picked_for_its_size():
+    known, found = SPACE.sample(60, 0), SPACE.sample(500, 1)
+    losses = additive(SPACE)
+    limit = float(np.quantile(losses(known), 0.3))
+    objectives = (Objective("loss", "min"), Objective("size", "min", compute=size_in(SPACE)))
+    kept = []
+    for constraints in ((), (Constraint("loss", limit, "<="),)):
+        search = GuidedSearch(SPACE, objectives, constraints=constraints)
+        beliefs = search.believed(known, np.stack([losses(known), size_in(SPACE)(known)], axis=1))
+        kept.append(np.mean(losses(found[beliefs.picked(found, 10)]) <= limit + 0.1))
+    assert kept[0] < 0.7 and kept[1] > 0.9
 
 
 def test_what_fits_together_is_believed_and_of_few_values_all():
