@@ -8,8 +8,9 @@
 Each case is one super-network, fine-tuned once by the sandwich rule (kept in --work) and searched four ways with the
 same number of evaluations: all genes; architecture alone, in the best uniform scheme; number formats alone; the
 architecture with half of the evaluations, then the formats of what that chose. Hypervolume is measured from the
-whole fine-tuned model's size and a floor of quality, as a share of the box between; the size is that of the smallest
-evaluated genome whose quality reaches the stated level, and its quality is measured again on data that no search saw.
+whole fine-tuned model's size and a floor of quality, as a share of the box between; the front's is measured again on
+data that no search saw. The size is that of the smallest evaluated genome whose quality reaches the stated level; its
+quality is measured again there, too.
 Medians over the seeds. Studies are kept in --work, so that a bench that was stopped goes on.
 """
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from loading import Loaded, tune
 from measures import Measures, command_line
@@ -29,7 +31,7 @@ from rich.table import Table
 
 import jointopt
 from jointopt import Gene, SearchSpace, Study, Supernet
-from jointopt.objectives import hypervolume
+from jointopt.objectives import hypervolume, non_dominated
 from jointopt.rows import DataSource
 from search_spaces.precision import is_precision
 
@@ -191,31 +193,41 @@ class Bench:
         genes = [Gene(gene.name, fixed.get(gene.name, gene.choices)) for gene in kept]
         return self.tuned_supernet(SearchSpace(genes))
 
-    def points(self, runs: list[Run]) -> np.ndarray:
-        """[evaluations, (quality, size)]"""
-        names = [self.case.metric, "size"]
-        return np.vstack([run.study.evaluations()[names].dropna().to_numpy() for run in runs])
+    def evaluated(self, runs: list[Run]) -> pd.DataFrame:
+        """All evaluations of the searches, with the `run` that each is of."""
+        frames = [run.study.evaluations().assign(run=at) for at, run in enumerate(runs)]
+        return pd.concat(frames).dropna(subset=[self.case.metric, "size"])
+
+    def costs(self, qualities: np.ndarray, sizes: np.ndarray, whole: float) -> np.ndarray:
+        """As shares of the box: how much worse than the whole model's quality, and the size [n, 2]."""
+        span = abs(self.case.floor) if self.sign > 0 else whole * self.case.floor
+        return np.stack([self.sign * (whole - qualities) / span, sizes / self.base[2]], axis=1)
 
     def smallest(self, runs: list[Run]) -> tuple[Run, np.ndarray] | None:
         """The smallest evaluated genome at the level of quality, with the search that it is of."""
-        found = []
-        for at, run in enumerate(runs):
-            for row in run.study.evaluations().dropna(subset=["size"]).to_dict("records"):
-                if self.reaches(row[self.case.metric]):
-                    found.append((row["size"], at, row["genome"]))
-        return (runs[min(found)[1]], np.array(min(found)[2])) if found else None
+        rows = self.evaluated(runs).sort_values("size", kind="stable")
+        good = rows[[self.reaches(quality) for quality in rows[self.case.metric]]]
+        return (runs[good["run"].iloc[0]], np.array(good["genome"].iloc[0])) if len(good) else None
 
     def judged(self, runs: list[Run]) -> dict[str, float]:
-        """Hypervolume, size at the level in MB, and by how much that genome is worse on unseen data."""
-        points, (quality, unseen, size) = self.points(runs), self.base
-        span = abs(self.case.floor) if self.sign > 0 else quality * self.case.floor
-        costs = np.stack([self.sign * (quality - points[:, 0]) / span, points[:, 1] / size], axis=1)
-        measures = {"hypervolume": hypervolume(costs, [1.0, 1.0]), "size_mb": np.nan, "unseen_loss": np.nan}
+        """Hypervolume, that of the front on unseen data, size at the level in MB, and by how much that genome is worse
+        on unseen data."""
+        rows, (quality, unseen, _) = self.evaluated(runs), self.base
+        costs = self.costs(rows[self.case.metric].to_numpy(), rows["size"].to_numpy(), quality)
+        front = rows[non_dominated(costs) & (costs < 1).all(axis=1)]
+        places = zip(front["run"], front["genome"], strict=True)
+        again = np.array([self.score(runs[at].supernet, np.array(genome), self.unseen) for at, genome in places])
+        measures = {
+            "hypervolume": hypervolume(costs, [1.0, 1.0]),
+            "unseen_hypervolume": hypervolume(self.costs(again, front["size"].to_numpy(), unseen), [1.0, 1.0]),
+            "size_mb": np.nan,
+            "unseen_loss": np.nan,
+        }
         if (chosen := self.smallest(runs)) is not None:
             run, genome = chosen
-            again = self.score(run.supernet, genome, self.unseen)
+            score = self.score(run.supernet, genome, self.unseen)
             measures["size_mb"] = run.supernet.costs(genome)["size"] / 1e6
-            measures["unseen_loss"] = unseen - again if self.sign > 0 else again / unseen - 1
+            measures["unseen_loss"] = unseen - score if self.sign > 0 else score / unseen - 1
         return measures
 
 
@@ -244,7 +256,7 @@ def main() -> None:
     measures = Measures(arguments.json)
     for name, found in medians.items():
         for measure, value in found.items():
-            better = "higher" if measure == "hypervolume" else "lower"
+            better = "higher" if measure.endswith("hypervolume") else "lower"
             measures.keep(f"{arguments.case} {name}", measure, value, None, better)
     measures.keep(arguments.case, "better half's size / joint size", better_half(medians), 1.5, "higher")
 
@@ -259,10 +271,10 @@ def show(bench: Bench, medians: dict[str, dict[str, float]]) -> None:
     arguments, case = bench.arguments, bench.case
     title = f"{arguments.case}: {arguments.evaluations} evaluations, medians of {arguments.seeds} seeds"
     unit = f"{case.level:+g}" if bench.sign > 0 else f"{case.level:+.0%}"
-    columns = ("search", "hypervolume", f"MB at {case.metric} {unit}", "worse by, on unseen data")
-    table = Table(*columns, title=title)
+    at_level = f"MB at {case.metric} {unit}"
+    table = Table("search", "hypervolume", "on unseen data", at_level, "worse by, on unseen data", title=title)
     for name, found in medians.items():
-        table.add_row(name, *(f"{found[measure]:.4g}" for measure in ("hypervolume", "size_mb", "unseen_loss")))
+        table.add_row(name, *(f"{value:.4g}" for value in found.values()))
     console = Console()
     console.print(table)
     console.print(f"the better half alone is {better_half(medians):.2f}x the joint size at equal quality (aim 1.5)")
