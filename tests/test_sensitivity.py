@@ -125,6 +125,17 @@ def test_labels_in_the_batches_make_no_difference():
     assert all((without[name] == with_labels[name]).all() for name in without)
 
 
+def test_padding_makes_no_difference():
+    supernet, _ = prepared("llama_tied")
+    ids = zoo.batches("llama_tied", size=1)[0]["input_ids"]
+    padded = torch.cat([ids, torch.zeros(1, 9, dtype=torch.long)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 9, dtype=torch.long)], 1)
+    alone = estimated_losses(supernet, [{"input_ids": ids}])
+    found = estimated_losses(supernet, [{"input_ids": padded, "attention_mask": mask}])
+    for name, losses in alone.items():
+        np.testing.assert_allclose(found[name], losses, rtol=1e-3, atol=1e-9, err_msg=name)
+
+
 def state(supernet: Supernet) -> tuple:
     modules = dict(supernet.model.named_modules())
     hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for name, m in modules.items()}
