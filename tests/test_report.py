@@ -208,6 +208,7 @@ def test_the_layers_figure_shows_the_share_kept_and_leaves_places_empty():
     assert list(named["W8A8"].x) == ["encoder.0.up"]
     assert list(named["W8A8"].y) == [50.0]
     assert list(named["the whole model"].x) == ["encoder.0.up", "encoder.1.up"]
+    assert [list(trace.y) for trace in figure.data if trace.showlegend is False] == [[8.25]]  # bits a weight
 
 
 def test_predictions_are_compared_by_rank():
@@ -220,6 +221,14 @@ def test_predictions_are_compared_by_rank():
 def test_hypervolume_never_falls():
     figure = hypervolume_figure(make_study())
     assert (np.diff(figure.data[0].y) >= 0).all()
+
+
+def test_hypervolume_is_in_the_units_that_the_axes_have():
+    study = Study.create(None, SPACE, OBJECTIVES, {})
+    for genome, accuracy, size in zip(SPACE.sample(2, seed=0), (0.5, 1.0), (1e6, 2e6), strict=True):
+        study.add_evaluation(0, genome, {"accuracy": accuracy, "size": size}, None, 0.1)
+    first = (0.5 - 0.45) * (2.1 - 1)  # from a tenth of each span beyond the worst: an accuracy of 0.45, 2.1 MB
+    np.testing.assert_allclose(hypervolume_figure(study).data[0].y, [first, first + (1 - 0.5) * (2.1 - 2)])
 
 
 def test_each_cost_is_drawn_against_the_quality():
